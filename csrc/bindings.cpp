@@ -1,0 +1,186 @@
+// The one pybind11 module. Torch-free: it is given addresses, shapes and streams, so one binary serves every torch version.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "bindings.h"
+#include "core/dtypes.h"
+#include "core/philox.h"
+#include "cpu/optim.h"
+#include "cpu/sweep.h"
+#include "table_host.h"
+
+#ifndef FA_MODULE_NAME
+#define FA_MODULE_NAME _core
+#endif
+
+namespace py = pybind11;
+
+namespace fa {
+namespace {
+
+template <class T>
+const T* address(uintptr_t a) {
+  return reinterpret_cast<const T*>(a);
+}
+
+// A table with what the CPU step keeps warm beside it.
+struct CpuPlan {
+  std::vector<Hyper> hypers;
+  std::vector<Chunk> chunks;
+  uint64_t structure = 0;
+  int64_t chunk = 0;
+  cpu::Rows rows;
+};
+
+class BoundTable : public Table {
+ public:
+  using Table::Table;
+  CpuPlan plan;
+
+  void set_hypers(const std::vector<std::vector<double>>& groups) {
+    std::vector<Hyper> out;
+    for (const auto& g : groups) {
+      if (g.size() * sizeof(double) != sizeof(Hyper)) throw std::invalid_argument("set_hypers: one value per hyper field expected");
+      Hyper h;
+      memcpy(&h, g.data(), sizeof h);
+      out.push_back(h);
+    }
+    plan.hypers = std::move(out);
+  }
+
+  // Power of two near total / (workers * 8), so that small totals still occupy every worker.
+  int64_t chunk_for(int workers) const {
+    int64_t total = 0, chunk = 2048;
+    for (const TensorDesc& t : tensors) total += t.numel;
+    while (chunk < 65536 && chunk * workers * 8 < total) chunk *= 2;
+    return chunk;
+  }
+
+  const std::vector<Chunk>& chunks_for(int workers) {
+    if (plan.structure != structure || plan.chunk == 0) {
+      plan.chunk = chunk_for(workers);
+      plan.chunks = cpu::make_chunks(tensors, plan.chunk);
+      plan.structure = structure;
+    }
+    return plan.chunks;
+  }
+
+  bool cpu_step(int rule, int threads, uintptr_t grad_scale, uintptr_t found_inf, uintptr_t clip, uint64_t seed, bool stochastic) {
+    if (rule < 0 || rule >= kRuleCount) throw std::invalid_argument("cpu_step: unknown rule");
+    for (const TensorDesc& t : tensors)
+      if (t.group < 0 || size_t(t.group) >= plan.hypers.size()) throw std::invalid_argument("cpu_step: set_hypers first");
+    if (found_inf && *address<float>(found_inf) != 0.f) return false;
+    const auto& chunks = chunks_for(threads);
+    const Globals globals{address<float>(grad_scale), nullptr, address<float>(clip), seed, stochastic, int32_t(plan.chunk)};
+    py::gil_scoped_release release;
+    plan.rows.build(rule, tensors, plan.hypers);
+    cpu::sweep(rule, tensors, chunks, plan.rows, globals, threads);
+    plan.rows.commit(tensors);
+    return true;
+  }
+
+  std::vector<double> cpu_squares(int threads, uintptr_t grad_scale) {
+    const auto& chunks = chunks_for(threads);
+    const float scale = grad_scale ? *address<float>(grad_scale) : 1.f;
+    py::gil_scoped_release release;
+    return cpu::squares(tensors, chunks, scale, threads);
+  }
+
+  double cpu_total_squares(int threads, uintptr_t grad_scale) {
+    double total = 0;
+    for (double s : cpu_squares(threads, grad_scale)) total += s;
+    return total;
+  }
+
+  py::bytes descriptors() const { return py::bytes(reinterpret_cast<const char*>(tensors.data()), tensors.size() * sizeof(TensorDesc)); }
+  py::bytes chunk_list(int64_t chunk) const {
+    const auto list = cpu::make_chunks(tensors, chunk);
+    return py::bytes(reinterpret_cast<const char*>(list.data()), list.size() * sizeof(Chunk));
+  }
+};
+
+py::tuple make_row(int rule, const std::vector<double>& hyper, double step, std::vector<double> aux) {
+  if (hyper.size() * sizeof(double) != sizeof(Hyper)) throw std::invalid_argument("make_row: one value per hyper field expected");
+  Hyper h;
+  memcpy(&h, hyper.data(), sizeof h);
+  aux.resize(2);
+  Clock c{step, {aux[0], aux[1]}};
+  Row r;
+  kRuleTable[rule].row(h, c, r);
+  std::vector<float> out(sizeof(Row) / sizeof(float));
+  memcpy(out.data(), &r, sizeof r);
+  return py::make_tuple(out, std::vector<double>{c.aux[0], c.aux[1]});
+}
+
+void bind_table(py::module_& m) {
+  static py::exception<TableError> error(m, "TableError");
+  py::register_exception_translator([](std::exception_ptr p) {
+    try {
+      if (p) std::rethrow_exception(p);
+    } catch (const TableError& e) {
+      const py::tuple args = py::make_tuple(e.index, e.what());
+      PyErr_SetObject(error.ptr(), args.ptr());
+    }
+  });
+  py::class_<BoundTable>(m, "Table")
+      .def(py::init<py::object, py::object, std::vector<std::string>, std::vector<std::string>, std::string, int, int>())
+      .def("add", &BoundTable::add)
+      .def("scan", &BoundTable::scan)
+      .def("use_gradient", &BoundTable::use_gradient)
+      .def("check_overlap", &BoundTable::check_overlap)
+      .def_readonly("missing", &BoundTable::missing)
+      .def_readonly("strided", &BoundTable::strided)
+      .def_readonly("active", &BoundTable::active)
+      .def_readonly("active_params", &BoundTable::active_params)
+      .def_readonly("version", &BoundTable::version)
+      .def_readonly("structure", &BoundTable::structure)
+      .def("set_hypers", &BoundTable::set_hypers)
+      .def("chunk_for", &BoundTable::chunk_for)
+      .def("chunk_list", &BoundTable::chunk_list)
+      .def("descriptors", &BoundTable::descriptors)
+      .def("cpu_step", &BoundTable::cpu_step)
+      .def("cpu_squares", &BoundTable::cpu_squares)
+      .def("cpu_total_squares", &BoundTable::cpu_total_squares);
+}
+
+// Element helpers, exposed so that tests can hold every backend against the same bits.
+void bind_elements(py::module_& m) {
+  m.def("philox", [](uint64_t seed, uint64_t block, uint32_t tensor, uint32_t step) {
+    const Philox4 r = philox(seed, block, tensor, step);
+    return py::make_tuple(r.v[0], r.v[1], r.v[2], r.v[3]);
+  });
+  m.def("random16", &random16);
+  m.def("float_to_bf16", [](float f) { return float_to_bf16(f); });
+  m.def("float_to_bf16_stochastic", [](float f, uint32_t r) { return float_to_bf16_stochastic(f, r); });
+  m.def("float_to_half", [](float f) { return float_to_half(f); });
+  m.def("half_to_float", [](uint16_t h) { return half_to_float(h); });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(FA_MODULE_NAME, m) {
+  m.doc() = "fusedadapt's compiled core";
+  py::list rules;
+  for (int i = 0; i < kRuleCount; ++i) rules.append(py::make_tuple(kRuleTable[i].name, kRuleTable[i].states, kRuleTable[i].stored));
+  m.attr("RULES") = rules;
+#define X(name) names.append(#name);
+  py::list names;
+  FA_HYPER_FIELDS(X) m.attr("HYPER_FIELDS") = py::tuple(names);
+  names = py::list();
+  FA_ROW_FIELDS(X) m.attr("ROW_FIELDS") = py::tuple(names);
+#undef X
+  m.attr("DESC_WORDS") = int(sizeof(TensorDesc) / 8);
+  m.def("make_row", &make_row);
+  m.def("isa", [] { return cpu::kernels().name; });
+  m.def("use_isa", &cpu::use_isa);
+  bind_table(m);
+  bind_elements(m);
+#if defined(FA_WITH_CUDA)
+  bind_cuda(m);
+  m.attr("CUDA") = true;
+#else
+  m.attr("CUDA") = false;
+#endif
+}
+
+}  // namespace fa

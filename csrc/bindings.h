@@ -1,0 +1,6 @@
+#pragma once
+#include <pybind11/pybind11.h>
+
+namespace fa {
+void bind_cuda(pybind11::module_& m);  // csrc/bindings_cuda.cpp: only in builds with CUDA kernels, real or emulated
+}

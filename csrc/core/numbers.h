@@ -1,0 +1,64 @@
+// Small helpers of the rules. Row functions use only + - * / and sqrt (exact in IEEE double), so host and device agree on every bit.
+#pragma once
+#include <cmath>
+
+#include "macros.h"
+#include "table.h"
+
+namespace fa {
+
+// b^n by repeated squaring: libm's pow differs between host and device.
+FA_HD double ipow(double b, double n) {
+  double out = 1.0;
+  for (int64_t k = int64_t(n); k > 0; k >>= 1) {
+    if (k & 1) out *= b;
+    b *= b;
+  }
+  return out;
+}
+
+// 2^-y for y in [0, 1] by the Taylor series of exp(-y ln 2): 22 terms are below half an ulp of double.
+FA_HD double exp2_neg(double y) {
+  const double x = -y * 0.693147180559945309417232121458;
+  double term = 1.0, sum = 1.0;
+  for (int k = 1; k <= 22; ++k) {
+    term *= x / k;
+    sum += term;
+  }
+  return sum;
+}
+
+FA_HD float sign_of(float x) { return x > 0.f ? 1.f : x < 0.f ? -1.f : x; }  // sign(0) = 0, sign(NaN) = NaN, as torch
+FA_HD float max_nan(float a, float b) { return a >= b || a != a ? a : b; }   // maximum that keeps a NaN of either side
+
+// What every row shares: weight decay, maximize.
+FA_HD void common_row(const Hyper& h, const Clock& c, Row& r) {
+  r = Row{};
+  r.sign = float(h.sign);
+  r.l2 = float(h.l2);
+  r.decay = float(1.0 - h.lr * h.decoupled - h.fixed);
+  r.step = float(c.step);
+  r.step_size = float(h.lr);
+  r.beta1 = float(h.beta1);
+  r.alpha1 = float(1.0 - h.beta1);
+  r.beta2 = float(h.beta2);
+  r.alpha2 = float(1.0 - h.beta2);
+  r.eps = float(h.eps);
+}
+
+struct Correction {
+  double bc1, bc2, root2;
+};
+FA_HD Correction correction(const Hyper& h, const Clock& c) {
+  const double bc2 = 1.0 - ipow(h.beta2, c.step);
+  return {1.0 - ipow(h.beta1, c.step), bc2, sqrt(bc2)};
+}
+
+// RAdam's and AdaBelief's variance rectification; rho is returned so that each can apply its own threshold.
+FA_HD double rectification(const Hyper& h, const Clock& c, double bc2, double* rho) {
+  const double rho_inf = 2.0 / (1.0 - h.beta2) - 1.0;
+  *rho = rho_inf - 2.0 * c.step * ipow(h.beta2, c.step) / bc2;
+  return sqrt(((*rho - 4.0) * (*rho - 2.0) * rho_inf) / ((rho_inf - 4.0) * (rho_inf - 2.0) * *rho));
+}
+
+}  // namespace fa

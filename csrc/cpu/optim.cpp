@@ -1,0 +1,144 @@
+#include "optim.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+
+#include "../core/rules.h"
+#include "pool.h"
+#include "sweep.h"
+
+namespace fa {
+
+const RuleInfo kRuleTable[] = {
+#define X(name, type) {#name, type::kStates, type::kStored, type::row},
+    FA_RULES(X)
+#undef X
+};
+const int kRuleCount = int(sizeof(kRuleTable) / sizeof(kRuleTable[0]));
+
+int rule_index(const char* name) {
+  for (int i = 0; i < kRuleCount; ++i)
+    if (!strcmp(kRuleTable[i].name, name)) return i;
+  return -1;
+}
+
+namespace cpu {
+namespace {
+
+#if defined(__x86_64__)
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c"); }
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq");
+}
+#endif
+
+const Kernels* find(const char* name) {
+#if defined(__x86_64__)
+  if (!strcmp(name, "avx512")) return has_avx512() ? &kernels_avx512 : nullptr;
+  if (!strcmp(name, "avx2")) return has_avx2() ? &kernels_avx2 : nullptr;
+#endif
+  return strcmp(name, "base") ? nullptr : &kernels_base;
+}
+
+const Kernels* best() {
+  for (const char* name : {"avx512", "avx2"})
+    if (const Kernels* k = find(name)) return k;
+  return &kernels_base;
+}
+
+std::atomic<const Kernels*> chosen{nullptr};
+
+// Chunks per work item: small tensors are handed out in batches so that an item is worth its hand-out.
+int64_t grain_of(const std::vector<TensorDesc>& tensors, const std::vector<Chunk>& chunks) {
+  int64_t total = 0;
+  for (const TensorDesc& t : tensors) total += t.numel;
+  const int64_t mean = chunks.empty() ? 1 : std::max<int64_t>(total / int64_t(chunks.size()), 1);
+  return std::max<int64_t>(1, 16384 / mean);
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  const Kernels* k = chosen.load();
+  if (!k) chosen = k = best();
+  return *k;
+}
+
+bool use_isa(const char* name) {
+  const Kernels* k = find(name);
+  if (k) chosen = k;
+  return k != nullptr;
+}
+
+void Rows::build(int rule, std::vector<TensorDesc>& tensors, const std::vector<Hyper>& hypers) {
+  rows.clear();
+  clocks.clear();
+  std::vector<int> last(hypers.size(), -1);  // most tensors of a group share its last row
+  std::vector<std::pair<int, Clock>> keys;
+  for (TensorDesc& t : tensors) {
+    const Clock before{double(*t.step), {t.aux[0] ? *t.aux[0] : 0.0, t.aux[1] ? *t.aux[1] : 0.0}};
+    const auto same = [&](const std::pair<int, Clock>& k) {
+      return k.first == t.group && k.second.step == before.step && k.second.aux[0] == before.aux[0] && k.second.aux[1] == before.aux[1];
+    };
+    int found = last[t.group] >= 0 && same(keys[last[t.group]]) ? last[t.group] : -1;
+    for (size_t k = keys.size(); found < 0 && k-- > 0 && keys.size() < 64;) found = same(keys[k]) ? int(k) : -1;
+    if (found < 0) {
+      found = int(keys.size());
+      keys.push_back({t.group, before});
+      Clock now = before;
+      now.step += 1.0;
+      Row row;
+      kRuleTable[rule].row(hypers[t.group], now, row);
+      rows.push_back(row);
+      clocks.push_back(now);
+    }
+    last[t.group] = t.row = found;
+  }
+}
+
+void Rows::commit(const std::vector<TensorDesc>& tensors) const {
+  for (const TensorDesc& t : tensors) {
+    *t.step = float(clocks[t.row].step);
+    for (int k = 0; k < 2; ++k)
+      if (t.aux[k]) *t.aux[k] = clocks[t.row].aux[k];
+  }
+}
+
+std::vector<Chunk> make_chunks(const std::vector<TensorDesc>& tensors, int64_t chunk) {
+  std::vector<Chunk> out;
+  for (size_t i = 0; i < tensors.size(); ++i)
+    for (int64_t o = 0; o < tensors[i].numel; o += chunk) out.push_back({int64_t(i), o});
+  return out;
+}
+
+std::vector<double> squares(const std::vector<TensorDesc>& tensors, const std::vector<Chunk>& chunks, float scale, int threads) {
+  std::vector<double> part(chunks.size()), out(tensors.size(), 0.0);
+  const Kernels& k = kernels();
+  parallel_for(int64_t(chunks.size()), grain_of(tensors, chunks), threads, [&](int64_t first, int64_t last) {
+    for (int64_t c = first; c < last; ++c) {
+      const TensorDesc& t = tensors[chunks[c].tensor];
+      const bool ends = c + 1 == int64_t(chunks.size()) || chunks[c + 1].tensor != chunks[c].tensor;
+      part[c] = k.squares(t, chunks[c].offset, ends ? t.numel : chunks[c + 1].offset, scale);
+    }
+  });
+  for (size_t c = 0; c < chunks.size(); ++c) out[chunks[c].tensor] += part[c];
+  return out;
+}
+
+void sweep(int rule, const std::vector<TensorDesc>& tensors, const std::vector<Chunk>& chunks, const Rows& rows, const Globals& globals, int threads) {
+  const UpdateFn update = kernels().update[rule];
+  const float scale = globals.grad_scale ? *globals.grad_scale : 1.f, clip = globals.clip ? *globals.clip : 1.f;
+  parallel_for(int64_t(chunks.size()), grain_of(tensors, chunks), threads, [&](int64_t first, int64_t last) {
+    for (int64_t c = first; c < last; ++c) {
+      const TensorDesc& t = tensors[chunks[c].tensor];
+      const bool ends = c + 1 == int64_t(chunks.size()) || chunks[c + 1].tensor != chunks[c].tensor;
+      const int64_t end = ends ? t.numel : chunks[c + 1].offset;
+      update({&t, &rows.rows[t.row], chunks[c].offset, end, scale, clip, globals.seed, globals.stochastic != 0});
+    }
+  });
+}
+
+}  // namespace cpu
+}  // namespace fa

@@ -1,0 +1,35 @@
+// CPU sweep, interface between the instruction-set specific part (optim_isa.cpp, compiled once per set) and the rest.
+#pragma once
+#include <cstdint>
+
+#include "../core/table.h"
+
+namespace fa::cpu {
+
+// Updates elements [begin, end) of one tensor. `clip` and `scale` are values by now (1 when absent).
+struct Piece {
+  const TensorDesc* tensor;
+  const Row* row;
+  int64_t begin, end;
+  float scale, clip;
+  uint64_t seed;
+  bool stochastic;
+};
+using UpdateFn = void (*)(const Piece&);
+// Sum of squares of (gradient / scale) over [begin, end), in double, in a fixed order.
+using SquaresFn = double (*)(const TensorDesc&, int64_t begin, int64_t end, float scale);
+
+struct Kernels {
+  const char* name;
+  const UpdateFn* update;  // [rule]
+  SquaresFn squares;
+};
+
+extern const Kernels kernels_base;
+#if defined(__x86_64__)
+extern const Kernels kernels_avx2, kernels_avx512;
+#endif
+const Kernels& kernels();                  // the best set this processor has, or the one chosen by use_isa
+bool use_isa(const char* name);            // "base", "avx2", "avx512"; false when this processor or build lacks it
+
+}  // namespace fa::cpu

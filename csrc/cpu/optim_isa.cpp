@@ -1,0 +1,209 @@
+// p', s' = rule(p, g, s): one pass over memory for any rule, storage type and option. Compiled once per instruction set (FA_ISA).
+// Bytes per fp32 Adam parameter: reads p, g, m, v (16), writes p, m, v (12). Memory bound: expect the machine's copy rate.
+//
+// Work goes tile by tile: a tile of a 16-bit array is widened into an L1 buffer, an fp32 array is used in place, the rule runs over
+// the tile in fp32 (vectorised), and what was widened is rounded back once.
+#include "../core/dtypes.h"
+#include "../core/philox.h"
+#include "../core/rules.h"
+#include "optim.h"
+
+#define FA_CAT2(a, b) a##b
+#define FA_CAT(a, b) FA_CAT2(a, b)
+#define FA_STR2(a) #a
+#define FA_STR(a) FA_STR2(a)
+
+namespace fa::cpu {
+namespace {
+
+constexpr int kTile = 512;
+using Keep = uint32_t;  // all ones: trainable, zero: frozen
+
+template <class To, class From, class Convert>
+FA_HD void convert(To* __restrict out, const From* __restrict in, int n, Convert f) {
+  for (int i = 0; i < n; ++i) out[i] = f(in[i]);
+}
+
+// Rounded stores write frozen elements' own bits back.
+template <class To, class Convert>
+FA_HD void store_kept(To* __restrict out, const float* __restrict in, const Keep* keep, int n, Convert f) {
+  if (!keep) return convert(out, in, n, f);
+  for (int i = 0; i < n; ++i) out[i] = keep[i] ? f(in[i]) : out[i];
+}
+
+#if defined(__F16C__)
+// GCC does not vectorise the scalar conversions.
+void widen_half(float* out, const uint16_t* in, int n) {
+  int i = 0;
+  for (; i + 8 <= n; i += 8) _mm256_storeu_ps(out + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i))));
+  for (; i < n; ++i) out[i] = half_to_float(in[i]);
+}
+#else
+void widen_half(float* out, const uint16_t* in, int n) {
+  convert(out, in, n, [](uint16_t h) { return half_to_float(h); });
+}
+#endif
+
+// A tile of an array as fp32: the array itself, or the buffer it was widened into.
+float* load_tile(void* base, int dtype, int64_t offset, int n, float* buffer) {
+  if (dtype == kF32) return static_cast<float*>(base) + offset;
+  const uint16_t* in = static_cast<const uint16_t*>(base) + offset;
+  if (dtype == kBF16) convert(buffer, in, n, [](uint16_t h) { return bf16_to_float(h); });
+  if (dtype == kF16) widen_half(buffer, in, n);
+  return buffer;
+}
+
+void store_tile(void* base, int dtype, int64_t offset, int n, const float* tile, const Keep* keep) {
+  if (dtype == kF32) {
+    float* out = static_cast<float*>(base) + offset;
+    if (out != tile) store_kept(out, tile, keep, n, [](float f) { return f; });
+    return;
+  }
+  uint16_t* out = static_cast<uint16_t*>(base) + offset;
+  if (dtype == kBF16) store_kept(out, tile, keep, n, [](float f) { return float_to_bf16(f); });
+  if (dtype == kF16) store_kept(out, tile, keep, n, [](float f) { return float_to_half(f); });
+}
+
+void store_stochastic(uint16_t* out, const float* tile, const Keep* keep, const Piece& w, int64_t offset, int n) {
+  const TensorDesc& t = *w.tensor;
+  uint64_t block = ~uint64_t(0);
+  Philox4 r{};
+  for (int i = 0; i < n; ++i) {
+    const uint64_t local = uint64_t(offset + i), inner = uint64_t(t.index_inner);
+    const uint64_t element = inner == uint64_t(t.numel) ? t.index_base + local : t.index_base + local / inner * t.index_outer + local % inner;
+    if (element >> 3 != block) {
+      block = element >> 3;
+      r = philox(w.seed, block, uint32_t(t.ordinal), uint32_t(w.row->step));
+    }
+    const uint32_t random = r.v[(element >> 1) & 3] >> (element & 1 ? 16 : 0);
+    if (!keep || keep[i]) out[i] = float_to_bf16_stochastic(tile[i], random);
+  }
+}
+
+// The parameter may live in a master copy: fp32, or split into the bf16 parameter and a 16-bit remainder.
+float* load_param(const TensorDesc& t, int64_t offset, int n, float* buffer) {
+  if (t.extra_dtype == kF32) return static_cast<float*>(t.extra) + offset;
+  if (t.extra_dtype != kI16) return load_tile(t.param, t.param_dtype, offset, n, buffer);
+  const uint16_t* high = static_cast<const uint16_t*>(t.param) + offset;
+  const int16_t* low = static_cast<const int16_t*>(t.extra) + offset;
+  for (int i = 0; i < n; ++i) buffer[i] = join_split(high[i], low[i]);
+  return buffer;
+}
+
+void store_param(const Piece& w, int64_t offset, int n, const float* tile, const Keep* keep) {
+  const TensorDesc& t = *w.tensor;
+  if (t.extra_dtype == kI16) {
+    uint16_t* high = static_cast<uint16_t*>(t.param) + offset;
+    int16_t* low = static_cast<int16_t*>(t.extra) + offset;
+    for (int i = 0; i < n; ++i)
+      if (!keep || keep[i]) split(tile[i], high + i, low + i);
+  } else if (w.stochastic && t.param_dtype == kBF16) {
+    store_stochastic(static_cast<uint16_t*>(t.param) + offset, tile, keep, w, offset, n);
+  } else {
+    store_tile(t.param, t.param_dtype, offset, n, tile, keep);
+  }
+}
+
+enum class Kept { kNone, kSome, kAll };
+
+Kept expand_mask(const uint32_t* mask, int64_t offset, int n, Keep* keep) {
+  int kept = 0;
+  for (int i = 0; i < n; ++i) {
+    const uint32_t bit = mask[(offset + i) >> 5] >> ((offset + i) & 31) & 1u;
+    keep[i] = 0u - bit;
+    kept += int(bit);
+  }
+  return kept == 0 ? Kept::kNone : kept == n ? Kept::kAll : Kept::kSome;
+}
+
+// Gradient as the rule sees it: unscaled, clipped, negated for maximize, with the coupled decay added.
+float* prepare_gradient(const Piece& w, const Row& r, const float* g, const float* p, int n, float* buffer) {
+  if (w.scale == 1.f && w.clip == 1.f && r.sign == 1.f && r.l2 == 0.f) return const_cast<float*>(g);
+  const float scale = w.scale, factor = w.clip, sign = r.sign, l2 = r.l2;
+  if (l2 == 0.f)
+    for (int i = 0; i < n; ++i) buffer[i] = g[i] / scale * factor * sign;
+  else
+    for (int i = 0; i < n; ++i) buffer[i] = g[i] / scale * factor * sign + l2 * p[i];
+  return buffer;
+}
+
+template <class Rule, bool kMasked>
+void run_tile(float* p, const float* g, float* const* s, const Keep* keep, int n, const Row& row) {
+  const Row r = row;
+  float *__restrict s0 = s[0], *__restrict s1 = s[1], *__restrict s2 = s[2], *__restrict s3 = s[3];
+#pragma GCC ivdep
+  for (int i = 0; i < n; ++i) {
+    float st[kMaxStates];
+    if (Rule::kStates > 0) st[0] = s0[i];
+    if (Rule::kStates > 1) st[1] = s1[i];
+    if (Rule::kStates > 2) st[2] = s2[i];
+    if (Rule::kStates > 3) st[3] = s3[i];
+    const float old = p[i], fresh = Rule::step(old * r.decay, g[i], st, r);
+    p[i] = kMasked && !keep[i] ? old : fresh;
+    if (Rule::kStored > 0) s0[i] = kMasked && !keep[i] ? s0[i] : st[0];
+    if (Rule::kStored > 1) s1[i] = kMasked && !keep[i] ? s1[i] : st[1];
+    if (Rule::kStored > 2) s2[i] = kMasked && !keep[i] ? s2[i] : st[2];
+    if (Rule::kStored > 3) s3[i] = kMasked && !keep[i] ? s3[i] : st[3];
+  }
+}
+
+template <class Rule>
+void update(const Piece& w) {
+  const TensorDesc& t = *w.tensor;
+  const Row r = *w.row;
+  alignas(64) float pb[kTile], gb[kTile], ub[kTile], sb[kMaxStates][kTile];
+  alignas(64) Keep kb[kTile];
+  for (int64_t offset = w.begin; offset < w.end; offset += kTile) {
+    const int n = int(w.end - offset < kTile ? w.end - offset : kTile);
+    const Kept kept = t.mask ? expand_mask(t.mask, offset, n, kb) : Kept::kAll;
+    if (kept == Kept::kNone) continue;
+    const Keep* keep = kept == Kept::kSome ? kb : nullptr;
+    float* p = load_param(t, offset, n, pb);
+    const float* g = load_tile(const_cast<void*>(t.grad), t.grad_dtype, offset, n, gb);
+    g = prepare_gradient(w, r, g, p, n, ub);
+    float* s[kMaxStates] = {};
+    for (int k = 0; k < Rule::kStates; ++k) s[k] = load_tile(t.state[k], t.state_dtype[k], offset, n, sb[k]);
+    if (keep)
+      run_tile<Rule, true>(p, g, s, keep, n, r);
+    else
+      run_tile<Rule, false>(p, g, s, nullptr, n, r);
+    for (int k = 0; k < Rule::kStored; ++k) store_tile(t.state[k], t.state_dtype[k], offset, n, s[k], keep);
+    store_param(w, offset, n, p, keep);
+  }
+}
+
+double squares(const TensorDesc& t, int64_t begin, int64_t end, float scale) {
+  alignas(64) float gb[kTile];
+  constexpr int kLanes = 16;  // sixteen running sums: a fixed order that still vectorises
+  double sum[kLanes] = {};
+  for (int64_t offset = begin; offset < end; offset += kTile) {
+    const int n = int(end - offset < kTile ? end - offset : kTile);
+    const float* g = load_tile(const_cast<void*>(t.grad), t.grad_dtype, offset, n, gb);
+    int i = 0;
+    for (; i + kLanes <= n; i += kLanes)
+      for (int j = 0; j < kLanes; ++j) {
+        const double x = double(scale == 1.f ? g[i + j] : g[i + j] / scale);
+        sum[j] += x * x;
+      }
+    for (int j = 0; i + j < n; ++j) {
+      const double x = double(g[i + j] / scale);
+      sum[j] += x * x;
+    }
+  }
+  double total = 0;
+  for (int j = 0; j < kLanes; ++j) total += sum[j];
+  return total;
+}
+
+const UpdateFn table[] = {
+#define X(name, type) update<type>,
+    FA_RULES(X)
+#undef X
+};
+
+}  // namespace
+
+extern const Kernels FA_CAT(kernels_, FA_ISA);
+const Kernels FA_CAT(kernels_, FA_ISA) = {FA_STR(FA_ISA), table, squares};
+
+}  // namespace fa::cpu

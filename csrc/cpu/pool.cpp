@@ -1,0 +1,122 @@
+#include "pool.h"
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <exception>
+#include <mutex>
+#include <thread>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define FA_PAUSE() _mm_pause()
+#else
+#define FA_PAUSE() std::this_thread::yield()
+#endif
+
+namespace fa::cpu {
+namespace {
+
+constexpr int kSpins = 4000;  // a few microseconds: the passes of one step follow each other at once
+
+struct Job {
+  int64_t items = 0, grain = 1;
+  const std::function<void(int64_t, int64_t)>* body = nullptr;
+  std::atomic<int64_t> next{0};
+  std::atomic<int> helpers{0};  // places left for pool threads
+  std::exception_ptr error;
+  std::mutex error_mutex;
+
+  void work() {
+    for (;;) {
+      const int64_t first = next.fetch_add(grain, std::memory_order_relaxed);
+      if (first >= items) return;
+      try {
+        (*body)(first, std::min(first + grain, items));
+      } catch (...) {
+        std::lock_guard<std::mutex> lock(error_mutex);
+        error = std::current_exception();
+        next.store(items);
+      }
+    }
+  }
+};
+
+struct Pool {
+  std::mutex mutex;          // guards generation, busy and the threads
+  std::condition_variable wake, done;
+  std::atomic<uint64_t> generation{0};
+  int busy = 0, threads = 0;
+  Job* job = nullptr;
+  std::mutex caller;         // one parallel_for at a time; a second caller runs alone
+
+  void loop() {
+    uint64_t seen = 0;
+    for (;;) {
+      for (int i = 0; i < kSpins && generation.load(std::memory_order_acquire) == seen; ++i) FA_PAUSE();
+      Job* mine = nullptr;
+      {
+        std::unique_lock<std::mutex> lock(mutex);
+        wake.wait(lock, [&] { return generation.load() != seen; });
+        seen = generation.load();
+        if (job && job->helpers.fetch_sub(1) > 0) {
+          mine = job;
+          ++busy;
+        }
+      }
+      if (!mine) continue;
+      mine->work();
+      std::lock_guard<std::mutex> lock(mutex);
+      if (--busy == 0) done.notify_one();
+    }
+  }
+
+  void run(Job& j, int helpers) {
+    {
+      std::lock_guard<std::mutex> lock(mutex);
+      for (; threads < helpers; ++threads) std::thread([this] { loop(); }).detach();
+      j.helpers = helpers;
+      job = &j;
+      generation.fetch_add(1, std::memory_order_release);
+    }
+    wake.notify_all();
+    j.work();
+    std::unique_lock<std::mutex> lock(mutex);
+    job = nullptr;  // a thread that wakes from here on finds nothing
+    done.wait(lock, [&] { return busy == 0; });
+  }
+};
+
+std::atomic<bool> forked{false};
+
+Pool& pool() {
+  // Never destroyed: its detached threads may outlive static destructors.
+  static Pool* p = [] {
+    pthread_atfork(nullptr, nullptr, [] { forked = true; });
+    return new Pool;
+  }();
+  return *p;
+}
+
+}  // namespace
+
+void parallel_for(int64_t items, int64_t grain, int threads, const std::function<void(int64_t, int64_t)>& body) {
+  if (items <= 0) return;
+  grain = std::max<int64_t>(grain, 1);
+  const int64_t pieces = (items + grain - 1) / grain;
+  const int helpers = int(std::min<int64_t>(threads, pieces)) - 1;
+  if (helpers <= 0 || forked) return body(0, items);
+  Pool& p = pool();
+  std::unique_lock<std::mutex> alone(p.caller, std::try_to_lock);
+  if (!alone.owns_lock()) return body(0, items);
+  Job job;
+  job.items = items;
+  job.grain = grain;
+  job.body = &body;
+  p.run(job, helpers);
+  if (job.error) std::rethrow_exception(job.error);
+}
+
+}  // namespace fa::cpu

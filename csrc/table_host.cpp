@@ -1,0 +1,284 @@
+#include "table_host.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "core/dtypes.h"
+
+namespace py = pybind11;
+
+namespace fa {
+namespace {
+
+int dtype_code(const dlpack::DataType& t) {
+  if (t.lanes != 1) return kNone;
+  const int key = t.code * 256 + t.bits;
+  switch (key) {
+    case 2 * 256 + 32: return kF32;
+    case 4 * 256 + 16: return kBF16;
+    case 2 * 256 + 16: return kF16;
+    case 2 * 256 + 64: return kF64;
+    case 0 * 256 + 16: return kI16;
+    case 0 * 256 + 32: return kI32;
+    case 0 * 256 + 64: return kI64;
+    case 0 * 256 + 8: return kI8;
+    case 1 * 256 + 8: return kU8;
+    case 6 * 256 + 8: return kBool;
+    default: return kNone;
+  }
+}
+
+// Some permutation of the dimensions is contiguous: the tensor fills a gap-free range of memory, each element once.
+bool dense(const Layout& l) {
+  const size_t n = l.dims.size() / 2;
+  std::vector<std::pair<int64_t, int64_t>> order;
+  for (size_t d = 0; d < n; ++d)
+    if (l.dims[d] != 1) order.push_back({l.dims[n + d], l.dims[d]});
+  std::sort(order.begin(), order.end());
+  int64_t expected = 1;
+  for (const auto& [stride, size] : order) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
+bool same_shape(const Layout& a, const Layout& b) {
+  return a.dims.size() == b.dims.size() && std::equal(a.dims.begin(), a.dims.begin() + a.dims.size() / 2, b.dims.begin());
+}
+
+bool same_order(const Layout& a, const Layout& b) {
+  const size_t n = a.dims.size() / 2;
+  for (size_t d = 0; d < n; ++d)
+    if (a.dims[d] > 1 && a.dims[n + d] != b.dims[n + d]) return false;
+  return true;
+}
+
+}  // namespace
+
+Table::Table(py::object exchange, py::object reader, std::vector<std::string> states, std::vector<std::string> aux, std::string extra, int device_type,
+             int device_id)
+    : reader_(std::move(reader)), n_states_(states.size()), n_aux_(aux.size()), device_type_(device_type), device_id_(device_id) {
+  if (states.size() > size_t(kMaxStates) || aux.size() > 2) throw std::invalid_argument("Table: at most 4 states and 2 scalars");
+  if (!exchange.is_none()) {
+    auto* api = static_cast<dlpack::ExchangeAPI*>(PyCapsule_GetPointer(exchange.ptr(), "dlpack_exchange_api"));
+    if (!api) throw py::error_already_set();
+    if (api->header.version.major == 1 && api->tensor_from_object) api_ = api;
+  }
+  const auto intern = [](const std::string& s) { return py::reinterpret_steal<py::object>(PyUnicode_InternFromString(s.c_str())); };
+  grad_name_ = intern("grad");
+  local_name_ = intern("_local_tensor");
+  for (const std::string& s : states) slots_.push_back({intern(s), true, true});
+  for (const std::string& s : aux) slots_.push_back({intern(s), true, false});
+  slots_.push_back({intern("step"), true, false});
+  slots_.push_back({intern(extra), false, true});
+  slots_.push_back({intern("mask"), false, false});
+}
+
+void Table::add(py::object param, py::object state, int group, int64_t ordinal, int64_t base, int64_t inner, int64_t outer) {
+  Entry e;
+  e.wrapped = py::hasattr(param, local_name_);
+  e.param = std::move(param);
+  e.state = std::move(state);
+  e.group = group;
+  e.ordinal = ordinal;
+  e.base = base;
+  e.inner = inner;
+  e.outer = outer;
+  e.objects.resize(slots_.size());
+  e.layouts.resize(slots_.size());
+  entries_.push_back(std::move(e));
+}
+
+void Table::read_slow(PyObject* object, Layout& now) {
+  const py::tuple t = reader_(py::reinterpret_borrow<py::object>(object));
+  now.data = reinterpret_cast<void*>(t[0].cast<uintptr_t>());
+  now.dtype = t[1].cast<int>();
+  now.device = {t[2].cast<int>(), t[3].cast<int>()};
+  now.dims = t[4].cast<std::vector<int64_t>>();
+  const auto strides = t[5].cast<std::vector<int64_t>>();
+  now.dims.insert(now.dims.end(), strides.begin(), strides.end());
+}
+
+// Refreshes `cached`; true when anything but the address changed.
+bool Table::read(PyObject* object, Layout& cached, int64_t index, const char* what) {
+  if (!api_) {
+    Layout now;
+    read_slow(object, now);
+    const bool changed = now.dtype != cached.dtype || now.dims != cached.dims || now.device.type != cached.device.type || now.device.id != cached.device.id;
+    now.numel = 1;
+    for (size_t d = 0; d < now.dims.size() / 2; ++d) now.numel *= now.dims[d];
+    cached = std::move(now);
+    return changed;
+  }
+  dlpack::Tensor t;
+  if (api_->tensor_from_object(object, &t) != 0) {
+    PyErr_Clear();
+    throw TableError(index, std::string("read:") + what);
+  }
+  const size_t n = size_t(t.ndim);
+  const int dtype = dtype_code(t.dtype);
+  cached.data = static_cast<char*>(t.data) + t.byte_offset;
+  if (cached.dims.size() == 2 * n && cached.dtype == dtype && cached.device.type == t.device.type && cached.device.id == t.device.id &&
+      !memcmp(cached.dims.data(), t.shape, n * 8) && !memcmp(cached.dims.data() + n, t.strides, n * 8))
+    return false;
+  cached.dtype = dtype;
+  cached.device = t.device;
+  cached.dims.assign(t.shape, t.shape + n);
+  cached.dims.insert(cached.dims.end(), t.strides, t.strides + n);
+  cached.numel = 1;
+  for (size_t d = 0; d < n; ++d) cached.numel *= t.shape[d];
+  return true;
+}
+
+int Table::scan() {
+  missing.clear();
+  strided.clear();
+  const uint64_t before = version;
+  version = 0;  // an exception below leaves descriptors half updated: the next scan then rebuilds them
+  bool changed = before == 0;
+  for (size_t i = 0; i < entries_.size(); ++i) {
+    Entry& e = entries_[i];
+    py::object grad = std::move(e.override_grad);
+    if (!grad) grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(e.param.ptr(), grad_name_.ptr()));
+    if (!grad) throw py::error_already_set();
+    const bool live = !grad.is_none();
+    changed |= live != e.live;
+    e.live = live;
+    if (live) scan_entry(int64_t(i), e, grad.ptr(), &changed);
+  }
+  if (!missing.empty()) return kMissingState;
+  if (!strided.empty()) return kStridedGradient;
+  version = changed ? ++versions_ : before;
+  if (changed) refresh();
+  return kReady;
+}
+
+// Gathers the descriptors of the tensors that have a gradient.
+void Table::refresh() {
+  std::vector<int64_t> now;
+  for (size_t i = 0; i < entries_.size(); ++i)
+    if (entries_[i].live) now.push_back(int64_t(i));
+  bool resized = now != active || structure == 0;
+  for (size_t k = 0; !resized && k < now.size(); ++k) resized = tensors[k].numel != entries_[now[k]].desc.numel;
+  if (resized) {
+    structure = version;
+    active = std::move(now);
+    active_params = py::list();
+    for (int64_t i : active) active_params.append(entries_[i].param);
+    tensors.resize(active.size());
+  }
+  for (size_t k = 0; k < active.size(); ++k) tensors[k] = entries_[active[k]].desc;
+}
+
+// Reads one parameter with its gradient and states; notes in `missing` or `strided` what Python has to mend first.
+void Table::scan_entry(int64_t index, Entry& e, PyObject* grad, bool* moved) {
+  py::object held_p, held_g, held;
+  const auto local = [&](PyObject* o, py::object& hold) {
+    if (!e.wrapped) return o;
+    hold = py::reinterpret_steal<py::object>(PyObject_GetAttr(o, local_name_.ptr()));
+    if (!hold) throw py::error_already_set();
+    return hold.ptr();
+  };
+  void *old_p = e.p.data, *old_g = e.g.data;
+  bool changed = read(local(e.param.ptr(), held_p), e.p, index, "param");
+  changed |= read(local(grad, held_g), e.g, index, "grad");
+  bool shifted = old_p != e.p.data || old_g != e.g.data;
+  for (size_t k = 0; k < slots_.size(); ++k) {
+    PyObject* o = PyDict_GetItemWithError(e.state.ptr(), slots_[k].key.ptr());
+    if (o == Py_None) o = nullptr;
+    if (!o && slots_[k].required) return missing.push_back(index);
+    if (o != e.objects[k].ptr()) {
+      e.objects[k] = o ? py::reinterpret_borrow<py::object>(o) : py::object();
+      changed = true;
+      if (!o) e.layouts[k] = Layout{};
+    }
+    if (!o) continue;
+    void* old = e.layouts[k].data;
+    changed |= read(e.wrapped ? local(o, held) : o, e.layouts[k], index, PyUnicode_AsUTF8(slots_[k].key.ptr()));
+    shifted |= old != e.layouts[k].data;
+  }
+  if (changed) validate(index, e);
+  if (!same_order(e.p, e.g) && e.p.numel) return strided.push_back(index);
+  if (changed || shifted) {
+    fill(e);
+    *moved = true;
+  }
+}
+
+void Table::validate(int64_t index, Entry& e) {
+  const auto fail = [&](const std::string& what) {
+    e.p = e.g = Layout{};  // validate again next time
+    throw TableError(index, what);
+  };
+  const auto floating = [](int d) { return d == kF32 || d == kBF16 || d == kF16; };
+  if (e.p.device.type != device_type_ || e.p.device.id != device_id_) fail("device:param");
+  if (!floating(e.p.dtype)) fail("dtype:param");
+  if (!dense(e.p) && e.p.numel) fail("strides:param");
+  if (!e.p.data && e.p.numel) fail("null:param");
+  if (e.g.device.type != device_type_ || e.g.device.id != device_id_) fail("device:grad");
+  if (!floating(e.g.dtype)) fail("dtype:grad");
+  if (!same_shape(e.p, e.g)) fail("shape:grad");
+  if (!e.g.data && e.g.numel) fail("null:grad");
+  for (size_t k = 0; k < slots_.size(); ++k) {
+    if (!e.objects[k]) continue;
+    const Layout& l = e.layouts[k];
+    const std::string name = PyUnicode_AsUTF8(slots_[k].key.ptr());
+    const bool mask = k == n_states_ + n_aux_ + 2, extra = k == n_states_ + n_aux_ + 1;
+    if (l.device.type != device_type_ || l.device.id != device_id_) fail("device:" + name);
+    if (!l.data && l.numel) fail("null:" + name);
+    if (slots_[k].same_layout) {
+      if (!same_shape(e.p, l)) fail("shape:" + name);
+      if (!same_order(e.p, l) && e.p.numel) fail("strides:" + name);
+      if (extra ? l.dtype != kF32 && l.dtype != kI16 : !floating(l.dtype)) fail("dtype:" + name);
+      if (extra && l.dtype == kI16 && e.p.dtype != kBF16) fail("dtype:" + name);
+    } else if (mask) {
+      if (l.dtype != kI32 || l.numel != (e.p.numel + 31) / 32) fail("shape:" + name);
+    } else if (l.numel != 1 || l.dtype != (k < n_states_ + n_aux_ ? kF64 : kF32)) {
+      fail("dtype:" + name);
+    }
+  }
+}
+
+void Table::fill(Entry& e) {
+  TensorDesc d{};
+  d.param = e.p.data;
+  d.grad = e.g.data;
+  d.param_dtype = uint8_t(e.p.dtype);
+  d.grad_dtype = uint8_t(e.g.dtype);
+  uintptr_t bits = uintptr_t(d.param) | uintptr_t(d.grad);
+  for (size_t k = 0; k < n_states_; ++k) {
+    d.state[k] = e.layouts[k].data;
+    d.state_dtype[k] = uint8_t(e.layouts[k].dtype);
+    bits |= uintptr_t(d.state[k]);
+  }
+  for (size_t k = 0; k < n_aux_; ++k) d.aux[k] = static_cast<double*>(e.layouts[n_states_ + k].data);
+  d.step = static_cast<float*>(e.layouts[n_states_ + n_aux_].data);
+  d.extra = e.layouts[n_states_ + n_aux_ + 1].data;
+  d.extra_dtype = uint8_t(e.layouts[n_states_ + n_aux_ + 1].dtype);
+  bits |= uintptr_t(d.extra);
+  d.mask = static_cast<const uint32_t*>(e.layouts[n_states_ + n_aux_ + 2].data);
+  d.aligned = bits % 16 == 0;
+  d.numel = e.p.numel;
+  d.group = e.group;
+  d.ordinal = e.ordinal;
+  d.index_base = e.base;
+  d.index_inner = e.inner > 0 ? e.inner : e.p.numel;
+  d.index_outer = e.outer;
+  e.desc = d;
+}
+
+void Table::check_overlap() const {
+  std::vector<std::pair<std::pair<uintptr_t, uintptr_t>, int64_t>> spans;
+  for (size_t k = 0; k < tensors.size(); ++k)
+    if (tensors[k].numel) {
+      const uintptr_t first = uintptr_t(tensors[k].param);
+      spans.push_back({{first, first + uintptr_t(tensors[k].numel * dtype_size(tensors[k].param_dtype))}, active[k]});
+    }
+  std::sort(spans.begin(), spans.end());
+  for (size_t k = 1; k < spans.size(); ++k)
+    if (spans[k].first.first < spans[k - 1].first.second)
+      throw TableError(spans[k].second, "overlap:" + std::to_string(spans[k - 1].second));
+}
+
+}  // namespace fa
