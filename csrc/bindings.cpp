@@ -92,7 +92,12 @@ class BoundTable : public Table {
     return total;
   }
 
-  py::bytes descriptors() const { return py::bytes(reinterpret_cast<const char*>(tensors.data()), tensors.size() * sizeof(TensorDesc)); }
+  // With one row per tensor (device rows) the k-th descriptor reads row k; otherwise the rows of the last cpu_step.
+  py::bytes descriptors(bool row_per_tensor) const {
+    std::vector<TensorDesc> out = tensors;
+    for (size_t k = 0; row_per_tensor && k < out.size(); ++k) out[k].row = int32_t(k);
+    return py::bytes(reinterpret_cast<const char*>(out.data()), out.size() * sizeof(TensorDesc));
+  }
   py::bytes chunk_list(int64_t chunk) const {
     const auto list = cpu::make_chunks(tensors, chunk);
     return py::bytes(reinterpret_cast<const char*>(list.data()), list.size() * sizeof(Chunk));
@@ -110,6 +115,20 @@ py::tuple make_row(int rule, const std::vector<double>& hyper, double step, std:
   std::vector<float> out(sizeof(Row) / sizeof(float));
   memcpy(out.data(), &r, sizeof r);
   return py::make_tuple(out, std::vector<double>{c.aux[0], c.aux[1]});
+}
+
+// The identities of all parameters in all groups, in order: changes when a parameter is added, removed or replaced.
+uint64_t fingerprint(const py::list& param_groups) {
+  static PyObject* key = PyUnicode_InternFromString("params");
+  uint64_t h = 1469598103934665603ull;
+  for (py::handle group : param_groups) {
+    PyObject* params = PyDict_GetItemWithError(group.ptr(), key);
+    if (!params || !PyList_Check(params)) throw std::invalid_argument("fingerprint: every param group needs a list 'params'");
+    const Py_ssize_t n = PyList_GET_SIZE(params);
+    h = (h ^ uint64_t(n)) * 1099511628211ull;
+    for (Py_ssize_t i = 0; i < n; ++i) h = (h ^ uint64_t(uintptr_t(PyList_GET_ITEM(params, i)))) * 1099511628211ull;
+  }
+  return h;
 }
 
 void bind_table(py::module_& m) {
@@ -137,7 +156,7 @@ void bind_table(py::module_& m) {
       .def("set_hypers", &BoundTable::set_hypers)
       .def("chunk_for", &BoundTable::chunk_for)
       .def("chunk_list", &BoundTable::chunk_list)
-      .def("descriptors", &BoundTable::descriptors)
+      .def("descriptors", &BoundTable::descriptors, py::arg("row_per_tensor") = false)
       .def("cpu_step", &BoundTable::cpu_step)
       .def("cpu_squares", &BoundTable::cpu_squares)
       .def("cpu_total_squares", &BoundTable::cpu_total_squares);
@@ -171,6 +190,7 @@ PYBIND11_MODULE(FA_MODULE_NAME, m) {
 #undef X
   m.attr("DESC_WORDS") = int(sizeof(TensorDesc) / 8);
   m.def("make_row", &make_row);
+  m.def("fingerprint", &fingerprint);
   m.def("isa", [] { return cpu::kernels().name; });
   m.def("use_isa", &cpu::use_isa);
   bind_table(m);

@@ -177,8 +177,10 @@ void Table::scan_entry(int64_t index, Entry& e, PyObject* grad, bool* moved) {
   const auto local = [&](PyObject* o, py::object& hold) {
     if (!e.wrapped) return o;
     hold = py::reinterpret_steal<py::object>(PyObject_GetAttr(o, local_name_.ptr()));
-    if (!hold) throw py::error_already_set();
-    return hold.ptr();
+    if (hold) return hold.ptr();
+    if (!PyErr_ExceptionMatches(PyExc_AttributeError)) throw py::error_already_set();
+    PyErr_Clear();  // a plain tensor beside a sharded parameter (its step count, say)
+    return o;
   };
   void *old_p = e.p.data, *old_g = e.g.data;
   bool changed = read(local(e.param.ptr(), held_p), e.p, index, "param");

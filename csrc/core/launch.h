@@ -1,13 +1,13 @@
 // The CUDA launch model as our kernels use it: every .cu file includes this and nothing else from CUDA.
-// nvcc gets the real thing; with -DFA_EMULATE the same names come from csrc/emulator/cuda_on_cpu.h, which runs the kernel on the CPU and throws on
-// what would break a GPU. Kernels use only these names (never a raw __shfl_*_sync or __shared__), or the emulator cannot watch them.
+// nvcc gets the real thing; with -DFA_EMULATE the same names come from csrc/emulator/cuda_on_cpu.h, which runs the kernel on the CPU and
+// throws on what would break a GPU. Kernels use only these names (never a raw __shfl_*_sync or __shared__), or the emulator cannot watch.
 //
 //   FA_LAUNCH(kernel, grid, block, dynamic_smem_bytes, stream, args...)   then fa::check(cudaGetLastError(), "op")
 //   FA_SHARED(float, tile, [32][33]);  FA_SHARED(int, count);             statically sized shared memory, uninitialised
 //   fa::dynamic_shared<T>()                                               the launch's dynamic shared memory
 //   fa::vec_load<Pack>(p)  fa::vec_store(p, pack)                         one 4-, 8- or 16-byte access; p must be aligned to it
 //   fa::syncthreads()  syncthreads_or(pred)  syncthreads_count(pred)  syncwarp(mask)
-//   fa::shfl(v, lane)  shfl_xor(v, m)  shfl_down(v, d)  shfl_up(v, d)  ballot(pred)  any(pred)  all(pred)   every one takes a lane mask last
+//   fa::shfl(v, lane)  shfl_xor(v, m)  shfl_down(v, d)  shfl_up(v, d)  ballot(pred)  any(pred)  all(pred)   lane mask last
 //   fa::atomic_add/max/min/or/exch/cas   fa::threadfence()   fa::lane_id()
 #pragma once
 #include <cstddef>
@@ -34,7 +34,9 @@ namespace fa {
 
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream, Args... args) {
+  // clang-format off
   kernel<<<grid, block, shared_bytes, stream>>>(static_cast<Params>(args)...);
+  // clang-format on
 }
 
 // One untyped array for all: `extern __shared__ T x[]` with a second T is a redeclaration error.

@@ -1,11 +1,15 @@
-// A strict CPU stand-in for the CUDA launch model: runs the real .cu kernels in tests and throws fa::emulator::Error on what would break a GPU.
+// A strict CPU stand-in for the CUDA launch model: runs the real .cu kernels in tests and throws fa::emulator::Error on what would break
+// a GPU.
 //
-// Each CUDA thread runs until it must wait for others; then it keeps its stack (a fiber) and another thread of the block goes on. So a kernel without
-// barriers is a plain loop of calls. Threads and blocks run in a random order drawn from the seed: code that leans on an order fails.
-// Caught: a barrier that not every thread of the block reaches on one line; a shuffle or vote whose mask names lanes that exited, do not exist or wait
-// elsewhere; reads of shared memory never written (poisoned as NaN 0xFFC0DEAD in each block); missing barriers, through the random order; misaligned
-// vector accesses; more shared memory than a block gets; under AddressSanitizer every access out of bounds, shared memory included.
-// Not modelled: blocks running at once (a block that spins on another hangs), memory ordering, sub-warp `width`, warp-synchronous code without a mask.
+// Each CUDA thread runs until it must wait for others; then it keeps its stack (a fiber) and another thread of the block goes on. So a
+// kernel without barriers is a plain loop of calls (12 ns a thread; a wait costs ~75 ns). Threads and blocks run in a random order drawn
+// from the seed: code that leans on an order fails.
+// Caught: a barrier that not every thread of the block reaches on one line; a shuffle
+// or vote whose mask names lanes that exited, do not exist or wait elsewhere; reads of shared memory never written (poisoned as NaN
+// 0xFFC0DEAD in each block); missing barriers, through the random order; misaligned vector accesses; more shared memory than a block
+// gets; under AddressSanitizer every access out of bounds, shared memory included.
+// Not modelled: blocks running at once (a block that
+// spins on another hangs), memory ordering, sub-warp `width`, warp-synchronous code without a mask.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -39,7 +43,8 @@ constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LI
 
 enum class Wait { kSyncthreads, kSyncthreadsCount, kSyncwarp, kShuffle, kBallot };
 
-// The running thread's coordinates. Plain globals, because launches are serialised and a thread_local costs a call per access in a shared library.
+// The running thread's coordinates. Plain globals, because launches are serialised and a thread_local costs a call per access in a shared
+// library.
 extern uint3 thread_idx, block_idx;
 extern dim3 block_dim, grid_dim;
 
@@ -69,7 +74,8 @@ template <class T> T& shared(const void* key, const char* name) {
 }
 
 template <class... Params, class... Args>
-void launch(const char* text, Site site, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t, Args... args) {
+void launch(const char* text, Site site, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
+            Args... args) {
   auto body = [=] { kernel(static_cast<Params>(args)...); };  // by value, as CUDA copies arguments at the launch
   run({text, site, grid, block, shared_bytes, [](void* b) { (*static_cast<decltype(body)*>(b))(); }, &body});
 }
@@ -115,10 +121,14 @@ template <class V> void vec_store(void* p, const V& v, Site s = here()) {
 inline void syncthreads(Site s = here()) { emulator::wait(emulator::Wait::kSyncthreads, s, 0, 0, 0); }
 inline int syncthreads_count(bool pred, Site s = here()) { return int(emulator::wait(emulator::Wait::kSyncthreadsCount, s, 0, pred, 0)); }
 inline bool syncthreads_or(bool pred, Site s = here()) { return emulator::wait(emulator::Wait::kSyncthreadsCount, s, 0, pred, 0) != 0; }
-inline void syncwarp(unsigned mask = kAllLanes, Site s = here()) { emulator::wait(emulator::Wait::kSyncwarp, s, mask, 0, emulator::current_lane()); }
+inline void syncwarp(unsigned mask = kAllLanes, Site s = here()) {
+  emulator::wait(emulator::Wait::kSyncwarp, s, mask, 0, emulator::current_lane());
+}
 inline void threadfence() {}
 
-template <class T> T shfl(T v, unsigned lane, unsigned mask = kAllLanes, Site s = here()) { return emulator::exchange(v, lane % kWarp, mask, s); }
+template <class T> T shfl(T v, unsigned lane, unsigned mask = kAllLanes, Site s = here()) {
+  return emulator::exchange(v, lane % kWarp, mask, s);
+}
 template <class T> T shfl_xor(T v, unsigned bits, unsigned mask = kAllLanes, Site s = here()) {
   const unsigned me = emulator::current_lane(), other = me ^ bits;
   return emulator::exchange(v, other < kWarp ? other : me, mask, s);
@@ -138,7 +148,10 @@ inline bool any(bool pred, unsigned mask = kAllLanes, Site s = here()) { return 
 inline bool all(bool pred, unsigned mask = kAllLanes, Site s = here()) { return ballot(pred, mask, s) == mask; }
 
 // One thread runs at a time, so plain code is atomic.
-template <class T> T atomic_exch(T* p, T v) { const T old = *p; return *p = v, old; }
+template <class T> T atomic_exch(T* p, T v) {
+  const T old = *p;
+  return *p = v, old;
+}
 template <class T> T atomic_add(T* p, T v) { return atomic_exch(p, T(*p + v)); }
 template <class T> T atomic_max(T* p, T v) { return atomic_exch(p, *p < v ? v : *p); }
 template <class T> T atomic_min(T* p, T v) { return atomic_exch(p, v < *p ? v : *p); }

@@ -1,4 +1,5 @@
-// The scheduler behind cuda_on_cpu.h: picks which thread of the block runs next, pairs barriers and warp operations, explains a block that is stuck.
+// The scheduler behind cuda_on_cpu.h: picks which thread of the block runs next, pairs barriers and warp operations, explains a block
+// that is stuck.
 #include <algorithm>
 #include <deque>
 #include <exception>
@@ -23,7 +24,7 @@ dim3 block_dim, grid_dim;
 namespace {
 
 constexpr size_t kSharedLimit = 48 << 10;  // what a block gets without asking the driver for more
-constexpr uint32_t kPoison = 0xFFC0DEAD;   // as a float a quiet NaN, as an index far out of bounds
+constexpr uint32_t kPoison = 0xFFC0DEAD;  // as a float a quiet NaN, as an index far out of bounds
 
 struct Thread {
   enum State { kReady, kRunning, kWaiting, kExited } state;
@@ -51,7 +52,9 @@ const char* name(Wait kind) {
 }
 
 bool is_block_wide(Wait kind) { return kind == Wait::kSyncthreads || kind == Wait::kSyncthreadsCount; }
-bool same_place(const Thread& a, const Thread& b) { return a.kind == b.kind && a.site.line == b.site.line && !std::strcmp(a.site.file, b.site.file); }
+bool same_place(const Thread& a, const Thread& b) {
+  return a.kind == b.kind && a.site.line == b.site.line && !std::strcmp(a.site.file, b.site.file);
+}
 
 class SharedMemory {
  public:
@@ -89,7 +92,8 @@ class SharedMemory {
   void* take(size_t bytes, size_t alignment) {
     alignment = std::max<size_t>(alignment, 16);
     const size_t begin = (end_ + kGap + alignment - 1) / alignment * alignment;
-    if (begin + bytes > kBytes) throw Error("emulator: a kernel may have few shared variables; gaps filled the arena; merge them in a struct");
+    if (begin + bytes > kBytes)
+      throw Error("emulator: a kernel may have few shared variables; gaps filled the arena; merge them in a struct");
     end_ = begin + bytes;
     used_ += bytes;
     ASAN_UNPOISON_MEMORY_REGION(memory_ + begin, bytes);
@@ -254,7 +258,8 @@ uint64_t Device::wait(Wait kind, Site site, uint32_t mask, uint64_t value, unsig
   return t.result;
 }
 
-// Does nothing until the last lane of the mask has come to the same place; then all of them get their results, read from what every lane brought.
+// Does nothing until the last lane of the mask has come to the same place; then all of them get their results, read from what every lane
+// brought.
 void Device::complete_warp_operation(const Thread& t) {
   const unsigned me = index(&t), base = me / kWarp * kWarp;
   if (!(t.mask >> (me - base) & 1)) return;
@@ -314,8 +319,8 @@ std::string Device::describe(const Thread& t) const {
 
 std::string Device::where() const {
   const uint3 b = block_idx;
-  return " [block (" + std::to_string(b.x) + "," + std::to_string(b.y) + "," + std::to_string(b.z) + ") of " + launch_.kernel + ", launched at " +
-         text(launch_.site) + "]";
+  return " [block (" + std::to_string(b.x) + "," + std::to_string(b.y) + "," + std::to_string(b.z) + ") of " + launch_.kernel +
+         ", launched at " + text(launch_.site) + "]";
 }
 
 std::string Device::why_stuck() const {
@@ -324,11 +329,13 @@ std::string Device::why_stuck() const {
     const unsigned me = index(&t), base = me / kWarp * kWarp;
     if (!(t.mask >> (me - base) & 1)) return "a lane must be in its own mask; " + describe(t) + " and is not; fix the mask";
     if (!(t.mask >> t.source_lane & 1))
-      return "a shuffle must read a lane of its mask; " + describe(t) + " and reads lane " + std::to_string(t.source_lane) + "; widen the mask";
+      return "a shuffle must read a lane of its mask; " + describe(t) + " and reads lane " + std::to_string(t.source_lane) +
+             "; widen the mask";
     for (unsigned lane = 0; lane < kWarp; ++lane) {
       if (!(t.mask >> lane & 1)) continue;
       const std::string must = "every lane of the mask must reach one " + std::string(name(t.kind)) + "; " + describe(t) + " but ";
-      if (base + lane >= threads_.size()) return must + "lane " + std::to_string(lane) + " does not exist; make the block a multiple of 32 threads";
+      if (base + lane >= threads_.size())
+        return must + "lane " + std::to_string(lane) + " does not exist; make the block a multiple of 32 threads";
       const Thread& other = threads_[base + lane];
       if (other.state == Thread::kExited) return must + describe(other) + "; keep lanes alive until the last warp operation";
       if (!same_place(other, t)) return must + describe(other) + "; move it out of the branch or give each branch its own mask";
@@ -336,7 +343,8 @@ std::string Device::why_stuck() const {
     }
   }
   const auto waiting = std::find_if(threads_.begin(), threads_.end(), [](const Thread& t) { return t.state == Thread::kWaiting; });
-  const auto odd = std::find_if(threads_.begin(), threads_.end(), [&](const Thread& t) { return t.state == Thread::kExited || !same_place(t, *waiting); });
+  const auto odd = std::find_if(threads_.begin(), threads_.end(),
+                                [&](const Thread& t) { return t.state == Thread::kExited || !same_place(t, *waiting); });
   return "every thread of a block must reach one barrier; " + describe(*waiting) + " but " + describe(*odd) +
          "; move the barrier out of the branch and exit only after the last one";
 }
@@ -353,8 +361,12 @@ void set_seed(uint64_t seed) {
   device().seed(seed);
 }
 
-uint64_t wait(Wait kind, Site site, uint32_t mask, uint64_t value, unsigned source_lane) { return device().wait(kind, site, mask, value, source_lane); }
-void* shared_variable(const void* key, size_t bytes, size_t alignment, const char* name) { return device().shared.variable(key, bytes, alignment, name); }
+uint64_t wait(Wait kind, Site site, uint32_t mask, uint64_t value, unsigned source_lane) {
+  return device().wait(kind, site, mask, value, source_lane);
+}
+void* shared_variable(const void* key, size_t bytes, size_t alignment, const char* name) {
+  return device().shared.variable(key, bytes, alignment, name);
+}
 void* dynamic_shared_memory() { return device().shared.dynamic(); }
 unsigned current_lane() { return device().index(device().current()) % kWarp; }
 

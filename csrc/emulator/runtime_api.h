@@ -4,14 +4,22 @@
 #include <cstdlib>
 #include <cstring>
 
-struct uint3 { unsigned x, y, z; };
+struct uint3 {
+  unsigned x, y, z;
+};
 struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
 
 using cudaStream_t = struct CUstream_st*;
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorMemoryAllocation = 2, cudaErrorInvalidConfiguration = 9, cudaErrorInvalidDevice = 101 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
+  cudaErrorMemoryAllocation = 2,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorInvalidDevice = 101
+};
 enum cudaMemcpyKind { cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
 
@@ -59,7 +67,8 @@ inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream
   if (bytes) std::memset(to, value, bytes);
   return cudaSuccess;
 }
-inline cudaError_t cudaMalloc(void** p, size_t bytes) {  // filled with garbage as a GPU's is: a zeroed allocation hides missing initialisation
+inline cudaError_t cudaMalloc(void** p,
+                              size_t bytes) {  // filled with garbage as a GPU's is: a zeroed allocation hides missing initialisation
   *p = std::malloc(bytes ? bytes : 1);
   if (*p && bytes) std::memset(*p, 0xC7, bytes);
   return fa::emulator::report(*p ? cudaSuccess : cudaErrorMemoryAllocation);

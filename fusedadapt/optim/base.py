@@ -1,0 +1,313 @@
+"""FusedOptimizer: a torch.optim.Optimizer whose step is one sweep over memory, whatever the rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from operator import itemgetter
+from typing import Any, ClassVar, TypedDict
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+
+from .. import dispatch
+from . import state as states
+from .plans import CpuPlan, Entry, Plan, ReferencePlan, Scalars, on
+from .plans_device import PLANS
+from .spec import RULES, STATE_DTYPES, hyper
+from .table import local
+
+try:
+    from typing import Unpack
+except ImportError:  # Python 3.10
+    from typing_extensions import Unpack
+
+Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+
+
+class Extras(TypedDict, total=False):
+    """Keyword-only options every optimizer of ours takes; :class:`FusedOptimizer` documents them."""
+
+    maximize: bool
+    capturable: bool
+    state_dtype: str | None
+    stochastic_rounding: bool
+    master_weights: str | None
+    masks: dict[Tensor, Tensor] | None
+    max_grad_norm: float | None
+    backend: str | None
+    seed: int
+    foreach: bool | None
+    fused: bool | None
+    differentiable: bool
+
+
+class FusedOptimizer(Optimizer):
+    """Base of every optimizer here: torch's interface, one launch per device and rule for any number of tensors.
+
+    Shared keyword-only options:
+
+    - ``maximize``: ascend. The L2 term (coupled decay) still decays, as in torch.
+    - ``capturable``: accepted for torch's sake; on GPUs step counts always live on the device.
+    - ``state_dtype``: ``None`` (the parameter's dtype, as torch), ``"fp32"``, ``"bf16"`` or ``"fp16"``. fp16 states must be asked for by name:
+      a second moment of small gradients underflows there.
+    - ``stochastic_rounding``: bf16 parameters are rounded up or down with the probability that makes the expectation exact. The random bits are
+      a pure function of (``seed``, step, parameter number, global element index): a replay, another backend or another sharding gives the same.
+    - ``master_weights``: ``"fp32"`` keeps an fp32 copy of each 16-bit parameter in the state; ``"split"`` keeps the low 16 bits of it beside a
+      bf16 parameter (2 bytes, exact).
+    - ``masks``: ``{param: bool tensor}``, True = trainable. Frozen elements keep parameter and state bit for bit, also under weight decay.
+    - ``max_grad_norm``: clip to this global L2 norm of the unscaled gradients, inside the step; ``opt.grad_norm`` holds the norm (0-d tensor).
+    - ``backend``: ``"cpp"``, ``"cuda"``, ``"triton"`` or ``"reference"``; raises if it cannot run. ``None`` chooses (see ``fusedadapt.explain``).
+    - ``foreach``, ``fused``: accepted and ignored (every step is fused); ``differentiable=True`` is refused.
+
+    Gradients are never modified. A parameter must be dense (any memory order); a gradient in another memory order is copied first.
+    """
+
+    #: variant of the options -> keyword arguments that select it; tests, parity, benches and tables iterate these
+    examples: ClassVar[tuple[dict[str, Any], ...]] = ({},)
+    #: hyper-parameters that weight_decay feeds: "l2" (coupled) or "decoupled"
+    decay: ClassVar[str] = "l2"
+    _step_supports_amp_scaling = True
+    _step_rule: ClassVar[str] = ""
+
+    def __init__(self, params: Params, defaults: dict[str, Any], extras: Extras):
+        unknown = set(extras) - set(Extras.__annotations__)
+        if unknown:
+            raise TypeError(f"{type(self).__name__}: unexpected arguments {sorted(unknown)}; see FusedOptimizer for the shared options")
+        self._take_extras(extras)
+        shared = {"maximize": False, "foreach": None, "capturable": False, "differentiable": False, "fused": None, "seed": 0}
+        super().__init__(params, defaults | {k: extras.get(k, v) for k, v in shared.items()})  # type: ignore[arg-type]
+        self._masks = states.pack_masks(self, extras.get("masks") or {})
+
+    def _take_extras(self, extras: Extras) -> None:
+        name = type(self).__name__
+        if extras.get("differentiable"):
+            raise ValueError(f"{name}: expected differentiable=False; a fused step has no autograd graph; use torch.optim for that")
+        self.state_dtype = states.one_of(name, "state_dtype", extras.get("state_dtype"), (None, *STATE_DTYPES))
+        self.master_weights = states.one_of(name, "master_weights", extras.get("master_weights"), (None, "fp32", "split"))
+        self.stochastic_rounding = bool(extras.get("stochastic_rounding", False))
+        self.max_grad_norm = extras.get("max_grad_norm")
+        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
+            raise ValueError(f"{name}: expected max_grad_norm > 0; got {self.max_grad_norm}; None turns clipping off")
+        self.backend = extras.get("backend")
+        self.grad_norm: Tensor | None = None
+        self._reset()
+
+    def _reset(self) -> None:
+        """Forgets everything that is derived from param_groups and state."""
+        self._plans: list[Plan] = []
+        self._fingerprint: Any = None
+        self._group_keys: list[Any] = []
+        self._sharded = False
+
+    # --- what a rule defines -----------------------------------------------------------------------------------------------------------
+
+    def _rule(self, group: dict[str, Any]) -> str:
+        """Name of the rule (spec.RULES) this group's options select."""
+        return self._step_rule
+
+    def _hyper(self, group: dict[str, Any]) -> dict[str, float]:
+        """Hyper-parameter fields of the group; a rule with more options extends this."""
+        fields = {"lr": float(group["lr"]), "sign": -1.0 if group["maximize"] else 1.0, "eps": group.get("eps", 0.0)}
+        fields[self.decay] = group.get("weight_decay", 0.0)
+        for i, beta in enumerate(group.get("betas", ())):
+            fields[f"beta{i + 1}"] = beta
+        return fields
+
+    def _initial(self, name: str, p: Tensor, group: dict[str, Any]) -> Tensor | float:
+        """Start value of a state: a number, or a tensor of the parameter's shape."""
+        return 0.0
+
+    # --- the step ----------------------------------------------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of every parameter that has a gradient. Either all of them change, or, on an error, none.
+
+        Raises ValueError (naming the tensor) on gradients or states that do not fit, RuntimeError if the requested backend cannot run.
+        """
+        if _global_optimizer_pre_hooks or self._optimizer_step_pre_hooks or torch.autograd._profiler_enabled():
+            return self._step_with_hooks(closure)
+        loss = self._step(closure)
+        if _global_optimizer_post_hooks or self._optimizer_step_post_hooks:
+            for hook in (*self._optimizer_step_post_hooks.values(), *_global_optimizer_post_hooks.values()):
+                hook(self, (closure,), {})
+        return loss
+
+    # torch wraps the step of classes that do not say they handle hooks themselves; its wrapper costs more than our step of a small tensor.
+    step.hooked = True  # type: ignore[attr-defined]
+    step = torch.compiler.disable(step)
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _step_with_hooks(self, closure: Callable[[], Any] | None) -> Any:
+        args: tuple[Any, ...] = (closure,)
+        kwargs: dict[str, Any] = {}
+        with torch.autograd.profiler.record_function(f"Optimizer.step#{type(self).__name__}.step"):
+            for pre in (*_global_optimizer_pre_hooks.values(), *self._optimizer_step_pre_hooks.values()):
+                if (result := pre(self, args, kwargs)) is not None:  # type: ignore[func-returns-value]
+                    args, kwargs = result
+            loss = self._step(*args, **kwargs)
+            for post in (*self._optimizer_step_post_hooks.values(), *_global_optimizer_post_hooks.values()):
+                post(self, args, kwargs)
+        return loss
+
+    def _step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.update_()
+        return loss
+
+    def update_(self) -> None:
+        """The step without closure and hooks."""
+        plans = self._current_plans()
+        for plan in plans:
+            plan.prepare()
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        if found_inf is not None and self._sharded:
+            found_inf = states.distributed().any_rank(self, found_inf)
+        clip = self._clip(plans, grad_scale) if self.max_grad_norm is not None else None
+        seed = self.param_groups[0]["seed"] if self.stochastic_rounding else 0
+        for plan in plans:
+            device = plan.device
+            plan.run(Scalars(on(grad_scale, device), on(found_inf, device), on(clip, device), seed, self.stochastic_rounding))
+
+    def _clip(self, plans: list[Plan], grad_scale: Tensor | None) -> Tensor:
+        """Leaves the global norm in grad_norm and returns the factor min(1, max_norm / (norm + 1e-6)) of torch's clip_grad_norm_."""
+        home = plans[0].device if plans else torch.device("cpu")
+        total = torch.zeros((), dtype=torch.float64, device=home)
+        for plan in plans:
+            squares = plan.squares(Scalars(on(grad_scale, plan.device), None, None, 0, False))
+            part = states.distributed().sum_squares(plan, squares) if self._sharded else squares.sum()
+            total = total + part.to(home)
+        norm = total.sqrt()
+        self.grad_norm = norm.float()
+        assert self.max_grad_norm is not None
+        return (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0).float()
+
+    # --- plans -------------------------------------------------------------------------------------------------------------------------
+
+    def _current_plans(self) -> list[Plan]:
+        core = dispatch.core()
+        now = core.fingerprint(self.param_groups) if core is not None else tuple(tuple(map(id, g["params"])) for g in self.param_groups)
+        if now != self._fingerprint or len(self.state) != self._n_states:
+            self._build(now)
+        groups = self.param_groups
+        for i in range(len(groups)):
+            key, lr = self._getter(groups[i]), groups[i]["lr"]
+            if key != self._group_keys[i] or isinstance(lr, Tensor):
+                self._refresh_hypers()
+                break
+        return self._plans
+
+    def _build(self, fingerprint: Any) -> None:
+        self._reset()
+        self._names = states.names(self.param_groups)
+        hidden = ("params", "param_names", "initial_lr")
+        self._getter = itemgetter(*[k for k in self.param_groups[0] if k not in hidden])
+        buckets: dict[tuple[str, torch.device, str], list[Entry]] = {}
+        choices: dict[tuple[str, torch.device, str], dispatch.Choice] = {}
+        ordinal = 0
+        for i, group in enumerate(self.param_groups):
+            rule = self._rule(group)
+            for p in group["params"]:
+                self._sharded |= hasattr(p, "_local_tensor")
+                device = local(p.detach()).device
+                choice = self._choose(device, p.dtype)
+                key = (rule, device, choice.backend)
+                choices[key] = choice
+                buckets.setdefault(key, []).append(Entry(p, i, ordinal, self._names[ordinal]))
+                ordinal += 1
+        for key, entries in buckets.items():
+            kind = {"cpp": CpuPlan, "reference": ReferencePlan}.get(key[2]) or PLANS[key[2]]
+            self._plans.append(kind(self, key[0], key[1], choices[key], entries))
+        self._fingerprint, self._n_states = fingerprint, len(self.state)
+        self._group_keys = [None] * len(self.param_groups)
+
+    def _choose(self, device: torch.device, dtype: torch.dtype) -> dispatch.Choice:
+        op = f"optim.{type(self).__name__}"
+        if dtype == torch.float64:
+            return dispatch.Choice("reference", "fp64 parameters: the reference is the fp64 path")
+        return dispatch.pick(op, device.type, requested=self.backend)
+
+    def _refresh_hypers(self) -> None:
+        hypers, rules = [], []
+        for group in self.param_groups:
+            fields = self._hyper(group)
+            states.check_hypers(self, group, fields)
+            hypers.append(hyper(**fields))
+            rules.append(self._rule(group))
+        if any(rules[e.group] != plan.rule for plan in self._plans for e in plan.entries[:1]):
+            self._build(self._fingerprint)
+        for plan in self._plans:
+            plan.set_hypers(hypers)
+            for i, group in enumerate(self.param_groups):
+                if isinstance(group["lr"], Tensor) and group["lr"].device == plan.device and hasattr(plan, "set_lr"):
+                    plan.set_lr(i, group["lr"])
+        self._group_keys = [self._getter(g) for g in self.param_groups]
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            states.check_params(self, group)
+            states.check_hypers(self, group, self._hyper(group))
+        except (ValueError, TypeError):
+            self.param_groups.pop()
+            raise
+        self._reset()
+
+    def __fusedadapt_explain__(self) -> list[tuple[str, str, str]]:
+        if not self._plans:
+            self._current_plans()
+        name = type(self).__name__
+        return [
+            (f"{name}[{p.rule}] {p.device}", p.choice.backend, f"{len(p.entries)} tensors; {p.choice.reason}"
+             + (f"; {len(p.copied)} gradients copied into the parameter's memory order" if p.copied else ""))
+            for p in self._plans
+        ]  # fmt: skip
+
+    # --- state -------------------------------------------------------------------------------------------------------------------------
+
+    @property
+    def _extra_key(self) -> str:
+        return "remainder" if self.master_weights == "split" else "master"
+
+    def _state_of(self, p: Tensor) -> dict[str, Any]:
+        return self.state[p]
+
+    def _init_states(self, entries: list[Entry], rule: str) -> None:
+        fresh = states.fresh_states(self, entries, RULES[rule])  # all or nothing: an allocation that fails leaves no half state
+        for e, new in zip(entries, fresh, strict=True):
+            self.state[e.param].update({k: v for k, v in new.items() if k not in self.state[e.param]})
+
+    _unpack_mask = staticmethod(states.unpack_mask)
+    _index_map = staticmethod(states.index_map)
+    _global_index = staticmethod(states.global_index)
+
+    @property
+    def last_step_skipped(self) -> bool:
+        """Whether GradScaler's found_inf made the last step change nothing (waits for the device)."""
+        found = getattr(self, "found_inf", None)
+        return found is not None and bool(found.item())
+
+    def state_dict(self) -> dict[str, Any]:
+        """torch's format and names; states keep their dtypes. Loads into torch's optimizer of the same name, and the other way round."""
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state dict of ours or of torch's optimizer of the same name, keeping every state's dtype.
+
+        Raises ValueError, with nothing changed, if it belongs to other parameters or to another rule.
+        """
+        states.load(self, state_dict)
+        self._reset()
+
+    def __getstate__(self) -> dict[str, Any]:
+        derived = ("_plans", "_getter", "_group_keys", "_fingerprint")
+        return {k: v for k, v in self.__dict__.items() if k not in derived}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._reset()

@@ -1,0 +1,50 @@
+"""From and to torch's optimizers, state and all."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+
+from .base import FusedOptimizer
+
+
+def from_torch(optimizer: torch.optim.Optimizer, **extras: Any) -> FusedOptimizer:
+    """Our optimizer of the same name on the same parameters, with the hyper-parameters and the state of a running torch optimizer.
+
+    ``extras``: our keyword-only options. Raises TypeError if we have no optimizer of that name.
+    """
+    from . import OPTIMIZERS
+
+    name = type(optimizer).__name__
+    cls = OPTIMIZERS.get(name)
+    if cls is None or isinstance(optimizer, FusedOptimizer):
+        raise TypeError(f"from_torch: expected a torch optimizer we have ({', '.join(OPTIMIZERS)}); got {name}")
+    known = inspect.signature(cls.__init__).parameters
+    groups = []
+    for group in optimizer.param_groups:
+        keep = {k: v for k, v in group.items() if k in known or k in ("params", "maximize", "capturable", "initial_lr", "decoupled_weight_decay")}
+        if name == "AdamW":
+            keep["decoupled_weight_decay"] = True
+        if "param_names" in group:
+            keep["params"] = list(zip(group["param_names"], group["params"], strict=True))
+        groups.append(keep)
+    ours = cls(groups, **extras)
+    ours.load_state_dict(optimizer.state_dict())
+    return ours
+
+
+def to_torch(optimizer: FusedOptimizer) -> torch.optim.Optimizer:
+    """torch's optimizer of the same name on the same parameters, with our hyper-parameters and state. Masks and master weights have no counterpart
+    there and are refused."""
+    cls = getattr(torch.optim, type(optimizer).__name__, None)
+    if cls is None:
+        raise TypeError(f"to_torch: torch has no {type(optimizer).__name__}")
+    if any("mask" in s or "master" in s or "remainder" in s for s in optimizer.state.values()):
+        raise ValueError(f"to_torch: expected a {type(optimizer).__name__} without masks and master weights; torch cannot carry them on")
+    known = set(inspect.signature(cls.__init__).parameters)
+    groups = [{k: v for k, v in g.items() if k in known or k == "params"} for g in optimizer.param_groups]
+    theirs = cls(groups)
+    theirs.load_state_dict(optimizer.state_dict())
+    return theirs

@@ -1,0 +1,218 @@
+"""A plan updates the parameters of one device and one rule, with one launch, through one backend."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from ..reference import optim as reference
+from . import table as tables
+from .spec import HYPER_FIELDS, RULES
+
+if TYPE_CHECKING:
+    from .base import FusedOptimizer
+
+
+class Entry(NamedTuple):
+    param: Tensor
+    group: int
+    ordinal: int
+    name: str
+
+
+class Scalars(NamedTuple):
+    """What one step shares; tensors are 0-d fp32 on the plan's device, or None."""
+
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+    clip: Tensor | None
+    seed: int
+    stochastic: bool
+
+
+def on(t: Tensor | None, device: torch.device) -> Tensor | None:
+    if t is None or (t.device == device and t.dtype == torch.float32):
+        return t
+    return t.to(device=device, dtype=torch.float32)
+
+
+def address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+class Plan:
+    """Common part: the table, state on demand, gradients in the parameter's memory order."""
+
+    def __init__(self, opt: FusedOptimizer, rule: str, device: torch.device, choice: dispatch.Choice, entries: list[Entry]):
+        self.opt, self.rule, self.device, self.choice, self.entries = opt, rule, device, choice, entries
+        self.spec = RULES[rule]
+        self.hypers: list[list[float]] = []
+        self.copied: list[int] = []  # entries whose gradient had to be copied this step
+        self._checked = -1
+        core = dispatch.core()
+        make = tables.Table if core is None else core.Table
+        exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+        self.table = make(exchange, tables.read, list(self.spec.states), list(self.spec.aux), opt._extra_key,
+                          tables.DEVICE_TYPES[device.type], device.index or 0)  # fmt: skip
+        self._error = (tables.TableError,) if core is None else (tables.TableError, core.TableError)
+        for e in entries:
+            self.table.add(e.param, opt._state_of(e.param), e.group, e.ordinal, *opt._index_map(e.param))
+
+    def prepare(self) -> None:
+        """Reads every tensor and checks it. Writes nothing but missing states."""
+        try:
+            status = self.table.scan()
+            if status == tables.MISSING_STATE:
+                self.opt._init_states([self.entries[i] for i in self.table.missing], self.rule)
+                status = self.table.scan()
+            self.copied = []
+            if status == tables.STRIDED_GRADIENT:
+                self._copies = []
+                self.copied = list(self.table.strided)
+                for i in self.copied:
+                    p = self.entries[i].param
+                    self._copies.append(tables.memory_order(tables.local(p.grad), tables.local(p.detach())))
+                    self.table.use_gradient(i, self._wrap_like(p.grad, self._copies[-1]))
+                status = self.table.scan()
+            if self.table.structure != self._checked:
+                self.table.check_overlap()
+                self._checked = self.table.structure
+        except self._error as error:
+            raise self._refusal(*error.args) from None
+
+    @staticmethod
+    def _wrap_like(grad: Tensor, copy: Tensor) -> Any:
+        return copy  # the table takes a plain tensor beside a sharded parameter
+
+    def _refusal(self, index: int, code: str) -> ValueError:
+        e = self.entries[index]
+        other = self.entries[int(code.partition(":")[2])].name if code.startswith("overlap") else ""
+        return tables.refusal(f"{type(self.opt).__name__}.step", e.name, code, e.param, self.opt._state_of(e.param), other)
+
+    def active_entries(self) -> list[Entry]:
+        return [self.entries[i] for i in self.table.active]
+
+    def set_hypers(self, hypers: list[list[float]]) -> None:
+        self.hypers = hypers
+
+    def bump_versions(self) -> None:
+        params = self.table.active_params
+        torch.autograd.graph.increment_version(params)
+        if self.opt._sharded:
+            torch.autograd.graph.increment_version([tables.local(p) for p in params if hasattr(p, "_local_tensor")])
+
+    def squares(self, scalars: Scalars) -> Tensor:
+        """fp64 [active]: sum of squares of each unscaled gradient."""
+        raise NotImplementedError
+
+    def run(self, scalars: Scalars) -> None:
+        raise NotImplementedError
+
+
+class CpuPlan(Plan):
+    """C++ over threads and SIMD."""
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        core = dispatch.core()
+        assert core is not None
+        self._index = [name for name, _, _ in core.RULES].index(self.rule)
+
+    def set_hypers(self, hypers: list[list[float]]) -> None:
+        super().set_hypers(hypers)
+        self.table.set_hypers(hypers)
+
+    def squares(self, scalars: Scalars) -> Tensor:
+        return torch.tensor(self.table.cpu_squares(torch.get_num_threads(), address(scalars.grad_scale)), dtype=torch.float64)
+
+    def run(self, scalars: Scalars) -> None:
+        scale, found, clip, seed, stochastic = scalars
+        if self.table.cpu_step(self._index, torch.get_num_threads(), address(scale), address(found), address(clip), seed, stochastic):
+            self.bump_versions()
+
+
+class ReferencePlan(Plan):
+    """Pure PyTorch, tensor by tensor: the truth, and the only one that takes fp64."""
+
+    def __init__(self, opt: FusedOptimizer, rule: str, device: torch.device, choice: dispatch.Choice, entries: list[Entry]):
+        self.opt, self.rule, self.device, self.choice, self.entries = opt, rule, device, choice, entries
+        self.spec, self.copied = RULES[rule], []
+        self.active: list[Entry] = []
+
+    def prepare(self) -> None:
+        self.active = [e for e in self.entries if e.param.grad is not None]
+        missing = [e for e in self.active if any(self.opt._state_of(e.param).get(k) is None for k in (*self.spec.states, *self.spec.aux, "step"))]
+        if missing:
+            self.opt._init_states(missing, self.rule)
+        for e in self.active:
+            self._check(e)
+
+    def _check(self, e: Entry) -> None:
+        p, g, state = tables.local(e.param), tables.local(e.param.grad), self.opt._state_of(e.param)
+        bad = ""
+        if g.layout != torch.strided:
+            bad = "read:grad"
+        elif p.device != g.device:
+            bad = "device:grad"
+        elif p.shape != g.shape:
+            bad = "shape:grad"
+        elif not tables.is_dense(p) and p.numel():
+            bad = "strides:param"
+        for k in self.spec.states:
+            if tables.local(state[k]).shape != p.shape:
+                bad = f"shape:{k}"
+            elif state[k].device != p.device:
+                bad = f"device:{k}"
+        if bad:
+            raise tables.refusal(f"{type(self.opt).__name__}.step", e.name, bad, e.param, state)
+
+    def active_entries(self) -> list[Entry]:
+        return self.active
+
+    def squares(self, scalars: Scalars) -> Tensor:
+        out = []
+        for e in self.active:
+            g = tables.local(e.param.grad)
+            g = g if g.dtype == torch.float64 else g.float()
+            g = g if scalars.grad_scale is None else g / scalars.grad_scale
+            out.append(g.double().square().sum())
+        return torch.stack(out) if out else torch.zeros(0, dtype=torch.float64, device=self.device)
+
+    def run(self, scalars: Scalars) -> None:
+        if scalars.found_inf is not None and scalars.found_inf.item() != 0:
+            return
+        rows: dict[tuple, tuple] = {}
+        commits = []
+        for e in self.active:
+            state = self.opt._state_of(e.param)
+            aux = [float(state[k]) for k in self.spec.aux]
+            key = (e.group, float(state["step"]), *aux)
+            if key not in rows:
+                fields = {k: torch.tensor(v, dtype=torch.float64) for k, v in zip(HYPER_FIELDS, self.hypers[e.group], strict=True)}
+                step = torch.tensor(key[1] + 1.0, dtype=torch.float64)
+                row, after = reference.make_rows(self.rule, fields, step, [torch.tensor(a, dtype=torch.float64) for a in aux])
+                rows[key] = reference.scalar_row(row), float(step), [float(a) for a in after]
+            self._update(e, state, rows[key][0], scalars)
+            commits.append((state, *rows[key][1:]))
+        for state, step, after in commits:
+            state["step"].fill_(step)
+            for k, a in zip(self.spec.aux, after, strict=True):
+                state[k].fill_(a)
+
+    def _update(self, e: Entry, state: dict, row: Any, scalars: Scalars) -> None:
+        p = tables.local(e.param)
+        keep = random = None
+        if state.get("mask") is not None:
+            keep = self.opt._unpack_mask(state["mask"], p)
+        if scalars.stochastic and p.dtype == torch.bfloat16 and self.opt.master_weights != "split":
+            element = self.opt._global_index(e.param)
+            random = reference.random16(scalars.seed, element, e.ordinal, int(row.step)).view(p.shape)
+        extra = state.get(self.opt._extra_key)
+        with torch.no_grad():
+            reference.step_(
+                self.rule, p, tables.local(e.param.grad), [tables.local(state[k]) for k in self.spec.states], row, stored=self.spec.stored,
+                grad_scale=scalars.grad_scale, clip=scalars.clip, keep=keep, extra=None if extra is None else tables.local(extra), random=random,
+            )  # fmt: skip

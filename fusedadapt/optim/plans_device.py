@@ -1,0 +1,166 @@
+"""Plans that launch kernels on the same table: CUDA C++, Triton, and their CPU stand-ins (emulator, interpreter).
+
+Step counts live on the device and a prologue writes the rows there, so nothing waits for the host: not GradScaler's found_inf, not a captured
+CUDA graph. Descriptors and chunks are uploaded only when they changed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from ..reference import optim as reference
+from .plans import Plan, Scalars, address
+from .spec import HYPER_FIELDS, ROW_FIELDS
+
+ROW_WIDTH = len(ROW_FIELDS)
+
+
+class DevicePlan(Plan):
+    """Table, chunks, rows and hyper-parameters as tensors on the device."""
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self._version = self._structure = -1
+        self._desc = self._chunks = self._rows = self._clocks = torch.empty(0)
+        self._hyper_host: Tensor | None = None
+        self._chunk = 0
+
+    def _upload(self, data: bytes | Tensor, dtype: torch.dtype, width: int) -> Tensor:
+        host = data if isinstance(data, Tensor) else torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        if self.device.type == "cuda":
+            # Pinned and kept: during a graph capture the copy becomes a node that reads this very memory at each replay.
+            host = host.pin_memory()
+            if torch.cuda.is_current_stream_capturing():
+                self._pinned.append(host)
+        return host.to(self.device, non_blocking=True).view(-1, width)
+
+    _pinned: list[Tensor] = []
+
+    def prepare(self) -> None:
+        super().prepare()
+        if self._version == self.table.version:
+            return
+        self._version = self.table.version
+        self._desc = self._upload(self.table.descriptors(True), torch.int64, 18)
+        if self._structure != self.table.structure:
+            self._structure = self.table.structure
+            workers = torch.cuda.get_device_properties(self.device).multi_processor_count if self.device.type == "cuda" else 132
+            self._chunk = self.table.chunk_for(workers)
+            self._chunks = self._upload(self.table.chunk_list(self._chunk), torch.int64, 2)
+            n = len(self._desc)
+            self._rows = torch.zeros(n, ROW_WIDTH, dtype=torch.float32, device=self.device)
+            self._clocks = torch.zeros(n, 3, dtype=torch.float64, device=self.device)
+
+    def set_hypers(self, hypers: list[list[float]]) -> None:
+        super().set_hypers(hypers)
+        self._hypers = self._upload(torch.tensor(hypers, dtype=torch.float64), torch.float64, len(HYPER_FIELDS))
+
+    def set_lr(self, group: int, lr: Tensor) -> None:
+        """A Tensor lr on this device: read by the prologue, never by the host."""
+        self._hypers[group, HYPER_FIELDS.index("lr")].copy_(lr)
+
+    def squares(self, scalars: Scalars) -> Tensor:
+        partial = torch.zeros(len(self._chunks), dtype=torch.float64, device=self.device)
+        if len(self._chunks):
+            self._squares(partial, scalars)
+        out = torch.zeros(len(self._desc), dtype=torch.float64, device=self.device)
+        return self._per_tensor(partial, out)
+
+    def _per_tensor(self, partial: Tensor, out: Tensor) -> Tensor:
+        """Sums of the chunks of each tensor, by prefix sums: index_add_ on a GPU adds in no fixed order."""
+        if not len(partial):
+            return out
+        total = torch.cat([partial.new_zeros(1), partial.cumsum(0)])
+        owner = self._chunks[:, 0].contiguous()
+        index = torch.arange(len(out), device=self.device)
+        return total[torch.searchsorted(owner, index, right=True)] - total[torch.searchsorted(owner, index)]
+
+    def run(self, scalars: Scalars) -> None:
+        if not len(self._desc):
+            return
+        self._prologue(scalars)
+        if len(self._chunks):
+            self._sweep(scalars)
+        self.bump_versions()
+
+    def _squares(self, partial: Tensor, scalars: Scalars) -> None:
+        raise NotImplementedError
+
+    def _prologue(self, scalars: Scalars) -> None:
+        raise NotImplementedError
+
+    def _sweep(self, scalars: Scalars) -> None:
+        raise NotImplementedError
+
+
+class CudaPlan(DevicePlan):
+    """CUDA C++ from the compiled core, or the same files under the emulator."""
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        core = dispatch.core_emulated() if self.choice.backend == "emulated" else dispatch.core()
+        assert core is not None
+        self._core = core
+        self._index = [name for name, _, _ in core.RULES].index(self.rule)
+
+    def _where(self) -> tuple[int, int]:
+        if self.device.type != "cuda":
+            return 0, 0
+        return self.device.index or 0, torch.cuda.current_stream(self.device).cuda_stream
+
+    def _squares(self, partial: Tensor, scalars: Scalars) -> None:
+        self._core.cuda_squares(self._desc.data_ptr(), self._chunks.data_ptr(), len(self._chunks), self._chunk, partial.data_ptr(),
+                                address(scalars.grad_scale), *self._where())  # fmt: skip
+
+    def _prologue(self, scalars: Scalars) -> None:
+        self._core.cuda_prologue(self._index, self._desc.data_ptr(), len(self._desc), self._hypers.data_ptr(), self._rows.data_ptr(),
+                                 self._clocks.data_ptr(), address(scalars.found_inf), *self._where())  # fmt: skip
+
+    def _sweep(self, scalars: Scalars) -> None:
+        scale, found, clip, seed, stochastic = scalars
+        self._core.cuda_sweep(self._index, self._desc.data_ptr(), len(self._desc), self._chunks.data_ptr(), len(self._chunks), self._chunk,
+                              self._rows.data_ptr(), address(scale), address(found), address(clip), seed, stochastic, *self._where())  # fmt: skip
+
+
+class TritonPlan(DevicePlan):
+    """Triton kernels; the rows are computed by the reference's row functions on device tensors (fp64, all tensors at once)."""
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self._kernels = importlib.import_module("fusedadapt.kernels.optim")
+        self._groups = torch.empty(0, dtype=torch.int64)
+
+    def prepare(self) -> None:
+        before = self._structure
+        super().prepare()
+        if before != self._structure:
+            groups = torch.tensor([e.group for e in self.active_entries()], dtype=torch.int64)
+            self._groups = groups.to(self.device)
+
+    def _squares(self, partial: Tensor, scalars: Scalars) -> None:
+        partial.copy_(self._kernels.squares(self._desc, self._chunks, chunk=self._chunk, grad_scale=scalars.grad_scale))
+
+    def _prologue(self, scalars: Scalars) -> None:
+        clocks = self._kernels.read_clocks(self._desc)  # fp64 [n, 3]: step, aux0, aux1
+        fields = dict(zip(HYPER_FIELDS, self._hypers[self._groups].unbind(1), strict=True))
+        step = clocks[:, 0] + 1.0
+        row, aux = reference.make_rows(self.rule, fields, step, [clocks[:, 1], clocks[:, 2]])
+        columns = [torch.as_tensor(getattr(row, f, 0.0), dtype=torch.float64, device=self.device).expand(len(step)) for f in ROW_FIELDS]
+        self._rows = torch.stack(columns, 1).float()
+        after = torch.stack([step, *aux], 1)
+        if scalars.found_inf is not None:
+            after = torch.where(scalars.found_inf != 0, clocks, after)
+        self._kernels.write_clocks(self._desc, after)
+
+    def _sweep(self, scalars: Scalars) -> None:
+        scale, found, clip, seed, stochastic = scalars
+        self._kernels.step_(self._desc, self._chunks, self._rows, self.rule, chunk=self._chunk, grad_scale=scale, found_inf=found, clip=clip,
+                            seed=seed, stochastic=stochastic)  # fmt: skip
+
+
+PLANS = {"triton": TritonPlan, "cuda": CudaPlan, "emulated": CudaPlan}

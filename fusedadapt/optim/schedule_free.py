@@ -1,0 +1,66 @@
+"""Schedule-Free AdamW: averaging instead of a learning-rate schedule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import Extras, FusedOptimizer, Params, Unpack
+
+
+class ScheduleFreeAdamW(FusedOptimizer):
+    """Schedule-Free AdamW (arXiv 2405.15682), equal to schedulefree 1.4.1's AdamWScheduleFree.
+
+    Call ``train()`` before training and ``eval()`` before evaluating or saving the model: the parameter holds y while training (where gradients are
+    taken) and the average x while evaluating. States: ``z``, ``exp_avg_sq``; scalars ``weight_sum``, ``lr_max``. The decay acts at y.
+    """
+
+    examples = ({}, {"warmup_steps": 10, "r": 0.5, "betas": (0.95, 0.98)}, {"weight_lr_power": 1.0})
+    decay = "alpha"  # the rule applies it itself, at y
+    _step_rule = "schedule_free_adamw"
+
+    def __init__(
+        self, params: Params, lr: float | Tensor = 0.0025, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0,
+        warmup_steps: int = 0, r: float = 0.0, weight_lr_power: float = 2.0, **extras: Unpack[Extras],
+    ):  # fmt: skip
+        options = dict(warmup_steps=warmup_steps, r=r, weight_lr_power=weight_lr_power, weight_decay=weight_decay, train_mode=False)
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, **options), extras)
+
+    def _hyper(self, group: dict[str, Any]) -> dict[str, float]:
+        return super()._hyper(group) | {"warmup": float(group["warmup_steps"]), "r": group["r"], "weight_lr_power": group["weight_lr_power"]}
+
+    def _initial(self, name: str, p: Tensor, group: dict[str, Any]) -> Tensor | float:
+        return p if name == "z" else 0.0
+
+    def update_(self) -> None:
+        if not self.param_groups[0]["train_mode"]:
+            raise RuntimeError("ScheduleFreeAdamW.step: expected train mode; the parameters hold the average; call optimizer.train() first")
+        super().update_()
+
+    @torch.no_grad()
+    def train(self) -> None:
+        """Puts y, where gradients are taken, into the parameters."""
+        self._interpolate(True)
+
+    @torch.no_grad()
+    def eval(self) -> None:
+        """Puts the average x into the parameters."""
+        self._interpolate(False)
+
+    def _interpolate(self, training: bool) -> None:
+        for group in self.param_groups:
+            if group["train_mode"] == training:
+                continue
+            beta1 = group["betas"][0]
+            weight = 1 - beta1 if training else 1 - 1 / beta1
+            for p in group["params"]:
+                state = self.state.get(p, {})
+                if "z" in state:
+                    wide = torch.float64 if p.dtype == torch.float64 else torch.float32
+                    master = state.get("master", p)
+                    moved = master.to(wide).lerp(state["z"].to(wide), weight)
+                    master.copy_(moved)
+                    p.copy_(moved)
+            group["train_mode"] = training

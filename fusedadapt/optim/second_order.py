@@ -1,0 +1,119 @@
+"""Rules fed by a Hessian estimate: Sophia-G and AdaHessian. The estimate is autograd's work, the step is ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import Extras, FusedOptimizer, Params, Unpack
+from .table import local
+
+
+class SophiaG(FusedOptimizer):
+    """Sophia-G (arXiv 2305.14342): p -= lr sign(m) min(1, |m| / (rho bs h)).
+
+    Call ``update_hessian()`` every k steps (the authors use 10) with gradients of a loss on *sampled* labels in ``.grad``:
+    h = beta2 h + (1 - beta2) g². ``step(bs=...)`` takes the number of tokens per batch, as the official code. While h = 0 the step is lr sign(m).
+    States: ``exp_avg``, ``hessian``. Weight decay: decoupled.
+    """
+
+    examples = ({}, {"rho": 0.1, "betas": (0.9, 0.95)})
+    decay = "decoupled"
+    _step_rule = "sophia_g"
+
+    def __init__(
+        self, params: Params, lr: float | Tensor = 1e-4, betas: tuple[float, float] = (0.965, 0.99), rho: float = 0.04, weight_decay: float = 1e-1,
+        *, bs: float = 5120, **extras: Unpack[Extras],
+    ):  # fmt: skip
+        super().__init__(params, dict(lr=lr, betas=betas, rho=rho, weight_decay=weight_decay, bs=bs), extras)
+
+    def _hyper(self, group: dict[str, Any]) -> dict[str, float]:
+        return super()._hyper(group) | {"rho": group["rho"] * group["bs"]}
+
+    @torch.no_grad()
+    def update_hessian(self) -> None:
+        """h = beta2 h + (1 - beta2) g² for every parameter that has a gradient."""
+        plans = self._current_plans()
+        for plan in plans:
+            plan.prepare()
+            for e in plan.active_entries():
+                beta2 = self.param_groups[e.group]["betas"][1]
+                h, g = local(self.state[e.param]["hessian"]), local(e.param.grad)
+                wide = h.dtype if h.dtype == torch.float64 else torch.float32
+                h.copy_(h.to(wide) * beta2 + (1 - beta2) * g.to(wide).square())
+
+    def _step(self, closure: Callable[[], Any] | None = None, bs: float | None = None) -> Any:
+        if bs is not None:
+            for group in self.param_groups:
+                group["bs"] = bs
+        return super()._step(closure)
+
+    def step(self, closure: Callable[[], Any] | None = None, bs: float | None = None) -> Any:  # type: ignore[override]
+        """One step; ``bs``: tokens per batch (kept until changed)."""
+        if bs is not None:
+            for group in self.param_groups:
+                group["bs"] = bs
+        return super().step(closure)
+
+    step.hooked = True  # type: ignore[attr-defined]
+
+
+class AdaHessian(FusedOptimizer):
+    """AdaHessian (arXiv 2006.00719): Adam whose second moment is the square of a spatially averaged Hessian diagonal.
+
+    Backpropagate with ``create_graph=True``; ``step()`` draws a Rademacher vector z, lets autograd compute H z and averages |z H z| over the kernel
+    dimensions of 4-D parameters, as the official image code (1-D to 3-D parameters: elementwise; the official code leaves 3-D undefined).
+    To use an estimate of your own, set ``param.hessian_diag`` before the step. States: ``exp_avg``, ``exp_hessian_diag_sq``.
+    Weight decay: decoupled (lr times decay, the ADD form of the official code).
+    """
+
+    examples = ({}, {"hessian_power": 0.5})
+    decay = "decoupled"
+    _step_rule = "adahessian"
+
+    def __init__(
+        self, params: Params, lr: float | Tensor = 0.15, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-4, weight_decay: float = 0.0,
+        hessian_power: float = 1.0, **extras: Unpack[Extras],
+    ):  # fmt: skip
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, hessian_power=hessian_power), extras)
+
+    def _hyper(self, group: dict[str, Any]) -> dict[str, float]:
+        return super()._hyper(group) | {"power": group["hessian_power"]}
+
+    def update_(self) -> None:
+        self._estimate()
+        super().update_()
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state.get(p, {}).pop("hessian_diag", None)
+                if hasattr(p, "hessian_diag"):
+                    del p.hessian_diag
+
+    def _estimate(self) -> None:
+        params = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
+        needed = [p for p in params if not hasattr(p, "hessian_diag")]
+        without = next((p for p in needed if p.grad is None or not p.grad.requires_grad), None)
+        if without is not None:
+            raise RuntimeError(
+                "AdaHessian.step: expected gradients with a graph; got one without; call loss.backward(create_graph=True), or set param.hessian_diag"
+            )
+        if needed:
+            z = [torch.randint_like(p, 2) * 2 - 1 for p in needed]
+            with torch.enable_grad():
+                products = torch.autograd.grad([p.grad for p in needed], needed, grad_outputs=z, retain_graph=False, allow_unused=True)  # type: ignore[arg-type]
+            for p, v, hv in zip(needed, z, products, strict=True):
+                p.hessian_diag = average_diagonal(torch.zeros_like(p) if hv is None else (hv * v).detach())  # type: ignore[attr-defined]
+        for p in params:
+            given = p.hessian_diag.detach()  # type: ignore[attr-defined]
+            self.state[p]["hessian_diag"] = torch.empty_like(p, dtype=given.dtype).copy_(given.expand_as(p))
+
+    def _initial(self, name: str, p: Tensor, group: dict[str, Any]) -> Tensor | float:
+        return self.state[p]["hessian_diag"] if name == "hessian_diag" else 0.0
+
+
+def average_diagonal(hz: Tensor) -> Tensor:
+    """|z H z|, averaged over the kernel of a 4-D parameter [out, in, h, w]."""
+    return hz.abs().mean(dim=(2, 3), keepdim=True).expand_as(hz) if hz.dim() == 4 else hz.abs()

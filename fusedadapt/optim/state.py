@@ -1,0 +1,257 @@
+"""What an optimizer keeps between steps: states, masks, master weights, and their way through checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import math
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .plans import Entry
+from .spec import RULES, STATE_DTYPES, Rule
+from .table import is_dense, local, memory_order
+
+if TYPE_CHECKING:
+    from .base import FusedOptimizer
+
+
+def distributed() -> ModuleType:
+    return importlib.import_module("fusedadapt.integrations.distributed")
+
+
+def one_of(op: str, name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
+    if value not in allowed:
+        raise ValueError(f"{op}: expected {name} to be one of {', '.join(map(repr, allowed))}; got {value!r}")
+    return value
+
+
+def names(groups: list[dict[str, Any]]) -> list[str]:
+    out = []
+    for i, group in enumerate(groups):
+        given = group.get("param_names")
+        out += [given[k] if given else f"parameter {k} of group {i}" for k in range(len(group["params"]))]
+    return out
+
+
+# --- checks before anything is written ---------------------------------------------------------------------------------------------------
+
+
+def check_params(opt: FusedOptimizer, group: dict[str, Any]) -> None:
+    op = type(opt).__name__
+    for k, p in enumerate(group["params"]):
+        name = group["param_names"][k] if "param_names" in group else f"parameter {k}"
+        if p.is_complex():
+            raise ValueError(f"{op}: expected real parameters; got {name} with {p.dtype}; pass torch.view_as_real of it as the parameter")
+        if not p.is_floating_point():
+            raise ValueError(f"{op}: expected floating-point parameters; got {name} with {p.dtype}; leave it out of the optimizer")
+        if p.dtype == torch.float16 and opt.state_dtype is None and opt._rule(group) not in ("sgd", "sign_sgd"):
+            raise ValueError(
+                f"{op}: expected a state dtype for the fp16 parameter {name}; fp16 states underflow and give infinite steps; "
+                'pass state_dtype="fp32" (or "fp16" if that is really meant)'
+            )
+        if opt.master_weights == "split" and p.dtype == torch.float16:
+            raise ValueError(f'{op}: expected bf16 parameters with master_weights="split"; got {name} with {p.dtype}; use "fp32"')
+
+
+def check_hypers(opt: FusedOptimizer, group: dict[str, Any], fields: dict[str, float]) -> None:
+    op = type(opt).__name__
+
+    def refuse(what: str, value: Any, expected: str) -> None:
+        raise ValueError(f"{op}: expected {what} {expected}; got {value!r}")
+
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        refuse("a Tensor lr", tuple(lr.shape), "with one element")
+    for name, value in fields.items():
+        if name in ("sign", "rectify", "degenerated", "amsgrad", "nesterov"):
+            continue
+        if not isinstance(value, int | float) or math.isnan(value) or (math.isinf(value) and name != "clip"):
+            refuse(name, value, "to be a finite number")
+        if name in ("beta1", "beta2", "beta3") and not 0.0 <= value < 1.0:
+            refuse(name, value, "in [0, 1)")
+        if name in ("lr", "eps", "l2", "decoupled", "momentum", "rho", "lr_decay") and value < 0:
+            label = {"l2": "weight_decay", "decoupled": "weight_decay"}.get(name, name)
+            refuse(label, value, ">= 0")
+
+
+# --- states ------------------------------------------------------------------------------------------------------------------------------
+
+
+def fresh_states(opt: FusedOptimizer, entries: list[Entry], rule: Rule) -> list[dict[str, Tensor]]:
+    """Start values for parameters that meet their first gradient. 0-d scalars of one call are views of one buffer: thousands of them would
+    otherwise be thousands of allocations."""
+    steps: dict[torch.device, Tensor] = {}
+    out = []
+    for device in {local(e.param.detach()).device for e in entries}:
+        steps[device] = torch.zeros(len(entries), dtype=torch.float32, device=device)
+    for k, e in enumerate(entries):
+        p, group = e.param.detach(), opt.param_groups[e.group]
+        dtype = state_dtype(opt, p)
+        new: dict[str, Tensor] = {"step": steps[local(p).device][k]}
+        for name in rule.states:
+            start = opt._initial(name, e.param, group)
+            if isinstance(start, Tensor):
+                new[name] = start.detach().to(dtype, copy=True)
+            else:
+                new[name] = torch.full_like(p, start, dtype=dtype, memory_format=torch.preserve_format)
+        for name, value in rule.aux.items():
+            new[name] = torch.tensor(value, dtype=torch.float64, device=local(p).device)
+        if opt.master_weights == "fp32" and p.dtype in (torch.bfloat16, torch.float16):
+            new["master"] = p.float()
+        if opt.master_weights == "split" and p.dtype == torch.bfloat16:
+            new["remainder"] = torch.zeros_like(p, dtype=torch.int16, memory_format=torch.preserve_format)
+        if e.param in opt._masks:
+            new["mask"] = opt._masks[e.param]
+        out.append(new)
+    return out
+
+
+def state_dtype(opt: FusedOptimizer, p: Tensor) -> torch.dtype:
+    if p.dtype == torch.float64:
+        return torch.float64
+    return p.dtype if opt.state_dtype is None else STATE_DTYPES[opt.state_dtype]
+
+
+# --- masks: one bit per element, in the parameter's memory order, words of 32, lowest bit first ------------------------------------------
+
+
+def pack_masks(opt: FusedOptimizer, masks: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+    op, mine = type(opt).__name__, [p for g in opt.param_groups for p in g["params"]]
+    out = {}
+    for p, mask in masks.items():
+        k = next((i for i, q in enumerate(mine) if q is p), None)
+        if k is None:
+            raise ValueError(f"{op}: expected masks for this optimizer's parameters; got one for another tensor of shape {tuple(p.shape)}")
+        mask = mask.to_bool() if hasattr(mask, "to_bool") else mask
+        if mask.dtype != torch.bool or mask.shape != p.shape:
+            name = names(opt.param_groups)[k]
+            raise ValueError(f"{op}: expected a bool mask of shape {tuple(p.shape)} for {name}; got {mask.dtype} of shape {tuple(mask.shape)}")
+        out[p] = pack_mask(local(mask), local(p.detach()))
+    return out
+
+
+def pack_mask(mask: Tensor, like: Tensor) -> Tensor:
+    """bool of ``like``'s shape -> int32 words on ``like``'s device."""
+    if not is_dense(like):
+        raise ValueError(f"mask: expected a parameter without gaps in memory; got strides {tuple(like.stride())}")
+    flat = memory_order(mask.to(like.device), like).as_strided((like.numel(),), (1,))
+    words = (like.numel() + 31) // 32
+    padded = torch.zeros(words * 32, dtype=torch.int64, device=like.device)
+    padded[: like.numel()] = flat
+    packed = (padded.view(words, 32) << torch.arange(32, device=like.device)).sum(1)
+    return torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
+
+
+def unpack_mask(words: Tensor, like: Tensor) -> Tensor:
+    bits = (words[:, None] >> torch.arange(32, device=words.device, dtype=torch.int32)) & 1
+    flat = bits.reshape(-1)[: like.numel()].bool()
+    return flat.as_strided(like.shape, like.stride()) if like.numel() else flat.view(like.shape)
+
+
+# --- where the elements of a local tensor stand in the global one: keys the random bits --------------------------------------------------
+
+
+def index_map(p: Tensor) -> tuple[int, int, int]:
+    """(base, inner, outer): element i of this process's memory is global element base + (i // inner) * outer + i % inner. inner 0: all of it."""
+    if not hasattr(p, "_local_tensor"):
+        return 0, 0, 0
+    return distributed().index_map(p)
+
+
+def global_index(p: Tensor) -> np.ndarray:
+    """uint64 global element number of each element of the local tensor, in the order of its memory, arranged as the local tensor is."""
+    base, inner, outer = index_map(p)
+    t = local(p.detach())
+    i = torch.arange(t.numel())
+    element = base + i if inner <= 0 else base + i // inner * outer + i % inner
+    return element.as_strided(t.shape, t.stride()).contiguous().view(-1).numpy().astype(np.uint64) if t.numel() else element.numpy().astype(np.uint64)
+
+
+# --- checkpoints -------------------------------------------------------------------------------------------------------------------------
+
+# Options that only some versions or libraries write: their absence in a saved group is no sign of another rule.
+_OPTIONAL = {"foreach", "fused", "capturable", "differentiable", "maximize", "seed", "param_names", "initial_lr", "decoupled_weight_decay"}
+
+
+def load(opt: FusedOptimizer, state_dict: dict[str, Any]) -> None:
+    """Checks everything, converts everything, then swaps it in."""
+    op = type(opt).__name__
+    for hook in opt._optimizer_load_state_dict_pre_hooks.values():
+        state_dict = hook(opt, state_dict) or state_dict
+    saved_groups, saved_state = state_dict.get("param_groups"), state_dict.get("state")
+    if saved_groups is None or saved_state is None:
+        raise ValueError(f"{op}.load_state_dict: expected a dict with 'state' and 'param_groups'; got keys {sorted(map(str, state_dict))}")
+    sizes, wanted = [len(g["params"]) for g in saved_groups], [len(g["params"]) for g in opt.param_groups]
+    if sizes != wanted:
+        raise ValueError(f"{op}.load_state_dict: expected param groups of sizes {wanted}; got {sizes}; build the optimizer on the same parameters")
+    groups = []
+    for old, new in zip(opt.param_groups, saved_groups, strict=True):
+        absent = {k for k in old if k not in new and k not in _OPTIONAL and k != "params"}
+        if absent:
+            raise ValueError(f"{op}.load_state_dict: expected groups with {sorted(absent)}; they are not there: another rule saved this state")
+        merged = {**{k: v for k, v in old.items() if k in _OPTIONAL and k != "initial_lr"}, **copy.deepcopy({k: v for k, v in new.items() if k != "params"})}
+        groups.append({**merged, "params": old["params"]})
+        check_hypers(opt, groups[-1], opt._hyper(groups[-1]))
+    ids = [i for g in saved_groups for i in g["params"]]
+    params = [p for g in opt.param_groups for p in g["params"]]
+    labels = names(opt.param_groups)
+    group_of = [g for g in groups for _ in g["params"]]
+    fresh = {}
+    for i, p, label, group in zip(ids, params, labels, group_of, strict=True):
+        if saved_state.get(i):
+            fresh[p] = _convert(opt, label, p, group, saved_state[i])
+    opt.state.clear()
+    opt.state.update(fresh)
+    opt.param_groups[:] = groups
+    for hook in opt._optimizer_load_state_dict_post_hooks.values():
+        hook(opt)
+
+
+def _convert(opt: FusedOptimizer, label: str, p: Tensor, group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+    rule, op = RULES[opt._rule(group)], f"{type(opt).__name__}.load_state_dict"
+    inputs = rule.states[rule.stored :]
+    lacking = [k for k in rule.states if k not in saved and k not in inputs]
+    if lacking:
+        raise ValueError(f"{op}: expected {lacking} in the state of {label}; got {sorted(map(str, saved))}; another rule or other options saved it")
+    device = local(p.detach()).device
+    out: dict[str, Any] = {}
+    for k, v in saved.items():
+        if k == "step":
+            v = torch.as_tensor(float(v), dtype=torch.float32, device=device)
+        elif k in rule.aux:
+            v = torch.as_tensor(float(v), dtype=torch.float64, device=device)
+        elif isinstance(v, Tensor):
+            if k in rule.states and v.shape != p.shape:
+                raise ValueError(f"{op}: expected {k} of {label} with shape {tuple(p.shape)}; got {tuple(v.shape)}; it belongs to other parameters")
+            v = _place(v, p, k in (*rule.states, "master", "remainder"))
+        else:
+            v = copy.deepcopy(v)
+        if v is not None:
+            out[k] = v
+    # torch's SGD counts no steps; a momentum buffer means there was at least one.
+    out.setdefault("step", torch.ones((), dtype=torch.float32, device=device))
+    for k, start in rule.aux.items():
+        out.setdefault(k, torch.tensor(start, dtype=torch.float64, device=device))
+    if p in opt._masks:
+        out.setdefault("mask", opt._masks[p])
+    key = opt._extra_key
+    if opt.master_weights and key not in out and p.dtype in (torch.bfloat16, torch.float16):
+        fp32 = p.detach().float()
+        out[key] = fp32 if key == "master" else torch.zeros_like(p, dtype=torch.int16)
+    return out
+
+
+def _place(v: Tensor, p: Tensor, like_param: bool) -> Tensor:
+    """A private copy on the parameter's device in its memory order, in the dtype it was saved with."""
+    if hasattr(v, "_local_tensor") or not like_param:
+        return v.detach().to(local(p.detach()).device, copy=True)
+    t = local(p.detach())
+    if v.shape == t.shape and t.numel():
+        return torch.empty_strided(t.shape, t.stride(), dtype=v.dtype, device=t.device).copy_(v.detach())
+    return v.detach().to(t.device, copy=True)
+
