@@ -56,8 +56,8 @@ bool same_order(const Layout& a, const Layout& b) {
 
 }  // namespace
 
-Table::Table(py::object exchange, py::object reader, std::vector<std::string> states, std::vector<std::string> aux, std::string extra, int device_type,
-             int device_id)
+Table::Table(py::object exchange, py::object reader, std::vector<std::string> states, std::vector<std::string> aux, std::string extra,
+             int device_type, int device_id)
     : reader_(std::move(reader)), n_states_(states.size()), n_aux_(aux.size()), device_type_(device_type), device_id_(device_id) {
   if (states.size() > size_t(kMaxStates) || aux.size() > 2) throw std::invalid_argument("Table: at most 4 states and 2 scalars");
   if (!exchange.is_none()) {
@@ -105,7 +105,8 @@ bool Table::read(PyObject* object, Layout& cached, int64_t index, const char* wh
   if (!api_) {
     Layout now;
     read_slow(object, now);
-    const bool changed = now.dtype != cached.dtype || now.dims != cached.dims || now.device.type != cached.device.type || now.device.id != cached.device.id;
+    const bool changed =
+        now.dtype != cached.dtype || now.dims != cached.dims || now.device.type != cached.device.type || now.device.id != cached.device.id;
     now.numel = 1;
     for (size_t d = 0; d < now.dims.size() / 2; ++d) now.numel *= now.dims[d];
     cached = std::move(now);

@@ -28,8 +28,8 @@ class Table {
  public:
   // `exchange`: torch.Tensor.__dlpack_c_exchange_api__ or None; without it `reader(tensor)` -> (address, dtype code, device type, device id,
   // shape, strides) is called instead. Keys are names in each parameter's state dict: `states` and `aux` must be there, `extra` and "mask" may.
-  Table(pybind11::object exchange, pybind11::object reader, std::vector<std::string> states, std::vector<std::string> aux, std::string extra,
-        int device_type, int device_id);
+  Table(pybind11::object exchange, pybind11::object reader, std::vector<std::string> states, std::vector<std::string> aux,
+        std::string extra, int device_type, int device_id);
   void add(pybind11::object param, pybind11::object state, int group, int64_t ordinal, int64_t base, int64_t inner, int64_t outer);
   // kMissingState: the entries in `missing` have a gradient but no state yet. kStridedGradient: the gradients of the entries in `strided` lie in
   // another memory order than their parameter; use_gradient a copy. Either way: mend and scan again.

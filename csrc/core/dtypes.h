@@ -16,7 +16,11 @@ namespace fa {
 enum DType : uint8_t { kNone = 0, kF32 = 1, kBF16 = 2, kF16 = 3, kI16 = 4, kF64 = 5, kU8 = 6, kI8 = 7, kI64 = 8, kBool = 9, kI32 = 10 };
 
 FA_HD int dtype_size(int code) {
-  return code == kF32 || code == kI32 ? 4 : code == kBF16 || code == kF16 || code == kI16 ? 2 : code == kF64 || code == kI64 ? 8 : code == kNone ? 0 : 1;
+  return code == kF32 || code == kI32                    ? 4
+         : code == kBF16 || code == kF16 || code == kI16 ? 2
+         : code == kF64 || code == kI64                  ? 8
+         : code == kNone                                 ? 0
+                                                         : 1;
 }
 
 FA_HD uint32_t as_bits(float f) {
@@ -34,9 +38,9 @@ FA_HD float bf16_to_float(uint16_t h) { return as_float(uint32_t(h) << 16); }
 
 // Round to nearest even; NaN stays NaN (the carry must not turn it into infinity).
 FA_HD uint16_t float_to_bf16(float f) {
-  const uint32_t u = as_bits(f);
-  const bool nan = (u & 0x7fffffffu) > 0x7f800000u;
-  return uint16_t(nan ? (u >> 16) | 0x40u : (u + 0x7fffu + ((u >> 16) & 1u)) >> 16);
+  const uint32_t u = as_bits(f), rounded = u + 0x7fffu + ((u >> 16) & 1u);
+  const uint32_t nan = 0u - uint32_t(f != f);  // as a mask: a select would be narrowed twice by the vectoriser
+  return uint16_t(((rounded & ~nan) | ((u | 0x400000u) & nan)) >> 16);
 }
 
 // Stochastic rounding: add 16 random bits below the kept ones, truncate. Unbiased; infinities and NaN are kept, and a finite

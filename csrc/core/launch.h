@@ -78,7 +78,9 @@ FA_DEVICE unsigned lane_id() { return (threadIdx.x + blockDim.x * (threadIdx.y +
 
 // Throws what CUDA reported. `what` names the op for the user: "fusedadapt.optim.AdamW.step".
 inline void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string(what) + ": CUDA call failed; " + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  (void)cudaGetLastError();  // CUDA keeps the error: the next launch, of whatever op, would be blamed for it
+  throw std::runtime_error(std::string(what) + ": CUDA call failed; " + cudaGetErrorString(error));
 }
 
 inline int sm_count(int device) {

@@ -163,6 +163,7 @@ using RMSpropCenteredMomentum = RMSprop<true, true>;
 
 #include "rules_adam.h"
 
+// clang-format off
 // The registry: CPU, CUDA and bindings iterate this list; a rule's number is its position. The name is the rule's name everywhere.
 #define FA_RULES(X)                                                                                                              \
   X(sgd, SGD) X(sgd_momentum, SGDMomentum) X(sign_sgd, SignSGD) X(signum, Signum) X(lion, Lion) X(adagrad, Adagrad)              \
@@ -171,3 +172,4 @@ using RMSpropCenteredMomentum = RMSprop<true, true>;
   X(nadam, NAdam) X(radam, RAdam) X(adabelief, AdaBelief) X(adabelief_amsgrad, AdaBeliefAMSGrad) X(diffgrad, DiffGrad)           \
   X(exadam, EXAdam) X(ademamix, AdEMAMix) X(ademamix_slow, AdEMAMixSlow) X(adopt, ADOPT) X(grams, Grams)                         \
   X(sophia_g, SophiaG) X(adahessian, AdaHessian) X(schedule_free_adamw, ScheduleFreeAdamW)
+// clang-format on

@@ -32,17 +32,21 @@ struct Chunk {
   int64_t offset;
 };
 
+// clang-format off
 // Hyper-parameters of one param group, in double, as the rules' row functions read them. fusedadapt/optim/rules.py repeats the list.
 #define FA_HYPER_FIELDS(X)                                                                                                         \
   X(lr) X(beta1) X(beta2) X(beta3) X(eps) X(l2) X(decoupled) X(fixed) X(sign) X(momentum) X(dampening) X(nesterov) X(lr_decay)     \
   X(rectify) X(degenerated) X(amsgrad) X(mu_base) X(alpha) X(alpha_warmup) X(beta3_warmup) X(half1) X(half3) X(clip) X(rho)        \
   X(power) X(warmup) X(r) X(weight_lr_power)
+// clang-format on
 
 // Scalars of one group at one step, computed in double and rounded once (1 - 0.999f in fp32 is already 1e-5 off).
+// clang-format off
 // sign, l2 and decay are applied by the sweep; the rest belongs to the rule. kernels/common.py repeats the list.
 #define FA_ROW_FIELDS(X)                                                                                                           \
   X(sign) X(l2) X(decay) X(step) X(step_size) X(beta1) X(alpha1) X(beta2) X(alpha2) X(beta3) X(alpha3) X(eps) X(eps_state) X(mix)  \
   X(wd) X(clip) X(corr1) X(corr2) X(pow1) X(pow2) X(mode) X(spare0) X(spare1) X(spare2)
+// clang-format on
 
 struct Hyper {
 #define X(name) double name;

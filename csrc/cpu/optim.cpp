@@ -127,7 +127,8 @@ std::vector<double> squares(const std::vector<TensorDesc>& tensors, const std::v
   return out;
 }
 
-void sweep(int rule, const std::vector<TensorDesc>& tensors, const std::vector<Chunk>& chunks, const Rows& rows, const Globals& globals, int threads) {
+void sweep(int rule, const std::vector<TensorDesc>& tensors, const std::vector<Chunk>& chunks, const Rows& rows, const Globals& globals,
+           int threads) {
   const UpdateFn update = kernels().update[rule];
   const float scale = globals.grad_scale ? *globals.grad_scale : 1.f, clip = globals.clip ? *globals.clip : 1.f;
   parallel_for(int64_t(chunks.size()), grain_of(tensors, chunks), threads, [&](int64_t first, int64_t last) {

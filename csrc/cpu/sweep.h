@@ -28,7 +28,8 @@ struct Rows {
 std::vector<Chunk> make_chunks(const std::vector<TensorDesc>& tensors, int64_t chunk);
 // Sum of squares of every tensor's gradient / scale: partial sums per chunk, added in order.
 std::vector<double> squares(const std::vector<TensorDesc>& tensors, const std::vector<Chunk>& chunks, float scale, int threads);
-void sweep(int rule, const std::vector<TensorDesc>& tensors, const std::vector<Chunk>& chunks, const Rows& rows, const Globals& globals, int threads);
+void sweep(int rule, const std::vector<TensorDesc>& tensors, const std::vector<Chunk>& chunks, const Rows& rows, const Globals& globals,
+           int threads);
 
 }  // namespace cpu
 }  // namespace fa

@@ -134,9 +134,9 @@ class FusedOptimizer(Optimizer):
                 hook(self, (closure,), {})
         return loss
 
+    # A graph break for torch.compile: raw addresses cannot be traced. (torch.compiler.disable would import the compiler with this module.)
+    step = torch._disable_dynamo(step)
     # torch wraps the step of classes that do not say they handle hooks themselves; its wrapper costs more than our step of a small tensor.
-    step.hooked = True  # type: ignore[attr-defined]
-    step = torch.compiler.disable(step)
     step.hooked = True  # type: ignore[attr-defined]
 
     def _step_with_hooks(self, closure: Callable[[], Any] | None) -> Any:

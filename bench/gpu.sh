@@ -1,0 +1,70 @@
+#!/usr/bin/env bash
+# One command for a machine with an NVIDIA GPU, without a network: build for its architecture, run the GPU tests, a memory check, and the benches.
+# Needs python3 with torch, triton, numpy, pybind11, cmake, ninja and pytest, and nvcc. Done within 9 minutes; every part has its own limit, and a part that
+# fails does not keep the next from running: the exit code is that of the worst, and summary.txt lists them.
+#
+#   bench/gpu.sh                          results in bench/results/<device>/<date>
+#   OUT=/tmp/x PYTHON=python3.12 bench/gpu.sh
+set -uo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+started=$(date +%s)
+TOTAL=530
+
+device=$(nvidia-smi --query-gpu=name --format=csv,noheader -i 0) || { echo "gpu.sh: expected an NVIDIA GPU; nvidia-smi found none; run it where one is" >&2; exit 2; }
+arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader -i 0 | tr -d '. ')
+OUT=${OUT:-bench/results/$(echo "$device" | tr ' /' '--' | tr -cd '[:alnum:]._-')/$(date -u +%Y-%m-%d)}
+mkdir -p "$OUT"
+: >"$OUT/summary.txt"
+worst=0
+
+# part <name> <seconds> <command…>: runs it under the smaller of its own limit and what is left of the whole; output to <name>.log and the terminal.
+part() {
+  local name=$1 limit=$2 left code
+  shift 2
+  left=$((TOTAL - ($(date +%s) - started)))
+  ((limit > left)) && limit=$left
+  if ((limit < 5)); then
+    echo "$name: not run, the $TOTAL seconds were up" | tee -a "$OUT/summary.txt"
+    worst=1
+    return 1
+  fi
+  echo "== $name (at most $limit s): $*"
+  timeout -k 10 "$limit" "$@" 2>&1 | tee "$OUT/$name.log" | tail -n 40
+  code=${PIPESTATUS[0]}
+  echo "$name: exit $code after $(($(date +%s) - started)) s from the start" | tee -a "$OUT/summary.txt"
+  ((code > worst)) && worst=$code
+  return "$code"
+}
+
+build() {
+  # setuptools before 77 refuses the licence field of pyproject.toml; it is not needed to drive CMake.
+  if "$PYTHON" -c 'import setuptools, sys; sys.exit(int(setuptools.__version__.split(".")[0]) < 77)'; then
+    "$PYTHON" setup.py -q build_ext --inplace
+  else
+    "$PYTHON" -c 'import setup; setup.build_in_place()'
+  fi
+}
+export -f build
+export PYTHON FUSEDADAPT_CORE=on FUSEDADAPT_CUDA=on FUSEDADAPT_CUDA_ARCHS=$arch PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+
+{
+  date -u +%FT%TZ
+  echo "commit $(git rev-parse HEAD 2>/dev/null || echo unknown)$(git diff --quiet HEAD 2>/dev/null || echo ' with changes')"
+  nvidia-smi --query-gpu=name,driver_version,memory.total,clocks.max.sm,clocks.max.mem --format=csv
+} >"$OUT/machine.txt" 2>&1
+
+part build 180 bash -c build || { cat "$OUT/build.log"; exit 1; }
+part doctor 60 "$PYTHON" -m fusedadapt doctor
+part tests 200 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests
+if command -v compute-sanitizer >/dev/null; then
+  # The self-test runs three rules on odd sizes. Without the caching allocator, so that a write past a tensor is one past an allocation.
+  part memcheck 90 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 "$PYTHON" -m fusedadapt doctor --seconds 60
+else
+  echo "memcheck: not run, compute-sanitizer is not installed" | tee -a "$OUT/summary.txt"
+fi
+part bench 240 "$PYTHON" -m fusedadapt bench optim --device cuda --json "$OUT/optim.json"
+
+cat "$OUT/summary.txt"
+echo "results in $OUT"
+exit "$worst"

@@ -1,0 +1,52 @@
+"""fusedadapt: fused optimizer steps written by hand in Triton, CUDA C++ and C++, defined once in pure PyTorch and proved equal.
+
+`import fusedadapt` loads neither torch nor Triton nor the compiled core, reads no environment variable and asks no GPU: every public name
+below arrives on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module as _import_module
+from pathlib import Path as _Path
+from typing import TYPE_CHECKING
+from typing import Any as _Any
+
+if TYPE_CHECKING:
+    from . import optim as optim
+    from . import testing as testing
+    from .config import backend as backend
+    from .config import strict as strict
+    from .dispatch import explain as explain
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "backend", "explain", "optim", "strict", "testing"]
+
+# public name -> (submodule, attribute); no attribute means the submodule itself
+_LAZY: dict[str, tuple[str, str]] = {
+    "backend": ("config", "backend"),
+    "explain": ("dispatch", "explain"),
+    "optim": ("optim", ""),
+    "strict": ("config", "strict"),
+    "testing": ("testing", ""),
+}
+
+# In a wheel kernels/ and bench/ lie inside this package. In a checkout and in an editable install they lie beside it: an install-time
+# mapping does not reach those two, so the search path is extended instead. Only a real checkout qualifies: in site-packages the folder
+# beside us belongs to everyone, and a `kernels` there is another project's.
+_here = _Path(__file__).resolve().parent
+if not (_here / "kernels").is_dir() and (_here.parent / "CMakeLists.txt").is_file() and (_here.parent / "kernels").is_dir():
+    __path__.append(str(_here.parent))
+
+
+def __getattr__(name: str) -> _Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'fusedadapt' has no attribute {name!r}")
+    module, attribute = _LAZY[name]
+    found = _import_module(f"{__name__}.{module}")
+    value = getattr(found, attribute) if attribute else found
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

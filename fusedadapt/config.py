@@ -1,0 +1,80 @@
+"""Settings: the only place that reads FUSEDADAPT_* environment variables, and only when asked, never at import.
+
+    FUSEDADAPT_BACKEND   reference | cpp | triton | cuda: what `backend(...)` would choose for the whole process
+    FUSEDADAPT_STRICT    1: what `strict()` would choose for the whole process
+
+(FUSEDADAPT_CORE, FUSEDADAPT_CUDA and FUSEDADAPT_CUDA_ARCHS steer the build; setup.py reads those.)
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+# "emulated" is the CUDA kernels on the test suite's CPU stand-in: selectable by name, never chosen, not in wheels.
+BACKENDS = ("reference", "cpp", "triton", "cuda", "emulated")
+
+# Threads start without their creator's ContextVars, so a hook that autograd runs on a GPU's backward thread sees the process-wide
+# setting only: pass backend= to an optimizer that steps inside backward hooks.
+_backend: ContextVar[str | None] = ContextVar("fusedadapt_backend", default=None)
+_strict: ContextVar[bool | None] = ContextVar("fusedadapt_strict", default=None)
+
+
+def checked_backend(name: str, source: str) -> str:
+    """`name` itself if it is a backend's name.
+
+    Raises:
+        ValueError: it is not; the text names `source`, where it came from.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: expected one of {', '.join(BACKENDS[:4])}; got {name!r}; correct the name or leave it out")
+    return name
+
+
+def current_backend() -> str | None:
+    """The backend asked for by the innermost `backend(...)`, else by FUSEDADAPT_BACKEND, else None: each op chooses."""
+    chosen = _backend.get()
+    if chosen is not None:
+        return chosen
+    name = os.environ.get("FUSEDADAPT_BACKEND", "")
+    return checked_backend(name, "FUSEDADAPT_BACKEND") if name else None
+
+
+def is_strict() -> bool:
+    """True inside `strict()`, or with FUSEDADAPT_STRICT=1: a fallback raises instead of being logged."""
+    chosen = _strict.get()
+    if chosen is not None:
+        return chosen
+    value = os.environ.get("FUSEDADAPT_STRICT", "0")
+    if value not in ("", "0", "1"):
+        raise ValueError(f"FUSEDADAPT_STRICT: expected 0 or 1; got {value!r}; set one of them or unset it")
+    return value == "1"
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Every op in the block runs on this backend: "reference" | "cpp" | "triton" | "cuda".
+
+    An op that cannot falls back, saying so once, or raises inside `strict()`. Holds for the current thread and async task. Nests; the
+    innermost wins.
+
+    Raises:
+        ValueError: not a backend's name.
+    """
+    token = _backend.set(checked_backend(name, "backend"))
+    try:
+        yield
+    finally:
+        _backend.reset(token)
+
+
+@contextmanager
+def strict(enabled: bool = True) -> Iterator[None]:
+    """An op in the block that would fall back raises RuntimeError, before it touches anything. `strict(False)` lifts an outer one."""
+    token = _strict.set(enabled)
+    try:
+        yield
+    finally:
+        _strict.reset(token)

@@ -1,0 +1,194 @@
+"""Which backend runs an op, and why. There is no silent fallback: the first one of each (op, reason) is logged, and inside `strict()` it
+raises.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from . import config
+
+log = logging.getLogger("fusedadapt")
+
+# Tried left to right when nobody asks for one. The interpreter ("triton" on CPU) and the emulator are thousands of times slower than the
+# reference: only by name.
+_ORDER = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
+_said: set[tuple[str, str]] = set()
+
+
+class Choice(NamedTuple):
+    """A backend and one line on why it was chosen."""
+
+    backend: str
+    reason: str
+
+
+@functools.cache
+def _load(name: str) -> tuple[ModuleType | None, str]:
+    try:
+        return importlib.import_module(f"fusedadapt.{name}"), ""
+    except ImportError as error:
+        return None, (_why_unbuilt() if name == "_core" else "") or str(error)
+
+
+def _why_unbuilt() -> str:
+    """What the build recorded if it left the core out on purpose, else ""."""
+    try:
+        return str(getattr(importlib.import_module("fusedadapt._build_info"), "CORE_ABSENT", ""))
+    except ModuleNotFoundError:
+        return ""
+
+
+def core() -> ModuleType | None:
+    """The compiled module `fusedadapt._core`, or None (see `core_reason`); its absence is logged once."""
+    module, reason = _load("_core")
+    if module is None:
+        _say_once("core", f"fusedadapt: compiled core not available ({reason}): using pure Python + Triton")
+    return module
+
+
+def core_reason() -> str:
+    """Why `core()` is None; "" when it is there."""
+    return _load("_core")[1]
+
+
+def core_emulated() -> ModuleType | None:
+    """The test-only module with the CUDA kernels built for the CPU (`python setup.py build_emulated`), or None."""
+    return _load("_core_emulated")[0]
+
+
+def has_cuda(module: ModuleType) -> bool:
+    """True if this `_core` was built with its CUDA part."""
+    return bool(getattr(module, "CUDA", False))
+
+
+@functools.cache
+def _triton_missing() -> str:
+    try:
+        importlib.import_module("triton")
+    except ImportError as error:
+        return f"triton does not import: {error}"
+    return ""
+
+
+def _no_gpu() -> str:
+    import torch
+
+    return "" if torch.cuda.is_available() else "torch finds no CUDA device"
+
+
+def _unavailable(name: str, device_type: str) -> str:
+    """Why `name` cannot run on tensors of this device type; "" if it can."""
+    if name == "reference":
+        return ""
+    if name == "triton":
+        if device_type == "cuda":
+            return _triton_missing() or _no_gpu()
+        if device_type != "cpu":
+            return f"has no kernels for {device_type} tensors"
+        if missing := _triton_missing():
+            return missing
+        # Triton's own switch, not the environment: it can be set from Python too, and it is what decides how a kernel launches.
+        interpret = importlib.import_module("triton").knobs.runtime.interpret
+        return "" if interpret else "runs on GPUs; CPU tensors need its interpreter (TRITON_INTERPRET=1)"
+    home = {"cpp": "cpu", "cuda": "cuda", "emulated": "cpu"}[name]
+    if device_type != home:
+        return f"runs on {home} tensors; these are on {device_type}"
+    if name == "emulated":
+        module, reason = _load("_core_emulated")
+        return reason or ("" if module is not None and has_cuda(module) else "the emulated core was built without the CUDA kernels")
+    module = core()
+    if module is None:
+        return f"compiled core not available ({core_reason()})"
+    if name == "cuda":
+        return _no_gpu() if has_cuda(module) else "the compiled core was built without CUDA"
+    return ""
+
+
+def available_backends(device_type: str) -> dict[str, str]:
+    """Every backend's name -> why it cannot run on tensors of `device_type` ("cpu", "cuda", …), or "" if it can."""
+    return {name: _unavailable(name, device_type) for name in config.BACKENDS}
+
+
+def pick(op: str, device_type: str, requested: str | None = None, *, unfit: Mapping[str, str] | None = None) -> Choice:
+    """The backend for `op` on tensors of `device_type`.
+
+    Args:
+        op: name used in messages, e.g. "optim.AdamW".
+        requested: the caller's own `backend=` argument. It is obeyed or it raises. `backend(...)` and FUSEDADAPT_BACKEND are wishes: an op
+            that cannot grant one falls back and says so.
+        unfit: backend -> why it cannot take these very tensors or options (e.g. {"cpp": "float64 parameters"}).
+
+    Raises:
+        ValueError: `requested` is not a backend's name.
+        RuntimeError: `requested` cannot run, or a fallback inside `strict()`.
+    """
+    refused = unfit or {}
+
+    def why_not(name: str) -> str:
+        return refused.get(name) or _unavailable(name, device_type)
+
+    if requested is not None:
+        reason = why_not(config.checked_backend(requested, f"{op} backend"))
+        if reason:
+            raise RuntimeError(
+                f"{op}: expected backend {requested!r}, as asked for; {requested}: {reason}; leave backend= out or change what it names"
+            )
+        return Choice(requested, "asked for by argument")
+    skipped = []
+    wish = config.current_backend()
+    if wish is not None:
+        if not (reason := why_not(wish)):
+            return Choice(wish, "asked for by backend() or FUSEDADAPT_BACKEND")
+        skipped.append(f"{wish}: {reason}")
+    for name in _ORDER.get(device_type, ("reference",)):
+        if name == wish:
+            continue
+        if not (reason := why_not(name)):
+            return _settle(op, name, skipped, fell=wish is not None or (name == "reference" and bool(skipped)))
+        skipped.append(f"{name}: {reason}")
+    # Only a refused reference gets here: the caller's options exist in no backend at all.
+    raise RuntimeError(f"{op}: expected a backend that can run; none can; " + "; ".join(skipped))
+
+
+def _settle(op: str, name: str, skipped: list[str], *, fell: bool) -> Choice:
+    reason = "; ".join(skipped) if skipped else "first choice"
+    if fell:
+        if config.is_strict():
+            raise RuntimeError(f"{op}: expected no fallback (strict); would run on {name} because {reason}; mend that, or leave strict()")
+        # An absent core has had its own line from core() already; one more for every op would only repeat it.
+        if len(skipped) > 1 or "compiled core not available" not in reason:
+            _say_once(op, f"fusedadapt: {op} runs on {name} because {reason}")
+    return Choice(name, reason)
+
+
+def _say_once(key: str, text: str) -> None:
+    if (key, text) not in _said:
+        _said.add((key, text))
+        log.warning("%s", text)
+
+
+def explain(obj: Any) -> list[tuple[str, str, str]]:
+    """Prints and returns what runs where for an optimizer or module of ours: rows (what, backend, why).
+
+    A `torch.nn.Module` is searched for parts of ours.
+
+    Raises:
+        TypeError: nothing of ours in `obj`.
+    """
+    parts = [("", obj)] if hasattr(obj, "__fusedadapt_explain__") else list(getattr(obj, "named_modules", tuple)())
+    rows: list[tuple[str, str, str]] = []
+    for prefix, part in parts:
+        if hasattr(part, "__fusedadapt_explain__"):
+            rows += [(f"{prefix}.{what}" if prefix else what, backend, why) for what, backend, why in part.__fusedadapt_explain__()]
+    if not rows:
+        raise TypeError(f"explain: expected an optimizer or module of fusedadapt's; got {type(obj).__name__}; pass what fusedadapt made")
+    widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
+    for what, backend, why in rows:
+        print(f"{what:<{widths[0]}}  {backend:<{widths[1]}}  {why}".rstrip())
+    return rows

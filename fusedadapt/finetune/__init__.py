@@ -1,0 +1,1 @@
+"""The main job: a real pretrained encoder, real data, our optimizers. ``python -m fusedadapt finetune --help``; docs/finetune.md."""

@@ -1,0 +1,127 @@
+"""``python -m fusedadapt finetune``: fine-tune a real pretrained encoder on real data with a fused optimizer."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from ..checkpoint import CheckpointError
+from . import report
+from .errors import FinetuneError
+from .train import CHECKPOINT, DTYPES, REPORT, Config, run, stored_config
+
+DEFAULT_OUT = Path("runs/finetune")
+SAVE_EVERY = 20
+QUICK = {"steps": 30, "batch": 16, "lr": 2e-3}  # of --quick, unless given: a random model learns at a pretraining rate
+
+
+def _positive(kind: type[int] | type[float], zero: bool = False) -> Any:
+    def number(text: str) -> int | float:
+        value = kind(text)
+        if not (0 <= value if zero else 0 < value) or value == float("inf"):
+            raise argparse.ArgumentTypeError(f"expected {'0 or more' if zero else 'more than 0'}, got {text}")
+        return value
+
+    return number
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every default is SUPPRESS, so that what was typed can be told from what was not: a resumed run takes the rest from its checkpoint."""
+    p = argparse.ArgumentParser(
+        prog="python -m fusedadapt finetune",
+        description="Fine-tune all-MiniLM-L6-v2 (22.7 M parameters) for code search over the Python standard library.",
+        argument_default=argparse.SUPPRESS,
+    )
+    d = Config()
+    p.add_argument("--optimizer", metavar="NAME", help=f"any rule of fusedadapt.optim, or torch:CLASS (default {d.optimizer})")
+    p.add_argument("--compare", choices=["torch"], help="run torch's optimizer of the same name over the same batches, side by side")
+    p.add_argument("--steps", type=_positive(int), help=f"default {d.steps}")
+    p.add_argument("--batch", type=_positive(int), help=f"pairs per step (default {d.batch})")
+    p.add_argument("--lr", type=_positive(float), help="peak learning rate (default: per rule, AdamW 5e-5)")
+    p.add_argument("--weight-decay", type=_positive(float, zero=True), help="of matrices and embeddings (default: the rule's)")
+    p.add_argument("--max-grad-norm", type=_positive(float), help="clip the global gradient norm")
+    p.add_argument("--seed", type=int, help=f"order of the data and all randomness (default {d.seed})")
+    p.add_argument("--device", choices=["cpu", "cuda"], help=f"default {d.device}")
+    p.add_argument("--dtype", choices=list(DTYPES), help=f"of weights and gradients (default {d.dtype})")
+    p.add_argument("--master-weights", choices=["fp32", "split"], help="keep exact weights beside bf16 ones")
+    p.add_argument("--stochastic-rounding", action="store_true", help="round bf16 weights stochastically")
+    p.add_argument("--threads", type=_positive(int), help=f"CPU threads (default: torch's, {d.threads} here)")
+    p.add_argument(
+        "--quick", action="store_true", help="a tiny random encoder on a part of the data: the whole path in seconds, needs no weights"
+    )
+    p.add_argument("--out", type=Path, metavar="DIR", help=f"where results go (default {DEFAULT_OUT})")
+    p.add_argument("--resume", nargs="?", const=None, type=Path, metavar="DIR", help="continue the run in DIR (default: in --out)")
+    p.add_argument(
+        "--save-every",
+        type=_positive(int, zero=True),
+        metavar="N",
+        help=f"steps between checkpoints, 0: at the end only (default {SAVE_EVERY})",
+    )
+    return p
+
+
+def configure(typed: dict[str, Any]) -> tuple[Config, Path, bool]:
+    """(configuration, folder, resume?) from what was typed; FinetuneError where it does not fit the stored run or this machine."""
+    fields = {key: value for key, value in typed.items() if key in Config.__dataclass_fields__}
+    resume = "resume" in typed
+    out: Path = typed.get("out") or typed.get("resume") or DEFAULT_OUT
+    if resume:
+        config = stored_config((typed.get("resume") or out) / CHECKPOINT)
+        for key, value in fields.items():
+            if value != getattr(config, key):
+                flag = key.replace("_", "-")
+                raise FinetuneError(
+                    f"finetune: expected the stored run's --{flag} {getattr(config, key)}; got {value}; drop the option or start a new run"
+                )
+    else:
+        config = Config(**(QUICK | fields if fields.get("quick") else fields))
+        if (out / CHECKPOINT).exists() and not (out / REPORT).exists():
+            raise FinetuneError(
+                f"finetune: expected a new folder; {out} holds an unfinished run; add --resume, choose another --out, or delete it"
+            )
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise FinetuneError("finetune: expected a GPU for --device cuda; torch finds none; use --device cpu")
+    if config.dtype == "fp32" and (config.master_weights or config.stochastic_rounding):
+        raise FinetuneError(
+            "finetune: expected --dtype bf16 with --master-weights or --stochastic-rounding; got fp32, which needs neither; "
+            "add --dtype bf16"
+        )
+    return config, out, resume
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """0: done; 2: bad arguments or a damaged checkpoint, said in one line; 130: interrupted, resumable."""
+    typed = vars(parser().parse_args(argv))
+    console = Console()
+    try:
+        config, out, resume = configure(typed)
+        out.mkdir(parents=True, exist_ok=True)
+        if resume and typed.get("resume") and typed["resume"] != out:
+            raise FinetuneError(f"finetune: expected one folder; got --resume {typed['resume']} and --out {out}; drop --out")
+        (out / REPORT).unlink(missing_ok=True)  # its presence marks a finished run
+        result = run(config, out, report.Screen(console), save_every=typed.get("save_every", SAVE_EVERY), resume=resume)
+    except (FinetuneError, CheckpointError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        kept = (out / CHECKPOINT).exists()
+        print(f"interrupted; continue with: --resume {out}" if kept else "interrupted before the first checkpoint", file=sys.stderr)
+        return 130
+    paths = report.write(result, out)
+    console.print(report.table(result))
+    for line in report.notes(result):
+        console.print(line, highlight=False)
+    for path in paths:
+        console.print(f"wrote {path}", highlight=False, soft_wrap=True)
+    console.print(f"{config.optimizer}: {result.seconds:.0f} s in all", highlight=False)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,214 @@
+"""The run: data, lanes, steps, checkpoints, judgement before and after. Everything the maths depends on is in ``Config``."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import save_file
+
+from .. import checkpoint
+from . import data, model
+from .errors import FinetuneError
+from .lane import History, Lane
+from .metrics import Quality
+from .optimizers import Rule, resolve, torch_twin
+from .tokens import Hashed, Pretrained, Tokens
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CHECKPOINT = "checkpoint.safetensors"
+REPORT = "report.json"
+HELD_OUT = 512
+QUICK_FILES, QUICK_HELD_OUT = 40, 32
+
+
+@dataclass(frozen=True)
+class Config:
+    """A resumed run must agree in every field. ``lr``, ``weight_decay`` None: the rule's own. ``threads``: sums depend on how they are
+    split."""
+
+    optimizer: str = "AdamW"
+    compare: str | None = None
+    steps: int = 60
+    batch: int = 24
+    lr: float | None = None
+    weight_decay: float | None = None
+    max_grad_norm: float | None = None
+    seed: int = 0
+    device: str = "cpu"
+    dtype: str = "fp32"
+    master_weights: str | None = None
+    stochastic_rounding: bool = False
+    quick: bool = False
+    threads: int = field(default_factory=torch.get_num_threads)
+
+
+class Watcher(Protocol):
+    """Told what happens, so that the run itself prints nothing."""
+
+    def say(self, text: str) -> None: ...
+    def begin(self, done: int, total: int) -> None: ...
+    def stepped(self, lanes: list[Lane], done: int) -> None: ...
+    def end(self) -> None: ...
+
+
+@dataclass
+class Result:
+    config: Config
+    lanes: list[Lane]
+    before: Quality
+    after: list[Quality]
+    pairs: tuple[int, int]
+    data_digest: str
+    seconds: float
+
+
+def run(config: Config, out: Path, watcher: Watcher, *, save_every: int, resume: bool) -> Result:
+    """The whole job; leaves ``checkpoint.safetensors`` and ``model/`` in ``out``. Killed and resumed equals uninterrupted, bit for
+    bit, on a CPU."""
+    began = time.perf_counter()
+    torch.set_num_threads(config.threads)
+    torch.manual_seed(config.seed)
+    train, held_out = load_data(config)
+    digest = data.digest(train, held_out)
+    watcher.say(f"{len(train)} training pairs and {len(held_out)} held-out pairs from the Python standard library")
+    lanes = build_lanes(config)
+    before, done = None, 0
+    if resume:
+        before, done = restore(out / CHECKPOINT, config, lanes, digest)
+        watcher.say(f"resumed {out / CHECKPOINT} at step {done} of {config.steps}")
+    if before is None:
+        watcher.say("judging the model before training")
+        before = lanes[0].evaluate(held_out)
+
+    def keep(step: int) -> None:
+        store(out / CHECKPOINT, config, lanes, before, digest, step)
+
+    train_steps(config, train, lanes, watcher, done, save_every, keep)
+    watcher.say("judging the model after training")
+    after = [lane.evaluate(held_out) for lane in lanes]
+    for lane, folder in zip(lanes, ("model", "model-compared"), strict=False):
+        export(lane, out / folder, config)
+    return Result(config, lanes, before, after, (len(train), len(held_out)), digest, time.perf_counter() - began)
+
+
+def load_data(config: Config) -> tuple[list[data.Pair], list[data.Pair]]:
+    files = data.library_files(limit=QUICK_FILES if config.quick else None)
+    return data.split(data.collect(files), QUICK_HELD_OUT if config.quick else HELD_OUT)
+
+
+def build_lanes(config: Config) -> list[Lane]:
+    """One lane, or two from the same start. The second one's hyper-parameters are read from the first one's constructed optimizer."""
+    extras: dict[str, Any] = {}
+    if config.master_weights is not None:
+        extras["master_weights"] = config.master_weights
+    if config.stochastic_rounding:
+        extras["stochastic_rounding"] = True
+    rule = resolve(config.optimizer, lr=config.lr, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm, extras=extras)
+    lanes = [_lane(config, rule)]
+    if config.compare is not None:
+        if rule.label.startswith("torch "):
+            raise FinetuneError(
+                f"finetune: expected one of our rules with --compare torch; got {config.optimizer!r}; drop the 'torch:' or --compare"
+            )
+        lanes.append(_lane(config, torch_twin(rule, lanes[0].optimizer, config.max_grad_norm)))
+    return lanes
+
+
+def _lane(config: Config, rule: Rule) -> Lane:
+    tokens: Tokens
+    if config.quick:
+        encoder, tokens = model.tiny(config.seed), Hashed(model.TINY.vocab_size)
+    else:
+        encoder, tokens = model.pretrained(), Pretrained(model.pretrained_dir())
+    return Lane(encoder.to(config.device, DTYPES[config.dtype]), rule, tokens, config.seed)
+
+
+def lr_factor(step: int, steps: int, constant: bool) -> float:
+    """Linear warm-up over a tenth of the run, then linear decay towards 0, which no step gets; ``step`` from 0."""
+    warm = max(1, steps // 10)
+    if step < warm:
+        return (step + 1) / warm
+    return 1.0 if constant else (steps - step) / (steps - warm)
+
+
+def train_steps(
+    config: Config, train: list[data.Pair], lanes: list[Lane], watcher: Watcher, done: int, save_every: int, keep: Callable[[int], None]
+) -> None:
+    watcher.begin(done, config.steps)
+    try:
+        for index in range(done, config.steps):
+            pairs = [train[i] for i in data.batch_indices(len(train), config.batch, config.seed, index)]
+            # Odd steps run the lanes the other way round: whoever goes second finds the caches warm.
+            for lane in lanes if index % 2 == 0 else reversed(lanes):
+                lane.step(pairs, index, lr_factor(index, config.steps, lane.rule.recipe.constant_lr))
+            step = index + 1
+            watcher.stepped(lanes, step)
+            if step == config.steps or (save_every and step % save_every == 0):
+                keep(step)
+    finally:
+        watcher.end()
+
+
+# --- keeping and resuming --------------------------------------------------------------------------------------------------
+
+
+def store(path: Path, config: Config, lanes: list[Lane], before: Quality, digest: str, step: int) -> None:
+    extra = {
+        "step": step,
+        "config": asdict(config),
+        "data": digest,
+        "before": before.as_dict(),
+        "history": [lane.history.as_dict() for lane in lanes],
+    }
+    names = [str(i) for i in range(len(lanes))]
+    checkpoint.save(
+        path,
+        {name: lane.model for name, lane in zip(names, lanes, strict=True)},
+        {name: lane.optimizer for name, lane in zip(names, lanes, strict=True)},
+        extra,
+    )
+
+
+def restore(path: Path, config: Config, lanes: list[Lane], digest: str) -> tuple[Quality, int]:
+    """Load ``path`` into the lanes; the caller has made ``config`` from the file's own (``stored_config``)."""
+    names = [str(i) for i in range(len(lanes))]
+    extra = checkpoint.load(
+        path,
+        {name: lane.model for name, lane in zip(names, lanes, strict=True)},
+        {name: lane.optimizer for name, lane in zip(names, lanes, strict=True)},
+    )
+    if extra["data"] != digest:
+        raise FinetuneError(
+            f"finetune: expected the data of the stored run ({extra['data']}); this Python's library gives {digest}; use the same Python"
+        )
+    for lane, history in zip(lanes, extra["history"], strict=True):
+        lane.history = History(**history)
+    return Quality(**extra["before"]), int(extra["step"])
+
+
+def stored_config(path: Path) -> Config:
+    extra = checkpoint.load(path, rng=False)
+    if not isinstance(extra, dict) or "config" not in extra:
+        raise FinetuneError(f"finetune: expected the checkpoint of a finetune run; {path} is another one; name the run's folder")
+    return Config(**extra["config"])
+
+
+def export(lane: Lane, folder: Path, config: Config) -> None:
+    """Final weights under Hugging Face's names, with the tokenizer and configuration beside them: a folder sentence-transformers can
+    load."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not config.quick:
+        source = model.pretrained_dir()
+        for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "modules.json"):
+            shutil.copy(source / name, folder / name)
+        for name in ("sentence_bert_config.json", "config_sentence_transformers.json"):
+            shutil.copy(source / name, folder / name)
+        (folder / "1_Pooling").mkdir(exist_ok=True)
+        shutil.copy(source / "1_Pooling" / "config.json", folder / "1_Pooling" / "config.json")
+    save_file(lane.final_weights(), folder / "model.safetensors", metadata={"format": "pt"})

@@ -1,0 +1,1 @@
+"""Triton kernels, imported as `fusedadapt.kernels`. One file per family; `common` holds what they share."""
