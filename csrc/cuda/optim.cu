@@ -96,7 +96,7 @@ FA_DEVICE void update(const Job& w, const Row& r, const Eight& e) {
   const int p_dtype = master ? int(kF32) : t.param_dtype;
   Raw raw_p, raw_low, raw_g, raw_s[kArrays];
   load(raw_p, master ? t.extra : t.param, p_dtype == kF32, e, keep);
-  if (split_master) load(raw_low, t.extra, false, e, keep);
+  if (split_master && e.vector) load(raw_low, t.extra, false, e, keep);
   load(raw_g, t.grad, t.grad_dtype == kF32, e, keep);
   FA_UNROLL
   for (int k = 0; k < kS; ++k) load(raw_s[k], t.state[k], t.state_dtype[k] == kF32, e, keep);
@@ -104,7 +104,8 @@ FA_DEVICE void update(const Job& w, const Row& r, const Eight& e) {
   float p[kEach], g[kEach], s[kArrays][kEach];
   widen(p, raw_p, p_dtype, e.vector);
   if (split_master) {
-    if (e.vector) unpack(raw_low);
+    // Strided, the remainder would hold eight registers instead of four since the loads began: it comes late there.
+    e.vector ? unpack(raw_low) : load(raw_low, t.extra, false, e, keep);
     FA_UNROLL
     for (int j = 0; j < kEach; ++j) p[j] = join_split(uint16_t(as_bits(p[j]) >> 16), int16_t(uint16_t(raw_low[j])));
   }

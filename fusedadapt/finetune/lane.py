@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import math
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -63,7 +64,10 @@ class Lane:
             queries, candidates = (self.embed([getattr(pair, side) for pair in pairs], side) for side in ("text", "code"))
             loss = info_nce(queries, candidates)
         extra = self._update_hessian(queries, candidates, index)
-        loss.backward(create_graph=self.rule.recipe.create_graph)
+        with warnings.catch_warnings():
+            # The cycle of parameter and gradient that torch warns of ends with zero_grad below.
+            warnings.filterwarnings("ignore", message="Using backward\\(\\) with create_graph=True")
+            loss.backward(create_graph=self.rule.recipe.create_graph)
         middle = self._now()
         if self.rule.clip is not None:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.rule.clip)

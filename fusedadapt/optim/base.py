@@ -21,7 +21,7 @@ from .table import local
 try:
     from typing import Unpack
 except ImportError:  # Python 3.10
-    from typing_extensions import Unpack
+    pass
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -100,6 +100,7 @@ class FusedOptimizer(Optimizer):
         self._fingerprint: Any = None
         self._group_keys: list[Any] = []
         self._sharded = False
+        self._single: dict[Tensor, tuple[Plan, int, Any]] = {}
 
     # --- what a rule defines -----------------------------------------------------------------------------------------------------------
 
@@ -172,6 +173,23 @@ class FusedOptimizer(Optimizer):
         for plan in plans:
             device = plan.device
             plan.run(Scalars(on(grad_scale, device), on(found_inf, device), on(clip, device), seed, self.stochastic_rounding))
+
+    def step_one_(self, p: Tensor) -> None:
+        """The step of one parameter alone (used inside backward hooks); its gradient must be there."""
+        plan, i, key = self._single.get(p, (None, 0, None))
+        if plan is None:
+            self._current_plans()
+            home = next(plan for plan in self._plans if any(e.param is p for e in plan.entries))
+            entry = next(e for e in home.entries if e.param is p)
+            plan, i = type(home)(self, home.rule, home.device, home.choice, [entry]), entry.group
+        now = self._getter(self.param_groups[i])
+        if now != key or isinstance(self.param_groups[i]["lr"], Tensor):
+            self._refresh_hypers()
+            plan.set_hypers([hyper(**self._hyper(g)) for g in self.param_groups])
+        self._single[p] = (plan, i, now)
+        plan.prepare()
+        seed = self.param_groups[0]["seed"] if self.stochastic_rounding else 0
+        plan.run(Scalars(None, None, None, seed, self.stochastic_rounding))
 
     def _clip(self, plans: list[Plan], grad_scale: Tensor | None) -> Tensor:
         """Leaves the global norm in grad_norm and returns the factor min(1, max_norm / (norm + 1e-6)) of torch's clip_grad_norm_."""
@@ -283,8 +301,10 @@ class FusedOptimizer(Optimizer):
             self.state[e.param].update({k: v for k, v in new.items() if k not in self.state[e.param]})
 
     _unpack_mask = staticmethod(states.unpack_mask)
-    _index_map = staticmethod(states.index_map)
     _global_index = staticmethod(states.global_index)
+
+    def _index_map(self, p: Tensor) -> tuple[int, int, int]:
+        return states.index_map(p) if self.stochastic_rounding else (0, 0, 0)
 
     @property
     def last_step_skipped(self) -> bool:
@@ -294,7 +314,9 @@ class FusedOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """torch's format and names; states keep their dtypes. Loads into torch's optimizer of the same name, and the other way round."""
-        return super().state_dict()
+        saved = super().state_dict()
+        saved["state"] = {k: v for k, v in saved["state"].items() if v}  # a parameter that never had a gradient has no state
+        return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of ours or of torch's optimizer of the same name, keeping every state's dtype.
@@ -305,7 +327,7 @@ class FusedOptimizer(Optimizer):
         self._reset()
 
     def __getstate__(self) -> dict[str, Any]:
-        derived = ("_plans", "_getter", "_group_keys", "_fingerprint")
+        derived = ("_plans", "_getter", "_group_keys", "_fingerprint", "_single")
         return {k: v for k, v in self.__dict__.items() if k not in derived}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -1,0 +1,37 @@
+"""Gradient release: each parameter is stepped, and its gradient freed, as soon as backward has finished with it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.utils.hooks import RemovableHandle
+
+from .base import FusedOptimizer
+
+
+class GradientRelease:
+    """Handle of :func:`release_gradients`; ``remove()`` ends it."""
+
+    def __init__(self, handles: list[RemovableHandle]):
+        self._handles = handles
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+def release_gradients(optimizer: FusedOptimizer) -> GradientRelease:
+    """Makes ``loss.backward()`` step every parameter of ``optimizer`` the moment its gradient is complete, and set the gradient to None.
+
+    Peak memory then holds one gradient instead of all. ``optimizer.step()`` finds nothing left to do and may stay where it is. Gradients must not be
+    accumulated over several backward calls. Raises ValueError with ``max_grad_norm``: the global norm is not known before the last gradient.
+    """
+    if optimizer.max_grad_norm is not None:
+        raise ValueError("release_gradients: expected max_grad_norm=None; the global norm is known only when every gradient is there; turn one off")
+
+    def hook(p: Tensor) -> None:
+        optimizer.step_one_(p)
+        p.grad = None
+
+    params = [p for g in optimizer.param_groups for p in g["params"]]
+    return GradientRelease([p.register_post_accumulate_grad_hook(hook) for p in params])
