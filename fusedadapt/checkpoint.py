@@ -218,9 +218,7 @@ def _read_header(path: Any, file: BinaryIO) -> tuple[dict[str, Any], dict[str, t
         raise _damaged(path, "the description of the tensors in its header does not match its hash")
     body: dict[str, Any] = json.loads(text)
     if body["version"] != VERSION:
-        raise CheckpointError(
-            f"checkpoint.load: expected format version {VERSION}; {path} has {body['version']}; use the release that wrote it"
-        )
+        raise CheckpointError(f"checkpoint.load: expected format version {VERSION}; {path} has {body['version']}; use the release that wrote it")
     offsets, start, end = {}, 8 + length, 8 + length
     for name, (code, shape, _) in body["tensors"].items():
         nbytes = math.prod(shape) * _DTYPES[code].itemsize
@@ -230,9 +228,7 @@ def _read_header(path: Any, file: BinaryIO) -> tuple[dict[str, Any], dict[str, t
             raise _damaged(path, f"tensor {name} ({code} {shape}) is described as {entry} in the header")
         offsets[name] = (start + span[0], start + span[1])
         if offsets[name][1] > size:
-            raise _damaged(
-                path, f"the file ends inside or before tensor {name}: it needs bytes up to {offsets[name][1]}, the file has {size}"
-            )
+            raise _damaged(path, f"the file ends inside or before tensor {name}: it needs bytes up to {offsets[name][1]}, the file has {size}")
         end = max(end, offsets[name][1])
     if header or end != size:
         raise _damaged(path, f"{size - end} bytes after the last tensor" if not header else f"unknown tensors {sorted(header)[:3]}")
@@ -339,9 +335,7 @@ def _check_optimizer(path: Any, key: str, optimizer: torch.optim.Optimizer, save
     own = [len(group["params"]) for group in optimizer.param_groups]
     have = [len(group["params"]) for group in saved["state_dict"]["param_groups"]]
     if own != have:
-        raise CheckpointError(
-            f"checkpoint.load: expected {label} with parameter groups of {own} tensors; {path} has {have}; build the same groups"
-        )
+        raise CheckpointError(f"checkpoint.load: expected {label} with parameter groups of {own} tensors; {path} has {have}; build the same groups")
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:

@@ -136,9 +136,7 @@ def test_equal_trees_give_equal_files_and_any_reader_opens_them(tmp_path: Path) 
     assert os.listdir(tmp_path) in (["a", "b"], ["b", "a"]), "no temporary file may remain"
 
 
-@pytest.mark.parametrize(
-    "bad", [object(), {1.5: 0}, {"x": {1, 2}}, torch.eye(2).to_sparse(), torch.ones(1, dtype=torch.complex64), 1j], ids=repr
-)
+@pytest.mark.parametrize("bad", [object(), {1.5: 0}, {"x": {1, 2}}, torch.eye(2).to_sparse(), torch.ones(1, dtype=torch.complex64), 1j], ids=repr)
 def test_refuses_what_it_cannot_store(tmp_path: Path, bad: object) -> None:
     save_tree(tmp_path / "c", 1)
     with pytest.raises(CheckpointError, match=r"checkpoint\.save: expected .*where/0.*; "):
@@ -259,9 +257,7 @@ def spans(data: bytes) -> tuple[int, dict[str, tuple[int, int]]]:
     (length,) = struct.unpack("<Q", data[:8])
     header = json.loads(data[8 : 8 + length])
     start = 8 + length
-    return start, {
-        name: (start + e["data_offsets"][0], start + e["data_offsets"][1]) for name, e in header.items() if name != "__metadata__"
-    }
+    return start, {name: (start + e["data_offsets"][0], start + e["data_offsets"][1]) for name, e in header.items() if name != "__metadata__"}
 
 
 def assert_refused(path: Path, *names: str) -> None:

@@ -188,9 +188,7 @@ def test_encoder_is_the_naive_one_in_fp64() -> None:
     encoder = model.tiny(0).double()
     with torch.no_grad():
         for parameter in encoder.parameters():  # biases and norms start as 0 and 1, which would hide a missing one
-            parameter.add_(
-                torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()), dtype=torch.float64) * 0.2
-            )
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()), dtype=torch.float64) * 0.2)
     rows = [[5, 9, 900, 17, 3], [44], [7, 7, 8]]
     found = encoder(*tokens.pad(rows, torch.device("cpu")))
     expected = torch.stack([naive(dict(encoder.state_dict()), row, model.TINY) for row in rows])

@@ -18,18 +18,19 @@ namespace fa::cuda {
 namespace {
 
 // What a turn needs beside the eight elements; the same for a whole block. `t` is a copy: through the pointer every store might change it,
-// and it would be read again and again. What only stochastic rounding needs is read through the pointer, to spare its registers.
+// and it would be read again and again. What only some options need is read through the pointers, so that it holds no register meanwhile.
 struct Job {
   TensorDesc t;
   const TensorDesc* source;
-  float scale, clip;
-  uint64_t seed;
-  bool stochastic, plain_gradient;
+  const Row* row;
+  bool masked, plain_gradient;
 };
 
-FA_DEVICE unsigned trainable(const uint32_t* mask, const Eight& e) {
-  if (!mask || !e.valid) return e.valid;
-  mask = in_global(mask);
+FA_DEVICE float value_or_1(const float* p) { return p ? *p : 1.f; }
+
+FA_DEVICE unsigned trainable(const Job& w, const Eight& e) {
+  if (!w.masked || !e.valid) return e.valid;
+  const uint32_t* mask = in_global(w.source->mask);
   if (e.vector) return mask[e.first >> 5] >> (e.first & 31) & 0xffu;
   unsigned keep = 0;
   FA_UNROLL
@@ -41,10 +42,11 @@ FA_DEVICE unsigned trainable(const uint32_t* mask, const Eight& e) {
 }
 
 // Sixteen random bits per element, two elements a word. One Philox block serves eight neighbours.
-FA_DEVICE Philox4 random_bits(const Job& w, const Eight& e, uint32_t step) {
+FA_DEVICE Philox4 random_bits(const Job& w, const Eight& e, uint64_t seed) {
+  const uint32_t step = uint32_t(w.row->step);
   const TensorDesc& t = *w.source;
   const bool identity = t.index_inner == t.numel;
-  if (identity && e.vector && t.index_base % kEach == 0) return philox(w.seed, uint64_t(t.index_base + e.first) >> 3, uint32_t(t.ordinal), step);
+  if (identity && e.vector && t.index_base % kEach == 0) return philox(seed, uint64_t(t.index_base + e.first) >> 3, uint32_t(t.ordinal), step);
   Philox4 out{};
   FA_NO_UNROLL
   for (int j = 0; j < kEach; ++j) {
@@ -54,14 +56,14 @@ FA_DEVICE Philox4 random_bits(const Job& w, const Eight& e, uint32_t step) {
     out.v[0] = out.v[0] >> 16 | out.v[1] << 16;
     out.v[1] = out.v[1] >> 16 | out.v[2] << 16;
     out.v[2] = out.v[2] >> 16 | out.v[3] << 16;
-    const Philox4 r = philox(w.seed, element >> 3, uint32_t(t.ordinal), step);
+    const Philox4 r = philox(seed, element >> 3, uint32_t(t.ordinal), step);
     const uint32_t low = element & 2 ? r.v[1] : r.v[0], high = element & 2 ? r.v[3] : r.v[2], word = element & 4 ? high : low;
     out.v[3] = out.v[3] >> 16 | (element & 1 ? word & 0xffff0000u : word << 16);
   }
   return out;
 }
 
-FA_DEVICE void store_param(const Job& w, const Eight& e, unsigned keep, const float (&p)[kEach], uint32_t step) {
+FA_DEVICE void store_param(const Job& w, const Globals& globals, const Eight& e, unsigned keep, const float (&p)[kEach]) {
   const TensorDesc& t = w.t;
   if (t.extra_dtype == kI16) {
     Raw high, low;
@@ -74,12 +76,12 @@ FA_DEVICE void store_param(const Job& w, const Eight& e, unsigned keep, const fl
       low[j] = uint16_t(l);
     }
     store_raw(t.param, false, e, keep, high);
-    store_raw(t.extra, false, e, keep, low);
+    store_raw(w.source->extra, false, e, keep, low);
     return;
   }
-  if (t.extra_dtype == kF32) store(t.extra, kF32, e, keep, p);
-  if (!w.stochastic || t.param_dtype != kBF16) return store(t.param, t.param_dtype, e, keep, p);
-  const Philox4 random = random_bits(w, e, step);
+  if (t.extra_dtype == kF32) store(w.source->extra, kF32, e, keep, p);
+  if (!globals.stochastic || t.param_dtype != kBF16) return store(t.param, t.param_dtype, e, keep, p);
+  const Philox4 random = random_bits(w, e, globals.seed);
   Raw r;
   FA_UNROLL
   for (int j = 0; j < kEach; ++j) r[j] = float_to_bf16_stochastic(p[j], random.v[j / 2] >> (j & 1 ? 16 : 0));
@@ -87,16 +89,16 @@ FA_DEVICE void store_param(const Job& w, const Eight& e, unsigned keep, const fl
 }
 
 template <class Rule>
-FA_DEVICE void update(const Job& w, const Row& r, const Eight& e) {
+FA_DEVICE void update(const Job& w, const Globals& globals, const Row& r, const Eight& e) {
   const TensorDesc& t = w.t;
-  const unsigned keep = trainable(t.mask, e);
+  const unsigned keep = trainable(w, e);
   if (!keep) return;
   constexpr int kS = Rule::kStates, kArrays = kS ? kS : 1;
   const bool split_master = t.extra_dtype == kI16, master = t.extra_dtype == kF32;
   const int p_dtype = master ? int(kF32) : t.param_dtype;
   Raw raw_p, raw_low, raw_g, raw_s[kArrays];
-  load(raw_p, master ? t.extra : t.param, p_dtype == kF32, e, keep);
-  if (split_master && e.vector) load(raw_low, t.extra, false, e, keep);
+  load(raw_p, master ? w.source->extra : t.param, p_dtype == kF32, e, keep);
+  if (split_master && e.vector) load(raw_low, w.source->extra, false, e, keep);
   load(raw_g, t.grad, t.grad_dtype == kF32, e, keep);
   FA_UNROLL
   for (int k = 0; k < kS; ++k) load(raw_s[k], t.state[k], t.state_dtype[k] == kF32, e, keep);
@@ -105,17 +107,18 @@ FA_DEVICE void update(const Job& w, const Row& r, const Eight& e) {
   widen(p, raw_p, p_dtype, e.vector);
   if (split_master) {
     // Strided, the remainder would hold eight registers instead of four since the loads began: it comes late there.
-    e.vector ? unpack(raw_low) : load(raw_low, t.extra, false, e, keep);
+    e.vector ? unpack(raw_low) : load(raw_low, w.source->extra, false, e, keep);
     FA_UNROLL
     for (int j = 0; j < kEach; ++j) p[j] = join_split(uint16_t(as_bits(p[j]) >> 16), int16_t(uint16_t(raw_low[j])));
   }
   widen(g, raw_g, t.grad_dtype, e.vector);
   if (!w.plain_gradient) {
+    const float scale = value_or_1(globals.grad_scale), clip = value_or_1(globals.clip), sign = w.row->sign, l2 = w.row->l2;
     FA_UNROLL
-    for (int j = 0; j < kEach; ++j) g[j] = g[j] / w.scale * w.clip * r.sign;
-    if (r.l2 != 0.f) {  // not "+ 0 * p": that is NaN where p is infinite
+    for (int j = 0; j < kEach; ++j) g[j] = g[j] / scale * clip * sign;
+    if (l2 != 0.f) {  // not "+ 0 * p": that is NaN where p is infinite
       FA_UNROLL
-      for (int j = 0; j < kEach; ++j) g[j] = g[j] + r.l2 * p[j];
+      for (int j = 0; j < kEach; ++j) g[j] = g[j] + l2 * p[j];
     }
   }
   FA_UNROLL
@@ -131,7 +134,7 @@ FA_DEVICE void update(const Job& w, const Row& r, const Eight& e) {
   }
   FA_UNROLL
   for (int k = 0; k < Rule::kStored; ++k) store(t.state[k], t.state_dtype[k], e, keep, s[k]);
-  store_param(w, e, keep, p, uint32_t(r.step));
+  store_param(w, globals, e, keep, p);
 }
 
 FA_DEVICE int64_t chunk_end(const TensorDesc& t, int64_t offset, int32_t chunk) {
@@ -141,19 +144,18 @@ FA_DEVICE int64_t chunk_end(const TensorDesc& t, int64_t offset, int32_t chunk) 
 template <class Rule>
 __global__ void __launch_bounds__(kThreads, 2) sweep_kernel(const TensorDesc* tensors, const Chunk* chunks, int64_t n_chunks, const Row* rows, Globals g) {
   if (g.found_inf && *g.found_inf != 0.f) return;
-  Job w;
-  w.scale = g.grad_scale ? *g.grad_scale : 1.f;
-  w.clip = g.clip ? *g.clip : 1.f;
-  w.seed = g.seed;
-  w.stochastic = g.stochastic != 0;
+  const bool plain = value_or_1(g.grad_scale) == 1.f && value_or_1(g.clip) == 1.f;
   for (int64_t c = blockIdx.x; c < n_chunks; c += gridDim.x) {
     const Chunk piece = chunks[c];
+    Job w;
     w.source = tensors + piece.tensor;
     w.t = *w.source;
-    const Row r = rows[w.t.row];
-    w.plain_gradient = w.scale == 1.f && w.clip == 1.f && r.sign == 1.f && r.l2 == 0.f;
+    w.row = rows + w.t.row;
+    w.masked = w.t.mask != nullptr;
+    const Row r = *w.row;
+    w.plain_gradient = plain && r.sign == 1.f && r.l2 == 0.f;
     const Walk walk(piece.offset, chunk_end(w.t, piece.offset, g.chunk), w.t.aligned != 0);
-    for (int64_t at = piece.offset; at < walk.end; at = walk.next(at)) update<Rule>(w, r, walk.eight(at));
+    for (int64_t at = piece.offset; at < walk.end; at = walk.next(at)) update<Rule>(w, g, r, walk.eight(at));
   }
 }
 

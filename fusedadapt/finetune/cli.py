@@ -52,9 +52,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--master-weights", choices=["fp32", "split"], help="keep exact weights beside bf16 ones")
     p.add_argument("--stochastic-rounding", action="store_true", help="round bf16 weights stochastically")
     p.add_argument("--threads", type=_positive(int), help=f"CPU threads (default: torch's, {d.threads} here)")
-    p.add_argument(
-        "--quick", action="store_true", help="a tiny random encoder on a part of the data: the whole path in seconds, needs no weights"
-    )
+    p.add_argument("--quick", action="store_true", help="a tiny random encoder on a part of the data: the whole path in seconds, needs no weights")
     p.add_argument("--out", type=Path, metavar="DIR", help=f"where results go (default {DEFAULT_OUT})")
     p.add_argument("--resume", nargs="?", const=None, type=Path, metavar="DIR", help="continue the run in DIR (default: in --out)")
     p.add_argument(
@@ -82,15 +80,12 @@ def configure(typed: dict[str, Any]) -> tuple[Config, Path, bool]:
     else:
         config = Config(**(QUICK | fields if fields.get("quick") else fields))
         if (out / CHECKPOINT).exists() and not (out / REPORT).exists():
-            raise FinetuneError(
-                f"finetune: expected a new folder; {out} holds an unfinished run; add --resume, choose another --out, or delete it"
-            )
+            raise FinetuneError(f"finetune: expected a new folder; {out} holds an unfinished run; add --resume, choose another --out, or delete it")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise FinetuneError("finetune: expected a GPU for --device cuda; torch finds none; use --device cpu")
     if config.dtype == "fp32" and (config.master_weights or config.stochastic_rounding):
         raise FinetuneError(
-            "finetune: expected --dtype bf16 with --master-weights or --stochastic-rounding; got fp32, which needs neither; "
-            "add --dtype bf16"
+            "finetune: expected --dtype bf16 with --master-weights or --stochastic-rounding; got fp32, which needs neither; add --dtype bf16"
         )
     return config, out, resume
 

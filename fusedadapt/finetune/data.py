@@ -96,9 +96,7 @@ def hide(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: list[str]) -> str:
 def split(pairs: list[Pair], held_out: int) -> tuple[list[Pair], list[Pair]]:
     """(train, held-out) by hash: independent of file order, and a pair added elsewhere moves no other across the border by much."""
     if len(pairs) <= 2 * held_out:
-        raise FinetuneError(
-            f"finetune: expected more than {2 * held_out} pairs; found {len(pairs)}; the standard library's sources seem incomplete"
-        )
+        raise FinetuneError(f"finetune: expected more than {2 * held_out} pairs; found {len(pairs)}; the standard library's sources seem incomplete")
     by_hash = sorted(pairs, key=lambda pair: pair.key)
     return by_hash[held_out:], by_hash[:held_out]
 

@@ -76,9 +76,7 @@ class Lane:
         self.optimizer.zero_grad(set_to_none=True)
         value = loss.item()
         if not math.isfinite(value):
-            raise FinetuneError(
-                f"finetune: expected a finite loss; {self.rule.label} got {value} at step {index + 1}; lower --lr ({self.rule.lr:g})"
-            )
+            raise FinetuneError(f"finetune: expected a finite loss; {self.rule.label} got {value} at step {index + 1}; lower --lr ({self.rule.lr:g})")
         self.history.loss.append(value)
         self.history.compute_s.append(middle - start - extra)
         self.history.optimizer_s.append(end - middle + extra)

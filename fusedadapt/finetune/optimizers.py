@@ -78,9 +78,7 @@ def _torch_classes() -> dict[str, type[torch.optim.Optimizer]]:
 
 def _our_classes() -> dict[str, type[torch.optim.Optimizer]]:
     if importlib.util.find_spec("fusedadapt.optim") is None:
-        raise FinetuneError(
-            "finetune: expected fusedadapt.optim; this installation lacks it; reinstall fusedadapt, or use --optimizer torch:AdamW"
-        )
+        raise FinetuneError("finetune: expected fusedadapt.optim; this installation lacks it; reinstall fusedadapt, or use --optimizer torch:AdamW")
     classes: dict[str, type[torch.optim.Optimizer]] = importlib.import_module("fusedadapt.optim").OPTIMIZERS
     return {name.lower(): cls for name, cls in classes.items()}
 
@@ -101,11 +99,7 @@ def resolve(name: str, *, lr: float | None, weight_decay: float | None, max_grad
     """The rule a user named. ``extras`` (master_weights, stochastic_rounding) exist on our rules only. FinetuneError for anything
     unknown."""
     from_torch = name.lower().startswith("torch:")
-    cls = (
-        _find(name[6:], _torch_classes(), "one of torch's after 'torch:'")
-        if from_torch
-        else _find(name, _our_classes(), "one of our rules")
-    )
+    cls = _find(name[6:], _torch_classes(), "one of torch's after 'torch:'") if from_torch else _find(name, _our_classes(), "one of our rules")
     if from_torch and extras:
         raise FinetuneError(f"finetune: expected one of our rules with {', '.join(extras)}; got {name!r}; drop the option or the 'torch:'")
     recipe = RECIPES.get(cls.__name__.lower(), Recipe())

@@ -205,9 +205,7 @@ def _draw_steps(whole: Any, own: Any, result: Result) -> None:
             xytext=(0, 2),
             textcoords="offset points",
         )
-    whole.set(
-        title="time per step, median\n(pale: forward + backward, dark: optimizer)", ylabel="ms", ylim=(0, max(map(sum, times)) * 1.2e3)
-    )
+    whole.set(title="time per step, median\n(pale: forward + backward, dark: optimizer)", ylabel="ms", ylim=(0, max(map(sum, times)) * 1.2e3))
     own.set(title="optimizer alone, median", ylabel="ms", ylim=(0, max(t[1] for t in times) * 1.2e3))
     for axes in (whole, own):
         axes.set_xticks(range(len(names)), names)

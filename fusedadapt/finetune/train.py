@@ -113,9 +113,7 @@ def build_lanes(config: Config) -> list[Lane]:
     lanes = [_lane(config, rule)]
     if config.compare is not None:
         if rule.label.startswith("torch "):
-            raise FinetuneError(
-                f"finetune: expected one of our rules with --compare torch; got {config.optimizer!r}; drop the 'torch:' or --compare"
-            )
+            raise FinetuneError(f"finetune: expected one of our rules with --compare torch; got {config.optimizer!r}; drop the 'torch:' or --compare")
         lanes.append(_lane(config, torch_twin(rule, lanes[0].optimizer, config.max_grad_norm)))
     return lanes
 
