@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <utility>
 
 #include "core/dtypes.h"
 
@@ -71,7 +72,7 @@ Table::Table(py::object exchange, py::object reader, std::vector<std::string> st
   for (const std::string& s : states) slots_.push_back({intern(s), true, true});
   for (const std::string& s : aux) slots_.push_back({intern(s), true, false});
   slots_.push_back({intern("step"), true, false});
-  slots_.push_back({intern(extra), false, true});
+  slots_.push_back({intern(extra.empty() ? "master" : extra), false, true});
   slots_.push_back({intern("mask"), false, false});
 }
 
@@ -87,7 +88,74 @@ void Table::add(py::object param, py::object state, int group, int64_t ordinal, 
   e.outer = outer;
   e.objects.resize(slots_.size());
   e.layouts.resize(slots_.size());
+  // The type's own getter, without the attribute look-up around it; a type that overrides `grad` keeps the look-up.
+  const py::object descriptor = py::getattr(py::type::of(e.param), grad_name_, py::none());
+  if (Py_TYPE(descriptor.ptr()) == &PyGetSetDescr_Type) e.getter = reinterpret_cast<PyGetSetDescrObject*>(descriptor.ptr())->d_getset;
   entries_.push_back(std::move(e));
+}
+
+PyObject* Table::gradient(Entry& e) {
+  if (e.override_grad) return std::exchange(e.override_grad, py::object()).release().ptr();
+  PyObject* g = e.getter ? e.getter->get(e.param.ptr(), e.getter->closure) : PyObject_GetAttr(e.param.ptr(), grad_name_.ptr());
+  if (!g) throw py::error_already_set();
+  return g;
+}
+
+// A tensor as the last full reading saw it. The signature stands for dtype, device, shape and strides.
+Table::Seen Table::glance(PyObject* object, bool* ok) const {
+  dlpack::Tensor t;
+  if (api_->tensor_from_object(object, &t) != 0) {
+    PyErr_Clear();
+    *ok = false;
+    return {};
+  }
+  constexpr uint64_t kPrime = 0x9E3779B97F4A7C15ull;
+  uint64_t h = uint64_t(t.dtype.code) << 8 ^ uint64_t(t.dtype.bits) << 16 ^ uint64_t(t.device.type) << 32 ^ uint64_t(t.device.id) << 40 ^
+               uint64_t(t.ndim);
+  for (int d = 0; d < t.ndim; ++d) {
+    h = (h ^ uint64_t(t.shape[d])) * kPrime;
+    h = ((h ^ h >> 29) ^ uint64_t(t.strides[d])) * kPrime;
+    h ^= h >> 31;
+  }
+  return {object, static_cast<char*>(t.data) + t.byte_offset, h};
+}
+
+// The warm path: true if nothing changed but, perhaps, the gradient's address. Everything else goes through scan_entry.
+bool Table::unchanged(Entry& e, PyObject* grad, bool* moved) {
+  if (!e.warm || !api_ || e.wrapped) return false;
+  bool ok = true;
+  const Seen p = glance(e.param.ptr(), &ok), g = glance(grad, &ok);
+  ok &= p.data == e.seen_p.data && p.signature == e.seen_p.signature && g.signature == e.seen_g.signature;
+  Py_ssize_t found = 0;
+  for (size_t k = 0; ok && k < slots_.size(); ++k) {
+    // The optional slots come last; a dict with no more keys than were found has none of them.
+    if (!slots_[k].required && PyDict_Size(e.state.ptr()) == found) break;
+    PyObject* o = PyDict_GetItemWithError(e.state.ptr(), slots_[k].key.ptr());
+    found += o != nullptr;
+    if (o != e.seen[k].object) return false;
+    if (!o || !slots_[k].same_layout) continue;  // one-element scalars are ours: their identity is enough
+    const Seen now = glance(o, &ok);
+    ok &= now.data == e.seen[k].data && now.signature == e.seen[k].signature;
+  }
+  if (!ok) return false;
+  if (g.data != e.seen_g.data) {
+    if (!g.data && e.p.numel) return false;
+    e.seen_g.data = e.g.data = g.data;
+    e.desc.grad = g.data;
+    e.desc.aligned = (e.other_addresses | uintptr_t(g.data)) % 16 == 0;
+    *moved = true;
+  }
+  return true;
+}
+
+void Table::remember(Entry& e, PyObject* grad) {
+  e.warm = false;
+  if (!api_ || e.wrapped) return;
+  bool ok = true;
+  e.seen_p = glance(e.param.ptr(), &ok);
+  e.seen_g = glance(grad, &ok);
+  for (size_t k = 0; k < slots_.size(); ++k) e.seen[k] = e.objects[k] ? glance(e.objects[k].ptr(), &ok) : Seen{};
+  e.warm = ok;
 }
 
 void Table::read_slow(PyObject* object, Layout& now) {
@@ -140,13 +208,11 @@ int Table::scan() {
   bool changed = before == 0;
   for (size_t i = 0; i < entries_.size(); ++i) {
     Entry& e = entries_[i];
-    py::object grad = std::move(e.override_grad);
-    if (!grad) grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(e.param.ptr(), grad_name_.ptr()));
-    if (!grad) throw py::error_already_set();
+    const py::object grad = py::reinterpret_steal<py::object>(gradient(e));
     const bool live = !grad.is_none();
     changed |= live != e.live;
     e.live = live;
-    if (live) scan_entry(int64_t(i), e, grad.ptr(), &changed);
+    if (live && !unchanged(e, grad.ptr(), &changed)) scan_entry(int64_t(i), e, grad.ptr(), &changed);
   }
   if (!missing.empty()) return kMissingState;
   if (!strided.empty()) return kStridedGradient;
@@ -183,6 +249,7 @@ void Table::scan_entry(int64_t index, Entry& e, PyObject* grad, bool* moved) {
     PyErr_Clear();  // a plain tensor beside a sharded parameter (its step count, say)
     return o;
   };
+  e.warm = false;
   void *old_p = e.p.data, *old_g = e.g.data;
   bool changed = read(local(e.param.ptr(), held_p), e.p, index, "param");
   changed |= read(local(grad, held_g), e.g, index, "grad");
@@ -207,6 +274,7 @@ void Table::scan_entry(int64_t index, Entry& e, PyObject* grad, bool* moved) {
     fill(e);
     *moved = true;
   }
+  remember(e, grad);
 }
 
 void Table::validate(int64_t index, Entry& e) {
@@ -249,7 +317,7 @@ void Table::fill(Entry& e) {
   d.grad = e.g.data;
   d.param_dtype = uint8_t(e.p.dtype);
   d.grad_dtype = uint8_t(e.g.dtype);
-  uintptr_t bits = uintptr_t(d.param) | uintptr_t(d.grad);
+  uintptr_t bits = uintptr_t(d.param);
   for (size_t k = 0; k < n_states_; ++k) {
     d.state[k] = e.layouts[k].data;
     d.state_dtype[k] = uint8_t(e.layouts[k].dtype);
@@ -261,7 +329,8 @@ void Table::fill(Entry& e) {
   d.extra_dtype = uint8_t(e.layouts[n_states_ + n_aux_ + 1].dtype);
   bits |= uintptr_t(d.extra);
   d.mask = static_cast<const uint32_t*>(e.layouts[n_states_ + n_aux_ + 2].data);
-  d.aligned = bits % 16 == 0;
+  e.other_addresses = bits;
+  d.aligned = (bits | uintptr_t(d.grad)) % 16 == 0;
   d.numel = e.p.numel;
   d.group = e.group;
   d.ordinal = e.ordinal;

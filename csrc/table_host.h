@@ -49,9 +49,17 @@ class Table {
     pybind11::object key;
     bool required = true, same_layout = true;
   };
+  struct Seen {
+    PyObject* object = nullptr;
+    void* data = nullptr;
+    uint64_t signature = 0;
+  };
   struct Entry {
     pybind11::object param, state, override_grad;
-    bool wrapped = false, live = false;
+    PyGetSetDef* getter = nullptr;
+    bool wrapped = false, live = false, warm = false;
+    Seen seen_p, seen_g, seen[kMaxStates + 5];
+    uintptr_t other_addresses = 0;
     int group;
     int64_t ordinal, base, inner, outer;
     Layout p, g;
@@ -63,6 +71,10 @@ class Table {
   void read_slow(PyObject* object, Layout& now);
   void scan_entry(int64_t index, Entry& e, PyObject* grad, bool* moved);
   void refresh();
+  PyObject* gradient(Entry& e);
+  Seen glance(PyObject* object, bool* ok) const;
+  bool unchanged(Entry& e, PyObject* grad, bool* moved);
+  void remember(Entry& e, PyObject* grad);
   void validate(int64_t index, Entry& e);
   void fill(Entry& e);
 

@@ -55,8 +55,9 @@ from .optim_rules import RULES
 
 # Eight elements per thread: 16 bytes of bf16, twice 16 of fp32.
 BLOCK = 1024
+# At 128 registers four programs fit a multiprocessor, and four is enough; left to itself ptxas goes for five and spills in some rules.
 # Fusing a product and a sum into one rounding would break equality with the other backends: for sign rules, whole updates flip.
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False, "maxnreg": 128}
 _NOT_SPECIALIZED = ["desc", "chunks", "rows", "grad_scale", "found_inf", "clip", "seed", "chunk"]
 
 

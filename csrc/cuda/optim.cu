@@ -141,8 +141,11 @@ FA_DEVICE int64_t chunk_end(const TensorDesc& t, int64_t offset, int32_t chunk) 
   return t.numel - offset < chunk ? t.numel : offset + chunk;
 }
 
+// Two blocks per SM: at most 128 registers and no spills. At three (80 registers) Adam, RMSprop and all larger rules spill.
+constexpr int kBlocks = 2;
+
 template <class Rule>
-__global__ void __launch_bounds__(kThreads, 2) sweep_kernel(const TensorDesc* tensors, const Chunk* chunks, int64_t n_chunks, const Row* rows, Globals g) {
+__global__ void __launch_bounds__(kThreads, kBlocks) sweep_kernel(const TensorDesc* tensors, const Chunk* chunks, int64_t n_chunks, const Row* rows, Globals g) {
   if (g.found_inf && *g.found_inf != 0.f) return;
   const bool plain = value_or_1(g.grad_scale) == 1.f && value_or_1(g.clip) == 1.f;
   for (int64_t c = blockIdx.x; c < n_chunks; c += gridDim.x) {

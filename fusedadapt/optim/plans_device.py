@@ -72,13 +72,14 @@ class DevicePlan(Plan):
         return self._per_tensor(partial, out)
 
     def _per_tensor(self, partial: Tensor, out: Tensor) -> Tensor:
-        """Sums of the chunks of each tensor, by prefix sums: index_add_ on a GPU adds in no fixed order."""
+        """Sums of the chunks of each tensor, segment by segment: index_add_ on a GPU adds in no fixed order, and differences of prefix sums turn
+        an infinite norm into NaN."""
         if not len(partial):
             return out
-        total = torch.cat([partial.new_zeros(1), partial.cumsum(0)])
         owner = self._chunks[:, 0].contiguous()
         index = torch.arange(len(out), device=self.device)
-        return total[torch.searchsorted(owner, index, right=True)] - total[torch.searchsorted(owner, index)]
+        lengths = torch.searchsorted(owner, index, right=True) - torch.searchsorted(owner, index)
+        return torch.segment_reduce(partial, "sum", lengths=lengths, unsafe=True)
 
     def run(self, scalars: Scalars) -> None:
         if not len(self._desc):
@@ -133,6 +134,7 @@ class TritonPlan(DevicePlan):
     def __init__(self, *args: Any):
         super().__init__(*args)
         self._kernels = importlib.import_module("fusedadapt.kernels.optim")
+        self._clocks_module = importlib.import_module("fusedadapt.kernels.optim_clocks")
         self._groups = torch.empty(0, dtype=torch.int64)
 
     def prepare(self) -> None:
@@ -146,7 +148,7 @@ class TritonPlan(DevicePlan):
         partial.copy_(self._kernels.squares(self._desc, self._chunks, chunk=self._chunk, grad_scale=scalars.grad_scale))
 
     def _prologue(self, scalars: Scalars) -> None:
-        clocks = self._kernels.read_clocks(self._desc)  # fp64 [n, 3]: step, aux0, aux1
+        clocks = self._clocks_module.read_clocks(self._desc)  # fp64 [n, 3]: step, aux0, aux1
         fields = dict(zip(HYPER_FIELDS, self._hypers[self._groups].unbind(1), strict=True))
         step = clocks[:, 0] + 1.0
         row, aux = reference.make_rows(self.rule, fields, step, [clocks[:, 1], clocks[:, 2]])
@@ -155,7 +157,7 @@ class TritonPlan(DevicePlan):
         after = torch.stack([step, *aux], 1)
         if scalars.found_inf is not None:
             after = torch.where(scalars.found_inf != 0, clocks, after)
-        self._kernels.write_clocks(self._desc, after)
+        self._clocks_module.write_clocks(self._desc, after)
 
     def _sweep(self, scalars: Scalars) -> None:
         scale, found, clip, seed, stochastic = scalars

@@ -137,7 +137,7 @@ def pack_masks(opt: FusedOptimizer, masks: dict[Tensor, Tensor]) -> dict[Tensor,
 
 def pack_mask(mask: Tensor, like: Tensor) -> Tensor:
     """bool of ``like``'s shape -> int32 words on ``like``'s device."""
-    if not is_dense(like):
+    if like.numel() and not is_dense(like):
         raise ValueError(f"mask: expected a parameter without gaps in memory; got strides {tuple(like.stride())}")
     flat = memory_order(mask.to(like.device), like).as_strided((like.numel(),), (1,))
     words = (like.numel() + 31) // 32

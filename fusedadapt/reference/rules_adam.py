@@ -18,6 +18,7 @@ from .rules import (
     moments,
     rectification,
     rule,
+    sign,
     sqrt,
 )
 
@@ -122,7 +123,7 @@ def diffgrad(p, g, s, r):
 @rule("grams", e2_row)
 def grams(p, g, s, r):
     moments(g, s, r)
-    return p - r.step_size * (g.sign() * s[0].abs()) / (sqrt(s[1]) + r.eps)
+    return p - r.step_size * (sign(g) * s[0].abs()) / (sqrt(s[1]) + r.eps)
 
 
 def exadam_row(h, c):

@@ -1,0 +1,155 @@
+"""Compile gate of the CUDA kernels, no GPU needed: no spills, the committed register table, 128-bit accesses, no contraction of a * b + c.
+
+python tests/test_cuda_build.py --write     writes bench/results/registers_cuda.json anew
+"""
+
+import concurrent.futures
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TABLE = ROOT / "bench" / "results" / "registers_cuda.json"
+ARCHS = ("sm_80", "sm_90", "sm_100")
+FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-I", str(ROOT / "csrc")]  # as CMakeLists.txt
+LIMIT = 128  # registers per thread for two blocks of 256 threads on an SM
+WIDE = ("Adam", "Lion", "AdaBelief", "SGDMomentum")
+LIBM = ("DiffGrad", "AdaHessian")  # expf and powf: fma inside, not promised bit for bit
+
+
+def find_nvcc() -> str | None:
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(find_nvcc() is None, reason="needs a missing compiler: nvcc (CUDA toolkit)")]
+
+
+def cuobjdump() -> str | None:
+    """CUDA's, or the one in Triton's wheel (found without importing Triton)."""
+    spec = importlib.util.find_spec("triton")
+    inside = Path(spec.origin).parent / "backends/nvidia/bin/cuobjdump" if spec and spec.origin else None
+    return shutil.which("cuobjdump") or (str(inside) if inside and inside.exists() else None)
+
+
+def run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr}"
+    return done.stdout + done.stderr
+
+
+def short(mangled: str) -> str:
+    """sweep<Adam> from _ZN2fa4cuda...12sweep_kernelINS_4AdamEEEvPK...; template arguments of RMSprop as digits."""
+    kernel = re.search(r"\d+(\w+?)_kernel", mangled)
+    assert kernel, mangled
+    rule = re.search(r"_kernelI(.*?)EEv", mangled)
+    if not rule:
+        return re.sub(r".*\d", "", kernel[1])
+    name = re.search(r"\d+([A-Z][A-Za-z]+?)(?:I|E|$)(.*)", rule[1] + "E")
+    plain = re.match(r"NS_(\d+)(.*)", rule[1])
+    assert name and plain, mangled
+    word, rest = plain[2][: int(plain[1])], plain[2][int(plain[1]) :]
+    flags = "".join(re.findall(r"Lb([01])", rest))
+    return f"sweep<{word}{'_' + flags if flags else ''}>"
+
+
+def usage(report: str) -> dict[str, tuple[int, int]]:
+    """ptxas -v: kernel -> (registers, spilled bytes)."""
+    found, kernel, spilled = {}, None, 0
+    for line in report.splitlines():
+        if entry := re.search(r"Compiling entry function '(\w+)'", line):
+            kernel, spilled = short(entry[1]), 0
+        elif spill := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            spilled += int(spill[1]) + int(spill[2])
+        elif (registers := re.search(r"Used (\d+) registers", line)) and kernel:
+            found[kernel] = (int(registers[1]), spilled)
+    return found
+
+
+def compile_all(folder: Path) -> dict[str, dict[str, tuple[int, int]]]:
+    nvcc, sources = find_nvcc(), sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    assert nvcc and sources
+
+    def job(arch: str) -> dict[str, tuple[int, int]]:
+        kernels = {}
+        for source in sources:
+            kernels |= usage(run(nvcc, *FLAGS, "-Xptxas", "-v", f"-arch={arch}", "-cubin", "-o", f"{folder}/{source.stem}.{arch}", str(source)))
+        return kernels
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        done = dict(zip(ARCHS, pool.map(job, ARCHS)))
+        list(pool.map(lambda s: run(nvcc, *FLAGS, "-arch=sm_90", "-ptx", "-o", f"{folder}/{s.stem}.ptx", str(s)), sources))
+    return done
+
+
+def compiler_version() -> str:
+    return re.findall(r"release [\d.]+, V([\d.]+)", run(str(find_nvcc()), "--version"))[0]
+
+
+def table_of(kernels: dict[str, dict[str, tuple[int, int]]]) -> dict[str, dict[str, int]]:
+    return {name: {arch: kernels[arch][name][0] for arch in ARCHS} for name in sorted(kernels[ARCHS[0]])}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("cuda")
+    return folder, compile_all(folder)
+
+
+def test_nothing_spills(built):
+    _, kernels = built
+    rules = (ROOT / "csrc/core/rules.h").read_text(encoding="utf-8")
+    expected = len(re.findall(r"X\(\w+, \w+\)", rules[rules.index("#define FA_RULES") :])) + 2  # one sweep per rule, squares, prologue
+    for arch, found in kernels.items():
+        assert len(found) >= expected, f"{arch}: {sorted(found)}"
+        assert {k: v for k, v in found.items() if v[1] or v[0] > LIMIT} == {}, f"{arch}: spills or more than {LIMIT} registers (registers, bytes)"
+
+
+def test_register_table_is_current(built):
+    committed = json.loads(TABLE.read_text(encoding="utf-8"))
+    if committed["nvcc"] != compiler_version():
+        pytest.skip(f"the table is nvcc {committed['nvcc']}'s; that compiler is missing here ({compiler_version()})")
+    assert table_of(built[1]) == committed["registers"], "registers changed; look at why, then: python tests/test_cuda_build.py --write"
+
+
+def test_aligned_accesses_are_128_bits_and_global(built):
+    tool = cuobjdump()
+    if tool is None:
+        pytest.skip("needs a missing tool: cuobjdump (CUDA toolkit or Triton's wheel)")
+    functions = re.split(r"Function : ", run(tool, "-sass", f"{built[0]}/optim.sm_90"))[1:]
+    sass = {short(f.split()[0]): f for f in functions}
+    for rule in WIDE:
+        body = sass[f"sweep<{rule}>"]
+        states = 2 if rule in ("Adam", "AdaBelief") else 1
+        assert len(re.findall(r"\bLDG\.E\.128", body)) >= 2 * (2 + states), rule
+        assert len(re.findall(r"\bSTG\.E\.128", body)) >= 2 * (1 + states), rule
+        generic = re.findall(r"\b(?:LD|ST)\.E\S*", body)
+        assert not generic, f"{rule}: accesses through generic addresses: {generic}"
+        assert not re.findall(r"\b(?:LDL|STL)\b", body), f"{rule}: local memory"
+
+
+def test_arithmetic_is_ieee(built):
+    """In PTX, because ptxas expands div.rn and sqrt.rn into exactly rounding fma sequences."""
+    functions = re.split(r"\.entry ", (built[0] / "optim.ptx").read_text(encoding="utf-8"))[1:]
+    for text in functions:
+        name = short(re.match(r"\w+", text)[0])
+        approximate = re.findall(r"(?:div|sqrt|rcp|rsqrt)\.(?:approx|full)\S*|\S+\.ftz\S*", text)
+        fused = re.findall(r"fma\S*\.f32", text)
+        if not any(f"<{rule}>" in name for rule in LIBM):
+            assert not approximate and not fused, f"{name}: {set(approximate)} {set(fused)}"
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--write"]:
+        sys.exit(__doc__)
+    with tempfile.TemporaryDirectory() as scratch:
+        now = {"nvcc": compiler_version(), "flags": " ".join(FLAGS[:3]), "registers": table_of(compile_all(Path(scratch)))}
+    TABLE.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(now, indent=1)
+    TABLE.write_text(re.sub(r"\{\s+(\"sm_[^}]*?)\s+\}", lambda m: "{" + " ".join(m[1].split()) + "}", text) + "\n", encoding="utf-8")
