@@ -153,6 +153,7 @@ void bind_table(py::module_& m) {
       .def_readonly("active_params", &BoundTable::active_params)
       .def_readonly("version", &BoundTable::version)
       .def_readonly("structure", &BoundTable::structure)
+      .def_readonly("placement", &BoundTable::placement)
       .def("set_hypers", &BoundTable::set_hypers)
       .def("chunk_for", &BoundTable::chunk_for)
       .def("chunk_list", &BoundTable::chunk_list)

@@ -254,6 +254,7 @@ void Table::scan_entry(int64_t index, Entry& e, PyObject* grad, bool* moved) {
   bool changed = read(local(e.param.ptr(), held_p), e.p, index, "param");
   changed |= read(local(grad, held_g), e.g, index, "grad");
   bool shifted = old_p != e.p.data || old_g != e.g.data;
+  placement += old_p != e.p.data;
   for (size_t k = 0; k < slots_.size(); ++k) {
     PyObject* o = PyDict_GetItemWithError(e.state.ptr(), slots_[k].key.ptr());
     if (o == Py_None) o = nullptr;

@@ -14,3 +14,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture
 def fuzz_count(request: pytest.FixtureRequest) -> int:
     return int(request.config.getoption("--fuzz"))
+
+
+@pytest.fixture
+def quick_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Triton interpreter patches triton.language anew at every call of a device function, 1.5 ms each; the launch has done so already."""
+    from triton.runtime import interpreter
+
+    call = interpreter.InterpretedFunction.__call__
+
+    def quick(self, *args, **kwargs):
+        foreign = self.fn.__module__.startswith("triton.")  # tl.philox and its like see other modules, which the launch did not patch
+        return call(self, *args, **kwargs) if foreign else self.rewrite()(*args, **kwargs)
+
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", quick)

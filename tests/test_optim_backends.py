@@ -59,7 +59,7 @@ def assert_bits(x: torch.Tensor, y: torch.Tensor, ulp: int) -> None:
 
 
 @pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
+def backend(request: pytest.FixtureRequest, quick_calls: None) -> str:
     absent = dispatch.available_backends("cpu")[request.param]
     assert not absent, f"{request.param}: {absent} (python setup.py build_emulated builds the emulated one)"
     return request.param

@@ -10,7 +10,6 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from triton.runtime import interpreter
 
 from fusedadapt import _core
 from fusedadapt.kernels import common, optim
@@ -46,21 +45,11 @@ CLOCKS = (0.0, 3.0, 200.0)
 PLACES = ((0, 0, 0), (48, 0, 0), (5, 0, 0), (2**33 + 3, 7, 20))  # base, inner, outer: how a shard lies in its whole tensor
 HOSTILE = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 1e-40, 3e38, -7e4, 1e-30])
 # infinities and NaN are meant
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton")
 # expf and powf differ between libraries: a few units in the last place of the parameter, states exact
 INEXACT = {"diffgrad"}
 
 
-@pytest.fixture(autouse=True)
-def quick_calls(monkeypatch):
-    """The interpreter patches triton.language anew at every call of a device function, 1.5 ms each; the launch has done so already."""
-    call = interpreter.InterpretedFunction.__call__
-
-    def quick(self, *args, **kwargs):
-        foreign = self.fn.__module__.startswith("triton.")  # tl.philox and its like see other modules, which the launch did not patch
-        return call(self, *args, **kwargs) if foreign else self.rewrite()(*args, **kwargs)
-
-    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", quick)
+pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"), pytest.mark.usefixtures("quick_calls")]
 
 
 def test_runs_interpreted():

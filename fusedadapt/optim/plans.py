@@ -75,17 +75,13 @@ class Plan:
                 for i in self.copied:
                     p = self.entries[i].param
                     self._copies.append(tables.memory_order(tables.local(p.grad), tables.local(p.detach())))
-                    self.table.use_gradient(i, self._wrap_like(p.grad, self._copies[-1]))
+                    self.table.use_gradient(i, self._copies[-1])
                 status = self.table.scan()
-            if self.table.structure != self._checked:
+            if self.table.placement != self._checked:
                 self.table.check_overlap()
-                self._checked = self.table.structure
+                self._checked = self.table.placement
         except self._error as error:
             raise self._refusal(*error.args) from None
-
-    @staticmethod
-    def _wrap_like(grad: Tensor, copy: Tensor) -> Any:
-        return copy  # the table takes a plain tensor beside a sharded parameter
 
     def _refusal(self, index: int, code: str) -> ValueError:
         e = self.entries[index]

@@ -61,7 +61,7 @@ class Table:
         self.active: list[int] = []
         self.active_params: list[Tensor] = []
         self.tensors: list[tuple] = []
-        self.version = self.structure = 0
+        self.version = self.structure = self.placement = 0
 
     def add(self, param: Tensor, state: dict, group: int, ordinal: int, base: int, inner: int, outer: int) -> None:
         self._entries.append((param, state, group, ordinal, base, inner, outer))
@@ -80,6 +80,7 @@ class Table:
             return MISSING_STATE if self.missing else STRIDED_GRADIENT
         if tensors != self.tensors or not self.version:
             self.version += 1
+            self.placement = self.version
             if active != self.active or [t[11] for t in tensors] != [t[11] for t in self.tensors]:
                 self.structure = self.version
             self.active, self.tensors = active, tensors

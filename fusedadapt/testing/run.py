@@ -63,6 +63,11 @@ class Ours:
         return optimizer.state.get(p, {})
 
 
+def wide(t: Tensor) -> Tensor:
+    """A contiguous float64 copy on the CPU, never the tensor itself: the subject writes in place."""
+    return t.detach().to(CPU, torch.float64, copy=True).contiguous()
+
+
 def scale_for(case: Case, optimizer: Any, step: int) -> None:
     """What GradScaler hands over before a step."""
     if case.grad_scale is not None:
@@ -135,7 +140,7 @@ class Finding:
     """How one quantity of one tensor came out of one step.
 
     ``ulp``: worst error in ulp of its dtype at the larger of its values before and after (a sum that cancels is no less exact for it); ``update``:
-    worst part of the parameter's error beyond 1 ulp, as a share of its true change; ``first``: the first mismatch in words. ``excused``: elements beyond the bound whose value is the exact one for inputs moved by
+    where a parameter is off by more than 2 ulp of itself, the worst error beyond 1 ulp as a share of its true change; ``first``: the first mismatch in words. ``excused``: elements beyond the bound whose value is the exact one for inputs moved by
     a few fp32 roundings (a sign flip of a vanishing sum), or beyond fp32's range; they count in neither maximum.
     """
 
@@ -194,7 +199,7 @@ class Comparison:
             p = states["master"]
         elif "remainder" in states:
             p = join_split(p, states["remainder"])
-        return p.double().cpu().contiguous()
+        return wide(p)
 
     def inputs(self) -> list[Input]:
         out = []
@@ -202,10 +207,10 @@ class Comparison:
             known = self.subject.states(self.opt, p)
             stored = state_dtype(self.opt, p) if isinstance(self.subject, Ours) else p.dtype
             states, clock = self.truth.fresh(i, self._wide(i), stored)
-            states |= {k: known[k].detach().double().cpu().contiguous() for k in states if isinstance(known.get(k), Tensor)}
+            states |= {k: wide(known[k]) for k in states if isinstance(known.get(k), Tensor)}
             clock["step"] = self.counts[i]
             clock |= {k: float(known[k]) for k in clock if known.get(k) is not None}
-            out.append(Input(self._wide(i), None if p.grad is None else p.grad.double().cpu().contiguous(), states, clock))
+            out.append(Input(self._wide(i), None if p.grad is None else wide(p.grad), states, clock))
         return out
 
     def step(self, step: int) -> list[Finding]:
@@ -218,7 +223,7 @@ class Comparison:
             self.subject.step(self.case, self.opt, step)
             for i, given in enumerate(inputs):
                 known = self.subject.states(self.opt, self.params[i])
-                given.states.update({k: known[k].detach().double().cpu().contiguous() for k in ("hessian",) if k in known})
+                given.states.update({k: wide(known[k]) for k in ("hessian",) if k in known})
         else:
             self.subject.step(self.case, self.opt, step)
         outputs = self.truth.step(inputs, step)
@@ -283,8 +288,8 @@ class Comparison:
         if got.numel():
             absolute, size = torch.where(beyond, 0.0, error.absolute), torch.maximum(truth.nan_to_num().abs(), before.nan_to_num().abs())
             found.ulp = float((absolute / ulp_size(size, got.dtype)).max())
-            over = absolute - ulp_size(truth.nan_to_num(), got.dtype)
-            found.update = float(torch.where(over > 0, over / (truth - before).abs(), 0.0).max()) if whole else 0.0
+            own = ulp_size(truth.nan_to_num(), got.dtype)
+            found.update = float(torch.where(absolute > 2 * own, (absolute - own) / (truth - before).abs(), 0.0).max()) if whole else 0.0
         if found.mismatches:
             at = tuple(bad.nonzero()[0].tolist())
             grad = inputs[i].g
@@ -351,7 +356,7 @@ def truth_of_case(case: Case) -> dict[str, Tensor]:
     given = [Input(q.detach().clone(), None, *truth.fresh(i, q.detach(), torch.float64)) for i, q in enumerate(truth.params)]
     for step in range(case.steps):
         grads = [data.gradient(case, i, step, CPU) for i in range(len(given))]
-        inputs = [v._replace(g=None if g is None else g.double().contiguous()) for v, g in zip(given, grads)]
+        inputs = [v._replace(g=None if g is None else wide(g)) for v, g in zip(given, grads)]
         given = [Input(p, None, states, clock) for p, states, clock in truth.step(inputs, step)]
     out = {}
     for i, v in enumerate(given):
