@@ -80,7 +80,9 @@ def compile_all(folder: Path) -> dict[str, dict[str, tuple[int, int]]]:
         kernels = {}
         for source in sources:
             keep = ["--keep", "--keep-dir", str(folder)] if arch == "sm_90" else []  # leaves the PTX there
-            kernels |= usage(run(nvcc, *FLAGS, *keep, "-Xptxas", "-v", f"-arch={arch}", "-cubin", "-o", f"{folder}/{source.stem}.{arch}", str(source)))
+            kernels |= usage(
+                run(nvcc, *FLAGS, *keep, "-Xptxas", "-v", f"-arch={arch}", "-cubin", "-o", f"{folder}/{source.stem}.{arch}", str(source))
+            )
         return kernels
 
     with concurrent.futures.ThreadPoolExecutor(2) as pool:

@@ -37,11 +37,14 @@ FA_HD float as_float(uint32_t u) {
 FA_HD float bf16_to_float(uint16_t h) { return as_float(uint32_t(h) << 16); }
 
 // Round to nearest even; NaN stays NaN (the carry must not turn it into infinity).
-FA_HD uint16_t float_to_bf16(float f) {
+// In the high half of a word; the low half is rubbish.
+FA_HD uint32_t round_bf16_high(float f) {
   const uint32_t u = as_bits(f), rounded = u + 0x7fffu + ((u >> 16) & 1u);
   const uint32_t nan = 0u - uint32_t(f != f);  // as a mask: a select would be narrowed twice by the vectoriser
-  return uint16_t(((rounded & ~nan) | ((u | 0x400000u) & nan)) >> 16);
+  return (rounded & ~nan) | ((u | 0x400000u) & nan);
 }
+
+FA_HD uint16_t float_to_bf16(float f) { return uint16_t(round_bf16_high(f) >> 16); }
 
 // Stochastic rounding: add 16 random bits below the kept ones, truncate. Unbiased; infinities and NaN are kept, and a finite
 // value above the largest bf16 is cut, not carried into infinity.

@@ -156,26 +156,36 @@ void run_tile(float* p, const float* g, float* const* s, const Keep* keep, int n
   }
 }
 
-// The common 16-bit case (everything bf16, nothing to prepare, nothing frozen) converts in registers: a third faster than by way of buffers.
+// Two neighbouring bf16 in one word. Taking them apart and together costs two cheap operations each and keeps all lanes 32 bits wide; a loop over
+// single elements spends a quarter of its instructions on packing.
+using Pair = uint32_t __attribute__((aligned(2), may_alias));
+FA_HD float first_of(Pair w) { return as_float(w << 16); }
+FA_HD float second_of(Pair w) { return as_float(w & 0xffff0000u); }
+FA_HD Pair pair_of(float a, float b) { return (round_bf16_high(a) >> 16) | (round_bf16_high(b) & 0xffff0000u); }
+
+// The common 16-bit case (everything bf16, nothing to prepare, nothing frozen) converts in registers.
 template <class Rule>
 void run_bf16(const TensorDesc& t, int64_t begin, int64_t end, const Row& row) {
   const Row r = row;
-  uint16_t* __restrict p = static_cast<uint16_t*>(t.param);
-  const uint16_t* __restrict g = static_cast<const uint16_t*>(t.grad);
-  uint16_t* __restrict s0 = static_cast<uint16_t*>(t.state[0]), * __restrict s1 = static_cast<uint16_t*>(t.state[1]);
-  uint16_t* __restrict s2 = static_cast<uint16_t*>(t.state[2]), * __restrict s3 = static_cast<uint16_t*>(t.state[3]);
+  const auto at = [&](const void* base) { return reinterpret_cast<Pair*>(static_cast<uint16_t*>(const_cast<void*>(base)) + begin); };
+  Pair* __restrict p = at(t.param);
+  const Pair* __restrict g = at(t.grad);
+  Pair* __restrict s0 = at(t.state[0]), * __restrict s1 = at(t.state[1]), * __restrict s2 = at(t.state[2]), * __restrict s3 = at(t.state[3]);
+  const int64_t pairs = (end - begin) / 2;
 #pragma GCC ivdep
-  for (int64_t i = begin; i < end; ++i) {
-    float st[kMaxStates];
-    if (Rule::kStates > 0) st[0] = bf16_to_float(s0[i]);
-    if (Rule::kStates > 1) st[1] = bf16_to_float(s1[i]);
-    if (Rule::kStates > 2) st[2] = bf16_to_float(s2[i]);
-    if (Rule::kStates > 3) st[3] = bf16_to_float(s3[i]);
-    p[i] = float_to_bf16(Rule::step(bf16_to_float(p[i]) * r.decay, bf16_to_float(g[i]), st, r));
-    if (Rule::kStored > 0) s0[i] = float_to_bf16(st[0]);
-    if (Rule::kStored > 1) s1[i] = float_to_bf16(st[1]);
-    if (Rule::kStored > 2) s2[i] = float_to_bf16(st[2]);
-    if (Rule::kStored > 3) s3[i] = float_to_bf16(st[3]);
+  for (int64_t i = 0; i < pairs; ++i) {
+    float a[kMaxStates], b[kMaxStates];
+    if (Rule::kStates > 0) a[0] = first_of(s0[i]), b[0] = second_of(s0[i]);
+    if (Rule::kStates > 1) a[1] = first_of(s1[i]), b[1] = second_of(s1[i]);
+    if (Rule::kStates > 2) a[2] = first_of(s2[i]), b[2] = second_of(s2[i]);
+    if (Rule::kStates > 3) a[3] = first_of(s3[i]), b[3] = second_of(s3[i]);
+    const float pa = Rule::step(first_of(p[i]) * r.decay, first_of(g[i]), a, r);
+    const float pb = Rule::step(second_of(p[i]) * r.decay, second_of(g[i]), b, r);
+    p[i] = pair_of(pa, pb);
+    if (Rule::kStored > 0) s0[i] = pair_of(a[0], b[0]);
+    if (Rule::kStored > 1) s1[i] = pair_of(a[1], b[1]);
+    if (Rule::kStored > 2) s2[i] = pair_of(a[2], b[2]);
+    if (Rule::kStored > 3) s3[i] = pair_of(a[3], b[3]);
   }
 }
 
@@ -188,12 +198,14 @@ bool all_bf16(const Piece& w, const Row& r, int states) {
 
 template <class Rule>
 void update(const Piece& w) {
-  if (all_bf16(w, *w.row, Rule::kStates)) return run_bf16<Rule>(*w.tensor, w.begin, w.end, *w.row);
+  const int64_t even = w.end - (w.end - w.begin) % 2;
+  const bool direct = all_bf16(w, *w.row, Rule::kStates);
+  if (direct) run_bf16<Rule>(*w.tensor, w.begin, even, *w.row);
   const TensorDesc& t = *w.tensor;
   const Row r = *w.row;
   alignas(64) float pb[kTile], gb[kTile], ub[kTile], sb[kMaxStates][kTile];
   alignas(64) Keep kb[kTile];
-  for (int64_t offset = w.begin; offset < w.end; offset += kTile) {
+  for (int64_t offset = direct ? even : w.begin; offset < w.end; offset += kTile) {
     const int n = int(w.end - offset < kTile ? w.end - offset : kTile);
     const Kept kept = t.mask ? expand_mask(t.mask, offset, n, kb) : Kept::kAll;
     if (kept == Kept::kNone) continue;

@@ -42,7 +42,8 @@ struct Eight {
 // Piece [begin, end) of a tensor, turn by turn: at < end; at = next(at).
 struct Walk {
   int64_t whole, end;  // vector mode up to `whole`
-  FA_DEVICE Walk(int64_t begin, int64_t end_, bool aligned) : whole(aligned && begin % kEach == 0 ? end_ / kEach * kEach : begin), end(end_) {}
+  FA_DEVICE Walk(int64_t begin, int64_t end_, bool aligned)
+      : whole(aligned && begin % kEach == 0 ? end_ / kEach * kEach : begin), end(end_) {}
   FA_DEVICE int64_t next(int64_t at) const {
     const int64_t limit = at < whole ? whole : end;
     return limit - at < kSpan ? limit : at + kSpan;

@@ -16,9 +16,12 @@ struct Place {
 };
 
 // found_inf nonzero: writes nothing. Tensors may share step and aux; each tensor i gets rows[i]; clocks: scratch for n.
-void prologue(int rule, const TensorDesc* tensors, int64_t n, const Hyper* hypers, Row* rows, Clock* clocks, const float* found_inf, Place place);
+void prologue(int rule, const TensorDesc* tensors, int64_t n, const Hyper* hypers, Row* rows, Clock* clocks, const float* found_inf,
+              Place place);
 // partial[c]: sum of (gradient / *grad_scale)^2 over chunk c, in a fixed order.
-void squares(const TensorDesc* tensors, const Chunk* chunks, int64_t n_chunks, int32_t chunk, double* partial, const float* grad_scale, Place place);
-void sweep(int rule, const TensorDesc* tensors, const Chunk* chunks, int64_t n_chunks, const Row* rows, const Globals& globals, Place place);
+void squares(const TensorDesc* tensors, const Chunk* chunks, int64_t n_chunks, int32_t chunk, double* partial, const float* grad_scale,
+             Place place);
+void sweep(int rule, const TensorDesc* tensors, const Chunk* chunks, int64_t n_chunks, const Row* rows, const Globals& globals,
+           Place place);
 
 }  // namespace fa::cuda

@@ -31,10 +31,11 @@ def index_map(p: DTensor) -> tuple[int, int, int]:
     """(base, inner, outer): element i of the local shard is global row-major element base + (i // inner) * outer + i % inner."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    dims = {placement.dim for placement in p.placements if not placement.is_replicate()}
+    cut = [placement for placement in p.placements if not placement.is_replicate()]
+    dims = {getattr(placement, "dim", -1) for placement in cut}
     if not dims:
         return 0, 0, 0
-    if len(dims) > 1 or any(type(x) is not Shard for x in p.placements if not x.is_replicate()):
+    if len(dims) > 1 or any(type(placement) is not Shard for placement in cut):
         raise ValueError(
             f"stochastic_rounding: expected a parameter cut along one dimension; got placements {p.placements}; "
             "use master_weights=\"split\", which needs no random numbers"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -20,7 +20,7 @@ class Adam(FusedOptimizer):
     States: ``exp_avg``, ``exp_avg_sq``, with amsgrad ``max_exp_avg_sq`` (the maximum of the raw second moment, as torch's code).
     """
 
-    examples: Any = ({}, {"amsgrad": True, "betas": (0.8, 0.95)}, {"decoupled_weight_decay": True})
+    examples: ClassVar[tuple[dict[str, Any], ...]] = ({}, {"amsgrad": True, "betas": (0.8, 0.95)}, {"decoupled_weight_decay": True})
 
     def __init__(
         self, params: Params, lr: float | Tensor = 1e-3, betas: Betas = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0,

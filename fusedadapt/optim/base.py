@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+from typing_extensions import Unpack as Unpack
 
 from .. import dispatch
 from . import state as states
@@ -127,27 +128,27 @@ class FusedOptimizer(Optimizer):
 
         Raises ValueError (naming the tensor) on gradients or states that do not fit, RuntimeError if the requested backend cannot run.
         """
-        if _global_optimizer_pre_hooks or self._optimizer_step_pre_hooks or torch.autograd._profiler_enabled():
+        if _global_optimizer_pre_hooks or self._optimizer_step_pre_hooks or torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
             return self._step_with_hooks(closure)
         loss = self._step(closure)
         if _global_optimizer_post_hooks or self._optimizer_step_post_hooks:
             for hook in (*self._optimizer_step_post_hooks.values(), *_global_optimizer_post_hooks.values()):
-                hook(self, (closure,), {})
+                hook(self, (self,) if closure is None else (self, closure), {})
         return loss
 
     # A graph break for torch.compile: raw addresses cannot be traced. (torch.compiler.disable would import the compiler with this module.)
-    step = torch._disable_dynamo(step)
+    step = torch._disable_dynamo(step)  # type: ignore[attr-defined]
     # torch wraps the step of classes that do not say they handle hooks themselves; its wrapper costs more than our step of a small tensor.
     step.hooked = True  # type: ignore[attr-defined]
 
     def _step_with_hooks(self, closure: Callable[[], Any] | None) -> Any:
-        args: tuple[Any, ...] = (closure,)
+        args: tuple[Any, ...] = (self,) if closure is None else (self, closure)  # as torch's hooks see them
         kwargs: dict[str, Any] = {}
         with torch.autograd.profiler.record_function(f"Optimizer.step#{type(self).__name__}.step"):
             for pre in (*_global_optimizer_pre_hooks.values(), *self._optimizer_step_pre_hooks.values()):
                 if (result := pre(self, args, kwargs)) is not None:  # type: ignore[func-returns-value]
                     args, kwargs = result
-            loss = self._step(*args, **kwargs)
+            loss = self._step(*args[1:], **kwargs)
             for post in (*self._optimizer_step_post_hooks.values(), *_global_optimizer_post_hooks.values()):
                 post(self, args, kwargs)
         return loss
@@ -223,7 +224,7 @@ class FusedOptimizer(Optimizer):
         self._reset()
         self._names = states.names(self.param_groups)
         hidden = ("params", "param_names", "initial_lr")
-        self._getter = itemgetter(*[k for k in self.param_groups[0] if k not in hidden])
+        self._getter = itemgetter(*[k for k in self.defaults if k not in hidden])
         buckets: dict[tuple[str, torch.device, str], list[Entry]] = {}
         choices: dict[tuple[str, torch.device, str], dispatch.Choice] = {}
         ordinal = 0
@@ -327,8 +328,9 @@ class FusedOptimizer(Optimizer):
         self._reset()
 
     def __getstate__(self) -> dict[str, Any]:
-        derived = ("_plans", "_getter", "_group_keys", "_fingerprint", "_single")
-        return {k: v for k, v in self.__dict__.items() if k not in derived}
+        # as torch, without hooks, and without the `step` a learning-rate scheduler wraps around ours: neither can be pickled
+        derived = ("_plans", "_getter", "_group_keys", "_fingerprint", "_single", "step")
+        return {k: v for k, v in self.__dict__.items() if k not in derived and not k.startswith("_optimizer_")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

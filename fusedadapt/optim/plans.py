@@ -53,7 +53,7 @@ class Plan:
         self.copied: list[int] = []  # entries whose gradient had to be copied this step
         self._checked = -1
         core = dispatch.core()
-        make = tables.Table if core is None else core.Table
+        make: Any = tables.Table if core is None else core.Table
         exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
         self.table = make(exchange, tables.read, list(self.spec.states), list(self.spec.aux), opt._extra_key,
                           tables.DEVICE_TYPES[device.type], device.index or 0)  # fmt: skip
@@ -180,7 +180,7 @@ class ReferencePlan(Plan):
     def run(self, scalars: Scalars) -> None:
         if scalars.found_inf is not None and scalars.found_inf.item() != 0:
             return
-        rows: dict[tuple, tuple] = {}
+        rows: dict[tuple[float, ...], tuple[Any, ...]] = {}
         commits = []
         for e in self.active:
             state = self.opt._state_of(e.param)
@@ -198,7 +198,7 @@ class ReferencePlan(Plan):
             for k, a in zip(self.spec.aux, after, strict=True):
                 state[k].fill_(a)
 
-    def _update(self, e: Entry, state: dict, row: Any, scalars: Scalars) -> None:
+    def _update(self, e: Entry, state: dict[str, Any], row: Any, scalars: Scalars) -> None:
         p = tables.local(e.param)
         keep = random = None
         if state.get("mask") is not None:

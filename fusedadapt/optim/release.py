@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from .base import FusedOptimizer
+from .second_order import AdaHessian
 
 
 class GradientRelease:
@@ -24,7 +25,8 @@ def release_gradients(optimizer: FusedOptimizer) -> GradientRelease:
     """Makes ``loss.backward()`` step every parameter of ``optimizer`` the moment its gradient is complete, and set the gradient to None.
 
     Peak memory then holds one gradient instead of all. ``optimizer.step()`` finds nothing left to do and may stay where it is. Gradients must not be
-    accumulated over several backward calls. Raises ValueError with ``max_grad_norm``: the global norm is not known before the last gradient.
+    accumulated over several backward calls. Scaled losses (GradScaler) are not for this: the scale is removed in ``step``. Raises ValueError with
+    ``max_grad_norm``: the global norm is not known before the last gradient, and with AdaHessian.
     """
     if optimizer.max_grad_norm is not None:
         raise ValueError("release_gradients: expected max_grad_norm=None; the global norm is known only when every gradient is there; turn one off")
@@ -33,5 +35,7 @@ def release_gradients(optimizer: FusedOptimizer) -> GradientRelease:
         optimizer.step_one_(p)
         p.grad = None
 
+    if isinstance(optimizer, AdaHessian):
+        raise ValueError("release_gradients: expected a rule that needs its own gradient only; AdaHessian estimates the Hessian from all of them")
     params = [p for g in optimizer.param_groups for p in g["params"]]
     return GradientRelease([p.register_post_accumulate_grad_hook(hook) for p in params])

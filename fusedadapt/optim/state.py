@@ -208,8 +208,8 @@ def load(opt: FusedOptimizer, state_dict: dict[str, Any]) -> None:
     opt.state.clear()
     opt.state.update(fresh)
     opt.param_groups[:] = groups
-    for hook in opt._optimizer_load_state_dict_post_hooks.values():
-        hook(opt)
+    for after in opt._optimizer_load_state_dict_post_hooks.values():
+        after(opt)
 
 
 def _convert(opt: FusedOptimizer, label: str, p: Tensor, group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ class TableError(ValueError):
     """(entry number, code): Refusal.text turns it into a message that names the tensor."""
 
 
-def local(t: Tensor) -> Tensor:
+def local(t: Any) -> Tensor:
     """The shard of a DTensor that this process holds; any other tensor itself."""
     return getattr(t, "_local_tensor", t)
 
@@ -54,16 +54,16 @@ class Table:
     def __init__(self, exchange: Any, reader: Any, states: list[str], aux: list[str], extra: str, device_type: int, device_id: int):
         self._keys, self._aux, self._extra = states, aux, extra
         self._device = (device_type, device_id)
-        self._entries: list[tuple] = []
+        self._entries: list[tuple[Any, ...]] = []
         self._override: dict[int, Tensor] = {}
         self.missing: list[int] = []
         self.strided: list[int] = []
         self.active: list[int] = []
         self.active_params: list[Tensor] = []
-        self.tensors: list[tuple] = []
+        self.tensors: list[tuple[Any, ...]] = []
         self.version = self.structure = self.placement = 0
 
-    def add(self, param: Tensor, state: dict, group: int, ordinal: int, base: int, inner: int, outer: int) -> None:
+    def add(self, param: Tensor, state: dict[str, Any], group: int, ordinal: int, base: int, inner: int, outer: int) -> None:
         self._entries.append((param, state, group, ordinal, base, inner, outer))
 
     def use_gradient(self, entry: int, grad: Tensor) -> None:
@@ -87,7 +87,7 @@ class Table:
             self.active_params = [self._entries[i][0] for i in active]
         return KEPT
 
-    def _scan_entry(self, i: int, entry: tuple, grad: Tensor) -> tuple | None:
+    def _scan_entry(self, i: int, entry: tuple[Any, ...], grad: Tensor) -> tuple[Any, ...] | None:
         param, state, group, ordinal, base, inner, outer = entry
         p, g = local(param.detach()), local(grad)
         required = [*self._keys, *self._aux, "step"]
@@ -174,7 +174,7 @@ _EXPECTED = {
 }  # fmt: skip
 
 
-def refusal(op: str, name: str, code: str, param: Tensor, state: dict, other: str = "") -> ValueError:
+def refusal(op: str, name: str, code: str, param: Tensor, state: dict[str, Any], other: str = "") -> ValueError:
     """The error for a TableError: what was expected, what arrived, how to fix."""
     kind, _, what = code.partition(":")
     expected, fix = _EXPECTED[kind]

@@ -19,18 +19,21 @@ from torch import Tensor, where
 NO_STEP, MOMENTUM_STEP, ADAPTIVE, ADAPTIVE_MAX = 0.0, 1.0, 2.0, 3.0
 
 
+StepFunction = Callable[[Tensor, Tensor, list[Tensor], Row], Tensor]
+
+
 @dataclass(frozen=True)
 class Rule:
     name: str
     row: Callable[[Row, Row], Row]
-    step: Callable[[Tensor, Tensor, list[Tensor], Row], Tensor]
+    step: StepFunction
 
 
 RULES: dict[str, Rule] = {}
 
 
-def rule(name: str, row: Callable[[Row, Row], Row]) -> Callable[[Callable], Callable]:
-    def register(step: Callable) -> Callable:
+def rule(name: str, row: Callable[[Row, Row], Row]) -> Callable[[StepFunction], StepFunction]:
+    def register(step: StepFunction) -> StepFunction:
         RULES[name] = Rule(name, row, step)
         return step
 
@@ -38,7 +41,7 @@ def rule(name: str, row: Callable[[Row, Row], Row]) -> Callable[[Callable], Call
 
 
 def sqrt(x: Tensor) -> Tensor:
-    """Correctly rounded root. torch's fp32 root on CPU may come from a vector library that is an ulp off; rounding the fp64 root is exact."""
+    """Correctly rounded root: torch's fp32 root on CPU may come from a vector library that is an ulp off; rounding the fp64 one is exact."""
     return x.sqrt() if x.dtype == torch.float64 else x.double().sqrt().to(x.dtype)
 
 

@@ -41,7 +41,8 @@ constexpr unsigned char kGuard = 0xA5;
 // n elements; misaligned: one element after a 16-byte boundary, the gap filled with guard bytes.
 class Array {
  public:
-  Array(int dtype, int64_t n, bool misaligned) : size_(size_t(fa::dtype_size(dtype))), n_(size_t(n)), gap_(misaligned ? size_ : 0), dtype_(dtype) {
+  Array(int dtype, int64_t n, bool misaligned)
+      : size_(size_t(fa::dtype_size(dtype))), n_(size_t(n)), gap_(misaligned ? size_ : 0), dtype_(dtype) {
     memory_ = static_cast<unsigned char*>(std::malloc(gap_ + n_ * size_));
     std::memset(memory_, kGuard, gap_);
   }
@@ -57,13 +58,19 @@ class Array {
     return u;
   }
   void set(size_t i, uint32_t u) { std::memcpy(memory_ + gap_ + i * size_, &u, size_); }
-  void fill(size_t i, float f) { set(i, dtype_ == fa::kBF16 ? fa::float_to_bf16(f) : dtype_ == fa::kF16 ? fa::float_to_half(f) : fa::as_bits(f)); }
+  void fill(size_t i, float f) {
+    set(i, dtype_ == fa::kBF16 ? fa::float_to_bf16(f) : dtype_ == fa::kF16 ? fa::float_to_half(f) : fa::as_bits(f));
+  }
   bool nan(size_t i) const {
     const uint32_t u = bits(i);
-    return dtype_ == fa::kF32 ? (u & 0x7fffffffu) > 0x7f800000u : dtype_ == fa::kBF16 ? (u & 0x7fffu) > 0x7f80u : dtype_ == fa::kF16 && (u & 0x7fffu) > 0x7c00u;
+    return dtype_ == fa::kF32    ? (u & 0x7fffffffu) > 0x7f800000u
+           : dtype_ == fa::kBF16 ? (u & 0x7fffu) > 0x7f80u
+                                 : dtype_ == fa::kF16 && (u & 0x7fffu) > 0x7c00u;
   }
   std::vector<unsigned char> bytes() const { return {memory_ + gap_, memory_ + gap_ + n_ * size_}; }
-  bool guarded() const { return std::all_of(memory_, memory_ + gap_, [](unsigned char c) { return c == kGuard; }); }
+  bool guarded() const {
+    return std::all_of(memory_, memory_ + gap_, [](unsigned char c) { return c == kGuard; });
+  }
   size_t size() const { return size_; }
 
  private:
@@ -113,7 +120,8 @@ struct Tensor {
   }
 
   void describe(int states) {
-    static const int64_t places[4][3] = {{0, 0, 0}, {48, 0, 0}, {5, 0, 0}, {(int64_t(1) << 33) + 3, 7, 20}};  // how a shard lies in its whole
+    static const int64_t places[4][3] = {
+        {0, 0, 0}, {48, 0, 0}, {5, 0, 0}, {(int64_t(1) << 33) + 3, 7, 20}};  // how a shard lies in its whole
     const int64_t* place = places[c.number / 2 % 4];
     desc.param = arrays[0].data();
     desc.grad = arrays[1].data();
@@ -167,7 +175,8 @@ std::vector<fa::Hyper> hypers() {
   return {h, l2, decoupled};
 }
 
-void compare(const Fleet& gpu, const Fleet& cpu, const std::vector<std::vector<std::vector<unsigned char>>>& before, const std::string& name) {
+void compare(const Fleet& gpu, const Fleet& cpu, const std::vector<std::vector<std::vector<unsigned char>>>& before,
+             const std::string& name) {
   for (size_t t = 0; t < gpu.tensors.size(); ++t) {
     const Tensor &a = gpu.tensors[t], &b = cpu.tensors[t];
     const std::string what = name + " tensor " + std::to_string(t) + " n=" + std::to_string(a.c.n);
@@ -179,9 +188,11 @@ void compare(const Fleet& gpu, const Fleet& cpu, const std::vector<std::vector<s
         const size_t size = a.arrays[k].size();
         uint32_t old = 0;
         std::memcpy(&old, before[t][k].data() + i * size, size);
-        const bool fixed = k == 1 || !a.trainable(i), same = a.arrays[k].bits(i) == b.arrays[k].bits(i) || (a.arrays[k].nan(i) && b.arrays[k].nan(i));
+        const bool fixed = k == 1 || !a.trainable(i),
+                   same = a.arrays[k].bits(i) == b.arrays[k].bits(i) || (a.arrays[k].nan(i) && b.arrays[k].nan(i));
         if (fixed ? a.arrays[k].bits(i) != old : !same)
-          return require(false, what + " array " + std::to_string(k) + " element " + std::to_string(i) + (fixed ? ": changed" : ": differs"));
+          return require(false,
+                         what + " array " + std::to_string(k) + " element " + std::to_string(i) + (fixed ? ": changed" : ": differs"));
       }
     }
   }
@@ -203,7 +214,14 @@ void run(int rule, const std::vector<Case>& cases, const std::string& name, int3
       before.emplace_back();
       for (const Array& a : t.arrays) before.back().push_back(a.bytes());
     }
-    const fa::Globals g{plain ? nullptr : &scale, plain ? nullptr : skipped ? &overflow : &fine, plain ? nullptr : &clip, 0x9E3779B97F4A7C15u + unsigned(launch), !plain, chunk};
+    const fa::Globals g{plain ? nullptr : &scale,
+                        plain     ? nullptr
+                        : skipped ? &overflow
+                                  : &fine,
+                        plain ? nullptr : &clip,
+                        0x9E3779B97F4A7C15u + unsigned(launch),
+                        !plain,
+                        chunk};
     fa::emulator::set_seed(uint64_t(rule * 3 + launch));
     fa::cuda::prologue(rule, gpu.table.data(), n, h.data(), rows.data(), clocks.data(), g.found_inf, {0, nullptr});
     fa::cuda::sweep(rule, gpu.table.data(), chunks.data(), int64_t(chunks.size()), rows.data(), g, {0, nullptr});
@@ -221,9 +239,10 @@ void run(int rule, const std::vector<Case>& cases, const std::string& name, int3
 
 std::vector<Case> grid(const std::vector<int64_t>& sizes, int shift) {
   using namespace fa;
-  static const int storage[][6] = {{kF32, kF32, kF32, kF32, kF32, kNone},  {kBF16, kBF16, kBF16, kBF16, kBF16, kNone}, {kF16, kF16, kF16, kF16, kF16, kNone},
-                                   {kBF16, kBF16, kF32, kF32, kF32, kNone}, {kF32, kBF16, kBF16, kF32, kF16, kNone},    {kBF16, kF32, kF32, kBF16, kF16, kF32},
-                                   {kF16, kF16, kF32, kF32, kF32, kF32},    {kBF16, kBF16, kF32, kF16, kBF16, kI16},    {kF32, kF32, kF32, kF32, kF32, kF32}};
+  static const int storage[][6] = {
+      {kF32, kF32, kF32, kF32, kF32, kNone},   {kBF16, kBF16, kBF16, kBF16, kBF16, kNone}, {kF16, kF16, kF16, kF16, kF16, kNone},
+      {kBF16, kBF16, kF32, kF32, kF32, kNone}, {kF32, kBF16, kBF16, kF32, kF16, kNone},    {kBF16, kF32, kF32, kBF16, kF16, kF32},
+      {kF16, kF16, kF32, kF32, kF32, kF32},    {kBF16, kBF16, kF32, kF16, kBF16, kI16},    {kF32, kF32, kF32, kF32, kF32, kF32}};
   std::vector<Case> out;
   for (int64_t n : sizes)
     for (const auto& s : storage)
@@ -235,7 +254,8 @@ std::vector<Case> grid(const std::vector<int64_t>& sizes, int shift) {
 }
 
 void check_squares() {
-  const std::vector<Case> cases = grid({0, 1, 7, 8, 9, 1000, 4096, 65537}, 1);  // number % 4 == 0: hostile values, compared only between seeds
+  const std::vector<Case> cases =
+      grid({0, 1, 7, 8, 9, 1000, 4096, 65537}, 1);  // number % 4 == 0: hostile values, compared only between seeds
   Fleet fleet(cases, 0);
   const std::vector<fa::Chunk> chunks = fa::cpu::make_chunks(fleet.table, 2048);
   const float scale = 3.f;
@@ -272,7 +292,8 @@ void check_edges() {
 }  // namespace
 
 int main() {
-  for (int rule = 0; rule < fa::kRuleCount; ++rule) run(rule, grid({0, 1, 3, 7, 8, 9, 15, 16, 17, 1000, 4096}, rule), fa::kRuleTable[rule].name);
+  for (int rule = 0; rule < fa::kRuleCount; ++rule)
+    run(rule, grid({0, 1, 3, 7, 8, 9, 15, 16, 17, 1000, 4096}, rule), fa::kRuleTable[rule].name);
   for (const char* name : {"adam", "lion", "adabelief"}) run(fa::rule_index(name), grid({65537}, 2), std::string(name) + " large");
   check_squares();
   check_edges();
