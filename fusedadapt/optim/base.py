@@ -15,7 +15,7 @@ from typing_extensions import Unpack as Unpack
 from .. import dispatch
 from . import state as states
 from .plans import CpuPlan, Entry, Plan, ReferencePlan, Scalars, on
-from .plans_device import PLANS
+from .plans_device import PLANS, DevicePlan
 from .spec import RULES, STATE_DTYPES, hyper
 from .table import local
 
@@ -111,7 +111,9 @@ class FusedOptimizer(Optimizer):
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, float]:
         """Hyper-parameter fields of the group; a rule with more options extends this."""
-        fields = {"lr": float(group["lr"]), "sign": -1.0 if group["maximize"] else 1.0, "eps": group.get("eps", 0.0)}
+        lr = group["lr"]
+        on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"  # read there, by the prologue: the host would have to wait
+        fields = {"lr": 0.0 if on_device else float(lr), "sign": -1.0 if group["maximize"] else 1.0, "eps": group.get("eps", 0.0)}
         fields[self.decay] = group.get("weight_decay", 0.0)
         for i, beta in enumerate(group.get("betas", ())):
             fields[f"beta{i + 1}"] = beta
@@ -213,11 +215,16 @@ class FusedOptimizer(Optimizer):
         if now != self._fingerprint or len(self.state) != self._n_states:
             self._build(now)
         groups = self.param_groups
+        device_lr = False
         for i in range(len(groups)):
             key, lr = self._getter(groups[i]), groups[i]["lr"]
-            if key != self._group_keys[i] or isinstance(lr, Tensor):
+            is_tensor = isinstance(lr, Tensor)
+            device_lr |= is_tensor and lr.device.type != "cpu"
+            if key != self._group_keys[i] or (is_tensor and lr.device.type == "cpu"):
                 self._refresh_hypers()
                 break
+        if device_lr:
+            self._send_lr()
         return self._plans
 
     def _build(self, fingerprint: Any) -> None:
@@ -261,10 +268,19 @@ class FusedOptimizer(Optimizer):
             self._build(self._fingerprint)
         for plan in self._plans:
             plan.set_hypers(hypers)
-            for i, group in enumerate(self.param_groups):
-                if isinstance(group["lr"], Tensor) and group["lr"].device == plan.device and hasattr(plan, "set_lr"):
-                    plan.set_lr(i, group["lr"])
         self._group_keys = [self._getter(g) for g in self.param_groups]
+
+    def _send_lr(self) -> None:
+        """Tensor learning rates on a device: copied into that device's hyper-parameters without the host looking."""
+        for i, group in enumerate(self.param_groups):
+            lr = group["lr"]
+            if isinstance(lr, Tensor) and lr.device.type != "cpu":
+                for plan in self._plans:
+                    if lr.device != plan.device or not isinstance(plan, DevicePlan):
+                        raise ValueError(
+                            f"{type(self).__name__}: expected the Tensor lr of group {i} on {plan.device} or on the CPU; got {lr.device}; move it"
+                        )
+                    plan.set_lr(i, lr)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)

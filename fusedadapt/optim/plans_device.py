@@ -27,19 +27,33 @@ class DevicePlan(Plan):
         super().__init__(*args)
         self._version = self._structure = -1
         self._desc = self._chunks = self._rows = self._clocks = torch.empty(0)
-        self._hyper_host: Tensor | None = None
+        self._spare: list[Tensor] = []
+        self._captured: list[Tensor] = []
         self._chunk = 0
 
     def _upload(self, data: bytes | Tensor, dtype: torch.dtype, width: int) -> Tensor:
         host = data if isinstance(data, Tensor) else torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
         if self.device.type == "cuda":
-            # Pinned and kept: during a graph capture the copy becomes a node that reads this very memory at each replay.
-            host = host.pin_memory()
-            if torch.cuda.is_current_stream_capturing():
-                self._pinned.append(host)
+            host = self._pin(host.view(-1))
         return host.to(self.device, non_blocking=True).view(-1, width)
 
-    _pinned: list[Tensor] = []
+    def _pin(self, host: Tensor) -> Tensor:
+        """A pinned copy. Eager: torch's pinned allocator keeps it until the upload is done. During a graph capture the upload becomes a node that reads
+        this very memory at each replay, and pinning is not allowed: a buffer set aside earlier is used up and kept for good."""
+        if not torch.cuda.is_current_stream_capturing():
+            while len(self._spare) < 8:
+                self._spare.append(torch.empty(18 * len(self.entries) + 2 * 65536, dtype=torch.int64).pin_memory())
+            return host.pin_memory()
+        raw = host.view(torch.int64)
+        if not self._spare or len(raw) > len(self._spare[-1]):
+            raise RuntimeError(
+                f"{type(self.opt).__name__}.step: expected a step before the CUDA graph capture, with all parameters that are in it; "
+                "none was made; run one eager step first"
+            )
+        self._captured.append(self._spare.pop())
+        kept = self._captured[-1][: len(raw)]
+        kept.copy_(raw)
+        return kept.view(host.dtype)
 
     def prepare(self) -> None:
         super().prepare()

@@ -1,0 +1,72 @@
+"""The command line of the benches."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m fusedadapt bench",
+        description="Times every row of bench/registry.py: contestants take turns in one process, medians are compared within the run.",
+    )
+    parser.add_argument("family", choices=("optim",), help="what to time")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--threads", type=int, default=2, help="torch.set_num_threads; ours use as many (default 2)")
+    parser.add_argument("--quick", action="store_true", help="smaller mixes and less time: a look, not a measurement")
+    parser.add_argument("--seconds", type=float, help="for the rounds of one row (default 6, quick 1)")
+    parser.add_argument("--filter", default="", metavar="RE", help="only rows whose name matches, e.g. 'adamw.*fp32'")
+    parser.add_argument("--json", metavar="FILE", help="write machine, rows and goals there")
+    parser.add_argument("--plots", metavar="DIR", help="write speedup and bandwidth plots there, PNG and SVG")
+    parser.add_argument("--list", action="store_true", help="only name the rows")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0 once everything asked for was timed (goals missed do not change that), 2 if the command line does not fit."""
+    options = _parser().parse_args(argv)
+    import torch
+    from rich.console import Console
+
+    from .registry import ROWS
+    from .report import document, goals_table, plots, results_table
+    from .runner import Settings, measure
+
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    rows = [row for row in ROWS if re.search(options.filter, row.name)]
+    if not rows:
+        console.print(f"bench: expected --filter to match a row; {options.filter!r} matches none; --list names them", markup=False)
+        return 2
+    if options.list:
+        console.print("\n".join(row.name for row in rows), markup=False, highlight=False)
+        return 0
+    if options.device == "cuda" and not torch.cuda.is_available():
+        console.print("bench: expected a CUDA device; torch finds none; use --device cpu")
+        return 2
+    seconds = options.seconds if options.seconds is not None else 1.0 if options.quick else 6.0
+    settings = Settings(options.device, options.threads, seconds, options.quick, (3 if options.quick else 5, 200))
+    torch.set_num_threads(options.threads)
+    results = []
+    with console.status("…") as status:
+        for row in rows:
+            status.update(row.name)
+            results.append(measure(row, settings))
+    report = document(results, settings)
+    console.print(results_table(results))
+    if report["goals"]:
+        console.print(goals_table(report["goals"]))
+    absent = sorted({name for r in results for name in r.absent})
+    if absent:
+        console.print(f"not installed, so not timed: {', '.join(absent)}", markup=False)
+    if options.quick:
+        console.print("a quick run: mixes are smaller than the goals mean", style="yellow")
+    if options.json:
+        Path(options.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if options.plots:
+        console.print("\n".join(map(str, plots(report, Path(options.plots)))), markup=False, highlight=False)
+    return 0

@@ -1,0 +1,271 @@
+"""Two processes with gloo: DDP, DTensor and FSDP2 shards (uneven and empty ones too) against one process, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+from fusedadapt.optim import AdaBelief, AdamW, FusedOptimizer, Lion
+
+RULES: dict[str, type[FusedOptimizer]] = {"AdamW": AdamW, "Lion": Lion, "AdaBelief": AdaBelief}
+SHAPES = [(5, 3), (1, 6), (8, 4), (7,), (2, 3, 5)]  # cut in two: uneven (5, 7), one process left with nothing (1)
+B = torch.bfloat16
+
+
+def tensors(seed: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=g).to(dtype) for shape in SHAPES]
+
+
+def whole(cls: Any, dtype: torch.dtype = torch.float32, **extras: Any) -> tuple[FusedOptimizer, list[Tensor]]:
+    params = [nn.Parameter(t) for t in tensors(0, dtype)]
+    return cls(params, lr=0.05, weight_decay=0.1, **extras), params
+
+
+def sharded(cls: Any, dim: int, dtype: torch.dtype = torch.float32, **extras: Any) -> tuple[FusedOptimizer, list[Any]]:
+    params = [nn.Parameter(shard(t, dim)) for t in tensors(0, dtype)]
+    return cls(params, lr=0.05, weight_decay=0.1, **extras), params
+
+
+def mesh() -> Any:
+    return dist.device_mesh.init_device_mesh("cpu", (2,))
+
+
+def shard(t: Tensor, dim: int) -> Any:
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    return distribute_tensor(t, mesh(), [Shard(dim) if t.dim() > dim >= 0 else Replicate()])
+
+
+def run_both(cls: Any, dim: int, dtype: torch.dtype = torch.float32, steps: int = 3, **extras: Any) -> tuple[Any, list[Any], Any, list[Tensor]]:
+    ours, shards = sharded(cls, dim, dtype, **extras)
+    truth, params = whole(cls, dtype, **extras)
+    for step in range(steps):
+        for p, q, g in zip(params, shards, tensors(step + 1, dtype), strict=True):
+            p.grad, q.grad = g, shard(g, dim)
+        ours.step()
+        truth.step()
+    return ours, shards, truth, params
+
+
+def assert_equal(shards: list[Any], params: list[Tensor], what: str) -> None:
+    for k, (a, b) in enumerate(zip(shards, params, strict=True)):
+        full = a.detach().full_tensor() if hasattr(a, "full_tensor") else a.detach()
+        assert torch.equal(full, b.detach()), f"{what}: tensor {k} {tuple(b.shape)} differs by {(full.float() - b.float()).abs().max()}"
+
+
+# --- checks: each runs in both processes -------------------------------------------------------------------------------------------------
+
+
+def check_ddp(rank: int) -> None:
+    for cls in RULES.values():
+        torch.manual_seed(0)
+        plain = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2))
+        model = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2))
+        model.load_state_dict(plain.state_dict())
+        replica = nn.parallel.DistributedDataParallel(model)
+        ours, truth = cls(replica.parameters(), lr=0.05, max_grad_norm=0.1), cls(plain.parameters(), lr=0.05, max_grad_norm=0.1)
+        for step in range(3):
+            x = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
+            ours.zero_grad()
+            replica(x[rank * 4 : rank * 4 + 4]).square().mean().backward()
+            truth.zero_grad()
+            halves = [torch.autograd.grad(plain(x[i * 4 : i * 4 + 4]).square().mean(), list(plain.parameters())) for i in range(2)]
+            for p, a, b in zip(plain.parameters(), *halves, strict=True):
+                p.grad = (a / 2 + b / 2).reshape(p.shape)
+            ours.step()
+            truth.step()
+            torch.testing.assert_close(ours.grad_norm, truth.grad_norm, rtol=1e-6, atol=0)
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+            others = [torch.empty_like(p) for _ in range(2)]
+            dist.all_gather(others, p.detach())
+            assert torch.equal(*others), "the replicas drifted apart"
+
+
+def check_shards(rank: int) -> None:
+    for dim in (0, 1, -1):
+        for name, cls in RULES.items():
+            ours, shards, truth, params = run_both(cls, dim)
+            assert_equal(shards, params, f"{name} Shard({dim})")
+            for p, q in zip(params, shards, strict=True):
+                for key in truth.state[p].keys() - {"step"}:
+                    assert_equal([ours.state[q][key]], [truth.state[p][key]], f"{name} {key}")
+
+
+def check_norm(rank: int) -> None:
+    for dim in (0, 1, -1):
+        ours, shards, truth, params = run_both(AdamW, dim, max_grad_norm=0.5)
+        norms = [torch.empty(()) for _ in range(2)]
+        dist.all_gather(norms, ours.grad_norm)
+        assert torch.equal(*norms), f"the processes have different norms: {norms}"
+        want = torch.stack([g.double().square().sum() for g in tensors(3)]).sum().sqrt().float()
+        torch.testing.assert_close(ours.grad_norm, want, rtol=2e-7, atol=0)
+        for p, q in zip(shards, params, strict=True):
+            torch.testing.assert_close(p.detach().full_tensor(), q.detach(), rtol=1e-5, atol=1e-6)
+
+
+def check_norm_with_missing_gradients(rank: int) -> None:
+    """Processes whose shards are empty, and parameters nobody has a gradient for, must not make the reduction wait for ever."""
+    ours, shards = sharded(Lion, 0, max_grad_norm=1.0)
+    grads = tensors(1)
+    for p, g in list(zip(shards, grads, strict=True))[:2]:
+        p.grad = shard(g, 0)
+    ours.step()
+    want = torch.stack([g.double().square().sum() for g in grads[:2]]).sum().sqrt().float()
+    torch.testing.assert_close(ours.grad_norm, want, rtol=2e-7, atol=0)
+    for p in shards:
+        p.grad = None
+    ours.step()
+    assert ours.grad_norm == 0
+
+
+def check_found_inf(rank: int) -> None:
+    for infected in (0, 1):
+        ours, shards = sharded(AdamW, 0, max_grad_norm=1.0)
+        for p, g in zip(shards, tensors(1), strict=True):
+            p.grad = shard(g, 0)
+        ours.step()
+        before = [p.detach().full_tensor().clone() for p in shards]
+        ours.grad_scale, ours.found_inf = torch.tensor(2.0), torch.tensor(float(rank == infected))
+        ours.step()
+        assert ours.found_inf == float(rank == infected), "the caller's tensor was written"
+        assert_equal(shards, before, f"found_inf on process {infected}")
+        assert all(ours.state[p]["step"] == 1 for p in shards)
+        ours.found_inf = torch.tensor(0.0)
+        ours.step()
+        assert all(ours.state[p]["step"] == 2 for p in shards)
+
+
+def check_stochastic_rounding(rank: int) -> None:
+    for dim in (0, 1, -1):
+        ours, shards, _, params = run_both(AdamW, dim, B, stochastic_rounding=True, seed=11)
+        assert_equal(shards, params, f"stochastic rounding, Shard({dim})")
+        _, plain = whole(AdamW, B, seed=11)
+        assert any(not torch.equal(p, q) for p, q in zip(params, plain, strict=True))
+
+
+def check_master_weights(rank: int) -> None:
+    for kind in ("fp32", "split"):
+        _, shards, _, params = run_both(Lion, 0, B, master_weights=kind)
+        assert_equal(shards, params, f"master_weights={kind}")
+
+
+def check_masks(rank: int) -> None:
+    """A mask is a bool DTensor cut as its parameter is."""
+    keep = [t > 0 for t in tensors(99)]
+    truth, params = whole(AdamW)
+    truth = AdamW(params, lr=0.05, weight_decay=0.1, masks=dict(zip(params, keep, strict=True)))
+    shards = [nn.Parameter(shard(t, 0)) for t in tensors(0)]
+    ours = AdamW(shards, lr=0.05, weight_decay=0.1, masks={p: shard(m, 0) for p, m in zip(shards, keep, strict=True)})
+    for p, q, g in zip(params, shards, tensors(1), strict=True):
+        p.grad, q.grad = g, shard(g, 0)
+    ours.step()
+    truth.step()
+    assert_equal(shards, params, "masks")
+    for p, m, start in zip(shards, keep, tensors(0), strict=True):
+        assert torch.equal(p.detach().full_tensor()[~m], start[~m])
+
+
+def check_state_dict_reshards(rank: int) -> None:
+    """Saved from shards, gathered, cut the other way, loaded: goes on as the unsharded run does."""
+    ours, shards, truth, params = run_both(AdaBelief, 0)
+    saved = ours.state_dict()
+    for state in saved["state"].values():
+        for key, t in state.items():
+            if hasattr(t, "full_tensor"):
+                state[key] = shard(t.full_tensor(), 1)
+    again = [nn.Parameter(shard(p.detach().full_tensor(), 1)) for p in shards]
+    twin = AdaBelief(again, lr=0.05, weight_decay=0.1)
+    twin.load_state_dict(saved)
+    for p, q, g in zip(params, again, tensors(7), strict=True):
+        p.grad, q.grad = g, shard(g, 1)
+    twin.step()
+    truth.step()
+    assert_equal(again, params, "resharded")
+
+
+def check_reference_backend(rank: int) -> None:
+    ours, shards, _, params = run_both(AdamW, 1, B, backend="reference", stochastic_rounding=True, max_grad_norm=None)
+    assert_equal(shards, params, "reference backend")
+
+
+def check_fsdp2(rank: int) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1))  # 5 rows and 1 row over two processes
+
+    for name, cls in RULES.items():
+        model, plain = build(), build()
+        for layer in (model[0], model[2]):
+            fully_shard(layer, mesh=mesh())
+        fully_shard(model, mesh=mesh())
+        ours, truth = cls(model.parameters(), lr=0.05, max_grad_norm=0.1), cls(plain.parameters(), lr=0.05, max_grad_norm=0.1)
+        for step in range(3):
+            x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step))  # both see the same batch: the mean of two equal gradients is exact
+            for m, opt in ((model, ours), (plain, truth)):
+                opt.zero_grad()
+                m(x).square().mean().backward()
+                opt.step()
+            torch.testing.assert_close(ours.grad_norm, truth.grad_norm, rtol=2e-7, atol=0)
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(p.detach().full_tensor(), q.detach(), rtol=1e-5, atol=1e-6, msg=lambda m: f"{name}: {m}")
+
+
+CHECKS = {name[6:]: check for name, check in list(globals().items()) if name.startswith("check_")}
+
+
+# --- one spawn for all of them -----------------------------------------------------------------------------------------------------------
+
+
+def worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    for name, check in CHECKS.items():
+        try:
+            check(rank)
+            text = ""
+        except Exception:  # noqa: BLE001  (reported by the test of that name)
+            text = traceback.format_exc()
+        Path(folder, f"{name}.{rank}").write_text(text)
+        failed = torch.tensor([float(bool(text))])
+        dist.all_reduce(failed)
+        if failed and not text and rank == 0:
+            sys.stderr.write(f"{name} failed in the other process\n")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gloo")
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    processes = mp.get_context("spawn")
+    pair = [processes.Process(target=worker, args=(rank, str(folder))) for rank in range(2)]
+    for p in pair:
+        p.start()
+    for p in pair:
+        p.join(120)
+    for p in pair:
+        if p.is_alive():
+            p.kill()
+    return folder
+
+
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo")
+@pytest.mark.parametrize("name", CHECKS)
+def test_two_processes(results: Path, name: str) -> None:
+    for rank in range(2):
+        outcome = results / f"{name}.{rank}"
+        assert outcome.exists(), f"process {rank} did not get to the end of {name}: it hung or died"
+        assert not outcome.read_text(), f"process {rank}:\n{outcome.read_text()}"
