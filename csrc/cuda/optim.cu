@@ -220,7 +220,8 @@ FA_DEVICE void make_row(int rule, const Hyper& h, Clock& c, Row& r) {
   }
 }
 
-// One block. Tensors may share a step count, so nobody may advance one before everybody has read it; clocks[i] carries the new value across.
+// One block. Tensors may share a step count, so nobody may advance one before everybody has read it; clocks[i] carries the new value
+// across.
 __global__ void __launch_bounds__(kThreads)
     prologue_kernel(int rule, const TensorDesc* tensors, int64_t n, const Hyper* hypers, Row* rows, Clock* clocks, const float* found_inf) {
   if (found_inf && *found_inf != 0.f) return;

@@ -1,0 +1,74 @@
+"""Without the compiled core everything still works: pure Python reads the tensors, the reference or Triton steps them, and it is said once."""
+
+import logging
+import struct
+
+import pytest
+import torch
+
+from fusedadapt import _core, dispatch
+from fusedadapt.optim import AdamW, NAdam
+from fusedadapt.optim import table as tables
+
+
+@pytest.fixture
+def no_core(monkeypatch: pytest.MonkeyPatch, quick_calls: None) -> None:
+    monkeypatch.setattr(dispatch, "core", lambda: None)
+    monkeypatch.setattr(dispatch, "core_reason", lambda: "not built")
+
+
+def run(backend: str | None, cls=AdamW, **options) -> tuple[list, object]:
+    gen = torch.Generator().manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(s, generator=gen)) for s in ((3, 5), (17,), (0,))]
+    opt = cls(params, lr=0.01, backend=backend, **options)
+    for t in range(3):
+        gen.manual_seed(t)
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=gen)
+        params[1].grad = None if t == 1 else params[1].grad
+        opt.step()
+    return params, opt
+
+
+@pytest.mark.parametrize("cls", [AdamW, NAdam])
+@pytest.mark.parametrize("backend", ["triton", None])
+def test_same_bits_without_the_core(backend: str | None, cls, monkeypatch, quick_calls) -> None:
+    with_core, _ = run("cpp", cls, max_grad_norm=0.5)
+    monkeypatch.setattr(dispatch, "core", lambda: None)
+    without, opt = run(backend, cls, max_grad_norm=0.5)
+    assert opt._plans[0].choice.backend == (backend or "reference")
+    assert all(torch.equal(a, b) for a, b in zip(with_core, without, strict=True))
+
+
+def test_same_refusals(no_core: None) -> None:
+    params, opt = run("triton")
+    params[0].grad = torch.ones(3, 5)
+    opt.state[params[0]]["exp_avg"] = torch.zeros(2)
+    before = params[0].detach().clone()
+    with pytest.raises(ValueError, match="exp_avg"):
+        opt.step()
+    assert torch.equal(before, params[0])
+
+
+def test_tables_describe_the_same_memory() -> None:
+    """Every word of the pure-Python descriptors equals the compiled ones, but for the addresses that are padding."""
+    p = torch.nn.Parameter(torch.randn(4, 6))
+    p.grad = torch.randn(4, 6)
+    state = {"step": torch.zeros(()), "exp_avg": torch.zeros(4, 6), "exp_avg_sq": torch.zeros(4, 6, dtype=torch.bfloat16),
+             "master": torch.zeros(4, 6), "mask": torch.zeros(1, dtype=torch.int32)}  # fmt: skip
+    words = []
+    for module, exchange in ((_core, torch.Tensor.__dlpack_c_exchange_api__), (_core, None), (tables, None)):
+        table = module.Table(exchange, tables.read, ["exp_avg", "exp_avg_sq"], [], "master", 1, 0)
+        table.add(p, state, 3, 5, 7, 11, 13)
+        assert table.scan() == 0
+        words.append(struct.unpack("<18q", table.descriptors(True)))
+        assert table.chunk_list(16) == struct.pack("<4q", 0, 0, 0, 16)
+    assert words[0] == words[1] == words[2]
+
+
+def test_absence_is_said_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_load", lambda name: (None, "it was left out"))
+    monkeypatch.setattr(dispatch, "_said", set())
+    with caplog.at_level(logging.WARNING, logger="fusedadapt"):
+        run(None), run(None)
+    assert len([r for r in caplog.records if "compiled core not available" in r.message]) == 1
