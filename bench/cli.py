@@ -19,7 +19,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=2, help="torch.set_num_threads; ours use as many (default 2)")
     parser.add_argument("--quick", action="store_true", help="smaller mixes and less time: a look, not a measurement")
-    parser.add_argument("--seconds", type=float, help="for the rounds of one row (default 6, quick 1)")
+    parser.add_argument("--seconds", type=float, help="for the rounds of one row (default 6, quick 0.5)")
     parser.add_argument("--filter", default="", metavar="RE", help="only rows whose name matches, e.g. 'adamw.*fp32'")
     parser.add_argument("--json", metavar="FILE", help="write machine, rows and goals there")
     parser.add_argument("--plots", metavar="DIR", help="write speedup and bandwidth plots there, PNG and SVG")
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         console.print("bench: expected a CUDA device; torch finds none; use --device cpu")
         return 2
-    seconds = options.seconds if options.seconds is not None else 1.0 if options.quick else 6.0
+    seconds = options.seconds if options.seconds is not None else 0.5 if options.quick else 6.0
     settings = Settings(options.device, options.threads, seconds, options.quick, (3 if options.quick else 5, 200))
     torch.set_num_threads(options.threads)
     results = []

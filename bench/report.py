@@ -127,7 +127,7 @@ def _bars(items: Sequence[tuple[str, float]], label: str, title: str, path: Path
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     values = [value for _, value in items]
-    axes.barh(range(len(items)), values, color=["#2a7f62" if (v >= mark) == (mark == 1.0) or mark == 100.0 else "#b4553a" for v in values])
+    axes.barh(range(len(items)), values, color=["#2a7f62" if v >= min(mark, 1.0) else "#b4553a" for v in values])
     axes.set_yticks(range(len(items)), [name for name, _ in items], fontsize=8)
     axes.invert_yaxis()
     if mark == 1.0:

@@ -13,7 +13,7 @@ from typing import Any as _Any
 
 if TYPE_CHECKING:
     from . import optim as optim
-    from . import testing as testing
+    import fusedadapt.testing as testing
     from .config import backend as backend
     from .config import strict as strict
     from .dispatch import explain as explain

@@ -364,9 +364,9 @@ def test_emulated_cuda_equals_reference(fuzz_count: int) -> None:
 
 
 @pytest.mark.fuzz
-def test_triton_equals_reference(fuzz_count: int) -> None:
+def test_triton_equals_reference(fuzz_count: int, quick_calls: None) -> None:
     pytest.importorskip("triton")
-    for seed in range(300_000, 300_000 + max(len(OPTIMIZERS), fuzz_count // 60)):
+    for seed in range(300_000, 300_000 + max(len(OPTIMIZERS), fuzz_count // 20)):
         repeatable("triton", seed, small=True)
 
 

@@ -68,7 +68,10 @@ ORACLES = {
     "Grams": oracles.grams, "AdaBelief": oracles.adabelief, "ScheduleFreeAdamW": oracles.schedule_free,
 }  # fmt: skip
 DEFAULTS = {"betas": (0.9, 0.999), "eps": 1e-8, "momentum": 0.9}
-OWN = {"AdEMAMix": {"betas": (0.9, 0.999, 0.9999)}, "ADOPT": {"betas": (0.9, 0.9999), "eps": 1e-6}, "Grams": {"eps": 1e-6}, "AdaBelief": {"eps": 1e-16}}
+OWN = {
+    "AdEMAMix": {"betas": (0.9, 0.999, 0.9999)}, "ADOPT": {"betas": (0.9, 0.9999), "eps": 1e-6}, "Grams": {"eps": 1e-6},
+    "AdaBelief": {"eps": 1e-16},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("name", "k"), [(n, k) for n in ORACLES for k in range(len(OPTIMIZERS[n].examples))])

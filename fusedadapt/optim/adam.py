@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from torch import Tensor
+from typing_extensions import Unpack
 
-from .base import Extras, FusedOptimizer, Params, Unpack
+from .base import Extras, FusedOptimizer, Params
 from .first_order import coupling
 
 Betas = tuple[float, float]
@@ -103,8 +104,8 @@ class AdaBelief(FusedOptimizer):
         amsgrad: bool = False, weight_decouple: bool = True, fixed_decay: bool = False, rectify: bool = True, degenerated_to_sgd: bool = True,
         **extras: Unpack[Extras],
     ):  # fmt: skip
-        options = dict(amsgrad=amsgrad, weight_decouple=weight_decouple, fixed_decay=fixed_decay, rectify=rectify, degenerated_to_sgd=degenerated_to_sgd)
-        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **options), extras)
+        flags = dict(weight_decouple=weight_decouple, fixed_decay=fixed_decay, rectify=rectify, degenerated_to_sgd=degenerated_to_sgd)
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, **flags), extras)
 
     def _rule(self, group: dict[str, Any]) -> str:
         return "adabelief_amsgrad" if group["amsgrad"] else "adabelief"

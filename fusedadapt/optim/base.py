@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
-from typing_extensions import Unpack as Unpack
 
 from .. import dispatch
 from . import state as states
@@ -18,11 +17,6 @@ from .plans import CpuPlan, Entry, Plan, ReferencePlan, Scalars, on
 from .plans_device import PLANS, DevicePlan
 from .spec import RULES, STATE_DTYPES, hyper
 from .table import local
-
-try:
-    from typing import Unpack
-except ImportError:  # Python 3.10
-    pass
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import Unpack
 
-from .base import Extras, FusedOptimizer, Params, Unpack
+from .base import Extras, FusedOptimizer, Params
 
 
 class SGD(FusedOptimizer):

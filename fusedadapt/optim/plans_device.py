@@ -38,8 +38,8 @@ class DevicePlan(Plan):
         return host.to(self.device, non_blocking=True).view(-1, width)
 
     def _pin(self, host: Tensor) -> Tensor:
-        """A pinned copy. Eager: torch's pinned allocator keeps it until the upload is done. During a graph capture the upload becomes a node that reads
-        this very memory at each replay, and pinning is not allowed: a buffer set aside earlier is used up and kept for good."""
+        """A pinned copy. Eager: torch's pinned allocator keeps it until the upload is done. During a graph capture the upload becomes a node that
+        reads this very memory at each replay, and pinning is not allowed: a buffer set aside earlier is used up and kept for good."""
         if not torch.cuda.is_current_stream_capturing():
             while len(self._spare) < 8:
                 self._spare.append(torch.empty(18 * len(self.entries) + 2 * 65536, dtype=torch.int64).pin_memory())

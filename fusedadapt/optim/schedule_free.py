@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from .base import Extras, FusedOptimizer, Params, Unpack
+from .base import Extras, FusedOptimizer, Params
 
 
 class ScheduleFreeAdamW(FusedOptimizer):

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from .base import Extras, FusedOptimizer, Params, Unpack
+from .base import Extras, FusedOptimizer, Params
 from .table import local
 
 

@@ -194,8 +194,8 @@ def load(opt: FusedOptimizer, state_dict: dict[str, Any]) -> None:
         absent = {k for k in old if k not in new and k not in _OPTIONAL and k != "params"}
         if absent:
             raise ValueError(f"{op}.load_state_dict: expected groups with {sorted(absent)}; they are not there: another rule saved this state")
-        merged = {**{k: v for k, v in old.items() if k in _OPTIONAL and k != "initial_lr"}, **copy.deepcopy({k: v for k, v in new.items() if k != "params"})}
-        groups.append({**merged, "params": old["params"]})
+        kept = {k: v for k, v in old.items() if k in _OPTIONAL and k != "initial_lr"}
+        groups.append({**kept, **copy.deepcopy({k: v for k, v in new.items() if k != "params"}), "params": old["params"]})
         check_hypers(opt, groups[-1], opt._hyper(groups[-1]))
     ids = [i for g in saved_groups for i in g["params"]]
     params = [p for g in opt.param_groups for p in g["params"]]

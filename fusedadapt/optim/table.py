@@ -165,13 +165,16 @@ def _describe(t: Any) -> str:
 
 _EXPECTED = {
     "read": ("a dense strided tensor", "convert a sparse gradient with .to_dense() (sparse=False in nn.Embedding)"),
-    "device": ("every tensor of a parameter on the parameter's device", "move it with .to(param.device), or build the optimizer after model.to(device)"),
+    "device": ("all tensors of a parameter on its device", "move it with .to(param.device), or build the optimizer after model.to(device)"),
     "dtype": ("float32, bfloat16 or float16 (step: float32; scalars: float64)", "convert it, or load the state with load_state_dict"),
-    "strides": ("a parameter that fills its memory without gaps, and states in the parameter's memory order", "pass a contiguous parameter (p.data = p.data.contiguous())"),
+    "strides": (
+        "a parameter that fills its memory without gaps, and states in its memory order",
+        "pass a contiguous parameter (p.data = p.data.contiguous())",
+    ),
     "shape": ("the parameter's shape", "gradient and states must have been made for this parameter"),
     "null": ("memory behind the tensor", "the tensor was freed or lives in a subclass that hides its data"),
     "overlap": ("parameters in separate memory", "two parameters share storage: pass one of them, or clone one"),
-}  # fmt: skip
+}
 
 
 def refusal(op: str, name: str, code: str, param: Tensor, state: dict[str, Any], other: str = "") -> ValueError:

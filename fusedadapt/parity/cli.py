@@ -25,7 +25,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m fusedadapt parity", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("family", choices=("optim",), help="what to check")
-    parser.add_argument("--lib", metavar="NAME", help="check another library instead: torch, torch-foreach, torch-fused, lion_pytorch, adabelief_pytorch, …")
+    parser.add_argument("--lib", metavar="NAME", help="check another library instead: torch, torch-fused, lion_pytorch, adabelief_pytorch, …")
     parser.add_argument("--backend", default="all", choices=_BACKENDS, help="of ours; all: every one that runs here (default)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where the tensors under test are (default cpu)")
     parser.add_argument("--optimizer", action="append", metavar="NAME", help="only this one; may be given more than once")

@@ -20,12 +20,13 @@ from ..testing import data as case_data
 @dataclass(frozen=True)
 class Adapter:
     """``cls``: "module:Class". ``fixed``: arguments that select the equation or the code path; ``states``: our state's name -> theirs;
-    ``group``: our clock's name -> the key of their param group that holds it."""
+    ``group``: our clock's name -> the key of their param group that holds it; ``global_options``: options they take once, not per group."""
 
     cls: str
     fixed: dict[str, Any] = field(default_factory=dict)
     states: dict[str, str] = field(default_factory=dict)
     group: dict[str, str] = field(default_factory=dict)
+    global_options: tuple[str, ...] = ()
 
 
 _TORCH = ("Adadelta", "Adagrad", "Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "SGD")
@@ -46,7 +47,13 @@ LIBS: dict[str, dict[str, Adapter]] = {
     "torch": _torch(_TORCH, foreach=False, fused=False),
     "torch-foreach": _torch(_TORCH, foreach=True),
     "torch-fused": _torch(("Adagrad", "Adam", "AdamW", "SGD"), fused=True),
-    "adabelief_pytorch": {"AdaBelief": Adapter("adabelief_pytorch:AdaBelief", {"print_change_log": False})},
+    "adabelief_pytorch": {
+        "AdaBelief": Adapter(
+            "adabelief_pytorch:AdaBelief",
+            {"print_change_log": False},
+            global_options=("weight_decouple", "fixed_decay", "rectify", "degenerated_to_sgd"),
+        )
+    },
     "lion_pytorch": {"Lion": Adapter("lion_pytorch:Lion", {"decoupled_weight_decay": False})},
     "schedulefree": {
         "ScheduleFreeAdamW": Adapter("schedulefree:AdamWScheduleFree", group={"step": "k", "weight_sum": "weight_sum", "lr_max": "lr_max"})
@@ -78,6 +85,8 @@ class Foreign:
         defaults = {k: p.default for k, p in ours.items() if p.default is not p.empty}
         # Options they lack go back to our default. Those a group leaves out are spelled out: their defaults come from the first group.
         groups = [defaults | {k: v for k, v in options.items() if k in known} for options in case.groups]
+        for options in groups:
+            options |= {k: groups[0][k] for k in self._adapters[case.optimizer].global_options}
         return Case(case.seed, case.optimizer, tuple(groups), {}, case.tensors, case.steps)
 
     def build(self, case: Case, params: list[Tensor]) -> Any:

@@ -18,7 +18,7 @@ __all__ = ["RULES", "make_rows", "philox", "random16", "round_bf16_stochastic", 
 
 
 def make_rows(rule: str, hyper: dict[str, Tensor], step: Tensor, aux: list[Tensor]) -> tuple[SimpleNamespace, list[Tensor]]:
-    """Rows for fp64 tensors ``hyper`` (name -> value) and ``step`` (the update under way, from 1); returns the row fields and the advanced ``aux``."""
+    """Rows for fp64 ``hyper`` (name -> values) and ``step`` (the update under way, from 1); returns the fields and the advanced ``aux``."""
     clock = SimpleNamespace(step=step, aux=list(aux))
     row = RULES[rule].row(SimpleNamespace(**hyper), clock)
     return row, clock.aux

@@ -22,7 +22,7 @@ def _poison(t: Tensor) -> Tensor:
     if type(t) is Tensor and t.layout == torch.strided and t.device.type != "meta":
         # All bits set is NaN in every floating dtype, 8-bit ones included; a bool must stay 0 or 1.
         byte = 0xFF if t.is_floating_point() or t.is_complex() else 0x01 if t.dtype == torch.bool else 0xCB
-        t.untyped_storage().fill_(byte)
+        t.untyped_storage().fill_(byte)  # type: ignore[attr-defined]  # it is there, made by setattr
     return t
 
 

@@ -6,7 +6,7 @@ that every error is that of one step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -48,7 +48,8 @@ class Ours:
 
     def build(self, case: Case, params: list[Tensor]) -> Any:
         masks = {p: m.to(p.device) for i, p in enumerate(params) if (m := data.mask(case, i)) is not None}
-        optimizer = OPTIMIZERS[case.optimizer](data.groups(case, params), **case.shared, masks=masks, backend=self.backend)  # type: ignore[call-arg]
+        cls: Any = OPTIMIZERS[case.optimizer]
+        optimizer = cls(data.groups(case, params), **case.shared, masks=masks, backend=self.backend)
         if hasattr(optimizer, "train"):
             optimizer.train()
         return optimizer
@@ -85,6 +86,14 @@ class Input(NamedTuple):
     clock: dict[str, float]
 
 
+class Output(NamedTuple):
+    """One tensor after a step, in float64."""
+
+    p: Tensor
+    states: dict[str, Tensor]
+    clock: dict[str, float]
+
+
 class Truth:
     """The reference in float64, one step at a time."""
 
@@ -93,7 +102,8 @@ class Truth:
         self.params = [torch.nn.Parameter(data.parameter(case, i, CPU).double().contiguous()) for i in range(len(case.tensors))]
         masks = {p: m for i, p in enumerate(self.params) if (m := data.mask(case, i)) is not None}
         extras = {k: v for k, v in case.shared.items() if k == "max_grad_norm"}
-        self.opt: Any = OPTIMIZERS[case.optimizer](data.groups(case, self.params), **extras, masks=masks)  # type: ignore[call-arg]
+        cls: Any = OPTIMIZERS[case.optimizer]
+        self.opt = cls(data.groups(case, self.params), **extras, masks=masks)
         if hasattr(self.opt, "train"):
             self.opt.train()
         numbers = {id(p): i for i, p in enumerate(self.params)}
@@ -112,8 +122,8 @@ class Truth:
             states[name] = value.to(stored).double()
         return states, {"step": 0.0, **rule.aux}
 
-    def step(self, inputs: list[Input], step: int) -> list[tuple[Tensor, dict[str, Tensor], dict[str, float]]]:
-        """Parameter, states and clock of every tensor after the step."""
+    def step(self, inputs: list[Input], step: int) -> list[Output]:
+        """Every tensor after the step."""
         for i, (q, given) in enumerate(zip(self.params, inputs)):
             q.data.copy_(given.p)
             q.grad = None if given.g is None else given.g.clone()
@@ -131,7 +141,7 @@ class Truth:
         for i, q in enumerate(self.params):
             rule, state = RULES[self.rules[i]], self.opt.state[q]
             states = {k: state[k].clone() for k in rule.states[: rule.stored]}
-            out.append((q.detach().clone(), states, {k: float(state[k]) for k in ("step", *rule.aux)}))
+            out.append(Output(q.detach().clone(), states, {k: float(state[k]) for k in ("step", *rule.aux)}))
         return out
 
 
@@ -139,9 +149,10 @@ class Truth:
 class Finding:
     """How one quantity of one tensor came out of one step.
 
-    ``ulp``: worst error in ulp of its dtype at the larger of its values before and after (a sum that cancels is no less exact for it); ``update``:
-    where a parameter is off by more than 2 ulp of itself, the worst error beyond 1 ulp as a share of its true change; ``first``: the first mismatch in words. ``excused``: elements beyond the bound whose value is the exact one for inputs moved by
-    a few fp32 roundings (a sign flip of a vanishing sum), or beyond fp32's range; they count in neither maximum.
+    ``ulp``: worst error in ulp of its dtype at the larger of its values before and after (a sum that cancels is no less exact for it).
+    ``update``: where a parameter is off by more than 2 ulp of itself, the worst error beyond 1 ulp as a share of its true change.
+    ``excused``: elements beyond the bound whose value is the exact one for inputs moved by a few fp32 roundings (a sign flip of a vanishing
+    sum), or beyond fp32's range; they count in neither maximum. ``first``: the first mismatch in words.
     """
 
     tensor: int
@@ -160,8 +171,9 @@ class Finding:
 def allowed_error(before: Tensor, truth: Tensor, dtype: torch.dtype, parameter: bool) -> Tensor:
     """The bound on the absolute error, float64 elementwise.
 
-    A parameter in fp32: 2 ulp, or 2e-6 of its change + 1 ulp; in 16 bits: 1 ulp + 2e-6 of its change. A state: 8 ulp (16 bits: 1 ulp) of the larger of
-    its values before and after: what it was made of may have cancelled, and Adadelta's second one squares what five roundings made.
+    A parameter in fp32: 2 ulp, or 2e-6 of its change + 1 ulp; in 16 bits: 1 ulp + 2e-6 of its change. A state: 8 ulp (16 bits: 1 ulp) of
+    the larger of its values before and after: what it was made of may have cancelled, and Adadelta's second one squares what five
+    roundings made.
     """
     whole, t = dtype in (torch.float32, torch.float64), truth.nan_to_num()
     if not parameter:
@@ -184,7 +196,8 @@ class Comparison:
                 p.grad_dtype = None  # type: ignore[attr-defined]  # any
         self.truth = Truth(case)
         self.counts = [0.0] * len(self.params)
-        self.opt = subject.build(case, self.params)
+        self._moved: tuple[int, list[tuple[list[Input], list[Output]]]] = -1, []
+        self.opt = subject.build(case, list(self.params))
 
     def prepare(self, step: int) -> None:
         for i, p in enumerate(self.params):
@@ -221,9 +234,9 @@ class Comparison:
         inputs = self.inputs()
         if hasattr(self.opt, "update_hessian"):  # it runs inside the subject's step and its result is an input of the truth's
             self.subject.step(self.case, self.opt, step)
-            for i, given in enumerate(inputs):
+            for i, before in enumerate(inputs):
                 known = self.subject.states(self.opt, self.params[i])
-                given.states.update({k: wide(known[k]) for k in ("hessian",) if k in known})
+                before.states.update({k: wide(known[k]) for k in ("hessian",) if k in known})
         else:
             self.subject.step(self.case, self.opt, step)
         outputs = self.truth.step(inputs, step)
@@ -234,8 +247,8 @@ class Comparison:
             else:
                 self.counts[i] += 1
                 findings += self._compare(i, step, inputs, outputs[i], frozen[i])
-            if grads[i] is not None:
-                findings.append(self._untouched(i, step, "gradient", grads[i], p.grad))
+            if (given := grads[i]) is not None and p.grad is not None:
+                findings.append(self._untouched(i, step, "gradient", given, p.grad))
         return findings
 
     def _finding(self, i: int, step: int, quantity: str, dtype: torch.dtype, elements: int) -> Finding:
@@ -253,13 +266,15 @@ class Comparison:
             found.first = f"{what}{list(at)}: expected {before[at].item()!r} unchanged; got {after[at].item()!r}"
         return found
 
-    def _compare(self, i: int, step: int, inputs: list[Input], output: tuple[Tensor, dict[str, Tensor], dict[str, float]], frozen: Tensor) -> list[Finding]:
+    def _compare(self, i: int, step: int, inputs: list[Input], output: Output, frozen: Tensor) -> list[Finding]:
         p, (true_p, true_states, true_clock), given = self.params[i], output, inputs[i]
         known = self.subject.states(self.opt, p)
         results = {"p": (p.detach(), true_p, given.p)}
         if "master" in known or "remainder" in known:
             results["master"] = (self._wide(i).float(), true_p, given.p)
-        results |= {k: (known[k].detach(), t, given.states[k]) for k, t in true_states.items() if isinstance(known.get(k), Tensor) and k != "hessian"}
+        for k, t in true_states.items():
+            if isinstance(known.get(k), Tensor):
+                results[k] = (known[k].detach(), t, given.states[k])
         keep = data.mask(self.case, i) if self.case.tensors[i].masked else None
         findings = [self._judge(i, step, k, *v, inputs, keep) for k, v in results.items()]
         if keep is not None:
@@ -272,7 +287,9 @@ class Comparison:
             findings.append(found)
         return findings
 
-    def _judge(self, i: int, step: int, quantity: str, got: Tensor, truth: Tensor, before: Tensor, inputs: list[Input], keep: Tensor | None) -> Finding:
+    def _judge(
+        self, i: int, step: int, quantity: str, got: Tensor, truth: Tensor, before: Tensor, inputs: list[Input], keep: Tensor | None
+    ) -> Finding:
         found, got = self._finding(i, step, quantity, got.dtype, got.numel()), got.cpu().contiguous()
         whole = quantity in ("p", "master")
         error = error_vs_truth(got, truth)
@@ -286,7 +303,8 @@ class Comparison:
             bad, beyond = bad & ~excused, beyond | excused
         found.excused, found.mismatches = int(beyond.sum()), int(bad.sum())
         if got.numel():
-            absolute, size = torch.where(beyond, 0.0, error.absolute), torch.maximum(truth.nan_to_num().abs(), before.nan_to_num().abs())
+            absolute = torch.where(beyond, 0.0, error.absolute)
+            size = torch.maximum(truth.nan_to_num().abs(), before.nan_to_num().abs())
             found.ulp = float((absolute / ulp_size(size, got.dtype)).max())
             own = ulp_size(truth.nan_to_num(), got.dtype)
             found.update = float(torch.where(absolute > 2 * own, (absolute - own) / (truth - before).abs(), 0.0).max()) if whole else 0.0
@@ -294,22 +312,31 @@ class Comparison:
             at = tuple(bad.nonzero()[0].tolist())
             grad = inputs[i].g
             found.first = (
-                f"{quantity}{list(at)}: expected {truth[at].item():.9g}; got {got[at].item():.9g} ({float(error.ulp[at]):.3g} ulp); before {before[at].item():.9g}, "
-                f"gradient {'none' if grad is None else format(grad[at].item(), '.9g')}"
+                f"{quantity}{list(at)}: expected {truth[at].item():.9g}; got {got[at].item():.9g} ({float(error.ulp[at]):.3g} ulp); "
+                f"before {before[at].item():.9g}, gradient {'none' if grad is None else format(grad[at].item(), '.9g')}"
             )
         return found
 
     def _spread(self, i: int, step: int, quantity: str, inputs: list[Input], truth: Tensor) -> Tensor:
         """How far the truth moves when its inputs move by four fp32 roundings: what no fp32 arithmetic in another order can promise."""
+        if self._moved[0] != step:
+            self._moved = step, [(moved, self.truth.step(moved, step)) for moved in self._nudged(inputs)]
         spread = torch.zeros_like(truth)
-        for signs in _HADAMARD.tolist():
-            moved = [Input(_nudge(v.p, signs[0]), v.g if v.g is None else _nudge(v.g, signs[1]), {k: _nudge(s, signs[2 + n]) for n, (k, s) in enumerate(v.states.items())}, v.clock)
-                     for v in inputs]  # fmt: skip
-            p, states, _ = self.truth.step(moved, step)[i]
+        for moved, outputs in self._moved[1]:
+            p, states, _ = outputs[i]
             # of the parameter its change counts: moved is not what a rounded one would be
             apart = (p - moved[i].p) - (truth - inputs[i].p) if quantity in ("p", "master") else states[quantity] - truth
             spread = torch.maximum(spread, apart.abs().nan_to_num(nan=0.0, posinf=0.0))
         return spread
+
+    @staticmethod
+    def _nudged(inputs: list[Input]) -> Iterator[list[Input]]:
+        for signs in _HADAMARD.tolist():
+            moved = []
+            for v in inputs:
+                states = {k: _nudge(s, signs[2 + n]) for n, (k, s) in enumerate(v.states.items())}
+                moved.append(v._replace(p=_nudge(v.p, signs[0]), g=None if v.g is None else _nudge(v.g, signs[1]), states=states))
+            yield moved
 
 
 def beyond_range(given: Input) -> Tensor:
@@ -358,7 +385,7 @@ def truth_of_case(case: Case) -> dict[str, Tensor]:
         grads = [data.gradient(case, i, step, CPU) for i in range(len(given))]
         inputs = [v._replace(g=None if g is None else wide(g)) for v, g in zip(given, grads)]
         given = [Input(p, None, states, clock) for p, states, clock in truth.step(inputs, step)]
-    out = {}
+    out: dict[str, Tensor] = {}
     for i, v in enumerate(given):
         out |= {f"p{i}": v.p, **{f"p{i}.{k}": s for k, s in v.states.items()}}
     return out

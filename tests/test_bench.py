@@ -1,0 +1,139 @@
+"""The benches: their registry, the runner on tiny mixes, what they write. No timing is judged here."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+import torch
+
+from fusedadapt import bench
+from fusedadapt.bench import cli, registry, report, runner
+
+TINY = runner.Settings(threads=1, seconds=0.01, quick=True, rounds=(2, 3))
+
+
+@pytest.fixture
+def tiny_mixes(monkeypatch):
+    tiny = {name: (full, [(7,), (33, 3)]) for name, (full, _) in registry.MIXES.items()}
+    monkeypatch.setattr(runner, "MIXES", tiny)
+    monkeypatch.setattr(runner, "_COPY_BYTES", 4096)
+    runner.parameters.cache_clear()
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    runner.parameters.cache_clear()
+
+
+def elements(mix):
+    return sum(math.prod(shape) for shape in registry.MIXES[mix][0])
+
+
+def test_rows_are_distinct_and_known():
+    names = [row.name for row in registry.ROWS]
+    assert len(set(names)) == len(names)
+    for row in registry.ROWS:
+        assert row.mix in registry.MIXES
+        assert row.contestants[0].lib == "ours" and len({c.name for c in row.contestants}) == len(row.contestants)
+
+
+def test_mixes_are_what_they_say():
+    assert elements("1x33M") == 2**25
+    assert elements("minilm") == 22_713_216
+    assert elements("llama-lora") == 32 * (4 * 16 * 4096 + 16 * (4096 + 1024 + 1024 + 4096))
+    assert len(registry.MIXES["5000x256"][0]) == 5000
+
+
+def test_goals_name_rows_and_contestants():
+    rows = {row.name: row for row in registry.ROWS}
+    for goal in registry.GOALS:
+        names = {c.name for c in rows[goal.row].contestants}
+        assert goal.a in names and (goal.kind == "host" or goal.b in names), goal
+    assert {g.limit for g in registry.GOALS if g.kind == "faster" and g.b == "torch fused"} == {0.95, 1.2, 2.5, 2.0, 15.0}
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "dtype", "mask", "expected"),
+    [
+        ("SGD", {}, torch.float32, None, 12),
+        ("AdamW", {}, torch.float32, None, 28),
+        ("AdamW", {}, torch.bfloat16, None, 14),
+        ("Lion", {}, torch.float32, None, 20),
+        ("AdamW", {"state_dtype": "fp32"}, torch.bfloat16, None, 22),
+        ("AdamW", {"state_dtype": "fp32", "master_weights": "fp32"}, torch.bfloat16, None, 28),
+        ("AdamW", {"state_dtype": "fp32", "master_weights": "split"}, torch.bfloat16, None, 26),
+        ("AdamW", {"max_grad_norm": 1.0}, torch.float32, None, 32),
+        ("AdamW", {}, torch.float32, 0.5, 28.125),
+        ("SophiaG", {}, torch.float32, None, 24),
+    ],
+)
+def test_bytes_per_element(cls, options, dtype, mask, expected):
+    assert registry.bytes_per_element(registry._ours(cls, mask=mask, **options), dtype) == expected
+    assert registry.bytes_per_element(registry.TORCH_FUSED, dtype) is None
+
+
+@pytest.mark.parametrize("row", registry.ROWS, ids=lambda row: row.name)
+def test_every_row_runs(row, tiny_mixes):
+    result = runner.measure(row, TINY)
+    assert result.rounds >= 2 and result.elements == 7 + 99
+    assert {t.name for t in result.timings} | set(result.absent) == {c.name for c in row.contestants}
+    subject = result.timings[0]
+    assert subject.name == row.contestants[0].name and subject.ratio == 1.0 and subject.median > 0
+    assert (subject.copy_share is not None) == row.copy
+    assert (subject.bandwidth is None) == row.host
+
+
+def fake(row, **medians):
+    timings = [runner.Timing(name, t, t, t, t) for name, t in medians.items()]
+    return runner.Result(row, "", "", 1, 1, 1, False, timings)
+
+
+@pytest.mark.parametrize(
+    ("kind", "limit", "measured", "met"),
+    [("faster", 3.0, 4.0, True), ("faster", 5.0, 4.0, False), ("cost", 0.3, 0.25, True), ("cost", 0.2, 0.25, False)],
+)
+def test_goals_are_judged(kind, limit, measured, met):
+    judged = report.judge(registry.Goal("", "r", kind, limit, "a", "b"), [fake("r", a=1.0, b=4.0)])
+    assert (judged["measured"], judged["met"]) == (measured, met)
+    assert report.judge(registry.Goal("", "r", kind, limit, "a", "absent"), [fake("r", a=1.0)]) is None
+
+
+def test_host_goal_is_in_microseconds():
+    judged = report.judge(registry.Goal("", "r", "host", 15.0, "a"), [fake("r", a=10e-6)])
+    assert judged["met"] and judged["measured"] == pytest.approx(10)
+
+
+def test_command_writes_json_and_plots(tiny_mixes, tmp_path, capsys):
+    arguments = ["optim", "--quick", "--seconds", "0.01", "--threads", "1", "--filter", "^(adamw|clip) 1x33M fp32$"]
+    assert bench.main([*arguments, "--json", str(tmp_path / "out.json"), "--plots", str(tmp_path / "plots")]) == 0
+    document = json.loads((tmp_path / "out.json").read_text())
+    assert {"schema", "kind", "date", "commit", "versions", "cpu", "isa", "threads", "device", "quick", "rows", "goals"} == set(document)
+    assert [row["row"] for row in document["rows"]] == ["adamw 1x33M fp32", "clip 1x33M fp32"]
+    assert {"name", "median", "low", "high", "ratio", "bytes", "bandwidth", "copy_share"} == set(document["rows"][0]["timings"][0])
+    assert {"text", "row", "kind", "limit", "measured", "met"} <= set(document["goals"][0])
+    written = sorted(path.name for path in (tmp_path / "plots").iterdir())
+    assert written == ["bandwidth.png", "bandwidth.svg", "speedup.png", "speedup.svg"]
+    assert all(path.stat().st_size > 1000 for path in (tmp_path / "plots").iterdir())
+    assert "quick run" in capsys.readouterr().out
+
+
+def test_command_line_faults(capsys):
+    assert cli.main(["optim", "--filter", "no such row"]) == 2
+    if not torch.cuda.is_available():
+        assert cli.main(["optim", "--device", "cuda"]) == 2
+    assert cli.main(["optim", "--list"]) == 0
+    assert "adamw 1x33M fp32" in capsys.readouterr().out
+
+
+def test_absent_library_is_reported_not_timed(tiny_mixes):
+    absent = registry.Contestant("nowhere", "no_such_module_here", "Nothing")
+    row = dataclasses.replace(registry.ROWS[0], contestants=(registry.OURS_ADAMW, absent))
+    result = runner.measure(row, TINY)
+    assert set(result.absent) == {"nowhere"} and [t.name for t in result.timings] == [registry.OURS_ADAMW.name]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_graph_variant_on_gpu(tiny_mixes):
+    result = runner.measure(registry.ROWS[0], dataclasses.replace(TINY, device="cuda"))
+    assert result.of("ours AdamW (graph)") is not None

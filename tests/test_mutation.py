@@ -1,0 +1,149 @@
+"""Can the tests fail? Every line of mutants.py breaks a copy of the package; the test it names must go red there, and green on the sound copy."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from mutants import MUTANTS, Mutant
+
+ROOT = Path(__file__).resolve().parent.parent
+COPIED = ("fusedadapt", "kernels", "csrc", "tests", "CMakeLists.txt", "pyproject.toml")  # the file marks a checkout: kernels/ is found beside fusedadapt/
+FLAGS = ["-std=c++17", "-O0", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-DFA_MODULE_NAME=_core"]
+# Only the baseline instruction set is compiled: the others' tables point to it.
+OTHER_SETS = '#include "cpu/optim.h"\n#if defined(__x86_64__)\nnamespace fa::cpu {\nextern const Kernels kernels_avx2 = kernels_base, kernels_avx512 = kernels_base;\n}\n#endif\n'
+UNITS = ("csrc/cpu/optim_isa.cpp", "csrc/cpu/optim.cpp", "csrc/cpu/pool.cpp", "csrc/table_host.cpp", "csrc/bindings.cpp", "csrc/bindings_cuda.cpp")
+# A shared header is always inlined, so the units that merely show it to Python keep working with the objects of the sound copy.
+REBUILT = {"csrc/table_host.cpp": ("csrc/table_host.cpp",), "csrc/cpu/optim.cpp": ("csrc/cpu/optim.cpp",), "csrc/cpu/optim_isa.cpp": ("csrc/cpu/optim_isa.cpp",)}
+SWEEPS = ("csrc/cpu/optim_isa.cpp", "csrc/cpu/optim.cpp")
+
+
+def compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX", "") or "c++") or shutil.which("g++") or shutil.which("clang++")
+
+
+def compile_unit(tree: Path, unit: str, out: Path) -> Path:
+    """One object file of the copy in ``tree``."""
+    extra = ["-DFA_ISA=base"] if unit.endswith("_isa.cpp") else []
+    includes = [f"-I{tree / 'csrc'}", f"-I{sysconfig.get_paths()['include']}", f"-I{importlib.import_module('pybind11').get_include()}"]
+    target = out / (unit.replace("/", "_") + ".o")
+    call([str(compiler()), *FLAGS, *extra, *includes, "-c", str(tree / unit), "-o", str(target)])
+    return target
+
+
+def link(objects: list[Path], tree: Path) -> None:
+    module = tree / "fusedadapt" / f"_core{sysconfig.get_config_var('EXT_SUFFIX')}"
+    call([str(compiler()), "-shared", "-pthread", *map(str, objects), "-o", str(module)])
+
+
+def call(command: list[str]) -> None:
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, f"{' '.join(command)}\n{run.stderr[-3000:]}"
+
+
+def copy_tree(out: Path) -> Path:
+    out.mkdir(parents=True)
+    skip = shutil.ignore_patterns("__pycache__", "*.so", "*.json", "tuned")
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, out / name, ignore=skip)
+        else:
+            shutil.copy2(source, out / name)
+    return out
+
+
+def run_targets(tree: Path, targets: list[str]) -> tuple[int, str]:
+    nodes = [f"tests/{t if '.py' in t else 'mutation_targets.py::' + t}" for t in targets]
+    environment = {**os.environ, "PYTHONPATH": f"{tree}{os.pathsep}{tree / 'tests'}", "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore", *nodes]
+    try:
+        run = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    except subprocess.TimeoutExpired:
+        return -1, "it hangs"
+    return run.returncode, run.stdout[-3000:] + run.stderr[-1000:]
+
+
+class Workshop:
+    """The sound copy, its objects, and a place for each mutant."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.sound = folder, copy_tree(folder / "sound")
+        objects = folder / "objects"
+        objects.mkdir()
+        stub = self.sound / "csrc" / "other_sets.cpp"
+        stub.write_text(OTHER_SETS)
+        with ThreadPoolExecutor(2) as pool:
+            units = ("csrc/bindings.cpp", *(u for u in UNITS if u != "csrc/bindings.cpp"), "csrc/other_sets.cpp")
+            self.objects = dict(zip(units, pool.map(lambda unit: compile_unit(self.sound, unit, objects), units)))
+        link(list(self.objects.values()), self.sound)
+
+    def judge(self, number: int) -> str:
+        """What became of a mutant: "" if its target went red, else what is wrong."""
+        mutant = MUTANTS[number]
+        tree = copy_tree(self.folder / str(number))
+        try:
+            if fault := apply(mutant, tree):
+                return fault
+            if mutant.file.startswith("csrc"):
+                rebuilt = {unit: compile_unit(tree, unit, tree) for unit in REBUILT.get(mutant.file, SWEEPS)}
+                link(list((self.objects | rebuilt).values()), tree)
+            else:
+                module = next((self.sound / "fusedadapt").glob("_core*.so"))
+                os.link(module, tree / "fusedadapt" / module.name)
+            code, text = run_targets(tree, [mutant.target])
+        finally:
+            shutil.rmtree(tree)
+        if code == 1:
+            return ""
+        return "survived: its target stays green" if code == 0 else f"pytest ended with {code} instead of a failed test:\n{text}"
+
+
+def apply(mutant: Mutant, tree: Path) -> str:
+    path = tree / mutant.file
+    text = path.read_text()
+    if (count := text.count(mutant.old)) != 1:
+        return f"stale: {mutant.old!r} stands {count} times in {mutant.file}"
+    path.write_text(text.replace(mutant.old, mutant.new))
+    return ""
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
+    """All mutants, two at a time."""
+    if compiler() is None:
+        pytest.skip("no C++ compiler to build mutants with")
+    pytest.importorskip("triton")
+    shop = Workshop(tmp_path_factory.mktemp("mutants"))
+    # Slow builds first, so that none of them is alone at the end.
+    order = sorted(range(len(MUTANTS)), key=lambda n: (MUTANTS[n].file != "csrc/table_host.cpp", not MUTANTS[n].file.startswith("csrc")))
+    with ThreadPoolExecutor(2) as pool:
+        sound = pool.submit(run_targets, shop.sound, sorted({m.target for m in MUTANTS}))
+        found = dict(zip(order, pool.map(shop.judge, order)))
+        code, text = sound.result()
+    return found | {-1: "" if code == 0 else text}
+
+
+@pytest.mark.slow
+def test_the_targets_are_green_without_a_mutant(outcomes: dict[int, str]) -> None:
+    assert not outcomes[-1], outcomes[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(len(MUTANTS)), ids=lambda n: f"{MUTANTS[n].file}: {MUTANTS[n].old}"[:70].strip())
+def test_mutant_is_caught(outcomes: dict[int, str], number: int) -> None:
+    assert not outcomes[number], f"{MUTANTS[number]}: {outcomes[number]}"
+
+
+def test_every_mutant_still_applies() -> None:
+    """Quick, and part of every run: a mutant whose text is gone is to be rewritten, not forgotten."""
+    assert len(MUTANTS) >= 20
+    stale = [m for m in MUTANTS if (ROOT / m.file).read_text().count(m.old) != 1]
+    assert not stale, f"these texts do not stand exactly once in their files any more: {stale}"
