@@ -20,7 +20,10 @@ SWEEP, HOST, TABLE = "csrc/cpu/optim_isa.cpp", "csrc/cpu/optim.cpp", "csrc/table
 
 MUTANTS = (
     # rules and numbers in C++
-    Mutant(RULES, "const float direction = r.beta1 * s[0] + r.alpha1 * g;", "const float direction = r.beta1 * s[0] + r.alpha2 * g;", "test_cpp[Lion]"),
+    Mutant(
+        RULES, "const float direction = r.beta1 * s[0] + r.alpha1 * g;",
+        "const float direction = r.beta1 * s[0] + r.alpha2 * g;", "test_cpp[Lion]",
+    ),
     Mutant(RULES, "r.alpha1 = c.step == 1.0 ? 1.f : float(1.0 - h.dampening);", "r.alpha1 = float(1.0 - h.dampening);", "test_cpp[SGD]"),
     Mutant(RULES, "q = q < 0.f ? 0.f : q;", "q = q < 0.f ? -q : q;", "test_a_negative_variance_counts_as_zero[cpp]"),
     Mutant(RULES, "(ratio > 1.f ? 1.f : ratio)", "(ratio > 1.f ? ratio : 1.f)", "test_cpp[SophiaG]"),
@@ -35,21 +38,36 @@ MUTANTS = (
     # storage, random bits and the sweep in C++
     Mutant(DTYPES, "u + 0x7fffu + ((u >> 16) & 1u)", "u + 0x8000u", "test_bf16_ties_go_to_even[cpp]"),
     Mutant(DTYPES, "(u + 0x8000u) >> 16", "u >> 16", "test_split_master_is_the_fp32_run[cpp]"),
-    Mutant("csrc/core/philox.h", "c3 = uint32_t(a);", "c3 = uint32_t(b);", "test_cpp[AdamW]"),
-    Mutant(SWEEP, ">> ((offset + i) & 31)", ">> ((offset + i) & 15)", "test_frozen_elements_stay[cpp]"),
-    Mutant(SWEEP, "buffer[i] = g[i] / scale * factor * sign + l2 * p[i];", "buffer[i] = (g[i] / scale * factor + l2 * p[i]) * sign;", "test_cpp[SGD]"),
-    Mutant(SWEEP, "(element & 1 ? 16 : 0)", "(element & 1 ? 0 : 16)", "test_cpp[Lion]"),
+    Mutant("csrc/core/philox.h", "c3 = uint32_t(a);", "c3 = uint32_t(b);", "test_philox"),
+    Mutant(SWEEP, "(word >> j & 1u)", "(word >> (j & 15) & 1u)", "test_frozen_elements_stay[cpp]"),
+    Mutant(
+        SWEEP, "buffer[i] = g[i] / scale * factor * sign + l2 * p[i];",
+        "buffer[i] = (g[i] / scale * factor + l2 * p[i]) * sign;", "test_cpp[SGD]",
+    ),
+    Mutant(SWEEP, "c3[b] = uint32_t(x);", "c3[b] = uint32_t(y);", "test_cpp[Lion]"),
     Mutant(HOST, "k.second.step == before.step && ", "", "test_groups_keep_their_own_rows"),
     Mutant(HOST, "k.first == t.group && ", "", "test_groups_keep_their_own_rows"),
     # the table
-    Mutant(TABLE, "if (!same_order(e.p, e.g) && e.p.numel) return strided.push_back(index);", "", "test_a_gradient_in_another_memory_order"),
+    Mutant(
+        TABLE, "if (!same_order(e.p, e.g) && e.p.numel) return strided.push_back(index);",
+        "", "test_a_gradient_in_another_memory_order",
+    ),
     Mutant(TABLE, 'if (!same_shape(e.p, e.g)) fail("shape:grad");', "", "test_a_wrong_gradient_is_refused"),
     Mutant(TABLE, "ok &= p.data == e.seen_p.data && p.signature", "ok &= p.signature", "test_a_moved_parameter_is_found"),
     # the reference
-    Mutant("fusedadapt/reference/rules_adam.py", "r.step_size, r.eps = h.lr * root2 / bc1, h.eps * root2\n", "r.step_size, r.eps = h.lr * root2 / bc1, h.eps\n", "test_as_torch[AdamW]"),
+    Mutant(
+        "fusedadapt/reference/rules_adam.py", "r.step_size, r.eps = h.lr * root2 / bc1, h.eps * root2\n",
+        "r.step_size, r.eps = h.lr * root2 / bc1, h.eps\n", "test_as_torch[AdamW]",
+    ),
     Mutant("fusedadapt/reference/optim.py", "g = g + row.l2 * p", "g = g - row.l2 * p", "test_as_torch[SGD]"),
-    Mutant("fusedadapt/reference/rules.py", "out = where(n % 2 == 1, out * b, out)", "out = where(n % 2 == 0, out * b, out)", "test_as_torch[Adam]"),
-    Mutant("fusedadapt/reference/optim.py", "torch.where(x.isnan(), u >> 16 | 0x40, (u + 0x8000) >> 16)", "torch.where(x.isnan(), u >> 16 | 0x40, u >> 16)", "test_split_master_is_the_fp32_run[reference]"),
+    Mutant(
+        "fusedadapt/reference/rules.py", "out = where(n % 2 == 1, out * b, out)",
+        "out = where(n % 2 == 0, out * b, out)", "test_as_torch[Adam]",
+    ),
+    Mutant(
+        "fusedadapt/reference/optim.py", "torch.where(x.isnan(), u >> 16 | 0x40, (u + 0x8000) >> 16)",
+        "torch.where(x.isnan(), u >> 16 | 0x40, u >> 16)", "test_split_master_is_the_fp32_run[reference]",
+    ),
     # Triton
     Mutant("kernels/optim_rules.py", "sign_of(direction), row[BETA2] * s0", "sign_of(direction), row[BETA1] * s0", "test_triton[Lion]"),
     Mutant("kernels/optim_rules.py", "surprise = row[BETA1] * (g - s0)", "surprise = g - s0", "test_triton[AdaBelief]"),
@@ -58,10 +76,22 @@ MUTANTS = (
     Mutant("kernels/optim.py", "g = g * clip * row[SIGN]", "g = g * row[SIGN]", "test_triton[AdamW]"),
     # the optimizers' Python
     Mutant("fusedadapt/optim/base.py", ".clamp(max=1.0)", "", "test_clips_as_torch"),
-    Mutant("fusedadapt/optim/base.py", "if key != self._group_keys[i] or (", "if not self._group_keys[i] or (", "test_a_changed_learning_rate_counts"),
-    Mutant("fusedadapt/optim/plans_device.py", "after = torch.where(scalars.found_inf != 0, clocks, after)", "pass", "test_a_skipped_step_does_not_count[triton]"),
-    Mutant("fusedadapt/optim/first_order.py", '"decoupled": decay if decoupled else 0.0', '"decoupled": 0.0 if decoupled else decay', "test_as_torch[AdamW]"),
-    Mutant("fusedadapt/optim/state.py", "out[p] = pack_mask(local(mask), local(p.detach()))", "out[p] = pack_mask(~local(mask), local(p.detach()))", "test_frozen_elements_stay[cpp]"),
+    Mutant(
+        "fusedadapt/optim/base.py", "if key != self._group_keys[i] or (",
+        "if not self._group_keys[i] or (", "test_a_changed_learning_rate_counts",
+    ),
+    Mutant(
+        "fusedadapt/optim/plans_device.py", "after = torch.where(scalars.found_inf != 0, clocks, after)",
+        "pass", "test_a_skipped_step_does_not_count[triton]",
+    ),
+    Mutant(
+        "fusedadapt/optim/first_order.py", '"decoupled": decay if decoupled else 0.0',
+        '"decoupled": 0.0 if decoupled else decay', "test_as_torch[AdamW]",
+    ),
+    Mutant(
+        "fusedadapt/optim/state.py", "out[p] = pack_mask(local(mask), local(p.detach()))",
+        "out[p] = pack_mask(~local(mask), local(p.detach()))", "test_frozen_elements_stay[cpp]",
+    ),
     Mutant("fusedadapt/optim/adam.py", '0.96 ** group["momentum_decay"]', '0.9 ** group["momentum_decay"]', "test_as_torch[NAdam]"),
     Mutant("fusedadapt/optim/release.py", "        p.grad = None\n", "", "test_released_gradients_are_freed"),
 )  # fmt: skip

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import test_optim_fuzz as fuzz
 import torch
 from torch import nn
 
-from fusedadapt import optim
+from fusedadapt import dispatch, optim
+from fusedadapt.reference import optim as reference
 
 NAMES = list(optim.OPTIMIZERS)
 
@@ -27,6 +29,11 @@ def test_cpp(name: str) -> None:
 def test_triton(name: str, quick_calls: None) -> None:
     for seed in seeds(name, 3, 300_000):
         fuzz.run_case("triton", seed, small=True)
+
+
+def test_philox() -> None:
+    for seed, block, tensor, step in ((0, 0, 0, 0), (2**63 + 5, 2**35 + 1, 7, 99)):
+        assert list(dispatch.core().philox(seed, block, tensor, step)) == reference.philox(seed, np.array(block), tensor, step).tolist()
 
 
 @pytest.mark.parametrize("backend", ["cpp", "triton", "reference"])

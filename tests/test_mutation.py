@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,14 +16,21 @@ import pytest
 from mutants import MUTANTS, Mutant
 
 ROOT = Path(__file__).resolve().parent.parent
-COPIED = ("fusedadapt", "kernels", "csrc", "tests", "CMakeLists.txt", "pyproject.toml")  # the file marks a checkout: kernels/ is found beside fusedadapt/
+# CMakeLists.txt marks a checkout: only there is kernels/ found beside fusedadapt/
+COPIED = ("fusedadapt", "kernels", "csrc", "tests", "CMakeLists.txt", "pyproject.toml")
 FLAGS = ["-std=c++17", "-O0", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-DFA_MODULE_NAME=_core"]
 # Only the baseline instruction set is compiled: the others' tables point to it.
-OTHER_SETS = '#include "cpu/optim.h"\n#if defined(__x86_64__)\nnamespace fa::cpu {\nextern const Kernels kernels_avx2 = kernels_base, kernels_avx512 = kernels_base;\n}\n#endif\n'
+OTHER_SETS = """#include "cpu/optim.h"
+#if defined(__x86_64__)
+namespace fa::cpu {
+extern const Kernels kernels_avx2 = kernels_base, kernels_avx512 = kernels_base;
+}
+#endif
+"""
 UNITS = ("csrc/cpu/optim_isa.cpp", "csrc/cpu/optim.cpp", "csrc/cpu/pool.cpp", "csrc/table_host.cpp", "csrc/bindings.cpp", "csrc/bindings_cuda.cpp")
-# A shared header is always inlined, so the units that merely show it to Python keep working with the objects of the sound copy.
-REBUILT = {"csrc/table_host.cpp": ("csrc/table_host.cpp",), "csrc/cpu/optim.cpp": ("csrc/cpu/optim.cpp",), "csrc/cpu/optim_isa.cpp": ("csrc/cpu/optim_isa.cpp",)}
+# A shared header is always inlined, so the units that merely show it to Python keep working with the sound objects.
 SWEEPS = ("csrc/cpu/optim_isa.cpp", "csrc/cpu/optim.cpp")
+SHOWN = {"csrc/core/philox.h": ("csrc/bindings.cpp",)}
 
 
 def compiler() -> str | None:
@@ -86,14 +94,18 @@ class Workshop:
         link(list(self.objects.values()), self.sound)
 
     def judge(self, number: int) -> str:
-        """What became of a mutant: "" if its target went red, else what is wrong."""
+        """What became of a mutant: "" if its target went red, else what is wrong. Number -1: no mutant, every target must be green."""
+        if number < 0:
+            code, text = run_targets(self.sound, sorted({m.target for m in MUTANTS}))
+            return "" if code == 0 else text
         mutant = MUTANTS[number]
         tree = copy_tree(self.folder / str(number))
         try:
             if fault := apply(mutant, tree):
                 return fault
             if mutant.file.startswith("csrc"):
-                rebuilt = {unit: compile_unit(tree, unit, tree) for unit in REBUILT.get(mutant.file, SWEEPS)}
+                units = (mutant.file,) if mutant.file in UNITS else SHOWN.get(mutant.file, SWEEPS)
+                rebuilt = {unit: compile_unit(tree, unit, tree) for unit in units}
                 link(list((self.objects | rebuilt).values()), tree)
             else:
                 module = next((self.sound / "fusedadapt").glob("_core*.so"))
@@ -116,30 +128,28 @@ def apply(mutant: Mutant, tree: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[int, str]:
-    """All mutants, two at a time."""
+def verdicts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], str]]:
+    """number -> verdict. Alone, the chosen mutants are judged two at a time; under xdist its workers share them out."""
     if compiler() is None:
         pytest.skip("no C++ compiler to build mutants with")
     pytest.importorskip("triton")
     shop = Workshop(tmp_path_factory.mktemp("mutants"))
-    # Slow builds first, so that none of them is alone at the end.
-    order = sorted(range(len(MUTANTS)), key=lambda n: (MUTANTS[n].file != "csrc/table_host.cpp", not MUTANTS[n].file.startswith("csrc")))
+    if hasattr(request.config, "workerinput"):
+        yield shop.judge
+        return
+    chosen = [item.callspec.params["number"] for item in request.session.items if item.function is test_mutant_is_caught]
     with ThreadPoolExecutor(2) as pool:
-        sound = pool.submit(run_targets, shop.sound, sorted({m.target for m in MUTANTS}))
-        found = dict(zip(order, pool.map(shop.judge, order)))
-        code, text = sound.result()
-    return found | {-1: "" if code == 0 else text}
+        futures = {n: pool.submit(shop.judge, n) for n in chosen}
+        yield lambda n: futures[n].result()
+        for future in futures.values():
+            future.cancel()
 
 
 @pytest.mark.slow
-def test_the_targets_are_green_without_a_mutant(outcomes: dict[int, str]) -> None:
-    assert not outcomes[-1], outcomes[-1]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("number", range(len(MUTANTS)), ids=lambda n: f"{MUTANTS[n].file}: {MUTANTS[n].old}"[:70].strip())
-def test_mutant_is_caught(outcomes: dict[int, str], number: int) -> None:
-    assert not outcomes[number], f"{MUTANTS[number]}: {outcomes[number]}"
+@pytest.mark.parametrize("number", range(-1, len(MUTANTS)), ids=lambda n: "none" if n < 0 else f"{MUTANTS[n].file}: {MUTANTS[n].old}"[:70].strip())
+def test_mutant_is_caught(verdicts: Callable[[int], str], number: int) -> None:
+    verdict = verdicts(number)
+    assert not verdict, f"{MUTANTS[number] if number >= 0 else 'no mutant'}: {verdict}"
 
 
 def test_every_mutant_still_applies() -> None:

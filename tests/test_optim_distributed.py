@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import traceback
 from pathlib import Path
@@ -206,7 +205,7 @@ def check_fsdp2(rank: int) -> None:
         torch.manual_seed(0)
         return nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 1))  # 5 rows and 1 row over two processes
 
-    for name, cls in RULES.items():
+    for cls in RULES.values():
         model, plain = build(), build()
         for layer in (model[0], model[2]):
             fully_shard(layer, mesh=mesh())
@@ -220,7 +219,7 @@ def check_fsdp2(rank: int) -> None:
                 opt.step()
             torch.testing.assert_close(ours.grad_norm, truth.grad_norm, rtol=2e-7, atol=0)
         for p, q in zip(model.parameters(), plain.parameters(), strict=True):
-            torch.testing.assert_close(p.detach().full_tensor(), q.detach(), rtol=1e-5, atol=1e-6, msg=lambda m: f"{name}: {m}")
+            torch.testing.assert_close(p.detach().full_tensor(), q.detach(), rtol=1e-5, atol=1e-6)
 
 
 CHECKS = {name[6:]: check for name, check in list(globals().items()) if name.startswith("check_")}
@@ -236,7 +235,7 @@ def worker(rank: int, folder: str) -> None:
         try:
             check(rank)
             text = ""
-        except Exception:  # noqa: BLE001  (reported by the test of that name)
+        except Exception:  # noqa: BLE001  (reported by the test)
             text = traceback.format_exc()
         Path(folder, f"{name}.{rank}").write_text(text)
         failed = torch.tensor([float(bool(text))])
@@ -246,12 +245,12 @@ def worker(rank: int, folder: str) -> None:
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("gloo")
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo")
+def test_two_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One test for all checks: starting two processes costs more than running them."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     processes = mp.get_context("spawn")
-    pair = [processes.Process(target=worker, args=(rank, str(folder))) for rank in range(2)]
+    pair = [processes.Process(target=worker, args=(rank, str(tmp_path))) for rank in range(2)]
     for p in pair:
         p.start()
     for p in pair:
@@ -259,13 +258,11 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for p in pair:
         if p.is_alive():
             p.kill()
-    return folder
-
-
-@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo")
-@pytest.mark.parametrize("name", CHECKS)
-def test_two_processes(results: Path, name: str) -> None:
-    for rank in range(2):
-        outcome = results / f"{name}.{rank}"
-        assert outcome.exists(), f"process {rank} did not get to the end of {name}: it hung or died"
-        assert not outcome.read_text(), f"process {rank}:\n{outcome.read_text()}"
+    faults = []
+    for name in CHECKS:
+        for rank in range(2):
+            outcome = tmp_path / f"{name}.{rank}"
+            text = outcome.read_text() if outcome.exists() else "did not get to its end: the process hung or died"
+            if text:
+                faults.append(f"{name}, process {rank}: {text}")
+    assert not faults, "\n\n".join(faults)

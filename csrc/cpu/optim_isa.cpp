@@ -24,11 +24,15 @@ FA_HD void convert(To* __restrict out, const From* __restrict in, int n, Convert
   for (int i = 0; i < n; ++i) out[i] = f(in[i]);
 }
 
+// Chosen bit by bit: a conditional store becomes a masked one, which costs AMD processors 20 cycles and more.
+FA_HD float choose(Keep keep, float fresh, float old) { return as_float((as_bits(fresh) & keep) | (as_bits(old) & ~keep)); }
+FA_HD uint16_t choose(Keep keep, uint16_t fresh, uint16_t old) { return uint16_t((fresh & keep) | (old & ~keep)); }
+
 // Rounded stores write frozen elements' own bits back.
 template <class To, class Convert>
 FA_HD void store_kept(To* __restrict out, const float* __restrict in, const Keep* keep, int n, Convert f) {
   if (!keep) return convert(out, in, n, f);
-  for (int i = 0; i < n; ++i) out[i] = keep[i] ? f(in[i]) : out[i];
+  for (int i = 0; i < n; ++i) out[i] = choose(keep[i], f(in[i]), out[i]);
 }
 
 #if defined(__F16C__)
@@ -72,21 +76,53 @@ void store_tile(void* base, int dtype, int64_t offset, int n, const float* tile,
   if (dtype == kF16) narrow_half(out, tile, keep, n);
 }
 
-void store_stochastic(uint16_t* out, const float* tile, const Keep* keep, const Piece& w, int64_t offset, int n) {
-  const TensorDesc& t = *w.tensor;
-  uint64_t block = ~uint64_t(0);
-  Philox4 r{};
-  for (int i = 0; i < n; ++i) {
-    const uint64_t local = uint64_t(offset + i), inner = uint64_t(t.index_inner);
-    const uint64_t element =
-        inner == uint64_t(t.numel) ? t.index_base + local : t.index_base + local / inner * t.index_outer + local % inner;
-    if (element >> 3 != block) {
-      block = element >> 3;
-      r = philox(w.seed, block, uint32_t(t.ordinal), uint32_t(w.row->step));
-    }
-    const uint32_t random = r.v[(element >> 1) & 3] >> (element & 1 ? 16 : 0);
-    if (!keep || keep[i]) out[i] = float_to_bf16_stochastic(tile[i], random);
+// Philox for `blocks` consecutive counters, eight random halves each, in arrays so that the rounds vectorise.
+void random_blocks(uint32_t* out, uint64_t seed, uint64_t first, int blocks, uint32_t tensor, uint32_t step) {
+  constexpr int kBlocks = kTile / 8;
+  alignas(64) uint32_t c0[kBlocks], c1[kBlocks], c2[kBlocks], c3[kBlocks];
+  for (int b = 0; b < kBlocks; ++b) {
+    c0[b] = uint32_t(first + b);
+    c1[b] = uint32_t((first + b) >> 32);
+    c2[b] = tensor;
+    c3[b] = step;
   }
+  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+  for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u)
+    for (int b = 0; b < kBlocks; ++b) {
+      const uint64_t x = uint64_t(0xD2511F53u) * c0[b], y = uint64_t(0xCD9E8D57u) * c2[b];
+      c0[b] = uint32_t(y >> 32) ^ c1[b] ^ k0;
+      c2[b] = uint32_t(x >> 32) ^ c3[b] ^ k1;
+      c1[b] = uint32_t(y);
+      c3[b] = uint32_t(x);
+    }
+  for (int b = 0; b < blocks; ++b) {
+    const uint32_t words[4] = {c0[b], c1[b], c2[b], c3[b]};
+    for (int k = 0; k < 4; ++k) {
+      out[8 * b + 2 * k] = words[k] & 0xffffu;
+      out[8 * b + 2 * k + 1] = words[k] >> 16;
+    }
+  }
+}
+
+// 16 random bits for each element of a tile.
+void random_tile(uint32_t* out, const Piece& w, int64_t offset, int n) {
+  const TensorDesc& t = *w.tensor;
+  const uint32_t tensor = uint32_t(t.ordinal), step = uint32_t(w.row->step);
+  const uint64_t inner = uint64_t(t.index_inner), first = uint64_t(t.index_base + offset);
+  if (inner == uint64_t(t.numel) && first % 8 == 0) return random_blocks(out, w.seed, first / 8, (n + 7) / 8, tensor, step);
+  for (int i = 0; i < n; ++i) {  // a shard whose rows lie apart in the global tensor
+    const uint64_t local = uint64_t(offset + i);
+    out[i] = random16(w.seed, uint64_t(t.index_base) + local / inner * uint64_t(t.index_outer) + local % inner, tensor, step);
+  }
+}
+
+void store_stochastic(uint16_t* __restrict out, const float* __restrict tile, const Keep* keep, const Piece& w, int64_t offset, int n) {
+  alignas(64) uint32_t random[kTile];
+  random_tile(random, w, offset, n);
+  if (!keep)
+    for (int i = 0; i < n; ++i) out[i] = float_to_bf16_stochastic(tile[i], random[i]);
+  else
+    for (int i = 0; i < n; ++i) out[i] = choose(keep[i], float_to_bf16_stochastic(tile[i], random[i]), out[i]);
 }
 
 // The parameter may live in a master copy: fp32, or split into the bf16 parameter and a 16-bit remainder.
@@ -115,14 +151,21 @@ void store_param(const Piece& w, int64_t offset, int n, const float* tile, const
 
 enum class Kept { kNone, kSome, kAll };
 
+// Tiles start at multiples of 32, so each word of the mask fills 32 lanes; only the odd element that the bf16 pairs leave over does not.
 Kept expand_mask(const uint32_t* mask, int64_t offset, int n, Keep* keep) {
-  int kept = 0;
-  for (int i = 0; i < n; ++i) {
-    const uint32_t bit = mask[(offset + i) >> 5] >> ((offset + i) & 31) & 1u;
-    keep[i] = 0u - bit;
-    kept += int(bit);
+  if (offset % 32) {
+    keep[0] = 0u - (mask[offset / 32] >> offset % 32 & 1u);
+    return keep[0] ? Kept::kAll : Kept::kNone;
   }
-  return kept == 0 ? Kept::kNone : kept == n ? Kept::kAll : Kept::kSome;
+  uint32_t any = 0, all = ~0u;
+  const uint32_t* words = mask + offset / 32;
+  for (int k = 0; 32 * k < n; ++k) {
+    const uint32_t word = words[k], beyond = n - 32 * k < 32 ? ~0u << (n - 32 * k) : 0u;
+    any |= word & ~beyond;
+    all &= word | beyond;
+    for (int j = 0; j < 32; ++j) keep[32 * k + j] = 0u - (word >> j & 1u);
+  }
+  return any == 0 ? Kept::kNone : all == ~0u ? Kept::kAll : Kept::kSome;
 }
 
 // Gradient as the rule sees it: unscaled, clipped, negated for maximize, with the coupled decay added.
@@ -148,11 +191,11 @@ void run_tile(float* p, const float* g, float* const* s, const Keep* keep, int n
     if (Rule::kStates > 2) st[2] = s2[i];
     if (Rule::kStates > 3) st[3] = s3[i];
     const float old = p[i], fresh = Rule::step(old * r.decay, g[i], st, r);
-    p[i] = kMasked && !keep[i] ? old : fresh;
-    if (Rule::kStored > 0) s0[i] = kMasked && !keep[i] ? s0[i] : st[0];
-    if (Rule::kStored > 1) s1[i] = kMasked && !keep[i] ? s1[i] : st[1];
-    if (Rule::kStored > 2) s2[i] = kMasked && !keep[i] ? s2[i] : st[2];
-    if (Rule::kStored > 3) s3[i] = kMasked && !keep[i] ? s3[i] : st[3];
+    p[i] = kMasked ? choose(keep[i], fresh, old) : fresh;
+    if (Rule::kStored > 0) s0[i] = kMasked ? choose(keep[i], st[0], s0[i]) : st[0];
+    if (Rule::kStored > 1) s1[i] = kMasked ? choose(keep[i], st[1], s1[i]) : st[1];
+    if (Rule::kStored > 2) s2[i] = kMasked ? choose(keep[i], st[2], s2[i]) : st[2];
+    if (Rule::kStored > 3) s3[i] = kMasked ? choose(keep[i], st[3], s3[i]) : st[3];
   }
 }
 
@@ -163,15 +206,18 @@ FA_HD float first_of(Pair w) { return as_float(w << 16); }
 FA_HD float second_of(Pair w) { return as_float(w & 0xffff0000u); }
 FA_HD Pair pair_of(float a, float b) { return (round_bf16_high(a) >> 16) | (round_bf16_high(b) & 0xffff0000u); }
 
-// The common 16-bit case (everything bf16, nothing to prepare, nothing frozen) converts in registers.
-template <class Rule>
-void run_bf16(const TensorDesc& t, int64_t begin, int64_t end, const Row& row) {
+FA_HD Pair choose_pair(Pair keep, Pair fresh, Pair old) { return (fresh & keep) | (old & ~keep); }
+
+// The common 16-bit case (everything bf16, no unscaling, no L2) converts in registers. `keep`: a word per pair, ones where trainable.
+template <class Rule, bool kMasked>
+void run_bf16(const Piece& w, const Row& row, const Pair* keep, int64_t begin, int64_t pairs) {
+  const TensorDesc& t = *w.tensor;
   const Row r = row;
+  const float clip = w.clip;
   const auto at = [&](const void* base) { return reinterpret_cast<Pair*>(static_cast<uint16_t*>(const_cast<void*>(base)) + begin); };
   Pair* __restrict p = at(t.param);
   const Pair* __restrict g = at(t.grad);
   Pair* __restrict s0 = at(t.state[0]), * __restrict s1 = at(t.state[1]), * __restrict s2 = at(t.state[2]), * __restrict s3 = at(t.state[3]);
-  const int64_t pairs = (end - begin) / 2;
 #pragma GCC ivdep
   for (int64_t i = 0; i < pairs; ++i) {
     float a[kMaxStates], b[kMaxStates];
@@ -179,33 +225,52 @@ void run_bf16(const TensorDesc& t, int64_t begin, int64_t end, const Row& row) {
     if (Rule::kStates > 1) a[1] = first_of(s1[i]), b[1] = second_of(s1[i]);
     if (Rule::kStates > 2) a[2] = first_of(s2[i]), b[2] = second_of(s2[i]);
     if (Rule::kStates > 3) a[3] = first_of(s3[i]), b[3] = second_of(s3[i]);
-    const float pa = Rule::step(first_of(p[i]) * r.decay, first_of(g[i]), a, r);
-    const float pb = Rule::step(second_of(p[i]) * r.decay, second_of(g[i]), b, r);
-    p[i] = pair_of(pa, pb);
-    if (Rule::kStored > 0) s0[i] = pair_of(a[0], b[0]);
-    if (Rule::kStored > 1) s1[i] = pair_of(a[1], b[1]);
-    if (Rule::kStored > 2) s2[i] = pair_of(a[2], b[2]);
-    if (Rule::kStored > 3) s3[i] = pair_of(a[3], b[3]);
+    const float pa = Rule::step(first_of(p[i]) * r.decay, first_of(g[i]) * clip * r.sign, a, r);
+    const float pb = Rule::step(second_of(p[i]) * r.decay, second_of(g[i]) * clip * r.sign, b, r);
+    p[i] = kMasked ? choose_pair(keep[i], pair_of(pa, pb), p[i]) : pair_of(pa, pb);
+    if (Rule::kStored > 0) s0[i] = kMasked ? choose_pair(keep[i], pair_of(a[0], b[0]), s0[i]) : pair_of(a[0], b[0]);
+    if (Rule::kStored > 1) s1[i] = kMasked ? choose_pair(keep[i], pair_of(a[1], b[1]), s1[i]) : pair_of(a[1], b[1]);
+    if (Rule::kStored > 2) s2[i] = kMasked ? choose_pair(keep[i], pair_of(a[2], b[2]), s2[i]) : pair_of(a[2], b[2]);
+    if (Rule::kStored > 3) s3[i] = kMasked ? choose_pair(keep[i], pair_of(a[3], b[3]), s3[i]) : pair_of(a[3], b[3]);
   }
+}
+
+// A tile at a time under a mask, else all at once; returns where the last, odd element remains to be done.
+template <class Rule>
+int64_t update_bf16(const Piece& w, const Row& r) {
+  const uint32_t* mask = w.tensor->mask;
+  if (!mask) {
+    run_bf16<Rule, false>(w, r, nullptr, w.begin, (w.end - w.begin) / 2);
+    return w.end - (w.end - w.begin) % 2;
+  }
+  alignas(64) Pair keep[kTile / 2];
+  int64_t begin = w.begin;
+  for (; begin + 1 < w.end; begin += kTile) {
+    const int n = int(w.end - begin < kTile ? w.end - begin : kTile);
+    for (int k = 0; 32 * k < n; ++k) {
+      const uint32_t word = mask[begin / 32 + k];
+      for (int j = 0; j < 16; ++j) keep[16 * k + j] = ((0u - (word >> 2 * j & 1u)) & 0xffffu) | ((0u - (word >> (2 * j + 1) & 1u)) << 16);
+    }
+    run_bf16<Rule, true>(w, r, keep, begin, n / 2);
+  }
+  return w.end - (w.end - w.begin) % 2;
 }
 
 bool all_bf16(const Piece& w, const Row& r, int states) {
   const TensorDesc& t = *w.tensor;
-  bool same = t.param_dtype == kBF16 && t.grad_dtype == kBF16 && !t.extra && !t.mask && !w.stochastic;
+  bool same = t.param_dtype == kBF16 && t.grad_dtype == kBF16 && !t.extra && !w.stochastic;
   for (int k = 0; k < states; ++k) same &= t.state_dtype[k] == kBF16;
-  return same && w.scale == 1.f && w.clip == 1.f && r.sign == 1.f && r.l2 == 0.f;
+  return same && w.scale == 1.f && r.l2 == 0.f;
 }
 
 template <class Rule>
 void update(const Piece& w) {
-  const int64_t even = w.end - (w.end - w.begin) % 2;
-  const bool direct = all_bf16(w, *w.row, Rule::kStates);
-  if (direct) run_bf16<Rule>(*w.tensor, w.begin, even, *w.row);
+  const int64_t rest = all_bf16(w, *w.row, Rule::kStates) ? update_bf16<Rule>(w, *w.row) : w.begin;
   const TensorDesc& t = *w.tensor;
   const Row r = *w.row;
   alignas(64) float pb[kTile], gb[kTile], ub[kTile], sb[kMaxStates][kTile];
   alignas(64) Keep kb[kTile];
-  for (int64_t offset = direct ? even : w.begin; offset < w.end; offset += kTile) {
+  for (int64_t offset = rest; offset < w.end; offset += kTile) {
     const int n = int(w.end - offset < kTile ? w.end - offset : kTile);
     const Kept kept = t.mask ? expand_mask(t.mask, offset, n, kb) : Kept::kAll;
     if (kept == Kept::kNone) continue;
@@ -224,23 +289,26 @@ void update(const Piece& w) {
   }
 }
 
+// Sixteen running sums: a fixed order that still vectorises.
+constexpr int kLanes = 16;
+void add_squares(double* __restrict sum, const float* __restrict g, int n) {
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (int j = 0; j < kLanes; ++j) sum[j] += double(g[i + j]) * double(g[i + j]);
+  for (int j = 0; i + j < n; ++j) sum[j] += double(g[i + j]) * double(g[i + j]);
+}
+
 double squares(const TensorDesc& t, int64_t begin, int64_t end, float scale) {
-  alignas(64) float gb[kTile];
-  constexpr int kLanes = 16;  // sixteen running sums: a fixed order that still vectorises
+  alignas(64) float gb[kTile], ub[kTile];
   double sum[kLanes] = {};
   for (int64_t offset = begin; offset < end; offset += kTile) {
     const int n = int(end - offset < kTile ? end - offset : kTile);
     const float* g = load_tile(const_cast<void*>(t.grad), t.grad_dtype, offset, n, gb);
-    int i = 0;
-    for (; i + kLanes <= n; i += kLanes)
-      for (int j = 0; j < kLanes; ++j) {
-        const double x = double(scale == 1.f ? g[i + j] : g[i + j] / scale);
-        sum[j] += x * x;
-      }
-    for (int j = 0; i + j < n; ++j) {
-      const double x = double(g[i + j] / scale);
-      sum[j] += x * x;
+    if (scale != 1.f) {
+      for (int i = 0; i < n; ++i) ub[i] = g[i] / scale;
+      g = ub;
     }
+    add_squares(sum, g, n);
   }
   double total = 0;
   for (int j = 0; j < kLanes; ++j) total += sum[j];
