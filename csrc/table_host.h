@@ -76,6 +76,7 @@ class Table {
   Seen glance(PyObject* object, bool* ok) const;
   bool unchanged(Entry& e, PyObject* grad, bool* moved);
   void remember(Entry& e, PyObject* grad);
+  void prefetch(size_t i) const;
   void validate(int64_t index, Entry& e);
   void fill(Entry& e);
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import io
 import multiprocessing
-import pickle
 import threading
 from typing import Any
 
@@ -15,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from fusedadapt import optim
-from fusedadapt.optim import AdaBelief, Adam, AdamW, Lion
+from fusedadapt.optim import AdaBelief, AdamW, Lion
 
 SIZE = 200_000  # several chunks: the pool has work to hand out
 
@@ -159,7 +156,7 @@ def test_the_number_of_threads_changes_no_bit(threads, cls):
     results = []
     for count in (1, 2):
         threads(count)
-        opt, params = make(cls, size=900_001, max_grad_norm=0.5)
+        opt, params = make(cls, size=300_001, max_grad_norm=0.5)
         opt.step()
         squares = torch.stack([opt._plans[0].squares(NO_SCALARS).sum(), opt.grad_norm.double()])
         results.append((squares, [p.detach() for p in params]))
@@ -204,49 +201,6 @@ def train(compiled: str | None, inside: bool) -> list[Tensor]:
 def test_compiled_training(backend, inside):
     for a, b in zip(train(backend, inside), train(None, False), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
-
-
-# --- copies ------------------------------------------------------------------------------------------------------------------------------
-
-
-def clones(opt: Any) -> list[Any]:
-    saved = io.BytesIO()
-    torch.save(opt, saved)
-    saved.seek(0)
-    return [copy.deepcopy(opt), pickle.loads(pickle.dumps(opt)), torch.load(saved, weights_only=False)]
-
-
-@pytest.mark.parametrize("when", ["fresh", "after a step", "with a schedule"])
-def test_deepcopy_and_pickle_step_on_alone(when):
-    opt, params = make(Adam, size=500, max_grad_norm=1.0, masks=None)
-    if when != "fresh":
-        opt.step()
-    if when == "with a schedule":
-        torch.optim.lr_scheduler.StepLR(opt, 1)
-    for twin in clones(opt):
-        theirs = twin.param_groups[0]["params"]
-        for p, q in zip(params, theirs, strict=True):
-            q.grad = p.grad.clone()
-        before = [p.detach().clone() for p in params]
-        twin.step()
-        assert equal(params, before), "the copy stepped the original"
-        reference, own = make(Adam, size=500, max_grad_norm=1.0)
-        for _ in range(1 if when == "fresh" else 2):
-            reference.step()
-        assert equal(theirs, own)
-
-
-def test_a_copy_keeps_masks_and_scalars():
-    p = nn.Parameter(torch.ones(40))
-    opt = optim.NAdam([p], masks={p: torch.arange(40) % 2 == 0})
-    p.grad = torch.ones(40)
-    opt.step()
-    for twin in clones(opt):
-        (q,) = twin.param_groups[0]["params"]
-        q.grad = torch.ones(40)
-        twin.step()
-        assert (q.detach()[1::2] == 1).all() and (q.detach()[::2] < p.detach()[::2]).all()
-        assert twin.state[q]["mu_product"] < opt.state[p]["mu_product"]
 
 
 # --- gradient release --------------------------------------------------------------------------------------------------------------------
@@ -413,61 +367,3 @@ def test_the_profiler_shows_the_step():
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         opt.step()
     assert "Optimizer.step#AdamW.step" in {event.key for event in profile.key_averages()}
-
-
-# --- storage that goes away --------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("which", ["param", "grad", "state"])
-def test_freed_storage_is_refused(which):
-    """FSDP and offloading free a tensor by shrinking its storage: same object, same shape, no memory."""
-    opt, (p, *_) = make(size=1000)
-    opt.step()
-    t = {"param": p, "grad": p.grad, "state": opt.state[p]["exp_avg"]}[which]
-    size = t.untyped_storage().nbytes()
-    t.untyped_storage().resize_(0)
-    code = in_fork(lambda: outcome(opt))
-    assert code == b"refused", code
-    t.untyped_storage().resize_(size)
-
-
-def outcome(opt: Any) -> bytes:
-    try:
-        opt.step()
-    except ValueError as error:
-        return b"refused" if "memory behind the tensor" in str(error) else str(error).encode()
-    return b"stepped"
-
-
-def test_moved_storage_is_found_after_a_refused_step():
-    """A refused step must not leave half of what it read in the cache: the next one would write to the old address."""
-    opt, (p, *_) = make(size=1000)
-    opt.step()
-    old, grad = p.data, p.grad
-    p.data = old.clone()
-    p.grad = grad.to_sparse()
-    with pytest.raises(ValueError, match="sparse"):
-        opt.step()
-    p.grad = grad
-    kept = old.clone()
-    opt.step()
-    assert torch.equal(old, kept), "the step wrote to the parameter's former memory"
-    assert not torch.equal(p.detach(), kept)
-
-
-def test_parameters_made_to_overlap_later_are_refused():
-    opt, params = make(size=3000)
-    opt.step()
-    params[2].data = params[0].data
-    with pytest.raises(ValueError, match="share storage"):
-        opt.step()
-
-
-def test_groups_may_carry_keys_of_their_own():
-    p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
-    opt = AdamW([{"params": [p], "name": "head"}, {"params": [q], "lr": 0.5}])
-    p.grad, q.grad = torch.ones(3), torch.ones(3)
-    opt.step()
-    opt.param_groups[1]["lr"] = 0.25
-    opt.step()
-    assert opt.state[q]["step"] == 2

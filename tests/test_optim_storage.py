@@ -1,0 +1,111 @@
+"""Copies of optimizers, and tensors whose memory moves or goes away between steps: found or refused, never written to blindly."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from test_optim_process import equal, in_fork, make
+from torch import nn
+
+from fusedadapt import optim
+from fusedadapt.optim import Adam, AdamW
+
+
+def clones(opt: Any) -> list[Any]:
+    saved = io.BytesIO()
+    torch.save(opt, saved)
+    saved.seek(0)
+    return [copy.deepcopy(opt), pickle.loads(pickle.dumps(opt)), torch.load(saved, weights_only=False)]
+
+
+@pytest.mark.parametrize("when", ["fresh", "after a step", "with a schedule"])
+def test_deepcopy_and_pickle_step_on_alone(when):
+    opt, params = make(Adam, size=500, max_grad_norm=1.0, masks=None)
+    if when != "fresh":
+        opt.step()
+    if when == "with a schedule":
+        torch.optim.lr_scheduler.StepLR(opt, 1)
+    for twin in clones(opt):
+        theirs = twin.param_groups[0]["params"]
+        for p, q in zip(params, theirs, strict=True):
+            q.grad = p.grad.clone()
+        before = [p.detach().clone() for p in params]
+        twin.step()
+        assert equal(params, before), "the copy stepped the original"
+        reference, own = make(Adam, size=500, max_grad_norm=1.0)
+        for _ in range(1 if when == "fresh" else 2):
+            reference.step()
+        assert equal(theirs, own)
+
+
+def test_a_copy_keeps_masks_and_scalars():
+    p = nn.Parameter(torch.ones(40))
+    opt = optim.NAdam([p], masks={p: torch.arange(40) % 2 == 0})
+    p.grad = torch.ones(40)
+    opt.step()
+    for twin in clones(opt):
+        (q,) = twin.param_groups[0]["params"]
+        q.grad = torch.ones(40)
+        twin.step()
+        assert (q.detach()[1::2] == 1).all() and (q.detach()[::2] < p.detach()[::2]).all()
+        assert twin.state[q]["mu_product"] < opt.state[p]["mu_product"]
+
+
+@pytest.mark.parametrize("which", ["param", "grad", "state"])
+def test_freed_storage_is_refused(which):
+    """FSDP and offloading free a tensor by shrinking its storage: same object, same shape, no memory."""
+    opt, (p, *_) = make(size=1000)
+    opt.step()
+    t = {"param": p, "grad": p.grad, "state": opt.state[p]["exp_avg"]}[which]
+    size = t.untyped_storage().nbytes()
+    t.untyped_storage().resize_(0)
+    code = in_fork(lambda: outcome(opt))
+    assert code == b"refused", code
+    t.untyped_storage().resize_(size)
+
+
+def outcome(opt: Any) -> bytes:
+    try:
+        opt.step()
+    except ValueError as error:
+        return b"refused" if "memory behind the tensor" in str(error) else str(error).encode()
+    return b"stepped"
+
+
+def test_moved_storage_is_found_after_a_refused_step():
+    """A refused step must not leave half of what it read in the cache: the next one would write to the old address."""
+    opt, (p, *_) = make(size=1000)
+    opt.step()
+    old, grad = p.data, p.grad
+    p.data = old.clone()
+    p.grad = grad.to_sparse()
+    with pytest.raises(ValueError, match="sparse"):
+        opt.step()
+    p.grad = grad
+    kept = old.clone()
+    opt.step()
+    assert torch.equal(old, kept), "the step wrote to the parameter's former memory"
+    assert not torch.equal(p.detach(), kept)
+
+
+def test_parameters_made_to_overlap_later_are_refused():
+    opt, params = make(size=3000)
+    opt.step()
+    params[2].data = params[0].data
+    with pytest.raises(ValueError, match="share storage"):
+        opt.step()
+
+
+def test_groups_may_carry_keys_of_their_own():
+    p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    opt = AdamW([{"params": [p], "name": "head"}, {"params": [q], "lr": 0.5}])
+    p.grad, q.grad = torch.ones(3), torch.ones(3)
+    opt.step()
+    opt.param_groups[1]["lr"] = 0.25
+    opt.step()
+    assert opt.state[q]["step"] == 2
