@@ -56,9 +56,9 @@ class BoundTable : public Table {
     return chunk;
   }
 
-  const std::vector<Chunk>& chunks_for(int workers) {
+  const std::vector<Chunk>& chunks_for_step() {
     if (plan.structure != structure || plan.chunk == 0) {
-      plan.chunk = chunk_for(workers);
+      plan.chunk = chunk_for(16);  // not by the number of threads: sums are added chunk by chunk, in an order no setting may change
       plan.chunks = cpu::make_chunks(tensors, plan.chunk);
       plan.structure = structure;
     }
@@ -70,7 +70,7 @@ class BoundTable : public Table {
     for (const TensorDesc& t : tensors)
       if (t.group < 0 || size_t(t.group) >= plan.hypers.size()) throw std::invalid_argument("cpu_step: set_hypers first");
     if (found_inf && *address<float>(found_inf) != 0.f) return false;
-    const auto& chunks = chunks_for(threads);
+    const auto& chunks = chunks_for_step();
     const Globals globals{address<float>(grad_scale), nullptr, address<float>(clip), seed, stochastic, int32_t(plan.chunk)};
     py::gil_scoped_release release;
     plan.rows.build(rule, tensors, plan.hypers);
@@ -80,7 +80,7 @@ class BoundTable : public Table {
   }
 
   std::vector<double> cpu_squares(int threads, uintptr_t grad_scale) {
-    const auto& chunks = chunks_for(threads);
+    const auto& chunks = chunks_for_step();
     const float scale = grad_scale ? *address<float>(grad_scale) : 1.f;
     py::gil_scoped_release release;
     return cpu::squares(tensors, chunks, scale, threads);
@@ -133,7 +133,8 @@ uint64_t fingerprint(const py::list& param_groups) {
 
 void bind_table(py::module_& m) {
   static py::exception<TableError> error(m, "TableError");
-  py::register_exception_translator([](std::exception_ptr p) {
+  // Local: _core and the emulated build may both be loaded, each with an error of its own.
+  py::register_local_exception_translator([](std::exception_ptr p) {
     try {
       if (p) std::rethrow_exception(p);
     } catch (const TableError& e) {

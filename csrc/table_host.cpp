@@ -275,11 +275,14 @@ void Table::scan_entry(int64_t index, Entry& e, PyObject* grad, bool* moved) {
     return o;
   };
   e.warm = false;
+  // The last reading was refused half way (or is the first): what it left in the cache proves nothing.
+  const bool torn = !std::exchange(e.sound, false);
   void *old_p = e.p.data, *old_g = e.g.data;
   bool changed = read(local(e.param.ptr(), held_p), e.p, index, "param");
   changed |= read(local(grad, held_g), e.g, index, "grad");
   bool shifted = old_p != e.p.data || old_g != e.g.data;
   placement += old_p != e.p.data;
+  bool freed = (!e.p.data && e.p.numel) || (!e.g.data && e.g.numel);
   for (size_t k = 0; k < slots_.size(); ++k) {
     PyObject* o = PyDict_GetItemWithError(e.state.ptr(), slots_[k].key.ptr());
     if (o == Py_None) o = nullptr;
@@ -293,13 +296,15 @@ void Table::scan_entry(int64_t index, Entry& e, PyObject* grad, bool* moved) {
     void* old = e.layouts[k].data;
     changed |= read(e.wrapped ? local(o, held) : o, e.layouts[k], index, PyUnicode_AsUTF8(slots_[k].key.ptr()));
     shifted |= old != e.layouts[k].data;
+    freed |= !e.layouts[k].data && e.layouts[k].numel;
   }
-  if (changed) validate(index, e);
+  if (changed || torn || freed) validate(index, e);
   if (!same_order(e.p, e.g) && e.p.numel) return strided.push_back(index);
-  if (changed || shifted) {
+  if (changed || shifted || torn) {
     fill(e);
     *moved = true;
   }
+  e.sound = true;
   remember(e, grad);
 }
 

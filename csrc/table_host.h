@@ -58,7 +58,7 @@ class Table {
   struct Entry {
     pybind11::object param, state, override_grad;
     PyGetSetDef* getter = nullptr;
-    bool wrapped = false, live = false, warm = false;
+    bool wrapped = false, live = false, warm = false, sound = false;
     Seen seen_p, seen_g, seen[kMaxStates + 5];
     uintptr_t other_addresses = 0;
     int group;

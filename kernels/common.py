@@ -166,8 +166,8 @@ def random16_run(seed, first, tensor, step, BLOCK: tl.constexpr):
 
 @triton.jit
 def sign_of(x):
-    """sign(0) = 0, sign(NaN) = NaN."""
-    return tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, x))
+    """sign(0) = 0, sign(NaN) = 0, as torch."""
+    return tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, 0.0))
 
 
 @triton.jit

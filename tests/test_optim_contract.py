@@ -275,7 +275,7 @@ def test_grad_scaler() -> None:
     scaler.scale(sum((p * float("inf")).sum() for p in params)).backward()
     scaler.step(opt)
     scaler.update()
-    assert unchanged(before, params, opt) and scaler.get_scale() == 4.0
+    assert unchanged(before, params, opt) and scaler.get_scale() == 4.0 and opt.last_step_skipped
 
 
 def test_max_grad_norm_is_torchs() -> None:

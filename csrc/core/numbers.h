@@ -28,7 +28,7 @@ FA_HD double exp2_neg(double y) {
   return sum;
 }
 
-FA_HD float sign_of(float x) { return x > 0.f ? 1.f : x < 0.f ? -1.f : x; }  // sign(0) = 0, sign(NaN) = NaN, as torch
+FA_HD float sign_of(float x) { return float(x > 0.f) - float(x < 0.f); }    // sign(0) = 0, sign(NaN) = 0, as torch
 FA_HD float max_nan(float a, float b) { return a >= b || a != a ? a : b; }   // maximum that keeps a NaN of either side
 
 // What every row shares: weight decay, maximize.

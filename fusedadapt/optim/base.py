@@ -87,6 +87,7 @@ class FusedOptimizer(Optimizer):
             raise ValueError(f"{name}: expected max_grad_norm > 0; got {self.max_grad_norm}; None turns clipping off")
         self.backend = extras.get("backend")
         self.grad_norm: Tensor | None = None
+        self._found_inf: Tensor | None = None
         self._reset()
 
     def _reset(self) -> None:
@@ -165,6 +166,7 @@ class FusedOptimizer(Optimizer):
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if found_inf is not None and self._sharded:
             found_inf = states.distributed().any_rank(self, found_inf)
+        self._found_inf = found_inf  # GradScaler takes its own away after the step
         clip = self._clip(plans, grad_scale) if self.max_grad_norm is not None else None
         seed = self.param_groups[0]["seed"] if self.stochastic_rounding else 0
         for plan in plans:
@@ -320,8 +322,7 @@ class FusedOptimizer(Optimizer):
     @property
     def last_step_skipped(self) -> bool:
         """Whether GradScaler's found_inf made the last step change nothing (waits for the device)."""
-        found = getattr(self, "found_inf", None)
-        return found is not None and bool(found.item())
+        return self._found_inf is not None and bool(self._found_inf.item())
 
     def state_dict(self) -> dict[str, Any]:
         """torch's format and names; states keep their dtypes. Loads into torch's optimizer of the same name, and the other way round."""

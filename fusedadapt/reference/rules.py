@@ -67,11 +67,6 @@ def max_nan(a: Tensor, b: Tensor) -> Tensor:
     return where((a >= b) | a.isnan(), a, b)
 
 
-def sign(x: Tensor) -> Tensor:
-    """sign(±0) = ±0 and sign(NaN) = NaN (torch's sign makes both 0, and a NaN would vanish from the parameter)."""
-    return where(x > 0, 1.0, where(x < 0, -1.0, x))
-
-
 def common_row(h: Row, c: Row) -> Row:
     return Row(
         sign=h.sign, l2=h.l2, decay=1.0 - h.lr * h.decoupled - h.fixed, step=c.step, step_size=h.lr, eps=h.eps, mode=torch.zeros_like(h.lr),
@@ -115,7 +110,7 @@ def sgd_momentum(p, g, s, r):
 
 @rule("sign_sgd", common_row)
 def sign_sgd(p, g, s, r):
-    return p - r.step_size * sign(g)
+    return p - r.step_size * g.sign()
 
 
 def signum_row(h, c):
@@ -127,14 +122,14 @@ def signum_row(h, c):
 @rule("signum", signum_row)
 def signum(p, g, s, r):
     s[0] = r.beta1 * s[0] + r.alpha1 * g
-    return p - r.step_size * sign(s[0])
+    return p - r.step_size * s[0].sign()
 
 
 @rule("lion", common_row)
 def lion(p, g, s, r):
     direction = r.beta1 * s[0] + r.alpha1 * g
     s[0] = r.beta2 * s[0] + r.alpha2 * g
-    return p - r.step_size * sign(direction)
+    return p - r.step_size * direction.sign()
 
 
 def adagrad_row(h, c):
@@ -195,7 +190,7 @@ def sophia_row(h, c):
 def sophia_g(p, g, s, r):
     s[0] = r.beta1 * s[0] + r.alpha1 * g
     ratio = s[0].abs() / (r.mix * s[1] + r.eps)
-    return p - r.step_size * sign(s[0]) * where(ratio > 1, 1.0, ratio)
+    return p - r.step_size * s[0].sign() * where(ratio > 1, 1.0, ratio)
 
 
 def schedule_free_row(h, c):

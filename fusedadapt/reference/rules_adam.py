@@ -18,7 +18,6 @@ from .rules import (
     moments,
     rectification,
     rule,
-    sign,
     sqrt,
 )
 
@@ -123,7 +122,7 @@ def diffgrad(p, g, s, r):
 @rule("grams", e2_row)
 def grams(p, g, s, r):
     moments(g, s, r)
-    return p - r.step_size * (sign(g) * s[0].abs()) / (sqrt(s[1]) + r.eps)
+    return p - r.step_size * (g.sign() * s[0].abs()) / (sqrt(s[1]) + r.eps)
 
 
 def exadam_row(h, c):
