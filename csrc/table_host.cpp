@@ -119,7 +119,16 @@ Table::Seen Table::glance(PyObject* object, bool* ok) const {
     h = ((h ^ h >> 29) ^ uint64_t(t.strides[d])) * kPrime;
     h ^= h >> 31;
   }
-  return {object, static_cast<char*>(t.data) + t.byte_offset, h};
+  return {object, static_cast<char*>(t.data) + t.byte_offset, t.shape, h};
+}
+
+// Whether the state dict holds the very objects it held. Walking it costs a quarter of looking its keys up.
+bool Table::same_values(const Entry& e) const {
+  Py_ssize_t at = 0;
+  int n = 0;
+  for (PyObject *key, *value; PyDict_Next(e.state.ptr(), &at, &key, &value); ++n)
+    if (n == e.n_values || value != e.values[n]) return false;
+  return n == e.n_values;
 }
 
 // The warm path: true if nothing changed but, perhaps, the gradient's address. Everything else goes through scan_entry.
@@ -128,18 +137,16 @@ bool Table::unchanged(Entry& e, PyObject* grad, bool* moved) {
   bool ok = true;
   const Seen p = glance(e.param.ptr(), &ok), g = glance(grad, &ok);
   ok &= p.data == e.seen_p.data && p.signature == e.seen_p.signature && g.signature == e.seen_g.signature;
-  Py_ssize_t found = 0;
-  for (size_t k = 0; ok && k < slots_.size(); ++k) {
-    // The optional slots come last; a dict with no more keys than were found has none of them.
-    if (!slots_[k].required && PyDict_Size(e.state.ptr()) == found) break;
-    PyObject* o = PyDict_GetItemWithError(e.state.ptr(), slots_[k].key.ptr());
-    found += o != nullptr;
-    if (o != e.seen[k].object) return false;
-    if (!o || !slots_[k].same_layout) continue;  // one-element scalars are ours: their identity is enough
-    const Seen now = glance(o, &ok);
-    ok &= now.data == e.seen[k].data && now.signature == e.seen[k].signature;
+  ok &= same_values(e);
+  for (size_t k = 0; ok && k < n_states_ + n_optional_; ++k) {  // one-element scalars are ours: their identity is enough
+    const Seen& before = k < n_states_ ? e.seen[k] : e.seen[slots_.size() - n_optional_ + k - n_states_];
+    if (!before.object) continue;
+    const Seen now = glance(before.object, &ok);
+    ok &= now.data == before.data && now.signature == before.signature;
   }
   if (!ok) return false;
+  e.seen_g.object = g.object;
+  e.seen_g.shape = g.shape;
   if (g.data != e.seen_g.data) {
     if (!g.data && e.p.numel) return false;
     e.seen_g.data = e.g.data = g.data;
@@ -157,6 +164,12 @@ void Table::remember(Entry& e, PyObject* grad) {
   e.seen_p = glance(e.param.ptr(), &ok);
   e.seen_g = glance(grad, &ok);
   for (size_t k = 0; k < slots_.size(); ++k) e.seen[k] = e.objects[k] ? glance(e.objects[k].ptr(), &ok) : Seen{};
+  Py_ssize_t at = 0;
+  e.n_values = 0;
+  for (PyObject *key, *value; ok && PyDict_Next(e.state.ptr(), &at, &key, &value);) {
+    ok = e.n_values < kMaxValues;
+    if (ok) e.values[e.n_values++] = value;
+  }
   e.warm = ok;
 }
 
@@ -203,24 +216,25 @@ bool Table::read(PyObject* object, Layout& cached, int64_t index, const char* wh
 }
 
 // A step comes after a backward pass: nothing of this is in the caches, and each tensor is a chain of misses. Fetching a few entries ahead
-// overlaps them. What is read here (the second word of an object, a dict's key table) only steers the prefetch: if a layout changes, time is
-// lost, nothing else.
+// overlaps them. The addresses are only prefetched, never read: a stale one costs time, nothing else.
 void Table::prefetch(size_t i) const {
-  const auto word = [](PyObject* o, size_t k) { return reinterpret_cast<char* const*>(o)[k]; };
-  constexpr size_t kObjects = 8, kInside = 4;
-  if (i + kObjects < entries_.size()) {
-    const Entry& e = entries_[i + kObjects];
-    __builtin_prefetch(e.param.ptr());
-    __builtin_prefetch(e.state.ptr());
-    for (size_t k = 0; k < n_states_; ++k) __builtin_prefetch(e.seen[k].object);
-    __builtin_prefetch(e.seen_g.object);
+  const auto fetch = [](const void* p, int from, int to) {
+    for (int line = from; line <= to; line += 64) __builtin_prefetch(static_cast<const char*>(p) + line);
+  };
+  const auto tensor = [&](const Seen& s) {
+    fetch(s.object, 0, 0);
+    fetch(s.shape, -128, 64);  // the sizes lie inside torch's tensor record
+  };
+  constexpr size_t kEntry = 12, kTensors = 6;
+  if (i + kEntry < entries_.size()) {
+    fetch(&entries_[i + kEntry], 0, int(sizeof(Entry)) - 1);
+    fetch(entries_[i + kEntry].state.ptr(), 0, 0);
   }
-  if (i + kInside < entries_.size() && entries_[i + kInside].warm) {
-    const Entry& e = entries_[i + kInside];
-    const char* inside[] = {word(e.param.ptr(), 2), word(e.state.ptr(), 4), word(e.seen[0].object ? e.seen[0].object : e.param.ptr(), 2),
-                            word(e.seen[1].object ? e.seen[1].object : e.param.ptr(), 2)};
-    for (const char* p : inside)
-      for (int line = 0; line < 192; line += 64) __builtin_prefetch(p + line);
+  if (i + kTensors < entries_.size() && entries_[i + kTensors].warm) {
+    const Entry& e = entries_[i + kTensors];
+    tensor(e.seen_p);
+    tensor(e.seen_g);
+    for (size_t k = 0; k < n_states_; ++k) tensor(e.seen[k]);
   }
 }
 

@@ -50,9 +50,12 @@ class Table {
     pybind11::object key;
     bool required = true, same_layout = true;
   };
+  static constexpr int kMaxValues = 12;
+  static constexpr size_t n_optional_ = 2;  // extra and mask, the last slots
   struct Seen {
     PyObject* object = nullptr;
     void* data = nullptr;
+    const void* shape = nullptr;
     uint64_t signature = 0;
   };
   struct Entry {
@@ -60,6 +63,8 @@ class Table {
     PyGetSetDef* getter = nullptr;
     bool wrapped = false, live = false, warm = false, sound = false;
     Seen seen_p, seen_g, seen[kMaxStates + 5];
+    PyObject* values[kMaxValues];  // what the state dict held, in its order
+    int n_values = 0;
     uintptr_t other_addresses = 0;
     int group;
     int64_t ordinal, base, inner, outer;
@@ -75,6 +80,7 @@ class Table {
   PyObject* gradient(Entry& e);
   Seen glance(PyObject* object, bool* ok) const;
   bool unchanged(Entry& e, PyObject* grad, bool* moved);
+  bool same_values(const Entry& e) const;
   void remember(Entry& e, PyObject* grad);
   void prefetch(size_t i) const;
   void validate(int64_t index, Entry& e);

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstring>
 
+#include "../core/dtypes.h"
 #include "../core/rules.h"
 #include "pool.h"
 #include "sweep.h"
@@ -56,6 +57,20 @@ int64_t grain_of(const std::vector<TensorDesc>& tensors, const std::vector<Chunk
   for (const TensorDesc& t : tensors) total += t.numel;
   const int64_t mean = chunks.empty() ? 1 : std::max<int64_t>(total / int64_t(chunks.size()), 1);
   return std::max<int64_t>(1, 16384 / mean);
+}
+
+// The first lines of a chunk's arrays: a small tensor is over before the hardware has noticed that it is read in order.
+void prefetch(const TensorDesc& t, int64_t offset, int states) {
+  const auto fetch = [&](const void* base, int dtype) {
+    if (!base) return;
+    const char* p = static_cast<const char*>(base) + offset * dtype_size(dtype);
+    const int64_t bytes = std::min<int64_t>((t.numel - offset) * dtype_size(dtype), 1024);
+    for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(p + line, 0, 2);
+  };
+  fetch(t.param, t.param_dtype);
+  fetch(t.grad, t.grad_dtype);
+  for (int k = 0; k < states; ++k) fetch(t.state[k], t.state_dtype[k]);
+  fetch(t.extra, t.extra_dtype);
 }
 
 }  // namespace
@@ -131,8 +146,10 @@ void sweep(int rule, const std::vector<TensorDesc>& tensors, const std::vector<C
            int threads) {
   const UpdateFn update = kernels().update[rule];
   const float scale = globals.grad_scale ? *globals.grad_scale : 1.f, clip = globals.clip ? *globals.clip : 1.f;
+  const int states = kRuleTable[rule].states;
   parallel_for(int64_t(chunks.size()), grain_of(tensors, chunks), threads, [&](int64_t first, int64_t last) {
     for (int64_t c = first; c < last; ++c) {
+      if (c + 2 < last) prefetch(tensors[chunks[c + 2].tensor], chunks[c + 2].offset, states);
       const TensorDesc& t = tensors[chunks[c].tensor];
       const bool ends = c + 1 == int64_t(chunks.size()) || chunks[c + 1].tensor != chunks[c].tensor;
       const int64_t end = ends ? t.numel : chunks[c + 1].offset;
