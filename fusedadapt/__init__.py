@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from typing import Any as _Any
 
 if TYPE_CHECKING:
-    from . import optim as optim
     import fusedadapt.testing as testing
+
+    from . import optim as optim
     from .config import backend as backend
     from .config import strict as strict
     from .dispatch import explain as explain

@@ -256,22 +256,31 @@ int64_t update_bf16(const Piece& w, const Row& r) {
   return w.end - (w.end - w.begin) % 2;
 }
 
-bool all_bf16(const Piece& w, const Row& r, int states) {
-  const TensorDesc& t = *w.tensor;
-  bool same = t.param_dtype == kBF16 && t.grad_dtype == kBF16 && !t.extra && !w.stochastic;
-  for (int k = 0; k < states; ++k) same &= t.state_dtype[k] == kBF16;
-  return same && w.scale == 1.f && r.l2 == 0.f;
+bool all_are(DType dtype, const TensorDesc& t, int states) {
+  bool same = t.param_dtype == dtype && t.grad_dtype == dtype && !t.extra;
+  for (int k = 0; k < states; ++k) same &= t.state_dtype[k] == dtype;
+  return same;
+}
+
+bool direct_bf16(const Piece& w, const Row& r, int states) {
+  return all_are(kBF16, *w.tensor, states) && !w.stochastic && w.scale == 1.f && r.l2 == 0.f;
+}
+
+// Everything fp32 and nothing to widen, prepare or freeze: the piece is one tile.
+bool in_place(const Piece& w, const Row& r, int states) {
+  return all_are(kF32, *w.tensor, states) && !w.tensor->mask && w.scale == 1.f && w.clip == 1.f && r.sign == 1.f && r.l2 == 0.f;
 }
 
 template <class Rule>
 void update(const Piece& w) {
-  const int64_t rest = all_bf16(w, *w.row, Rule::kStates) ? update_bf16<Rule>(w, *w.row) : w.begin;
+  const int64_t rest = direct_bf16(w, *w.row, Rule::kStates) ? update_bf16<Rule>(w, *w.row) : w.begin;
   const TensorDesc& t = *w.tensor;
   const Row r = *w.row;
   alignas(64) float pb[kTile], gb[kTile], ub[kTile], sb[kMaxStates][kTile];
   alignas(64) Keep kb[kTile];
-  for (int64_t offset = rest; offset < w.end; offset += kTile) {
-    const int n = int(w.end - offset < kTile ? w.end - offset : kTile);
+  const int64_t tile = in_place(w, r, Rule::kStates) ? w.end - w.begin : kTile;
+  for (int64_t offset = rest; offset < w.end; offset += tile) {
+    const int n = int(w.end - offset < tile ? w.end - offset : tile);
     const Kept kept = t.mask ? expand_mask(t.mask, offset, n, kb) : Kept::kAll;
     if (kept == Kept::kNone) continue;
     const Keep* keep = kept == Kept::kSome ? kb : nullptr;
