@@ -78,3 +78,9 @@ def strict(enabled: bool = True) -> Iterator[None]:
         yield
     finally:
         _strict.reset(token)
+
+
+def interpret_triton() -> None:
+    """Lets Triton kernels run on CPU tensors, unless TRITON_INTERPRET says otherwise already. Triton's functions become interpreted ones when they
+    are defined: call this before triton is first imported."""
+    os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -62,7 +62,8 @@ def test_no_handler_catches_everything():
         kinds = handler.type.elts if isinstance(handler.type, ast.Tuple) else [handler.type]
         return any(kind is None or (isinstance(kind, ast.Name) and kind.id in ("Exception", "BaseException")) for kind in kinds)
 
-    assert [at for at, n in parsed() if isinstance(n, ast.ExceptHandler) and catches_all(n)] == []
+    # tests may: what fails in another process or thread has to be carried into the one that can report it
+    assert [at for at, n in parsed(*SHIPPED, "setup.py") if isinstance(n, ast.ExceptHandler) and catches_all(n)] == []
 
 
 def test_nothing_is_autotuned():

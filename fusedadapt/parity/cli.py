@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
+
+from ..config import interpret_triton
 
 if TYPE_CHECKING:
     from .suite import Report, Row
@@ -41,8 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0 if ours met the bounds (another library always does, without --strict), 1 if not, 2 if the command line does not fit here."""
     options = _parser().parse_args(argv)
     if options.lib is None and options.device == "cpu" and options.backend in ("all", "triton") and "triton" not in sys.modules:
-        # Triton's functions become interpreted ones when they are defined: this must come before its first import.
-        os.environ.setdefault("TRITON_INTERPRET", "1")
+        interpret_triton()
     from rich.console import Console
 
     from .. import optim

@@ -1,0 +1,180 @@
+"""Memory layouts a step must handle, and bad input: one clear error that names the tensor, and nothing changed."""
+
+import pytest
+import torch
+from samples import feed, model, snapshot, unchanged
+
+import fusedadapt as fa
+from fusedadapt.optim import OPTIMIZERS, AdaBelief, Adam, AdamW, Lion
+
+# --- layouts -----------------------------------------------------------------------------------------------------------------------------
+
+
+def test_gradient_in_another_memory_order() -> None:
+    """torch's fused CPU AdamW is silently wrong here; the gradient must be read by index, not by position in memory."""
+    base = torch.randn(32, 64)
+    p, q = torch.nn.Parameter(base.t().contiguous().t()), torch.nn.Parameter(base.clone())
+    assert p.stride() != q.stride()
+    a, b = AdamW([p]), AdamW([q])
+    for t in range(3):
+        g = torch.randn(32, 64, generator=torch.Generator().manual_seed(t))
+        p.grad, q.grad = g, g.clone()
+        a.step(), b.step()
+    assert torch.equal(p, q)
+    assert "copied" in fa.explain(a)[0][2]
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (1, 7, 1, 3)])
+def test_channels_last(shape: tuple) -> None:
+    base = torch.randn(shape)
+    p, q = torch.nn.Parameter(base.to(memory_format=torch.channels_last)), torch.nn.Parameter(base.clone())
+    mask = torch.rand(shape) < 0.5
+    a, b = AdamW([p], masks={p: mask}), AdamW([q], masks={q: mask})
+    for _ in range(2):
+        p.grad = q.grad = torch.randn(shape)
+        a.step(), b.step()
+    assert torch.equal(p, q)
+
+
+def test_misaligned_views_and_neighbours() -> None:
+    for offset in range(1, 5):
+        storage = torch.full((100,), 7.0)
+        p = torch.nn.Parameter(storage[offset : offset + 33])
+        q = torch.nn.Parameter(torch.full((33,), 7.0))
+        p.grad = q.grad = torch.linspace(-1, 1, 33)
+        AdamW([p]).step(), AdamW([q]).step()
+        assert torch.equal(p, q)
+        assert (storage[:offset] == 7).all() and (storage[offset + 33 :] == 7).all()
+
+
+# --- bad input: one clear error, nothing changed -----------------------------------------------------------------------------------------
+
+
+def broken(kind: str, params: list, opt) -> None:
+    p = params[1]
+    if kind == "sparse gradient":
+        p.grad = torch.sparse_coo_tensor(torch.tensor([[1]]), torch.tensor([1.0]), (33,))
+    elif kind == "state shape":
+        opt.state[p]["exp_avg"] = torch.zeros(5)
+    elif kind == "state dtype":
+        opt.state[p]["exp_avg"] = torch.zeros(33, dtype=torch.int64)
+    elif kind == "strided parameter":
+        p.data = torch.zeros(66)[::2]
+        p.grad = torch.ones(33)
+    elif kind == "step dtype":
+        opt.state[p]["step"] = torch.zeros((), dtype=torch.int64)
+    elif kind == "overlap":
+        p.data = params[0].data.view(-1)[:33]
+    elif kind == "nan lr":
+        opt.param_groups[0]["lr"] = float("nan")
+    elif kind == "beta":
+        opt.param_groups[0]["betas"] = (0.9, 1.0)
+
+
+@pytest.mark.parametrize("kind", ["sparse gradient", "state shape", "state dtype", "strided parameter", "step dtype", "overlap", "nan lr", "beta"])
+def test_bad_input_is_refused_before_anything_changes(kind: str) -> None:
+    params = [torch.nn.Parameter(torch.randn(7, 5)), torch.nn.Parameter(torch.randn(33))]
+    opt = AdamW([("first", params[0]), ("second", params[1])])
+    feed(params, 0)
+    opt.step()
+    feed(params, 1)
+    broken(kind, params, opt)
+    before = params[0].detach().clone(), opt.state[params[0]]["exp_avg"].clone(), float(opt.state[params[0]]["step"])
+    with pytest.raises(ValueError, match=r"AdamW.*expected .*got|overlaps"):
+        opt.step()
+    assert torch.equal(before[0], params[0]) and torch.equal(before[1], opt.state[params[0]]["exp_avg"])
+    assert float(opt.state[params[0]]["step"]) == before[2]
+
+
+def test_errors_name_the_tensor() -> None:
+    p = torch.nn.Parameter(torch.zeros(4))
+    opt = AdamW([("encoder.weight", p)])
+    p.grad = torch.sparse_coo_tensor(torch.tensor([[1]]), torch.tensor([1.0]), (4,))
+    with pytest.raises(ValueError, match="encoder.weight"):
+        opt.step()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda p: AdamW([p], lr=-1.0), "lr .*>= 0"),
+        (lambda p: AdamW([p], betas=(1.0, 0.9)), "beta1"),
+        (lambda p: AdamW([p], eps=float("nan")), "eps"),
+        (lambda p: AdamW([p], weight_decay=-0.1), "weight_decay"),
+        (lambda p: AdamW([p], differentiable=True), "differentiable"),
+        (lambda p: AdamW([p], max_grad_norm=0.0), "max_grad_norm"),
+        (lambda p: AdamW([p], state_dtype="int3"), "state_dtype"),
+        (lambda p: AdamW([p], masks={p: torch.ones(3, dtype=torch.bool)}), "mask"),
+        (lambda p: AdamW([p], masks={torch.nn.Parameter(torch.ones(2)): torch.ones(2, dtype=torch.bool)}), "masks"),
+        (lambda p: Adam([torch.nn.Parameter(p.detach() + 0j)]), "real parameters"),
+        (lambda p: AdamW([torch.nn.Parameter(p.detach().half())]), "fp16"),
+        (lambda p: AdamW([torch.nn.Parameter(p.detach().half())], state_dtype="fp32", master_weights="split"), "bf16 parameters"),
+        (lambda p: OPTIMIZERS["SGD"]([p], nesterov=True), "nesterov"),
+    ],
+)
+def test_bad_options(make, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(torch.nn.Parameter(torch.ones(2, 2)))
+
+
+def test_unknown_option_is_a_type_error() -> None:
+    with pytest.raises(TypeError, match="momentum"):
+        Lion([torch.nn.Parameter(torch.ones(2))], momentum=0.9)
+
+
+def test_foreign_state_dicts_are_refused() -> None:
+    params = model()
+    opt = AdamW(params)
+    feed(params, 0)
+    opt.step()
+    before = snapshot(params, opt)
+    sgd = torch.optim.SGD(model(), momentum=0.9)
+    other = AdamW(model()[:2])
+    belief = AdaBelief(model())
+    feed(belief.param_groups[0]["params"], 0)
+    belief.step()
+    shapes = AdamW([torch.nn.Parameter(torch.zeros(2)) for _ in range(3)])
+    feed(shapes.param_groups[0]["params"], 0)
+    shapes.step()
+    for saved in (sgd.state_dict(), other.state_dict(), belief.state_dict(), shapes.state_dict(), {"state": {}}):
+        with pytest.raises(ValueError, match="load_state_dict"):
+            opt.load_state_dict(saved)
+        assert unchanged(before, params, opt)
+
+
+def test_empty_optimizer_states() -> None:
+    params = model()
+    opt = AdamW(params)
+    opt.step()
+    assert opt.state_dict()["state"] == {}
+    empty = torch.nn.Parameter(torch.zeros(0, 4))
+    empty.grad = torch.zeros(0, 4)
+    alone = AdamW([empty], max_grad_norm=1.0)
+    alone.step()
+    assert int(alone.state[empty]["step"]) == 1 and alone.grad_norm == 0
+
+
+def test_out_of_memory_leaves_no_half_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = model()
+    opt = AdamW(params)
+    feed(params, 0)
+    real, calls = torch.full_like, []
+
+    def failing(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 4:
+            raise torch.OutOfMemoryError("out of memory")
+        return real(*args, **kwargs)
+
+    before = [p.detach().clone() for p in params]
+    monkeypatch.setattr(torch, "full_like", failing)
+    with pytest.raises(torch.OutOfMemoryError):
+        opt.step()
+    monkeypatch.undo()
+    assert all(torch.equal(a, p) for a, p in zip(before, params, strict=True)) and not opt.state_dict()["state"]
+    opt.step()
+    twin = model()
+    clean = AdamW(twin)
+    feed(twin, 0)
+    clean.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, twin, strict=True))
