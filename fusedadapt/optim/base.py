@@ -30,6 +30,8 @@ class Extras(TypedDict, total=False):
     stochastic_rounding: bool
     master_weights: str | None
     masks: dict[Tensor, Tensor] | None
+    mask_state: str
+    decay_to: str
     max_grad_norm: float | None
     backend: str | None
     seed: int
@@ -52,6 +54,7 @@ class FusedOptimizer(Optimizer):
     - ``master_weights``: ``"fp32"`` keeps an fp32 copy of each 16-bit parameter in the state; ``"split"`` keeps the low 16 bits of it beside a
       bf16 parameter (2 bytes, exact).
     - ``masks``: ``{param: bool tensor}``, True = trainable. Frozen elements keep parameter and state bit for bit, also under weight decay.
+      ``mask_state="dense"`` and ``decay_to="zero"`` are the only choices so far.
     - ``max_grad_norm``: clip to this global L2 norm of the unscaled gradients, inside the step; ``opt.grad_norm`` holds the norm (0-d tensor).
     - ``backend``: ``"cpp"``, ``"cuda"``, ``"triton"`` or ``"reference"``; raises if it cannot run. ``None`` chooses (see ``fusedadapt.explain``).
     - ``foreach``, ``fused``: accepted and ignored (every step is fused); ``differentiable=True`` is refused.
@@ -81,6 +84,8 @@ class FusedOptimizer(Optimizer):
             raise ValueError(f"{name}: expected differentiable=False; a fused step has no autograd graph; use torch.optim for that")
         self.state_dtype = states.one_of(name, "state_dtype", extras.get("state_dtype"), (None, *STATE_DTYPES))
         self.master_weights = states.one_of(name, "master_weights", extras.get("master_weights"), (None, "fp32", "split"))
+        states.one_of(name, "mask_state", extras.get("mask_state", "dense"), ("dense",))
+        states.one_of(name, "decay_to", extras.get("decay_to", "zero"), ("zero",))
         self.stochastic_rounding = bool(extras.get("stochastic_rounding", False))
         self.max_grad_norm = extras.get("max_grad_norm")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
