@@ -21,6 +21,9 @@ from torch import Tensor
 from .registry import MIXES, Contestant, Row, bytes_per_element
 
 Step = Callable[[], object]
+# OpenMP's idle threads spin for about a millisecond after a parallel region and take a core from whoever runs next. Every sample starts with all
+# pools asleep, so that a contestant is not billed for its neighbour's.
+SETTLE = 5e-3
 COPY = "copy"
 _COPY_BYTES = 2**27  # far beyond any last-level cache that two threads can fill in a step
 _L2_BYTES = 2**28
@@ -151,6 +154,8 @@ class Clock:
             return start.elapsed_time(end) * 1e-3
         if self.cuda:
             torch.cuda.synchronize()
+        else:
+            time.sleep(SETTLE)
         began = time.perf_counter()
         for _ in range(calls):
             step()
