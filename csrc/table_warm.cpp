@@ -49,8 +49,9 @@ bool Table::unchanged(Entry& e, PyObject* grad, bool* moved) {
   const Seen p = glance(e.param.ptr(), &ok), g = glance(grad, &ok);
   ok &= p.data == e.seen_p.data && p.signature == e.seen_p.signature && g.signature == e.seen_g.signature;
   ok &= same_values(e);
-  for (size_t k = 0; ok && k < n_states_ + n_optional_; ++k) {  // one-element scalars are ours: their identity is enough
-    const Seen& before = k < n_states_ ? e.seen[k] : e.seen[slots_.size() - n_optional_ + k - n_states_];
+  // Scalars and masks are ours, and whoever moves them to another device moves the parameter too: their identity is enough.
+  for (size_t k = 0; ok && k <= n_states_; ++k) {
+    const Seen& before = k < n_states_ ? e.seen[k] : e.seen[slots_.size() - n_optional_];
     if (!before.object) continue;
     const Seen now = glance(before.object, &ok);
     ok &= now.data == before.data && now.signature == before.signature;
@@ -104,6 +105,7 @@ void Table::prefetch(size_t i) const {
     tensor(e.seen_p);
     tensor(e.seen_g);
     for (size_t k = 0; k < n_states_; ++k) tensor(e.seen[k]);
+    if (e.seen[slots_.size() - n_optional_].object) tensor(e.seen[slots_.size() - n_optional_]);
   }
 }
 

@@ -60,17 +60,21 @@ int64_t grain_of(const std::vector<TensorDesc>& tensors, const std::vector<Chunk
 }
 
 // The first lines of a chunk's arrays: a small tensor is over before the hardware has noticed that it is read in order.
+void prefetch_array(const TensorDesc& t, const void* base, int dtype, int64_t offset) {
+  if (!base) return;
+  const char* p = static_cast<const char*>(base) + offset * dtype_size(dtype);
+  const int64_t bytes = std::min<int64_t>((t.numel - offset) * dtype_size(dtype), 1024);
+  for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(p + line, 0, 2);
+}
+
+void prefetch_gradient(const TensorDesc& t, int64_t offset) { prefetch_array(t, t.grad, t.grad_dtype, offset); }
+
 void prefetch(const TensorDesc& t, int64_t offset, int states) {
-  const auto fetch = [&](const void* base, int dtype) {
-    if (!base) return;
-    const char* p = static_cast<const char*>(base) + offset * dtype_size(dtype);
-    const int64_t bytes = std::min<int64_t>((t.numel - offset) * dtype_size(dtype), 1024);
-    for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(p + line, 0, 2);
-  };
-  fetch(t.param, t.param_dtype);
-  fetch(t.grad, t.grad_dtype);
-  for (int k = 0; k < states; ++k) fetch(t.state[k], t.state_dtype[k]);
-  fetch(t.extra, t.extra_dtype);
+  prefetch_array(t, t.param, t.param_dtype, offset);
+  prefetch_gradient(t, offset);
+  for (int k = 0; k < states; ++k) prefetch_array(t, t.state[k], t.state_dtype[k], offset);
+  prefetch_array(t, t.extra, t.extra_dtype, offset);
+  if (t.mask) __builtin_prefetch(t.mask + offset / 32);
 }
 
 }  // namespace
@@ -133,6 +137,7 @@ std::vector<double> squares(const std::vector<TensorDesc>& tensors, const std::v
   const Kernels& k = kernels();
   parallel_for(int64_t(chunks.size()), grain_of(tensors, chunks), threads, [&](int64_t first, int64_t last) {
     for (int64_t c = first; c < last; ++c) {
+      if (c + 2 < last) prefetch_gradient(tensors[chunks[c + 2].tensor], chunks[c + 2].offset);
       const TensorDesc& t = tensors[chunks[c].tensor];
       const bool ends = c + 1 == int64_t(chunks.size()) || chunks[c + 1].tensor != chunks[c].tensor;
       part[c] = k.squares(t, chunks[c].offset, ends ? t.numel : chunks[c + 1].offset, scale);

@@ -310,7 +310,12 @@ void add_squares(double* __restrict sum, const float* __restrict g, int n) {
 double squares(const TensorDesc& t, int64_t begin, int64_t end, float scale) {
   alignas(64) float gb[kTile], ub[kTile];
   double sum[kLanes] = {};
-  for (int64_t offset = begin; offset < end; offset += kTile) {
+  // One stream per thread does not fill the memory bus: the quarters of a large fp32 piece are read side by side.
+  const int64_t quarter = t.grad_dtype == kF32 && scale == 1.f && end - begin >= 32768 ? (end - begin) / 4 / kTile * kTile : 0;
+  const float* base = static_cast<const float*>(t.grad) + begin;
+  for (int64_t offset = 0; offset < quarter; offset += kTile)
+    for (int64_t q = 0; q < 4; ++q) add_squares(sum, base + q * quarter + offset, kTile);
+  for (int64_t offset = begin + 4 * quarter; offset < end; offset += kTile) {
     const int n = int(end - offset < kTile ? end - offset : kTile);
     const float* g = load_tile(const_cast<void*>(t.grad), t.grad_dtype, offset, n, gb);
     if (scale != 1.f) {
