@@ -24,7 +24,8 @@ def bytes_per_parameter(rule: str, width: int, state: int) -> int:
 def test_the_table_of_optimizers() -> None:
     import torch
 
-    rows = [[c.strip() for c in line.strip("|").split("|")] for line in README.split("<!-- rules -->")[1].split("<!-- /rules -->")[0].splitlines() if line.startswith("|")][2:]
+    table = README.split("<!-- rules -->")[1].split("<!-- /rules -->")[0]
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")][2:]
     listed = {name.strip(): row for row in rows for name in row[0].split(",")}
     assert set(listed) == set(OPTIMIZERS)
     p = torch.nn.Parameter(torch.zeros(1))
