@@ -86,12 +86,6 @@ class BoundTable : public Table {
     return cpu::squares(tensors, chunks, scale, threads);
   }
 
-  double cpu_total_squares(int threads, uintptr_t grad_scale) {
-    double total = 0;
-    for (double s : cpu_squares(threads, grad_scale)) total += s;
-    return total;
-  }
-
   // With one row per tensor (device rows) the k-th descriptor reads row k; otherwise the rows of the last cpu_step.
   py::bytes descriptors(bool row_per_tensor) const {
     std::vector<TensorDesc> out = tensors;
@@ -160,8 +154,7 @@ void bind_table(py::module_& m) {
       .def("chunk_list", &BoundTable::chunk_list)
       .def("descriptors", &BoundTable::descriptors, py::arg("row_per_tensor") = false)
       .def("cpu_step", &BoundTable::cpu_step)
-      .def("cpu_squares", &BoundTable::cpu_squares)
-      .def("cpu_total_squares", &BoundTable::cpu_total_squares);
+      .def("cpu_squares", &BoundTable::cpu_squares);
 }
 
 // Element helpers, exposed so that tests can hold every backend against the same bits.

@@ -178,3 +178,18 @@ def test_out_of_memory_leaves_no_half_state(monkeypatch: pytest.MonkeyPatch) -> 
     feed(twin, 0)
     clean.step()
     assert all(torch.equal(p, q) for p, q in zip(params, twin, strict=True))
+
+
+@pytest.mark.parametrize("backend", ["cpp", "emulated"])
+def test_a_tensor_lr_elsewhere_is_refused_in_any_group(backend: str) -> None:
+    """The host sends 0 in place of a learning rate that lives on a device: a group that is then forgotten would stand still silently."""
+    params = model()
+    groups = [{"params": params[:1]}, {"params": params[1:], "lr": torch.tensor(0.1, device="meta")}]
+    opt = AdamW(groups, lr=0.01, backend=backend)
+    feed(params, 0)
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(ValueError, match="Tensor lr of group 1"):
+        opt.step()
+    assert all(torch.equal(a, p) for a, p in zip(before, params, strict=True))
+    with pytest.raises(ValueError, match="Tensor lr of group 1"):
+        opt.step_one_(params[2])

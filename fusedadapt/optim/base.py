@@ -130,13 +130,10 @@ class FusedOptimizer(Optimizer):
 
         Raises ValueError (naming the tensor) on gradients or states that do not fit, RuntimeError if the requested backend cannot run.
         """
-        if _global_optimizer_pre_hooks or self._optimizer_step_pre_hooks or torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
+        hooks = _global_optimizer_pre_hooks or self._optimizer_step_pre_hooks or _global_optimizer_post_hooks or self._optimizer_step_post_hooks
+        if hooks or torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
             return self._step_with_hooks(closure)
-        loss = self._step(closure)
-        if _global_optimizer_post_hooks or self._optimizer_step_post_hooks:
-            for hook in (*self._optimizer_step_post_hooks.values(), *_global_optimizer_post_hooks.values()):
-                hook(self, (self,) if closure is None else (self, closure), {})
-        return loss
+        return self._step(closure)
 
     # A graph break for torch.compile: raw addresses cannot be traced. (torch.compiler.disable would import the compiler with this module.)
     step = torch._disable_dynamo(step)  # type: ignore[attr-defined]
@@ -188,8 +185,8 @@ class FusedOptimizer(Optimizer):
             plan, i = type(home)(self, home.rule, home.device, home.choice, [entry]), entry.group
         now = self._getter(self.param_groups[i])
         if now != key or isinstance(self.param_groups[i]["lr"], Tensor):
-            self._refresh_hypers()
-            plan.set_hypers([hyper(**self._hyper(g)) for g in self.param_groups])
+            plan.set_hypers(self._hypers())
+            self._send_lr([plan])
         self._single[p] = (plan, i, now)
         plan.prepare()
         seed = self.param_groups[0]["seed"] if self.stochastic_rounding else 0
@@ -215,17 +212,16 @@ class FusedOptimizer(Optimizer):
         now = core.fingerprint(self.param_groups) if core is not None else tuple(tuple(map(id, g["params"])) for g in self.param_groups)
         if now != self._fingerprint or len(self.state) != self._n_states:
             self._build(now)
-        groups = self.param_groups
-        device_lr = False
-        for i in range(len(groups)):
-            key, lr = self._getter(groups[i]), groups[i]["lr"]
+        stale = any_tensor = False
+        for group, known in zip(self.param_groups, self._group_keys):
+            lr = group["lr"]
             is_tensor = isinstance(lr, Tensor)
-            device_lr |= is_tensor and lr.device.type != "cpu"
-            if key != self._group_keys[i] or (is_tensor and lr.device.type == "cpu"):
-                self._refresh_hypers()
-                break
-        if device_lr:
-            self._send_lr()
+            any_tensor |= is_tensor
+            stale |= self._getter(group) != known or (is_tensor and lr.device.type == "cpu")
+        if stale:
+            self._refresh_hypers()
+        if any_tensor:
+            self._send_lr(self._plans)
         return self._plans
 
     def _build(self, fingerprint: Any) -> None:
@@ -258,25 +254,29 @@ class FusedOptimizer(Optimizer):
             return dispatch.Choice("reference", "fp64 parameters: the reference is the fp64 path")
         return dispatch.pick(op, device.type, requested=self.backend)
 
-    def _refresh_hypers(self) -> None:
-        hypers, rules = [], []
+    def _hypers(self) -> list[list[float]]:
+        """Every group's hyper-parameters, checked."""
+        out = []
         for group in self.param_groups:
             fields = self._hyper(group)
             states.check_hypers(self, group, fields)
-            hypers.append(hyper(**fields))
-            rules.append(self._rule(group))
+            out.append(hyper(**fields))
+        return out
+
+    def _refresh_hypers(self) -> None:
+        hypers, rules = self._hypers(), [self._rule(group) for group in self.param_groups]
         if any(rules[e.group] != plan.rule for plan in self._plans for e in plan.entries[:1]):
             self._build(self._fingerprint)
         for plan in self._plans:
             plan.set_hypers(hypers)
         self._group_keys = [self._getter(g) for g in self.param_groups]
 
-    def _send_lr(self) -> None:
+    def _send_lr(self, plans: list[Plan]) -> None:
         """Tensor learning rates on a device: copied into that device's hyper-parameters without the host looking."""
         for i, group in enumerate(self.param_groups):
             lr = group["lr"]
             if isinstance(lr, Tensor) and lr.device.type != "cpu":
-                for plan in self._plans:
+                for plan in plans:
                     if lr.device != plan.device or not isinstance(plan, DevicePlan):
                         raise ValueError(
                             f"{type(self).__name__}: expected the Tensor lr of group {i} on {plan.device} or on the CPU; got {lr.device}; move it"

@@ -46,12 +46,6 @@ class SophiaG(FusedOptimizer):
                 wide = h.dtype if h.dtype == torch.float64 else torch.float32
                 h.copy_(h.to(wide) * beta2 + (1 - beta2) * g.to(wide).square())
 
-    def _step(self, closure: Callable[[], Any] | None = None, bs: float | None = None) -> Any:
-        if bs is not None:
-            for group in self.param_groups:
-                group["bs"] = bs
-        return super()._step(closure)
-
     def step(self, closure: Callable[[], Any] | None = None, bs: float | None = None) -> Any:  # type: ignore[override]
         """One step; ``bs``: tokens per batch (kept until changed)."""
         if bs is not None:
