@@ -77,8 +77,8 @@ MUTANTS = (
     # the optimizers' Python
     Mutant("fusedadapt/optim/base.py", ".clamp(max=1.0)", "", "test_clips_as_torch"),
     Mutant(
-        "fusedadapt/optim/base.py", "if key != self._group_keys[i] or (",
-        "if not self._group_keys[i] or (", "test_a_changed_learning_rate_counts",
+        "fusedadapt/optim/base.py", "stale |= self._getter(group) != known or (",
+        "stale |= not known or (", "test_a_changed_learning_rate_counts",
     ),
     Mutant(
         "fusedadapt/optim/plans_device.py", "after = torch.where(scalars.found_inf != 0, clocks, after)",
