@@ -14,16 +14,26 @@ from typing import Any as _Any
 if TYPE_CHECKING:
     import fusedadapt.testing as testing
 
+    from . import lowrank as lowrank
     from . import optim as optim
     from .config import backend as backend
     from .config import strict as strict
     from .dispatch import explain as explain
+    from .integrations.peft import patch as patch
+    from .integrations.peft import unpatch as unpatch
+    from .lowrank.functional import lora_linear as lora_linear
+    from .lowrank.layer import LoRALinear as LoRALinear
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "backend", "explain", "optim", "strict", "testing"]
+__all__ = ["LoRALinear", "__version__", "backend", "explain", "lora_linear", "lowrank", "optim", "patch", "strict", "testing", "unpatch"]
 
 # public name -> (submodule, attribute); no attribute means the submodule itself
 _LAZY: dict[str, tuple[str, str]] = {
+    "LoRALinear": ("lowrank.layer", "LoRALinear"),
+    "lora_linear": ("lowrank.functional", "lora_linear"),
+    "lowrank": ("lowrank", ""),
+    "patch": ("integrations.peft", "patch"),
+    "unpatch": ("integrations.peft", "unpatch"),
     "backend": ("config", "backend"),
     "explain": ("dispatch", "explain"),
     "optim": ("optim", ""),

@@ -1,0 +1,247 @@
+"""`lora_linear` and its grouped form: arguments checked, flattened, and handed to the one autograd function."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference.lowrank import ACTIVATIONS
+from .function import LowRankLinear
+
+_apply: Any = LowRankLinear.apply
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One low-rank branch: scaling * token_gate * act((drop(x) A^T * rank_gate) core) B^T.
+
+    ``A``: R x K; ``B``: N x R (N x R2 with a core); ``rank_gate``: R; ``token_gate``: one number per token, x's leading shape; ``core``: R x R2;
+    ``activation``: one of `fusedadapt.reference.lowrank.ACTIVATIONS`. ``scaling`` and ``dropout_p``: a number, or a 0-d CPU tensor, which a compiled
+    graph reads anew at every call.
+    """
+
+    A: Tensor
+    B: Tensor
+    scaling: float | Tensor = 1.0
+    dropout_p: float | Tensor = 0.0
+    rank_gate: Tensor | None = None
+    token_gate: Tensor | None = None
+    core: Tensor | None = None
+    activation: str | None = None
+
+
+@dataclass(frozen=True)
+class Output:
+    """One linear output of a shared x: row_scale * (x W^T + segments) + bias, or row_scale * (... + bias) with ``scale_bias``.
+
+    ``weight``: N x K; ``bias``, ``row_scale``: N.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    segments: Sequence[Segment] = field(default_factory=tuple)
+    row_scale: Tensor | None = None
+    scale_bias: bool = False
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    *,
+    bias: Tensor | None = None,
+    scaling: float | Tensor = 1.0,
+    dropout_p: float | Tensor = 0.0,
+    training: bool = True,
+    seed: int | Tensor | None = None,
+    rank_gate: Tensor | None = None,
+    token_gate: Tensor | None = None,
+    core: Tensor | None = None,
+    activation: str | None = None,
+    row_scale: Tensor | None = None,
+    scale_bias: bool = False,
+    col_scale: Tensor | None = None,
+) -> Tensor:
+    """A linear layer with a low-rank branch, fused forward and backward (LoRA, arXiv 2106.09685, and what has its shape).
+
+        x' = x * col_scale
+        y  = row_scale * (x' W^T + scaling * token_gate * act((drop(x') A^T * rank_gate) core) B^T) + bias
+
+    Saves x by reference, T x R numbers and a seed for backward (y too if row_scale is trained); computes only the gradients somebody needs.
+
+    Args:
+        x: [..., K] in fp32, bf16, fp16 or fp64, any strides, any number of tokens, none included.
+        weight: [N, K] in x's dtype (under autocast: any).
+        lora_A, lora_B: [R, K] and [N, R], any R >= 1; in x's dtype or a wider one: fp32 adapters on a 16-bit x get fp32-grade gradients. Both None:
+            no low-rank branch (IA3, SSF).
+        bias: [N].
+        scaling: s, a number or 0-d tensor.
+        dropout_p: in [0, 1), rounded to a multiple of 1/65536; applied to the branch's input only, and only if ``training``.
+        seed: makes the dropout mask reproducible (an int or an int64 tensor of one element). Default: drawn from torch's generator of x's device,
+            so that activation checkpointing replays it.
+        rank_gate: [R] (AdaLoRA, VeRA). token_gate: [...], x's leading shape. core: [R, R2]; lora_B is then [N, R2].
+        activation: "relu", "gelu", "gelu_tanh", "silu", "tanh" or "sigmoid".
+        row_scale: [N] (DoRA, IA3, SSF); scale_bias: it multiplies the bias too. col_scale: [K] (IA3 on the input), for both branches.
+
+    Returns:
+        [..., N] in x's dtype.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, p outside [0, 1): before anything is computed.
+    """
+    segments: tuple[Segment, ...] = ()
+    if lora_A is not None and lora_B is not None:
+        segments = (Segment(lora_A, lora_B, scaling, dropout_p, rank_gate, token_gate, core, activation),)
+    elif lora_A is not None or lora_B is not None:
+        raise _error("lora_A and lora_B together", "only one of them", "pass both, or None for both")
+    elif rank_gate is not None or token_gate is not None or core is not None or activation is not None:
+        raise _error("lora_A and lora_B with rank_gate, token_gate, core or activation", "neither", "these act between A and B: pass those too")
+    output = Output(weight, bias, segments, row_scale, scale_bias)
+    return lora_linear_group(x, (output,), training=training, seed=seed, col_scale=col_scale)[0]
+
+
+def lora_linear_group(
+    x: Tensor, outputs: Sequence[Output], *, training: bool = True, seed: int | Tensor | None = None, col_scale: Tensor | None = None
+) -> list[Tensor]:
+    """Several linear outputs of one x (q, k, v; gate, up), and several adapters on each: x is read once for all their A, and dx is one chain.
+
+    Each segment has a dropout mask of its own: stream i of ``seed`` for the i-th segment, counted through all outputs.
+
+    Args and errors: as `lora_linear`. Returns one [..., N_i] per output.
+    """
+    _check_outputs(x, outputs, col_scale)
+    lead, segments = x.shape[:-1], [s for output in outputs for s in output.segments]
+    device_type = x.device.type
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        if x.dtype != torch.float64:
+            x = x.to(dtype)
+            outputs = [_cast(output, dtype) for output in outputs]
+    _check_dtypes(x, outputs)
+    x2 = x.reshape(-1, x.shape[-1])
+    scalars, dropping = _scalars(segments, training)
+    flat: list[Tensor | None] = []
+    for output in outputs:
+        flat += [output.weight, output.bias, output.row_scale]
+        for s in output.segments:
+            flat += [s.A, s.B, s.rank_gate, _token_gate(s, x2), s.core]
+    plan = tuple((tuple(s.activation for s in output.segments), output.scale_bias) for output in outputs)
+    results = _apply(plan, x2, col_scale, _seed(seed, x2) if dropping else None, scalars, *flat)
+    return [y.reshape(*lead, y.shape[-1]) for y in results]
+
+
+def _scalars(segments: Sequence[Segment], training: bool) -> tuple[Tensor, bool]:
+    """(scaling, p) of each segment as an fp64 CPU tensor, and whether a mask is drawn: a tensor p counts as one."""
+    rows, dropping = [], False
+    for s in segments:
+        p = s.dropout_p if training else 0.0
+        dropping = dropping or isinstance(p, Tensor) or p > 0
+        rows += [_scalar(1.0 if _is_trained(s.scaling) else s.scaling), _scalar(p)]
+    if not rows:
+        return torch.zeros(0, 2, dtype=torch.float64), False
+    return torch.stack(rows).view(-1, 2), dropping
+
+
+def _scalar(value: float | Tensor) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach().to(torch.float64).reshape(())
+    # A product with a tensor, because a compiler then treats the number as a value; torch.tensor(number) would be a constant of the graph.
+    return torch.ones((), dtype=torch.float64) * value
+
+
+def _is_trained(scaling: float | Tensor) -> bool:
+    return isinstance(scaling, Tensor) and (scaling.requires_grad or scaling.device.type != "cpu")
+
+
+def _token_gate(s: Segment, x2: Tensor) -> Tensor | None:
+    """One number per row of x2. A scaling that is trained, or lives on a device, joins in here."""
+    gate = None if s.token_gate is None else s.token_gate.reshape(-1)
+    if isinstance(s.scaling, Tensor) and _is_trained(s.scaling):
+        scale = s.scaling.to(x2.device).reshape(1).expand(x2.shape[0])
+        return scale if gate is None else gate * scale
+    return gate
+
+
+def _seed(seed: int | Tensor | None, x: Tensor) -> Tensor:
+    if seed is None:
+        return torch.randint(1 << 62, (1,), dtype=torch.int64, device=x.device)
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device:
+            raise _error(f"seed as an int or one int64 on {x.device}", f"{seed.dtype} {tuple(seed.shape)} on {seed.device}", "convert or move it")
+        return seed.reshape(1)
+    return torch.tensor([seed], dtype=torch.int64, device=x.device)
+
+
+def _cast(output: Output, dtype: torch.dtype) -> Output:
+    bias = None if output.bias is None else output.bias.to(dtype)
+    return Output(output.weight.to(dtype), bias, output.segments, output.row_scale, output.scale_bias)
+
+
+def _error(expected: str, got: str, fix: str) -> ValueError:
+    return ValueError(f"fusedadapt.lora_linear: expected {expected}; got {got}; {fix}")
+
+
+def _check_outputs(x: Tensor, outputs: Sequence[Output], col_scale: Tensor | None) -> None:
+    if x.dim() < 1 or not x.dtype.is_floating_point:
+        raise _error("floating-point x of shape [..., K]", f"{x.dtype} {tuple(x.shape)}", "pass activations")
+    if not outputs:
+        raise _error("at least one output", "none", "pass weights")
+    k, tokens = x.shape[-1], x.numel() // x.shape[-1] if x.shape[-1] else 0
+    _check("col_scale", col_scale, (k,), x)
+    for output in outputs:
+        if output.weight.dim() != 2:
+            raise _error(f"weight of shape (N, {k})", str(tuple(output.weight.shape)), "pass a matrix")
+        n = output.weight.shape[0]
+        _check("weight", output.weight, (n, k), x)
+        _check("bias", output.bias, (n,), x)
+        _check("row_scale", output.row_scale, (n,), x)
+        for s in output.segments:
+            _check_segment(s, x, n, k, tokens)
+
+
+def _check_segment(s: Segment, x: Tensor, n: int, k: int, tokens: int) -> None:
+    if s.A.dim() != 2 or s.A.shape[0] < 1:
+        raise _error(f"lora_A of shape (R, {k}) with R >= 1", str(tuple(s.A.shape)), "pass a matrix")
+    rank = s.A.shape[0]
+    inner = rank if s.core is None else s.core.shape[-1]
+    _check("lora_A", s.A, (rank, k), x)
+    _check("core", s.core, (rank, inner), x)
+    _check("lora_B", s.B, (n, inner), x)
+    _check("rank_gate", s.rank_gate, (rank,), x)
+    if s.token_gate is not None:
+        if s.token_gate.numel() != tokens or (x.dim() > 1 and s.token_gate.shape[: x.dim() - 1] != x.shape[:-1]):
+            raise _error(f"token_gate of x's leading shape {tuple(x.shape[:-1])}", str(tuple(s.token_gate.shape)), "pass one number per token")
+        _check("token_gate", s.token_gate, tuple(s.token_gate.shape), x)
+    if s.activation is not None and s.activation not in ACTIVATIONS:
+        raise _error(f"activation to be one of {', '.join(ACTIVATIONS)}", repr(s.activation), "name one of them, or leave it out")
+    for name, value in (("dropout_p", s.dropout_p), ("scaling", s.scaling)):
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise _error(f"{name} as a number or a tensor of one element", f"shape {tuple(value.shape)}", "pass one number")
+    if isinstance(s.dropout_p, Tensor):
+        if s.dropout_p.device.type != "cpu":
+            raise _error("dropout_p on the CPU", str(s.dropout_p.device), "move it there: kernels take it as an argument")
+    elif not 0.0 <= s.dropout_p < 1.0:
+        raise _error("dropout_p in [0, 1)", str(s.dropout_p), "choose a probability below 1")
+
+
+def _check(name: str, t: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:
+    if t is None:
+        return
+    if tuple(t.shape) != shape:
+        raise _error(f"{name} of shape {shape}", str(tuple(t.shape)), f"make it fit x of shape {tuple(x.shape)} and the other arguments")
+    if t.device != x.device:
+        raise _error(f"{name} on {x.device}, where x is", str(t.device), "move one of them")
+    if not t.dtype.is_floating_point:
+        raise _error(f"floating-point {name}", str(t.dtype), "convert it")
+
+
+def _check_dtypes(x: Tensor, outputs: Sequence[Output]) -> None:
+    for output in outputs:
+        for name, t in (("weight", output.weight), ("bias", output.bias)):
+            if t is not None and t.dtype != x.dtype:
+                raise _error(f"{name} in x's dtype {x.dtype}", str(t.dtype), f"convert one of them (x.to({t.dtype})), or use torch.autocast")

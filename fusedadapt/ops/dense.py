@@ -1,0 +1,77 @@
+"""The frozen product of a dense base layer, x W^T + b and dY W: torch's GEMM, except where torch has none worth the name.
+
+A CPU without bf16/fp16 arithmetic runs torch's 16-bit GEMM element by element: 4.6 s instead of 48 ms for 2048 x 1024 x 1024 forward and back (EPYC,
+AVX2). There tiles of both operands are widened to fp32 scratch of bounded size, multiplied by the fp32 GEMM and rounded once.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.library import Library
+from torch.utils.flop_counter import register_flop_formula
+
+_SCRATCH = 1 << 22  # elements widened at a time, of the weight and of the rows: 16 MB each
+_lib = Library("fusedadapt", "FRAGMENT")
+_lib.define("dense_widened(Tensor x, Tensor w, Tensor? bias, bool transposed) -> Tensor")
+
+
+@functools.cache
+def _cpu_multiplies(dtype: torch.dtype) -> bool:
+    """Whether this CPU's torch has a GEMM for a 16-bit dtype."""
+    probe = torch.ops.mkldnn._is_mkldnn_bf16_supported if dtype == torch.bfloat16 else torch.ops.mkldnn._is_mkldnn_fp16_supported
+    return bool(probe())
+
+
+def widens(x: Tensor) -> bool:
+    """True where the product of 16-bit matrices goes through fp32 tiles."""
+    return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and not _cpu_multiplies(x.dtype)
+
+
+def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias. x: T x K; w: N x K."""
+    if widens(x):
+        out: Tensor = torch.ops.fusedadapt.dense_widened(x, w, bias, False)
+        return out
+    return F.linear(x, w, bias)
+
+
+def linear_dx(dy: Tensor, w: Tensor) -> Tensor:
+    """dy W. dy: T x N; w: N x K."""
+    if widens(dy):
+        out: Tensor = torch.ops.fusedadapt.dense_widened(dy, w, None, True)
+        return out
+    return dy @ w
+
+
+def _widened(x: Tensor, w: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    inner, width = (w.shape[0], w.shape[1]) if transposed else (w.shape[1], w.shape[0])
+    if x.dim() != 2 or w.dim() != 2 or x.shape[1] != inner:
+        raise ValueError(f"fusedadapt.dense_widened: expected x of {inner} columns; got {tuple(x.shape)}; pass matching shapes")
+    y = x.new_empty(x.shape[0], width)
+    block = max(64, _SCRATCH // max(1, inner))
+    wide_bias = None if bias is None else bias.float()
+    for j in range(0, width, block):
+        tile = (w[:, j : j + block] if transposed else w[j : j + block].t()).float()
+        for i in range(0, x.shape[0], block):
+            rows = x[i : i + block].float()
+            product = rows @ tile if wide_bias is None else torch.addmm(wide_bias[j : j + block], rows, tile)
+            y[i : i + block, j : j + block] = product
+    return y
+
+
+def _fake(x: Tensor, w: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    return x.new_empty(x.shape[0], w.shape[1] if transposed else w.shape[0])
+
+
+def _flops(x: Any, w: Any, *_: Any, **__: Any) -> int:
+    return 2 * int(x[0]) * int(w[0]) * int(w[1])
+
+
+_lib.impl("dense_widened", _widened, "CompositeExplicitAutograd")
+torch.library.register_fake("fusedadapt::dense_widened", _fake, lib=_lib)
+register_flop_formula(torch.ops.fusedadapt.dense_widened)(_flops)

@@ -1,0 +1,301 @@
+"""The low-rank family's ops, torch.ops.fusedadapt.lr_*: thin over the backends, which all have the functions of `reference.lowrank`.
+
+All matrices are 2-D; rank-space results (U, V, dV, gradients of A and B) are fp32, fp64 where the data is. `p` is a CPU tensor of one dropout
+probability per segment and `seed` an int64 tensor of one element on the data's device: run-time values, so that a compiled graph serves them all.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import Library
+from torch.utils.flop_counter import register_flop_formula
+
+from .. import dispatch
+from ..reference import lowrank as reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_FP64 = {"cpp": "float64 tensors", "triton": "float64 tensors"}
+_NO_KERNEL = {"cuda": "this op's GPU kernels are Triton's", "emulated": "this op's GPU kernels are Triton's"}
+_MODULES = {"reference": "reference.lowrank", "cpp": "ops.lowrank_cpp", "triton": "kernels.lowrank"}
+
+_lib = Library("fusedadapt", "FRAGMENT")
+
+
+@functools.cache
+def _module(backend: str) -> ModuleType:
+    return importlib.import_module(f"fusedadapt.{_MODULES[backend]}")
+
+
+def choose(op: str, device_type: str, dtype: torch.dtype) -> dispatch.Choice:
+    """The backend of one op of this family for tensors of this device and dtype, and why."""
+    return dispatch.pick(f"lowrank.{op}", device_type, unfit=_NO_KERNEL | (_FP64 if dtype == torch.float64 else {}))
+
+
+def _run(op: str, data: Tensor) -> Callable[..., Any]:
+    return getattr(_module(choose(op, data.device.type, data.dtype).backend), op)
+
+
+def _expect(op: str, truth: bool, expected: str, got: str, fix: str) -> None:
+    if not truth:
+        raise ValueError(f"fusedadapt.lr_{op}: expected {expected}; got {got}; {fix}")
+
+
+def _matrix(op: str, name: str, t: Tensor, rows: Any = None, columns: Any = None, like: Tensor | None = None) -> None:
+    _expect(op, t.dim() == 2, f"{name} of two dimensions", f"shape {tuple(t.shape)}", "flatten it to rows")
+    _expect(op, t.dtype in DTYPES, f"{name} in float32, bfloat16, float16 or float64", str(t.dtype), "convert it")
+    _expect(op, rows is None or t.shape[0] == rows, f"{name} with {rows} rows", f"shape {tuple(t.shape)}", "pass matching shapes")
+    _expect(op, columns is None or t.shape[1] == columns, f"{name} with {columns} columns", f"shape {tuple(t.shape)}", "pass matching shapes")
+    if like is not None:
+        _expect(op, t.device == like.device, f"{name} on {like.device}", str(t.device), "move it there")
+
+
+def _vector(op: str, name: str, t: Tensor | None, length: Any, like: Tensor) -> None:
+    if t is not None:
+        _expect(op, t.dim() == 1 and t.shape[0] == length, f"{name} of shape ({length},)", str(tuple(t.shape)), "pass matching shapes")
+        _expect(op, t.device == like.device, f"{name} on {like.device}", str(t.device), "move it there")
+
+
+def _segments(op: str, seed: Tensor | None, p: Tensor | None, ranks: Sequence[int], total: Any, like: Tensor) -> None:
+    _expect(op, len(ranks) > 0 and sum(ranks) == total, f"ranks that add up to {total}", str(list(ranks)), "give the height of each segment")
+    if seed is not None:
+        _expect(op, seed.dtype == torch.int64 and seed.numel() == 1, "an int64 seed of one element", f"{seed.dtype} {tuple(seed.shape)}", "")
+        _expect(op, seed.device == like.device, f"seed on {like.device}", str(seed.device), "move it there")
+        _expect(op, p is not None and p.numel() == len(ranks), f"p with {len(ranks)} elements", "another number", "give one probability a segment")
+        _expect(op, p is not None and p.device.type == "cpu", "p on the CPU", str(p.device if p is not None else None), "keep it there")
+
+
+def _thresholds(seed: Tensor | None, p: Tensor | None, ranks: Sequence[int]) -> list[int]:
+    return [0] * len(ranks) if seed is None or p is None else [reference.threshold_of(v) for v in p.flatten().tolist()]
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x itself where kernels can read it: unit stride inside a row, rows apart; a copy otherwise."""
+    return x if x.stride(1) == 1 and (x.stride(0) >= x.shape[1] or x.shape[0] == 1) else x.contiguous()
+
+
+def _in_place(call: Callable[[Tensor], Any], y: Tensor) -> Any:
+    work = _rows(y)
+    result = call(work)
+    if work is not y:
+        y.copy_(work)
+    elif not y.is_inference():
+        torch.autograd.graph.increment_version(y)
+    return result
+
+
+def _fp32(t: Tensor, rows: Any, columns: Any = None) -> Tensor:
+    return t.new_empty((rows,) if columns is None else (rows, columns), dtype=reference.wide(t.dtype))
+
+
+def _op(schema: str, check: Callable[..., Any], fake: Callable[..., Any], flops: Callable[..., int] | None) -> Callable[[Callable[..., Any]], None]:
+    """Defines fusedadapt::<schema>; the decorated function is what runs, `check` comes before it, and before `fake`."""
+
+    def register(run: Callable[..., Any]) -> None:
+        name = schema.split("(")[0]
+        _lib.define(schema, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
+
+        def checked(*args: Any) -> Any:
+            check(*args)
+            return run(*args)
+
+        def faked(*args: Any) -> Any:
+            check(*args)
+            return fake(*args)
+
+        _lib.impl(name, checked, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fusedadapt::{name}", faked, lib=_lib)
+        if flops is not None:
+            register_flop_formula(getattr(torch.ops.fusedadapt, name))(flops)
+
+    return register
+
+
+def _check_shrink(x: Tensor, a: Tensor, seed: Tensor | None, p: Tensor | None, ranks: Sequence[int]) -> None:
+    _matrix("shrink", "x", x)
+    _matrix("shrink", "a", a, columns=x.shape[1], like=x)
+    _segments("shrink", seed, p, ranks, a.shape[0], x)
+
+
+def _flops_shrink(x: Any, a: Any, *_: Any, **__: Any) -> int:
+    return 2 * x[0] * x[1] * a[0]
+
+
+@_op(
+    "lr_shrink(Tensor x, Tensor a, Tensor? seed, Tensor? p, SymInt[] ranks) -> Tensor",
+    _check_shrink,
+    lambda x, a, seed, p, ranks: _fp32(x, x.shape[0], a.shape[0]),
+    _flops_shrink,
+)
+def _shrink(x: Tensor, a: Tensor, seed: Tensor | None, p: Tensor | None, ranks: Sequence[int]) -> Tensor:
+    if x.numel() == 0:
+        return _fp32(x, x.shape[0], a.shape[0]).zero_()
+    return _run("shrink", x)(_rows(x), a, seed, _thresholds(seed, p, ranks), list(ranks))
+
+
+def _check_bwd_x(x: Tensor, u: Tensor, seed: Tensor | None, p: Tensor | None, ranks: Sequence[int]) -> None:
+    _matrix("bwd_x", "x", x)
+    _matrix("bwd_x", "u", u, rows=x.shape[0], like=x)
+    _segments("bwd_x", seed, p, ranks, u.shape[1], x)
+
+
+def _flops_bwd_x(x: Any, u: Any, *_: Any, **__: Any) -> int:
+    return 2 * x[0] * x[1] * u[1]
+
+
+@_op(
+    "lr_bwd_x(Tensor x, Tensor u, Tensor? seed, Tensor? p, SymInt[] ranks) -> Tensor",
+    _check_bwd_x,
+    lambda x, u, seed, p, ranks: _fp32(x, u.shape[1], x.shape[1]),
+    _flops_bwd_x,
+)
+def _bwd_x(x: Tensor, u: Tensor, seed: Tensor | None, p: Tensor | None, ranks: Sequence[int]) -> Tensor:
+    if x.numel() == 0:
+        return _fp32(x, u.shape[1], x.shape[1]).zero_()
+    return _run("bwd_x", x)(_rows(x), u.contiguous(), seed, _thresholds(seed, p, ranks), list(ranks))
+
+
+def _check_add(y: Tensor, u: Tensor, a: Tensor, seed: Tensor | None, p: Tensor | None, ranks: Sequence[int]) -> None:
+    _matrix("add_", "y", y)
+    _matrix("add_", "u", u, rows=y.shape[0], like=y)
+    _matrix("add_", "a", a, rows=u.shape[1], columns=y.shape[1], like=y)
+    _segments("add_", seed, p, ranks, u.shape[1], y)
+
+
+def _flops_add(y: Any, u: Any, *_: Any, **__: Any) -> int:
+    return 2 * y[0] * y[1] * u[1]
+
+
+@_op(
+    "lr_add_(Tensor(a!) y, Tensor u, Tensor a, Tensor? seed, Tensor? p, SymInt[] ranks) -> ()",
+    _check_add,
+    lambda y, u, a, seed, p, ranks: None,
+    _flops_add,
+)
+def _add_(y: Tensor, u: Tensor, a: Tensor, seed: Tensor | None, p: Tensor | None, ranks: Sequence[int]) -> None:
+    if y.numel():
+        _in_place(lambda out: _run("add_", y)(out, u.contiguous(), a, seed, _thresholds(seed, p, ranks), list(ranks)), y)
+
+
+def _check_scale_add(y0: Tensor, v: Tensor | None, a: Tensor | None, row_scale: Tensor, bias: Tensor | None) -> None:
+    _matrix("scale_add_", "y0", y0)
+    _expect("scale_add_", (v is None) == (a is None), "v and a together", "one of them", "pass both or neither")
+    if v is not None and a is not None:
+        _matrix("scale_add_", "v", v, rows=y0.shape[0], like=y0)
+        _matrix("scale_add_", "a", a, rows=v.shape[1], columns=y0.shape[1], like=y0)
+    _vector("scale_add_", "row_scale", row_scale, y0.shape[1], y0)
+    _vector("scale_add_", "bias", bias, y0.shape[1], y0)
+
+
+def _flops_scale_add(y0: Any, v: Any, *_: Any, **__: Any) -> int:
+    return 2 * y0[0] * y0[1] * v[1] if v is not None else 0
+
+
+@_op(
+    "lr_scale_add_(Tensor(a!) y0, Tensor? v, Tensor? a, Tensor row_scale, Tensor? bias) -> Tensor",
+    _check_scale_add,
+    lambda y0, v, a, row_scale, bias: y0.new_empty(y0.shape),
+    _flops_scale_add,
+)
+def _scale_add_(y0: Tensor, v: Tensor | None, a: Tensor | None, row_scale: Tensor, bias: Tensor | None) -> Tensor:
+    if y0.numel() == 0:
+        return y0.new_empty(y0.shape)
+    result: Tensor = _in_place(lambda out: _run("scale_add_", y0)(out, None if v is None else v.contiguous(), a, row_scale, bias), y0)
+    return result
+
+
+def _check_bwd_dy(dy: Tensor, v: Tensor | None, b: Tensor | None, row_scale: Tensor | None, y0: Tensor | None, need_bias: bool) -> None:
+    _matrix("bwd_dy", "dy", dy)
+    if v is not None:
+        _matrix("bwd_dy", "v", v, rows=dy.shape[0], like=dy)
+    if b is not None:
+        _matrix("bwd_dy", "b", b, rows=dy.shape[1], like=dy)
+    _vector("bwd_dy", "row_scale", row_scale, dy.shape[1], dy)
+    if y0 is not None:
+        _matrix("bwd_dy", "y0", y0, rows=dy.shape[0], columns=dy.shape[1], like=dy)
+
+
+def _fake_bwd_dy(dy: Tensor, v: Tensor | None, b: Tensor | None, row_scale: Tensor | None, y0: Tensor | None, need_bias: bool) -> tuple[Tensor, ...]:
+    (t, n), none = dy.shape, _fp32(dy, 0)
+    return (
+        dy.new_empty((0,) if row_scale is None else (t, n)),
+        none if b is None else _fp32(dy, t, b.shape[1]),
+        none.clone() if v is None else _fp32(dy, n, v.shape[1]),
+        _fp32(dy, n if need_bias else 0),
+        _fp32(dy, 0 if y0 is None else n),
+    )
+
+
+def _flops_bwd_dy(dy: Any, v: Any, b: Any, *_: Any, **__: Any) -> int:
+    return 2 * dy[0] * dy[1] * ((v[1] if v is not None else 0) + (b[1] if b is not None else 0))
+
+
+@_op(
+    "lr_bwd_dy(Tensor dy, Tensor? v, Tensor? b, Tensor? row_scale, Tensor? y0, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _check_bwd_dy,
+    _fake_bwd_dy,
+    _flops_bwd_dy,
+)
+def _bwd_dy(dy: Tensor, v: Tensor | None, b: Tensor | None, row_scale: Tensor | None, y0: Tensor | None, need_bias: bool) -> tuple[Tensor, ...]:
+    if dy.numel() == 0:
+        return tuple(part.zero_() for part in _fake_bwd_dy(dy, v, b, row_scale, y0, need_bias))
+    y0 = y0 if y0 is None else _rows(y0)
+    out: tuple[Tensor, ...] = _run("bwd_dy", dy)(_rows(dy), None if v is None else v.contiguous(), b, row_scale, y0, need_bias)
+    return out
+
+
+def _check_dropout(x: Tensor, seed: Tensor, p: Tensor) -> None:
+    _matrix("dropout", "x", x)
+    _segments("dropout", seed, p, [1], 1, x)
+
+
+@_op("lr_dropout(Tensor x, Tensor seed, Tensor p) -> Tensor", _check_dropout, lambda x, seed, p: x.new_empty(x.shape), None)
+def _dropout(x: Tensor, seed: Tensor, p: Tensor) -> Tensor:
+    if x.numel() == 0:
+        return x.new_empty(x.shape)
+    out: Tensor = _run("dropout", x)(_rows(x), seed, _thresholds(seed, p, [1])[0])
+    return out
+
+
+def _check_skinny_w(w: Tensor, a: Tensor) -> None:
+    _matrix("skinny_w", "w", w)
+    _matrix("skinny_w", "a", a, columns=w.shape[1], like=w)
+
+
+@_op(
+    "lr_skinny_w(Tensor w, Tensor a) -> (Tensor, Tensor)",
+    _check_skinny_w,
+    lambda w, a: (_fp32(w, w.shape[0], a.shape[0]), _fp32(w, w.shape[0])),
+    lambda w, a, **_: 2 * w[0] * w[1] * (a[0] + 1),
+)
+def _skinny_w(w: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+    if w.numel() == 0:
+        return _fp32(w, w.shape[0], a.shape[0]).zero_(), _fp32(w, w.shape[0]).zero_()
+    out: tuple[Tensor, Tensor] = _run("skinny_w", w)(_rows(w), a)
+    return out
+
+
+def _check_merge(w: Tensor, v: Tensor, a: Tensor, row_scale: Tensor | None) -> None:
+    _matrix("merge_", "w", w)
+    _matrix("merge_", "v", v, rows=w.shape[0], like=w)
+    _matrix("merge_", "a", a, rows=v.shape[1], columns=w.shape[1], like=w)
+    _vector("merge_", "row_scale", row_scale, w.shape[0], w)
+
+
+@_op(
+    "lr_merge_(Tensor(a!) w, Tensor v, Tensor a, Tensor? row_scale) -> Tensor",
+    _check_merge,
+    lambda w, v, a, row_scale: torch.empty(2, dtype=torch.float64, device="cpu"),
+    lambda w, v, a, *_, **__: 2 * w[0] * w[1] * v[1],
+)
+def _merge_(w: Tensor, v: Tensor, a: Tensor, row_scale: Tensor | None) -> Tensor:
+    if w.numel() == 0:
+        return torch.zeros(2, dtype=torch.float64)
+    result: Tensor = _in_place(lambda out: _run("merge_", w)(out, v.contiguous(), a, row_scale), w)
+    return result
