@@ -137,14 +137,15 @@ def lora_linear_group(
 
 def _scalars(segments: Sequence[Segment], training: bool) -> tuple[Tensor, bool]:
     """(scaling, p) of each segment as an fp64 CPU tensor, and whether a mask is drawn: a tensor p counts as one."""
-    rows, dropping = [], False
+    values: list[float | Tensor] = []
+    dropping = False
     for s in segments:
         p = s.dropout_p if training else 0.0
         dropping = dropping or isinstance(p, Tensor) or p > 0
-        rows += [_scalar(1.0 if _is_trained(s.scaling) else s.scaling), _scalar(p)]
-    if not rows:
-        return torch.zeros(0, 2, dtype=torch.float64), False
-    return torch.stack(rows).view(-1, 2), dropping
+        values += [1.0 if _is_trained(s.scaling) else s.scaling, p]
+    if not torch.compiler.is_compiling() and not any(isinstance(value, Tensor) for value in values):
+        return torch.tensor(values, dtype=torch.float64).view(-1, 2), dropping
+    return torch.stack([_scalar(value) for value in values]).view(-1, 2), dropping
 
 
 def _scalar(value: float | Tensor) -> Tensor:

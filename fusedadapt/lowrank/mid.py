@@ -31,6 +31,12 @@ class MidGrads(NamedTuple):
     core: Tensor | None
 
 
+def activate(activation: str, u: Tensor) -> Tensor:
+    """act(u)."""
+    v: Tensor = ACTIVATIONS[activation](u)  # type: ignore[no-untyped-call]
+    return v
+
+
 def _slope(activation: str, d: Tensor, u: Tensor) -> Tensor:
     """d * act'(u)."""
     slope: Tensor
@@ -57,7 +63,7 @@ def forward(u: Tensor, mid: Mid) -> Tensor:
     if mid.core is not None:
         v = v @ mid.core.to(u.dtype)
     if mid.activation is not None:
-        v = ACTIVATIONS[mid.activation](v)
+        v = activate(mid.activation, v)
     if mid.token_gate is not None:
         v = v * mid.token_gate.to(u.dtype)[:, None]
     return v * mid.scaling
@@ -69,7 +75,7 @@ def backward(u: Tensor, dv: Tensor, mid: Mid) -> MidGrads:
     mixed = gated if mid.core is None else gated @ mid.core.to(u.dtype)
     d, d_token, d_core, d_rank = dv * mid.scaling, None, None, None
     if mid.token_gate is not None:
-        active = mixed if mid.activation is None else ACTIVATIONS[mid.activation](mixed)
+        active = mixed if mid.activation is None else activate(mid.activation, mixed)
         d_token = (d * active).sum(1)
         d = d * mid.token_gate.to(u.dtype)[:, None]
     if mid.activation is not None:

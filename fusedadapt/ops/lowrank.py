@@ -10,14 +10,14 @@ import functools
 import importlib
 from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch.library import Library
 from torch.utils.flop_counter import register_flop_formula
 
-from .. import dispatch
+from .. import config, dispatch
 from ..reference import lowrank as reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -33,42 +33,56 @@ def _module(backend: str) -> ModuleType:
     return importlib.import_module(f"fusedadapt.{_MODULES[backend]}")
 
 
+@functools.lru_cache(maxsize=256)
+def _choose(op: str, device_type: str, fp64: bool, wish: str | None, strict: bool) -> dispatch.Choice:
+    """`choose`, once for each of what it depends on: a layer asks five times a pass."""
+    return dispatch.pick(f"lowrank.{op}", device_type, unfit=_NO_KERNEL | (_FP64 if fp64 else {}))
+
+
 def choose(op: str, device_type: str, dtype: torch.dtype) -> dispatch.Choice:
     """The backend of one op of this family for tensors of this device and dtype, and why."""
-    return dispatch.pick(f"lowrank.{op}", device_type, unfit=_NO_KERNEL | (_FP64 if dtype == torch.float64 else {}))
+    return _choose(op, device_type, dtype == torch.float64, config.current_backend(), config.is_strict())
 
 
 def _run(op: str, data: Tensor) -> Callable[..., Any]:
     return getattr(_module(choose(op, data.device.type, data.dtype).backend), op)
 
 
-def _expect(op: str, truth: bool, expected: str, got: str, fix: str) -> None:
-    if not truth:
-        raise ValueError(f"fusedadapt.lr_{op}: expected {expected}; got {got}; {fix}")
+def _refuse(op: str, expected: str, got: object, fix: str) -> NoReturn:
+    raise ValueError(f"fusedadapt.lr_{op}: expected {expected}; got {got}; {fix}")
 
 
 def _matrix(op: str, name: str, t: Tensor, rows: Any = None, columns: Any = None, like: Tensor | None = None) -> None:
-    _expect(op, t.dim() == 2, f"{name} of two dimensions", f"shape {tuple(t.shape)}", "flatten it to rows")
-    _expect(op, t.dtype in DTYPES, f"{name} in float32, bfloat16, float16 or float64", str(t.dtype), "convert it")
-    _expect(op, rows is None or t.shape[0] == rows, f"{name} with {rows} rows", f"shape {tuple(t.shape)}", "pass matching shapes")
-    _expect(op, columns is None or t.shape[1] == columns, f"{name} with {columns} columns", f"shape {tuple(t.shape)}", "pass matching shapes")
-    if like is not None:
-        _expect(op, t.device == like.device, f"{name} on {like.device}", str(t.device), "move it there")
+    if t.dim() != 2:
+        _refuse(op, f"{name} of two dimensions", f"shape {tuple(t.shape)}", "flatten it to rows")
+    if t.dtype not in DTYPES:
+        _refuse(op, f"{name} in float32, bfloat16, float16 or float64", t.dtype, "convert it")
+    shape = t.shape
+    if (rows is not None and shape[0] != rows) or (columns is not None and shape[1] != columns):
+        wanted = f"({'any' if rows is None else rows}, {'any' if columns is None else columns})"
+        _refuse(op, f"{name} of shape {wanted}", f"shape {tuple(shape)}", "pass matching shapes")
+    if like is not None and t.device != like.device:
+        _refuse(op, f"{name} on {like.device}", t.device, "move it there")
 
 
 def _vector(op: str, name: str, t: Tensor | None, length: Any, like: Tensor) -> None:
-    if t is not None:
-        _expect(op, t.dim() == 1 and t.shape[0] == length, f"{name} of shape ({length},)", str(tuple(t.shape)), "pass matching shapes")
-        _expect(op, t.device == like.device, f"{name} on {like.device}", str(t.device), "move it there")
+    if t is None:
+        return
+    if t.dim() != 1 or t.shape[0] != length:
+        _refuse(op, f"{name} of shape ({length},)", tuple(t.shape), "pass matching shapes")
+    if t.device != like.device:
+        _refuse(op, f"{name} on {like.device}", t.device, "move it there")
 
 
 def _segments(op: str, seed: Tensor | None, p: Tensor | None, ranks: Sequence[int], total: Any, like: Tensor) -> None:
-    _expect(op, len(ranks) > 0 and sum(ranks) == total, f"ranks that add up to {total}", str(list(ranks)), "give the height of each segment")
-    if seed is not None:
-        _expect(op, seed.dtype == torch.int64 and seed.numel() == 1, "an int64 seed of one element", f"{seed.dtype} {tuple(seed.shape)}", "")
-        _expect(op, seed.device == like.device, f"seed on {like.device}", str(seed.device), "move it there")
-        _expect(op, p is not None and p.numel() == len(ranks), f"p with {len(ranks)} elements", "another number", "give one probability a segment")
-        _expect(op, p is not None and p.device.type == "cpu", "p on the CPU", str(p.device if p is not None else None), "keep it there")
+    if sum(ranks) != total or not ranks:
+        _refuse(op, f"ranks that add up to {total}", list(ranks), "give the height of each segment")
+    if seed is None:
+        return
+    if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != like.device:
+        _refuse(op, f"seed: one int64 on {like.device}", f"{seed.dtype} {tuple(seed.shape)} on {seed.device}", "convert or move it")
+    if p is None or p.numel() != len(ranks) or p.device.type != "cpu":
+        _refuse(op, f"p: {len(ranks)} probabilities on the CPU", None if p is None else f"{tuple(p.shape)} on {p.device}", "give one a segment")
 
 
 def _thresholds(seed: Tensor | None, p: Tensor | None, ranks: Sequence[int]) -> list[int]:
@@ -185,7 +199,8 @@ def _add_(y: Tensor, u: Tensor, a: Tensor, seed: Tensor | None, p: Tensor | None
 
 def _check_scale_add(y0: Tensor, v: Tensor | None, a: Tensor | None, row_scale: Tensor, bias: Tensor | None) -> None:
     _matrix("scale_add_", "y0", y0)
-    _expect("scale_add_", (v is None) == (a is None), "v and a together", "one of them", "pass both or neither")
+    if (v is None) != (a is None):
+        _refuse("scale_add_", "v and a together", "one of them", "pass both or neither")
     if v is not None and a is not None:
         _matrix("scale_add_", "v", v, rows=y0.shape[0], like=y0)
         _matrix("scale_add_", "a", a, rows=v.shape[1], columns=y0.shape[1], like=y0)
