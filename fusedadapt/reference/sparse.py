@@ -3,7 +3,8 @@
 An element's *score* is an fp32 number made from it (and a second tensor, or a factor per column); its *key* is that score as an unsigned integer with
 the same order:
 
-    key(s) = s's bits with the sign bit flipped if s >= 0, all bits flipped if s < 0;  -0 counts as +0;  NaN is above everything (or below, nan="lowest")
+    key(s) = s's bits with the sign bit flipped if s >= 0, all bits flipped if s < 0;  -0 counts as +0;
+             NaN is above everything (below, with nan="lowest")
 
 The k largest keys are kept; among equal keys those that come first: lower flat index, and in a list the earlier tensor. So exactly k are kept, always
 the same ones, whatever computes it.

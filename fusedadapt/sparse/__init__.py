@@ -1,0 +1,9 @@
+"""Masks, exact selection, masked training, deltas and merging."""
+
+from .mask import Mask as Mask
+from .mask import load_masks as load_masks
+from .mask import save_masks as save_masks
+from .select import Threshold as Threshold
+from .select import nm_mask as nm_mask
+from .select import topk_mask as topk_mask
+from .select import topk_threshold as topk_threshold
