@@ -120,3 +120,13 @@ def swap_(x: Tensor, words: Tensor, prefix: Tensor, values: Tensor) -> None:
 def colstat(x: Tensor) -> Tensor:
     """Sum of squares of each column of x [T, K], fp32."""
     return x.double().square().sum(0).float()
+
+
+def gather_at(x: Tensor, index: Tensor) -> Tensor:
+    """x[index] of a flat x."""
+    return x[index.to(torch.int64)]
+
+
+def put_at_(x: Tensor, index: Tensor, values: Tensor) -> None:
+    """x[index] = values."""
+    x[index.to(torch.int64)] = values

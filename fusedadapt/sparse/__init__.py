@@ -1,5 +1,6 @@
 """Masks, exact selection, masked training, deltas and merging."""
 
+from .delta import SparseDelta as SparseDelta
 from .mask import Mask as Mask
 from .mask import load_masks as load_masks
 from .mask import save_masks as save_masks
