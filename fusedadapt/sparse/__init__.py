@@ -1,6 +1,9 @@
 """Masks, exact selection, masked training, deltas and merging."""
 
 from .delta import SparseDelta as SparseDelta
+from .layers import MaskedLinear as MaskedLinear
+from .layers import SparseDeltaLinear as SparseDeltaLinear
+from .layers import masked_wgrad as masked_wgrad
 from .mask import Mask as Mask
 from .mask import load_masks as load_masks
 from .mask import save_masks as save_masks
