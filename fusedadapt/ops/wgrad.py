@@ -1,7 +1,7 @@
 """dW at chosen elements only: dW[i] = sum_t dy[t, row(i)] x[t, column(i)], without the dense dW in memory.
 
-Tiles of dW (at most 8 MB) come from the library's GEMM and are gathered at once: at 1 % to 10 % density a matrix product that throws most of its result
-away is faster than one dot product per element, whose operands it would read again and again.
+Tiles of dW (at most 8 MB) come from the library's GEMM and are gathered at once: at 1 % to 10 % density a matrix product that throws most of its
+result away is faster than one dot product per element, whose operands it would read again and again.
 """
 
 from __future__ import annotations

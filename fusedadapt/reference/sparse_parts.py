@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from . import merge as merging
 from . import sparse as truth
 
 LEVELS = ((16, 16), (0, 16))
@@ -130,3 +131,6 @@ def gather_at(x: Tensor, index: Tensor) -> Tensor:
 def put_at_(x: Tensor, index: Tensor, values: Tensor) -> None:
     """x[index] = values."""
     x[index.to(torch.int64)] = values
+
+
+merge_, votes, norms = merging.merge_, merging.votes, merging.norms

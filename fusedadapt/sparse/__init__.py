@@ -7,6 +7,7 @@ from .layers import masked_wgrad as masked_wgrad
 from .mask import Mask as Mask
 from .mask import load_masks as load_masks
 from .mask import save_masks as save_masks
+from .merge import merge as merge
 from .select import Threshold as Threshold
 from .select import nm_mask as nm_mask
 from .select import topk_mask as topk_mask

@@ -1,4 +1,4 @@
-"""A sparse change of a model's weights: positions and values per tensor, applied, swapped and undone in place, stored in about three bytes an entry."""
+"""A sparse change of a model's weights: positions and values per tensor, applied, swapped and undone in place; about three bytes an entry."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ class Mask:
     """Which elements of a tensor of `shape` are chosen: packed bits in row-major order.
 
     ``words``: int32, 32 elements each, lowest bit first, spare bits 0; 1/8 byte per element. With ``row_aligned`` every row (last dimension)
-    starts on a new word. ``prefix``: exclusive counts per 1,024 elements (computed when first needed), so that the slot of a chosen element in a compact
+    starts on a new word. ``prefix``: exclusive counts per 1,024 elements (computed when first needed): the slot of a chosen element in a compact
     array is a table look-up and a popcount: no index list.
 
     Make one with `Mask.from_bool`, `Mask.from_indices`, `topk_mask`, `nm_mask`, `wanda_mask`. Masks are values: operators give new ones.

@@ -3,19 +3,20 @@ writes the bits. Histograms add up over tensors and over processes, so a list ne
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..ops import sparse as ops
-from ..reference.sparse import SCORES, TOP, count_of, score_at
+from ..reference.sparse import SCORES, count_of, score_at
 from .mask import Mask
 
 TIES = ("lowest_index", "inclusive", "exclusive")
 NAN = ("highest", "lowest", "raise")
 Tensors = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+Item = tuple[Tensor, Tensor | None]
 
 
 class Threshold(NamedTuple):
@@ -112,9 +113,7 @@ def topk_mask(
     return _as(w, names, masks)
 
 
-def _items(
-    op: str, w: Tensors, score: str, other: Tensors | None, ties: str, nan: str
-) -> tuple[list[str] | None, list[tuple[Tensor, Tensor | None]]]:
+def _items(op: str, w: Tensors, score: str, other: Tensors | None, ties: str, nan: str) -> tuple[list[str] | None, list[Item]]:
     for name, value, choices in (("score", score, SCORES), ("ties", ties, TIES), ("nan", nan, NAN)):
         if value not in choices:
             raise ValueError(f"{op}: expected {name} to be one of {', '.join(choices)}; got {value!r}")
@@ -196,43 +195,53 @@ def _total(n: int, group: Any) -> int:
     return int(total)
 
 
-def _threshold(items: list[tuple[Tensor, Tensor | None]], score: str, k: int, ties: str, nan: str, group: Any) -> Threshold:
+def _threshold(items: list[Item], score: str, k: int, ties: str, nan: str, group: Any) -> Threshold:
+    return find_threshold(lambda: [items], score, k, ties, nan, group)
+
+
+def find_threshold(batches: Callable[[], Iterable[list[Item]]], score: str, k: int, ties: str, nan: str, group: Any = None) -> Threshold:
+    """The cut over everything that `batches` yields: it is called once for each pass, so that tensors may be read from a disk again and again and
+    never be in memory together. k in 1..n."""
     order = "highest" if nan == "raise" else nan
-    device = items[0][0].device
-    wide = next((x for x, _ in items if x.dtype not in (torch.bfloat16,)), items[0][0])
-    histogram = ops.run("histogram", wide)
+    sample = _sample(batches())
+    shifts = ops.levels(sample, score)
     prefix, left, above, nans, key = None, k, 0, 0, 0
     counts = torch.zeros(1, dtype=torch.int64)
-    for level, (shift, bits) in enumerate(ops.levels(wide, score)):
-        counts = histogram(items, score, order, shift, bits, prefix)
+    for level, (shift, bits) in enumerate(shifts):
+        counts = torch.zeros(1 << bits, dtype=torch.int64, device=sample.device)
+        for items in batches():
+            counts += ops.run("histogram", sample)(items, score, order, shift, bits, prefix)
         if group is not None:
             torch.distributed.all_reduce(counts, group=group)
         counts = counts.cpu()
         if level == 0:
-            nans = int(counts[TOP >> shift] if order == "highest" else counts[0])
+            nans = int(counts[-1] if order == "highest" else counts[0])
         from_top = torch.cumsum(counts.flip(0), 0)
         at = int(torch.searchsorted(from_top, left))
         over = int(from_top[at - 1]) if at else 0
         above, left = above + over, left - over
         key = key << bits | (1 << bits) - 1 - at
-        prefix = torch.tensor([key], dtype=torch.int64, device=device)
-    key <<= ops.levels(wide, score)[-1][0]
-    same = int(counts[(key >> ops.levels(wide, score)[-1][0]) & (counts.numel() - 1)])
+        prefix = torch.tensor([key], dtype=torch.int64, device=sample.device)
+    same = int(counts[key & (counts.numel() - 1)])
+    key <<= shifts[-1][0]
     equal = {"lowest_index": left, "inclusive": same, "exclusive": same if same == left else 0}[ties]
-    return Threshold(
-        score_at(key),
-        above,
-        equal,
-        same,
-        nans,
-        torch.tensor([key], dtype=torch.int64, device=device),
-        torch.tensor([equal], dtype=torch.int64, device=device),
-    )
+    scalar = lambda value: torch.tensor([value], dtype=torch.int64, device=sample.device)
+    return Threshold(score_at(key), above, equal, same, nans, scalar(key), scalar(equal))
 
 
-def _global(
-    items: list[tuple[Tensor, Tensor | None]], score: str, density: float | None, k: int | None, ties: str, nan: str, rounding: str, group: Any
-) -> list[Tensor]:
+def _sample(batches: Iterable[list[Item]]) -> Tensor:
+    """A tensor that stands for all: of another dtype than bf16, if there is one (bf16 keys are resolved by their upper half)."""
+    found = None
+    for items in batches:
+        for x, _ in items:
+            if x.dtype != torch.bfloat16:
+                return x
+            found = x
+    assert found is not None
+    return found
+
+
+def _global(items: list[Item], score: str, density: float | None, k: int | None, ties: str, nan: str, rounding: str, group: Any) -> list[Tensor]:
     if not items:
         return []
     k = _k("topk_mask", _total(sum(x.numel() for x, _ in items), group), density, k, rounding)
@@ -245,7 +254,7 @@ def _global(
     return words
 
 
-def _own_share(items: list[tuple[Tensor, Tensor | None]], score: str, nan: str, cut: Threshold, ties: str, group: Any) -> Tensor:
+def _own_share(items: list[Item], score: str, nan: str, cut: Threshold, ties: str, group: Any) -> Tensor:
     """How many of the kept ties are this process's: lower ranks are served first."""
     if ties != "lowest_index":
         return cut.keep
@@ -258,7 +267,7 @@ def _own_share(items: list[tuple[Tensor, Tensor | None]], score: str, nan: str, 
 
 
 def _local(
-    item: tuple[Tensor, Tensor | None],
+    item: Item,
     score: str,
     density: float | None,
     k: int | None,
