@@ -14,29 +14,37 @@ from torch import Tensor
 
 from .. import config, dispatch
 
+# A primitive may be in any of a backend's modules.
 _MODULES = {
-    "reference": "reference.sparse_parts",
-    "cpp": "ops.sparse_cpp",
-    "triton": "kernels.sparse",
-    "cuda": "ops.sparse_cuda",
-    "emulated": "ops.sparse_cuda",
+    "reference": ("reference.sparse_parts",),
+    "cpp": ("ops.sparse_cpp", "ops.merge_cpp"),
+    "triton": ("kernels.sparse",),
+    "cuda": ("ops.sparse_cuda",),
+    "emulated": ("ops.sparse_cuda",),
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @functools.cache
-def _module(backend: str) -> ModuleType | None:
+def _module(name: str) -> ModuleType | None:
     try:
-        return importlib.import_module(f"fusedadapt.{_MODULES[backend]}")
+        return importlib.import_module(f"fusedadapt.{name}")
     except ModuleNotFoundError as error:
-        if error.name != f"fusedadapt.{_MODULES[backend]}":
+        if error.name != f"fusedadapt.{name}":
             raise
         return None
 
 
+@functools.cache
+def _find(backend: str, op: str) -> Any:
+    """What a backend calls `op`, or None."""
+    modules = (_module(name) for name in _MODULES[backend])
+    return next((getattr(m, op) for m in modules if hasattr(m, op)), None)
+
+
 @functools.lru_cache(maxsize=256)
 def _choose(op: str, device_type: str, fp64: bool, wish: str | None, strict: bool) -> dispatch.Choice:
-    unfit = {name: f"it has no kernel for {op}" for name in _MODULES if not hasattr(_module(name), op)}
+    unfit = {name: f"it has no kernel for {op}" for name in _MODULES if _find(name, op) is None}
     if fp64:
         unfit |= {name: "float64 tensors" for name in _MODULES if name != "reference"}
     return dispatch.pick(f"sparse.{op}", device_type, unfit=unfit)
@@ -49,12 +57,17 @@ def choose(op: str, device_type: str, dtype: torch.dtype = torch.float32) -> dis
 
 def run(op: str, data: Tensor) -> Callable[..., Any]:
     """The primitive `op` of the backend chosen for `data`."""
-    return getattr(_module(choose(op, data.device.type, data.dtype).backend), op)
+    return _find(choose(op, data.device.type, data.dtype).backend, op)
+
+
+def offers(op: str, data: Tensor) -> bool:
+    """Whether the backend that selects for `data` also has `op`, so that asking for it changes no backend."""
+    return _find(choose("histogram", data.device.type, data.dtype).backend, op) is not None
 
 
 def levels(data: Tensor, score: str) -> tuple[tuple[int, int], ...]:
     """(shift, bits) of the histogram passes that resolve keys of `data` exactly, from the top down."""
-    module = _module(choose("histogram", data.device.type, data.dtype).backend)
     sixteen = score == "abs" and data.dtype in (torch.bfloat16,)
-    found: tuple[tuple[int, int], ...] = getattr(module, "LEVELS16" if sixteen else "LEVELS")
+    backend = choose("histogram", data.device.type, data.dtype).backend
+    found: tuple[tuple[int, int], ...] = _find(backend, "LEVELS16" if sixteen else "LEVELS")
     return found

@@ -53,9 +53,9 @@ def _item(op: str, item: Item, score: str) -> tuple[int, int, int, int, int, int
     """(address, other's address, elements, columns, dtype, other's dtype) as the core takes it."""
     x, other = item
     _flat(op, "x", x)
-    columns = max(x.shape[-1], 1) if x.dim() else 1
+    columns = x.shape[-1] if x.dim() else 1
     if score in _PLAIN:
-        return x.data_ptr(), 0, x.numel(), columns, _CODES[x.dtype], 0
+        return x.data_ptr(), 0, x.numel(), 1, _CODES[x.dtype], 0
     if other is None:
         _refuse(op, f"a second tensor for score '{score}'", None, "pass it")
     if score == "abs_scaled":
@@ -64,7 +64,7 @@ def _item(op: str, item: Item, score: str) -> tuple[int, int, int, int, int, int
             _refuse(op, f"one factor per column, {columns}", other.numel(), "its length is x.shape[-1]")
     elif _flat(op, "other", other).shape != x.shape:
         _refuse(op, f"other of x's shape {tuple(x.shape)}", tuple(other.shape), "pass one value per element")
-    return x.data_ptr(), other.data_ptr(), x.numel(), columns, _CODES[x.dtype], _CODES[other.dtype]
+    return x.data_ptr(), other.data_ptr(), x.numel(), max(columns, 1), _CODES[x.dtype], _CODES[other.dtype]
 
 
 def _empty_words(n: int) -> Tensor:
@@ -84,6 +84,15 @@ def histogram(items: Sequence[Item], score: str, nan: str, shift: int, bits: int
     sources = [_item("histogram", item, score) for item in items]
     _core().histogram(sources, score, nan, shift, bits, of, out.data_ptr(), torch.get_num_threads())
     return out
+
+
+def kth_key(items: Sequence[Item], score: str, nan: str, k: int) -> tuple[int, int, int]:
+    """(the k-th largest key, how many are above it, how many equal it): all levels of `histogram` in one call; k in 1..n."""
+    n = sum(x.numel() for x, _ in items)
+    if not 0 < k <= n:
+        _refuse("kth_key", f"0 < k <= {n}", k, "pass a k in range")
+    key, above, same = _core().kth_key([_item("kth_key", item, score) for item in items], score, nan, k, torch.get_num_threads())
+    return key, above, same
 
 
 def mark(items: Sequence[Item], score: str, nan: str, threshold: Tensor, equal: Tensor) -> list[Tensor]:

@@ -128,9 +128,14 @@ def gather_at(x: Tensor, index: Tensor) -> Tensor:
     return x[index.to(torch.int64)]
 
 
-def put_at_(x: Tensor, index: Tensor, values: Tensor) -> None:
+def scatter_at_(x: Tensor, index: Tensor, values: Tensor) -> None:
     """x[index] = values."""
     x[index.to(torch.int64)] = values
 
 
-merge_, votes, norms = merging.merge_, merging.votes, merging.norms
+merge_, votes, norms, cuts = merging.merge_, merging.votes, merging.norms, merging.cuts
+
+
+def kth_key(items: Sequence[Item], score: str, nan: str, k: int) -> tuple[int, int, int]:
+    """(the k-th largest key, how many are above it, how many equal it)."""
+    return truth.kth_key([_keys(item, score, nan) for item in items], k)

@@ -214,5 +214,5 @@ def _put_(w: Tensor, index: Tensor, values: Any) -> None:
     if not w.is_contiguous():
         w.put_(at.long(), values)
         return
-    ops.run("put_at_", w)(w.view(-1), at, values)
+    ops.run("scatter_at_", w)(w.view(-1), at, values)
     torch.autograd.graph.increment_version(w)

@@ -124,7 +124,7 @@ class MaskedLinear(nn.Linear):
     @torch.no_grad()
     def sync_(self) -> None:
         """Writes the current values into ``weight``; forward does so itself when they changed."""
-        ops.run("put_at_", self.weight)(self.weight.view(-1), self.index, self._wanted().to(self.weight.dtype))
+        ops.run("scatter_at_", self.weight)(self.weight.view(-1), self.index, self._wanted().to(self.weight.dtype))
         torch.autograd.graph.increment_version(self.weight)
         self._seen = self._state()
 
@@ -179,6 +179,6 @@ class SparseDeltaLinear(MaskedLinear):
     def disable(self) -> None:
         """Puts W's own elements back until the next forward pass or `sync_`."""
         assert self._base is not None
-        ops.run("put_at_", self.weight)(self.weight.view(-1), self.index, self._base)
+        ops.run("scatter_at_", self.weight)(self.weight.view(-1), self.index, self._base)
         torch.autograd.graph.increment_version(self.weight)
         self._seen = None

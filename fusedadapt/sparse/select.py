@@ -57,7 +57,7 @@ def topk_threshold(
     k = _k("topk_threshold", n, density, k, rounding)
     if k == 0:
         raise ValueError(f"topk_threshold: expected at least one element to keep; got k = 0 of {n}; raise k or density")
-    return _threshold(items, score, k, ties, nan, group)
+    return find_threshold(lambda: [items], score, k, ties, nan, group)
 
 
 def topk_mask(
@@ -195,8 +195,18 @@ def _total(n: int, group: Any) -> int:
     return int(total)
 
 
-def _threshold(items: list[Item], score: str, k: int, ties: str, nan: str, group: Any) -> Threshold:
-    return find_threshold(lambda: [items], score, k, ties, nan, group)
+def _cut(items: list[Item], score: str, k: int, ties: str, nan: str, group: Any) -> tuple[Tensor, Tensor]:
+    """(key, equals to keep) as `mark` takes them, int64 [1] on the device."""
+    if group is not None or not ops.offers("kth_key", items[0][0]):
+        found = find_threshold(lambda: [items], score, k, ties, nan, group)
+        return found.key, found.keep
+    key, above, same = ops.run("kth_key", items[0][0])(items, score, "highest" if nan == "raise" else nan, k)
+    equal = _kept_ties(ties, k - above, same)
+    return torch.tensor([key], dtype=torch.int64), torch.tensor([equal], dtype=torch.int64)
+
+
+def _kept_ties(ties: str, left: int, same: int) -> int:
+    return {"lowest_index": left, "inclusive": same, "exclusive": same if same == left else 0}[ties]
 
 
 def find_threshold(batches: Callable[[], Iterable[list[Item]]], score: str, k: int, ties: str, nan: str, group: Any = None) -> Threshold:
@@ -224,7 +234,7 @@ def find_threshold(batches: Callable[[], Iterable[list[Item]]], score: str, k: i
         prefix = torch.tensor([key], dtype=torch.int64, device=sample.device)
     same = int(counts[key & (counts.numel() - 1)])
     key <<= shifts[-1][0]
-    equal = {"lowest_index": left, "inclusive": same, "exclusive": same if same == left else 0}[ties]
+    equal = _kept_ties(ties, left, same)
     scalar = lambda value: torch.tensor([value], dtype=torch.int64, device=sample.device)
     return Threshold(score_at(key), above, equal, same, nans, scalar(key), scalar(equal))
 
@@ -247,23 +257,22 @@ def _global(items: list[Item], score: str, density: float | None, k: int | None,
     k = _k("topk_mask", _total(sum(x.numel() for x, _ in items), group), density, k, rounding)
     if k == 0:
         return [torch.zeros((x.numel() + 31) // 32, dtype=torch.int32, device=x.device) for x, _ in items]
-    cut = _threshold(items, score, k, ties, nan, group)
+    key, keep = _cut(items, score, k, ties, nan, group)
     order = "highest" if nan == "raise" else nan
-    keep = cut.keep if group is None else _own_share(items, score, order, cut, ties, group)
-    words: list[Tensor] = ops.run("mark", items[0][0])(items, score, order, cut.key, keep)
+    if group is not None and ties == "lowest_index":
+        keep = _own_share(items, score, order, key, keep, group)
+    words: list[Tensor] = ops.run("mark", items[0][0])(items, score, order, key, keep)
     return words
 
 
-def _own_share(items: list[Item], score: str, nan: str, cut: Threshold, ties: str, group: Any) -> Tensor:
+def _own_share(items: list[Item], score: str, nan: str, key: Tensor, keep: Tensor, group: Any) -> Tensor:
     """How many of the kept ties are this process's: lower ranks are served first."""
-    if ties != "lowest_index":
-        return cut.keep
-    mine = ops.run("histogram", items[0][0])(items, score, nan, 0, 8, cut.key >> 8)[cut.key & 255].cpu()
+    mine = ops.run("histogram", items[0][0])(items, score, nan, 0, 8, key >> 8)[key & 255].cpu()
     rank, size = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
     every = [torch.zeros_like(mine) for _ in range(size)]
     torch.distributed.all_gather(every, mine, group=group)
     before = sum(int(count) for count in every[:rank])
-    return (cut.keep - before).clamp(min=0)
+    return (keep - before).clamp(min=0)
 
 
 def _local(

@@ -1,0 +1,110 @@
+// Between a dense array and the compact array of its chosen elements. The slot of an element is its rank: a prefix per 1,024 elements and a running
+// count, so a bitmask needs no list of positions. Bound by the cache lines of x that hold a chosen element.
+#include <algorithm>
+
+#include "../core/dtypes.h"
+#include "pool.h"
+#include "sparse.h"
+
+namespace fa::cpu {
+namespace {
+
+struct F32 {
+  using Bits = uint32_t;
+  static float load(Bits b) { return as_float(b); }
+  static Bits store(float f) { return as_bits(f); }
+};
+struct BF16 {
+  using Bits = uint16_t;
+  static float load(Bits b) { return bf16_to_float(b); }
+  static Bits store(float f) { return float_to_bf16(f); }
+};
+struct F16 {
+  using Bits = uint16_t;
+  static float load(Bits b) { return half_to_float(b); }
+  static Bits store(float f) { return float_to_half(f); }
+};
+
+// One element of x and its slot. Bits, not numbers, are moved: a NaN's payload survives.
+template <Move what, class X, class V>
+FA_HD void move_one(typename X::Bits* x, typename V::Bits* v, float alpha) {
+  constexpr bool same = std::is_same<X, V>::value;
+  if constexpr (what == kGather) *v = typename V::Bits(*x);
+  if constexpr (what == kScatter && same) *x = *v;
+  if constexpr (what == kScatter && !same) *x = X::store(V::load(*v));
+  if constexpr (what == kAdd) *x = X::store(X::load(*x) + alpha * V::load(*v));
+  if constexpr (what == kSwap) {
+    const typename X::Bits old = *x;
+    *x = typename X::Bits(*v);
+    *v = typename V::Bits(old);
+  }
+}
+
+template <Move what, class X, class V>
+void by_words(const MoveJob& job, const uint32_t* words, int64_t words_n, const int64_t* prefix, int threads) {
+  parallel_for(words_n, 1024, threads, [&](int64_t first, int64_t last) {
+    auto* x = static_cast<typename X::Bits*>(job.x) + 32 * first;
+    auto* v = static_cast<typename V::Bits*>(job.values) + prefix[first / kPrefixWords];
+    const float alpha = job.alpha;
+    for (int64_t w = first; w < last; ++w, x += 32) {
+      uint32_t rest = words[w];
+      if (rest == ~0u) {
+        for (int i = 0; i < 32; ++i) move_one<what, X, V>(x + i, v + i, alpha);
+        v += 32;
+        continue;
+      }
+      for (; rest; rest &= rest - 1) move_one<what, X, V>(x + __builtin_ctz(rest), v++, alpha);
+    }
+  });
+}
+
+template <Move what, class X, class V, class Index>
+void by_indices(const MoveJob& job, const Index* index, int64_t count, int threads) {
+  constexpr int64_t kAhead = 16;  // positions whose lines are asked for early
+  parallel_for(count, 1 << 14, threads, [&](int64_t first, int64_t last) {
+    auto* x = static_cast<typename X::Bits*>(job.x);
+    auto* v = static_cast<typename V::Bits*>(job.values);
+    for (int64_t i = first; i < last; ++i) {
+      if (i + kAhead < last) __builtin_prefetch(x + index[i + kAhead], what != kGather);
+      move_one<what, X, V>(x + index[i], v + i, job.alpha);
+    }
+  });
+}
+
+// call(X{}, V{}) for two storage codes.
+template <class Call>
+void with_type(int code, Call call) {
+  if (code == kF32) call(F32{});
+  if (code == kBF16) call(BF16{});
+  if (code == kF16) call(F16{});
+}
+
+template <class Words>
+void dispatch(Move what, const MoveJob& job, Words run) {
+  with_type(job.dtype, [&](auto x) {
+    using X = decltype(x);
+    if (what == kGather) run(std::integral_constant<Move, kGather>{}, x, x);
+    if (what == kSwap) run(std::integral_constant<Move, kSwap>{}, x, x);
+    if (what == kGather || what == kSwap) return;
+    with_type(job.value_dtype, [&](auto v) {
+      if (what == kScatter) run(std::integral_constant<Move, kScatter>{}, X{}, v);
+      if (what == kAdd) run(std::integral_constant<Move, kAdd>{}, X{}, v);
+    });
+  });
+}
+
+}  // namespace
+
+void move_words(Move what, const MoveJob& job, const uint32_t* words, int64_t words_n, const int64_t* prefix, int threads) {
+  dispatch(what, job, [&](auto op, auto x, auto v) { by_words<op.value, decltype(x), decltype(v)>(job, words, words_n, prefix, threads); });
+}
+
+template <class Index>
+void move_indices(Move what, const MoveJob& job, const Index* index, int64_t count, int threads) {
+  dispatch(what, job, [&](auto op, auto x, auto v) { by_indices<op.value, decltype(x), decltype(v)>(job, index, count, threads); });
+}
+
+template void move_indices(Move, const MoveJob&, const int32_t*, int64_t, int);
+template void move_indices(Move, const MoveJob&, const int64_t*, int64_t, int);
+
+}  // namespace fa::cpu

@@ -1,0 +1,358 @@
+"""The C++ primitives of the sparse family against `reference.sparse_parts`, bit for bit, on every instruction set and any number of threads."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from fusedadapt import _core
+from fusedadapt.ops import sparse_cpp as cpp
+from fusedadapt.reference import sparse as truth
+from fusedadapt.reference import sparse_parts as ref
+
+SIZES = (0, 1, 31, 32, 33, 1023, 1024, 1025, 70000)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def available() -> list[str]:
+    before = _core.isa()
+    found = [isa for isa in ("base", "avx2", "avx512") if _core.use_isa(isa)]
+    _core.use_isa(before)
+    return found
+
+
+ISAS = available()
+
+
+@pytest.fixture(autouse=True)
+def one_torch_thread():
+    """The oracles are many small operations."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def everywhere(call):
+    """What `call` gives on every instruction set this processor has, on one thread and on two."""
+    before, count = _core.isa(), torch.get_num_threads
+    try:
+        for isa in ISAS:
+            for threads in (1, 2):
+                torch.get_num_threads = lambda threads=threads: threads
+                _core.use_isa(isa)
+                yield call()
+    finally:
+        torch.get_num_threads = count
+        _core.use_isa(before)
+
+
+def same(a, b) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
+
+
+def check(expected, call, *args):
+    """call(*args) gives the same tensor or list of tensors everywhere."""
+    wanted = expected if isinstance(expected, (list, tuple)) else [expected]
+    for got in everywhere(lambda: call(*args)):
+        assert same(got if isinstance(got, (list, tuple)) else [got], wanted), args
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    """New tensors are full of ones: what a kernel forgets to write is seen."""
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        out = empty(*args, **kwargs)
+        if out.numel():
+            out.view(torch.uint8).fill_(1 if out.dtype == torch.bool else 0xFF)
+        return out
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def kind(name: str, n: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """n elements of a dtype at a storage offset of one element, so that nothing is aligned."""
+    g = generator(seed + n)
+    x = torch.randn(n + 1, generator=g)
+    if name == "ties":
+        x = torch.randint(-3, 4, (n + 1,), generator=g).float()
+    elif name == "equal":
+        x = torch.full((n + 1,), -0.5)
+    elif name == "zero":
+        x = torch.where(torch.rand(n + 1, generator=g) < 0.5, 0.0, -0.0)
+    elif name == "special":
+        values = torch.tensor([0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1e-45, -1e-42, 1.2e-38, 3e-6, -1.0, 1.0, 65504.0])
+        x = values[torch.randint(len(values), (n + 1,), generator=g)]
+        x = torch.where(torch.rand(n + 1, generator=g) < 0.1, torch.randn(n + 1, generator=g), x)
+    return x.to(dtype)[1:]
+
+
+KINDS = ("normal", "ties", "equal", "zero", "special")
+
+
+def item(name: str, shape: tuple[int, ...], score: str, dtype: torch.dtype, other_dtype: torch.dtype = torch.float32, seed: int = 0) -> ref.Item:
+    n = 1
+    for d in shape:
+        n *= d
+    x = kind(name, n, dtype, seed).view(shape)
+    if score in ("abs", "given"):
+        return x, None
+    if score == "abs_scaled":
+        return x, kind("normal", shape[-1], torch.float32, seed + 7)
+    return x, kind(name, n, other_dtype, seed + 7).view(shape)
+
+
+def select(module, items, score, nan, k, levels):
+    """Threshold and how many of its equals are kept, by the histograms of a backend (as the callers do), and the histograms."""
+    found, prefix, above = [], None, 0
+    for shift, bits in levels:
+        counts = module.histogram(items, score, nan, shift, bits, prefix)
+        found.append(counts)
+        reached = above + counts.flip(0).cumsum(0)
+        at = int((reached < k).sum())
+        above = int(reached[at - 1]) if at else above
+        prefix = torch.tensor([(int(prefix) << bits if prefix is not None else 0) | (counts.numel() - 1 - at)])
+    return prefix, torch.tensor([k - above]), found
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", KINDS)
+def test_selection_of_every_size(name, dtype):
+    for n in SIZES:
+        items = [item(name, (n,), "abs", dtype)]
+        for nan in ("highest", "lowest") if name == "special" else ("highest",):
+            keys = [ref._keys(items[0], "abs", nan)]
+            for k in sorted({1, n // 3, n} - {0}) if n else []:
+                threshold, equal, counts = select(ref, items, "abs", nan, k, cpp.LEVELS)
+                check(counts, counts_of, items, "abs", nan, k)
+                assert kth_everywhere(keys, items, "abs", nan, k)
+                check([truth.pack(m) for m in truth.topk(keys, k)], cpp.mark, items, "abs", nan, threshold, equal)
+        for threshold, all_of_them in ((truth.TOP, False), (truth.TOP + 1, False), (-1, True)):
+            expected = [truth.pack(torch.full((n,), all_of_them))]
+            check(expected, cpp.mark, items, "abs", "highest", torch.tensor([threshold]), torch.tensor([0]))
+
+
+@pytest.mark.parametrize("score", truth.SCORES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_lists_of_mixed_sizes_and_every_score(score, dtype):
+    shapes = [(7, 5), (0,), (1,), (33,), (10, 1025), (3, 0), (2, 3, 16), (1024,)]
+    for name in KINDS:
+        for other in DTYPES if score in ("abs_diff", "abs_product") else (torch.float32,):
+            items = [item(name, s, score, dtype, other, seed) for seed, s in enumerate(shapes)]
+            keys = [ref._keys(i, score, "highest") for i in items]
+            n = sum(x.numel() for x, _ in items)
+            for k in (1, n // 2, n):
+                threshold, equal, counts = select(ref, items, score, "highest", k, ref.LEVELS)
+                check(counts, counts_of, items, score, "highest", k)
+                assert kth_everywhere(keys, items, score, "highest", k)
+                check([truth.pack(m) for m in truth.topk(keys, k)], cpp.mark, items, score, "highest", threshold, equal)
+
+
+def test_one_level_is_exact_for_bfloat16():
+    items = [item("normal", (70000,), "abs", torch.bfloat16)]
+    above, equal, _ = select(cpp, items, "abs", "highest", 12345, cpp.LEVELS16)
+    expected = [truth.pack(truth.topk([ref._keys(items[0], "abs", "highest")], 12345)[0])]
+    check(expected, cpp.mark, items, "abs", "highest", above << 16, equal)
+
+
+def test_ties_cross_chunks_and_tensors():
+    items = [(torch.full((n,), 0.25), None) for n in (40000, 31, 70001, 0, 33000)]
+    items[2][0][50000] = 1.0
+    at = truth.key_of(torch.tensor([0.25]))
+    for k in (0, 1, 39999, 40000, 40031, 72799, 72800, 100000, 143031):
+        equal = torch.tensor([k])
+        check(ref.mark(items, "abs", "highest", at, equal), cpp.mark, items, "abs", "highest", at, equal)
+
+
+def test_histogram_of_odd_levels():
+    items = [item("special", (5000,), "given", torch.float32), item("normal", (333,), "given", torch.float32)]
+    for shift, bits, prefix in ((21, 11, None), (10, 11, 1543), (0, 10, 3160064), (0, 10, None), (12, 20, 0), (12, 20, 1), (20, 4, 1 << 9)):
+        level = (items, "given", "highest", shift, bits, None if prefix is None else torch.tensor([prefix]))
+        check(ref.histogram(*level), cpp.histogram, *level)
+
+
+def counts_of(items, score, nan, k):
+    return select(cpp, items, score, nan, k, cpp.LEVELS)[2]
+
+
+def kth_everywhere(keys, *args):
+    return all(got == truth.kth_key(keys, args[-1]) for got in everywhere(lambda: cpp.kth_key(*args)))
+
+
+def best_of_rows(keys: Tensor, k: int, ties: str, aligned: bool) -> Tensor:
+    """`ref.rows` for all rows at once: it takes one at a time."""
+    length = keys.shape[1]
+    mask = torch.ones_like(keys, dtype=torch.bool)
+    if k == 0:
+        mask = ~mask
+    elif k < length:
+        cut = torch.sort(keys, 1, descending=True).values[:, k - 1 : k]
+        over, same = keys > cut, keys == cut
+        room = k - over.sum(1, keepdim=True)
+        if ties == "lowest_index":
+            same &= same.cumsum(1) <= room
+        if ties == "exclusive":
+            same &= same.sum(1, keepdim=True) <= room
+        mask = over | same
+    return truth.pack(torch.nn.functional.pad(mask, (0, -length % 32)) if aligned else mask)
+
+
+TIES = ("lowest_index", "inclusive", "exclusive")
+
+
+def test_the_oracle_of_rows():
+    for length in (3, 40):
+        x, _ = item("ties", (6, length), "given", torch.float32)
+        for k in (0, 1, length // 2, length):
+            for ties in TIES:
+                expected = ref.rows(x, None, "given", "highest", k, length, ties, True)
+                assert torch.equal(best_of_rows(ref._keys((x, None), "given", "highest"), k, ties, True), expected)
+
+
+@pytest.mark.parametrize("length", [1, 2, 4, 5, 7, 8, 13, 16, 31, 32, 33, 100, 4096, 70001])
+def test_rows(length):
+    count = max(2, min(130, 3000 // length))
+    for name in KINDS:
+        for score, nan, dtype in (("abs", "highest", torch.bfloat16), ("abs_scaled", "lowest", torch.float32), ("given", "highest", torch.float32)):
+            if length > 5000 and (name, score) not in (("normal", "abs"), ("special", "given")):
+                continue
+            x, other = item(name, (count, length), score, dtype)
+            keys = ref._keys((x, other), score, nan)
+            for k in {0, 1, length // 2, length}:
+                for ties in TIES:
+                    for aligned in (False, True):
+                        expected = best_of_rows(keys, k, ties, aligned)
+                        check(expected, cpp.rows, x, other, score, nan, k, length, ties, aligned)
+
+
+def test_runs_shorter_and_longer_than_a_row_of_the_tensor():
+    x, other = item("normal", (12, 6000), "abs_scaled", torch.float32)
+    for length in (3000, 12000, 72000):
+        expected = best_of_rows(ref._keys((x, other), "abs_scaled", "highest").view(-1, length), length // 10, "lowest_index", False)
+        check(expected, cpp.rows, x, other, "abs_scaled", "highest", length // 10, length, "lowest_index", False)
+
+
+@pytest.mark.parametrize("n, m", [(0, 4), (1, 4), (2, 4), (4, 8), (8, 16), (3, 5), (5, 32), (20, 40)])
+def test_nm(n, m):
+    for name in KINDS:
+        x, other = item(name, (37, 3 * m), "abs_product", torch.bfloat16, torch.float16)
+        check(ref.nm(x, other, "abs_product", "highest", n, m), cpp.nm, x, other, "abs_product", "highest", n, m)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_energy(name):
+    items = [item(name, (n,), "given", torch.float32, seed=n) for n in (70000, 0, 200001, 33)]
+    got, expected = cpp.energy(items, "given"), ref.energy(items, "given")
+    assert torch.equal(got[0], expected[0])
+    for a, b in zip(got[1:], expected[1:]):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=0, equal_nan=True)
+    check([t.view(torch.int64) for t in got], lambda: [t.view(torch.int64) for t in cpp.energy(items, "given")])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_colstat(dtype):
+    for shape in ((0, 5), (3, 0), (1, 1), (1000, 7), (129, 1025), (700, 513)):
+        x = kind("normal", shape[0] * shape[1], dtype).view(shape)
+        got = cpp.colstat(x)
+        torch.testing.assert_close(got, ref.colstat(x), rtol=1.2e-7, atol=0)
+        check(got, cpp.colstat, x)
+
+
+@pytest.mark.parametrize("density", [0.0, 0.02, 0.5, 1.0])
+def test_masks(density):
+    for n in (*SIZES, 300001):
+        mask = (torch.rand(n + 1, generator=generator(n)) < density)[1:]
+        words = cpp.pack(mask)
+        check(ref.pack(mask), cpp.pack, mask)
+        check(mask, cpp.unpack, words, n)
+        check(ref.prefix(words), cpp.prefix, words)
+        index = ref.indices(words, n)
+        check(index, cpp.indices, words, n)
+        assert cpp.indices(words, n).dtype == torch.int32
+        for wide in (index, index.long()):
+            check(words, cpp.from_indices, wide, n)
+
+
+def moved(name, x, words, prefix, index, values, alpha):
+    """What the two forms of a move make of x."""
+    a, b = torch.cat([x[:1], x])[1:], x.clone()
+    version = a._version
+    getattr(cpp, f"{name}_")(a, words, prefix, values, *alpha)
+    getattr(cpp, f"{name}_at_")(b, index, values, *alpha)
+    assert a._version > version
+    return [a, b]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("values_dtype", DTYPES)
+def test_moves(dtype, values_dtype):
+    for n, density in ((0, 0.5), (1, 1.0), (33, 0.5), (1025, 1.0), (70000, 0.01), (70000, 0.6)):
+        mask = torch.rand(n, generator=generator(n)) < density
+        words, x = truth.pack(mask), kind("normal", n, dtype)
+        prefix, index = ref.prefix(words), mask.nonzero().reshape(-1)
+        values = kind("normal", index.numel(), values_dtype, 5)
+        check(x[mask], cpp.gather, x, words, prefix)
+        check(x[index.flip(0)], cpp.gather_at, x, index.flip(0))
+        for name in ("scatter", "add"):
+            alpha = (0.3,) if name == "add" else ()
+            expected = x.clone()
+            getattr(ref, f"{name}_")(expected, words, prefix, values, *alpha)
+            for at in (index, index.int()):
+                check([expected, expected], moved, name, x, words, prefix, at, values, alpha)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_swap_undoes_itself_bit_by_bit(dtype):
+    n, bits = 5000, torch.int32 if dtype == torch.float32 else torch.int16
+    info = torch.iinfo(bits)
+    x, values = (torch.randint(info.min, info.max, (size,), generator=generator(size), dtype=bits) for size in (n, 1700))
+    mask = torch.zeros(n).bool()
+    mask[torch.randperm(n, generator=generator(1))[:1700]] = True
+    words, index = truth.pack(mask), mask.nonzero().reshape(-1)
+    was, values_were = x.clone(), values.clone()
+    prefix = ref.prefix(words)
+    # NaN of every payload are among these bits.
+    for swap in (lambda: cpp.swap_(x.view(dtype), words, prefix, values.view(dtype)), lambda: cpp.swap_at_(x.view(dtype), index, values.view(dtype))):
+        swap()
+        assert torch.equal(x[mask], values_were) and torch.equal(values, was[mask]) and torch.equal(x[~mask], was[~mask])
+        swap()
+        assert torch.equal(x, was) and torch.equal(values, values_were)
+
+
+def test_refusals():
+    x, mask = torch.randn(100), torch.ones(100).bool()
+    words = truth.pack(mask)
+    prefix = ref.prefix(words)
+    for index in ([3, 3], [4, 2], [-1, 4], [5, 100]):
+        for dtype in (torch.int32, torch.int64):
+            with pytest.raises(ValueError, match="sorted positions"):
+                cpp.from_indices(torch.tensor(index, dtype=dtype), 100)
+            with pytest.raises(ValueError, match="sorted positions"):
+                cpp.scatter_at_(x, torch.tensor(index, dtype=dtype), torch.zeros(2))
+    with pytest.raises(ValueError, match=r"positions in \[0, 100\)"):
+        cpp.gather_at(x, torch.tensor([100]))
+    with pytest.raises(ValueError, match="100 values"):
+        cpp.scatter_(x, words, prefix, torch.zeros(99))
+    with pytest.raises(ValueError, match="4 words"):
+        cpp.gather(x, words[:3], prefix)
+    with pytest.raises(ValueError, match="x's dtype"):
+        cpp.swap_(x, words, prefix, torch.zeros(100, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match="contiguous"):
+        cpp.histogram([(torch.randn(4, 4).t(), None)], "abs", "highest", 16, 16, None)
+    with pytest.raises(ValueError, match="contiguous"):
+        cpp.pack(mask[::2])
+    with pytest.raises(ValueError, match="factor per column"):
+        cpp.energy([(torch.randn(3, 4), torch.randn(3))], "abs_scaled")
+    with pytest.raises(ValueError, match="shape"):
+        cpp.energy([(torch.randn(3, 4), torch.randn(4, 3))], "abs_diff")
+    with pytest.raises(ValueError, match="a length that divides"):
+        cpp.rows(x, None, "abs", "highest", 1, 33, "lowest_index", False)
+    with pytest.raises(ValueError, match="rows of a multiple of 3"):
+        cpp.nm(torch.randn(3, 4), None, "abs", "highest", 1, 3)
+    with pytest.raises(ValueError, match="unknown score"):
+        cpp.histogram([(x, x)], "square", "highest", 16, 16, None)
