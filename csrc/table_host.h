@@ -103,7 +103,6 @@ class Table {
   Verdict look(size_t i);
   void look_at_all(int threads);
   void remember(size_t i, PyObject* grad);
-  void prefetch(size_t i) const;
   void validate(int64_t index, Entry& e);
   void fill(Entry& e);
 

@@ -81,10 +81,7 @@ void Table::look_at_all(int threads) {
   threads = 1;  // a dict may only be walked by one thread that Python knows
 #endif
   cpu::parallel_for(int64_t(entries_.size()), 256, threads, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      prefetch(size_t(i));
-      verdicts_[size_t(i)] = look(size_t(i));
-    }
+    for (int64_t i = first; i < last; ++i) verdicts_[size_t(i)] = look(size_t(i));
   });
 }
 
@@ -124,29 +121,6 @@ bool Table::bump_versions(int threads) const {
     }
   });
   return !refused;
-}
-
-// A step comes after a backward pass: nothing of this is in the caches, and each tensor is a chain of misses. Fetching a few entries ahead
-// overlaps them.
-void Table::prefetch(size_t i) const {
-  const auto fetch = [](const void* p, int from, int to) {
-    for (int line = from; line < to; line += 64) __builtin_prefetch(static_cast<const char*>(p) + line);
-  };
-  constexpr size_t kEntry = 16, kObjects = 8, kTensors = 4;
-  if (i + kEntry < warm_.size()) fetch(&warm_[i + kEntry], 0, 192);
-  if (i + kObjects < warm_.size()) {
-    const Warm& w = warm_[i + kObjects];
-    fetch(w.param, 0, 64);
-    fetch(w.state, 0, 64);
-    for (int k = 0; k < w.n_values; ++k)
-      if (w.values[k].seen.signature) fetch(w.values[k].object, 0, 64);
-  }
-  if (i + kTensors < warm_.size() && warm_[i + kTensors].direct && warm_[i + kTensors].sound) {
-    const Warm& w = warm_[i + kTensors];
-    fetch(Shim::impl(shim_->of(w.param)), 0, 192);
-    for (int k = 0; k < w.n_values; ++k)
-      if (w.values[k].seen.signature) fetch(Shim::impl(shim_->of(w.values[k].object)), 0, 192);
-  }
 }
 
 }  // namespace fa
