@@ -28,8 +28,8 @@ extern const Kernels kernels_avx2 = kernels_base, kernels_avx512 = kernels_base;
 #endif
 """
 UNITS = (
-    "csrc/cpu/optim_isa.cpp", "csrc/cpu/optim.cpp", "csrc/cpu/pool.cpp", "csrc/table_host.cpp", "csrc/table_warm.cpp", "csrc/bindings.cpp",
-    "csrc/bindings_cuda.cpp",
+    "csrc/cpu/optim_isa.cpp", "csrc/cpu/optim.cpp", "csrc/cpu/pool.cpp", "csrc/table_host.cpp", "csrc/table_warm.cpp", "csrc/torch_shim.cpp",
+    "csrc/bindings.cpp", "csrc/bindings_cuda.cpp",
 )  # fmt: skip
 # A shared header is always inlined, so the units that merely show it to Python keep working with the sound objects.
 SWEEPS = ("csrc/cpu/optim_isa.cpp", "csrc/cpu/optim.cpp")
