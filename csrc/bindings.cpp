@@ -194,6 +194,7 @@ PYBIND11_MODULE(FA_MODULE_NAME, m) {
   m.def("use_isa", &cpu::use_isa);
   bind_table(m);
   bind_elements(m);
+  bind_lowrank(m);
 #if defined(FA_WITH_CUDA)
   bind_cuda(m);
   m.attr("CUDA") = true;

@@ -108,7 +108,7 @@ class LowRankLinear(torch.autograd.Function):
                     if v is not None:
                         ops.lr_add_(y, v, b, None, None, [v.shape[1]])
                 results.append(y)
-            ctx.plan = plan
+            ctx.plan, ctx.device_type = plan, x.device.type
             needs_x = _needs_x(ctx.needs_input_grad[5:], outputs) or ctx.needs_input_grad[2]
             ctx.save_for_backward(x if needs_x else None, col_scale, seed, scalars, u, *kept, *tensors)
             ctx.set_materialize_grads(False)
@@ -120,7 +120,7 @@ class LowRankLinear(torch.autograd.Function):
         x, col_scale, seed, scalars, u, *rest = ctx.saved_tensors
         kept, tensors = rest[: len(ctx.plan)], rest[len(ctx.plan) :]
         _, want_x, want_col, _, _, *wanted = ctx.needs_input_grad
-        with _no_autocast(scalars.device.type if u is None else u.device.type):
+        with _no_autocast(ctx.device_type):
             outputs = _outputs(tensors, ctx.plan, scalars)
             xs = x if x is None or col_scale is None else (x * col_scale).to(x.dtype)
             found: list[Tensor | None] = [None] * len(tensors)
