@@ -1,4 +1,4 @@
-"""`python -m fusedadapt bench optim`: the optimizers against torch and others, side by side in one process."""
+"""`python -m fusedadapt bench optim|lowrank`: optimizers and adapters against torch and others, side by side in one process."""
 
 from .cli import main
 

@@ -6,23 +6,46 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class Family(NamedTuple):
+    """What the command needs of a family: rows of a device, how one is measured, and what is made of the results."""
+
+    rows: list[Any]
+    measure: Callable[..., Any]
+    document: Callable[..., dict[str, Any]]
+    table: Callable[..., Any]
+    plots: Callable[[dict[str, Any], Path], list[Path]]
+
+
+def family(name: str, device: str) -> Family:
+    """Imports only what the family needs."""
+    if name == "optim":
+        from . import registry, report, runner
+
+        return Family(registry.ROWS, runner.measure, report.document, report.results_table, report.plots)
+    from . import lowrank, lowrank_report, lowrank_runner
+
+    rows = [row for row in lowrank.ROWS if row.device == device]
+    return Family(rows, lowrank_runner.measure, lowrank_report.document, lowrank_report.results_table, lowrank_report.plots)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m fusedadapt bench",
-        description="Times every row of bench/registry.py: contestants take turns in one process, medians are compared within the run.",
+        description="Times every row of the family's registry: contestants take turns in one process, medians are compared within the run.",
     )
-    parser.add_argument("family", choices=("optim",), help="what to time")
+    parser.add_argument("family", choices=("optim", "lowrank"), help="what to time")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=2, help="torch.set_num_threads; ours use as many (default 2)")
     parser.add_argument("--quick", action="store_true", help="smaller mixes and less time: a look, not a measurement")
     parser.add_argument("--seconds", type=float, help="for the rounds of one row (default 6, quick 0.5)")
     parser.add_argument("--filter", default="", metavar="RE", help="only rows whose name matches, e.g. 'adamw.*fp32'")
     parser.add_argument("--json", metavar="FILE", help="write machine, rows and goals there")
-    parser.add_argument("--plots", metavar="DIR", help="write speedup and bandwidth plots there, PNG and SVG")
+    parser.add_argument("--plots", metavar="DIR", help="write plots there, PNG and SVG")
     parser.add_argument("--list", action="store_true", help="only name the rows")
     return parser
 
@@ -33,12 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
     from rich.console import Console
 
-    from .registry import ROWS
-    from .report import document, goals_table, plots, results_table
-    from .runner import Settings, measure
+    from .report import goals_table
+    from .runner import Settings
 
+    chosen = family(options.family, options.device)
     console = Console(width=None if sys.stdout.isatty() else 140)
-    rows = [row for row in ROWS if re.search(options.filter, row.name)]
+    rows = [row for row in chosen.rows if re.search(options.filter, row.name)]
     if not rows:
         console.print(f"bench: expected --filter to match a row; {options.filter!r} matches none; --list names them", markup=False)
         return 2
@@ -55,18 +78,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     with console.status("…") as status:
         for row in rows:
             status.update(row.name)
-            results.append(measure(row, settings))
-    report = document(results, settings)
-    console.print(results_table(results))
+            results.append(chosen.measure(row, settings))
+    report = chosen.document(results, settings)
+    console.print(chosen.table(results))
     if report["goals"]:
         console.print(goals_table(report["goals"]))
-    absent = sorted({name for r in results for name in r.absent})
-    if absent:
-        console.print(f"not installed, so not timed: {', '.join(absent)}", markup=False)
+    absent = {name: why for r in results for name, why in r.absent.items()}
+    for name, why in sorted(absent.items()):
+        console.print(f"not timed: {name} ({why})", markup=False, highlight=False)
     if options.quick:
         console.print("a quick run: mixes are smaller than the goals mean", style="yellow")
     if options.json:
         Path(options.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if options.plots:
-        console.print("\n".join(map(str, plots(report, Path(options.plots)))), markup=False, highlight=False)
+        console.print("\n".join(map(str, chosen.plots(report, Path(options.plots)))), markup=False, highlight=False)
     return 0

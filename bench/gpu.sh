@@ -63,7 +63,9 @@ if command -v compute-sanitizer >/dev/null; then
 else
   echo "memcheck: not run, compute-sanitizer is not installed" | tee -a "$OUT/summary.txt"
 fi
-part bench 240 "$PYTHON" -m fusedadapt bench optim --device cuda --json "$OUT/optim.json"
+part bench 150 "$PYTHON" -m fusedadapt bench optim --device cuda --json "$OUT/optim.json"
+# 2 s a row; the 200 shapes of the grid take a twentieth of that each
+part lowrank 150 "$PYTHON" -m fusedadapt bench lowrank --device cuda --seconds 2 --json "$OUT/lowrank.json" --plots "$OUT"
 
 cat "$OUT/summary.txt"
 echo "results in $OUT"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +17,12 @@ from .registry import GOALS, Goal
 from .runner import Result, Settings, Timing
 
 SCHEMA = 1
-_PACKAGES = ("fusedadapt", "torch", "triton", "numpy", "adabelief-pytorch", "lion-pytorch")
+#: kind of a goal -> (which side of the limit is good, unit)
+KINDS = {
+    "host": ("≤", " µs"), "faster": ("≥", "x"), "cost": ("≤", "x"),
+    "share": ("≤", ""), "overhead": ("≤", ""), "saved": ("≤", " |x|"), "flops": ("≤", "x"),
+}  # fmt: skip
+_PACKAGES = ("fusedadapt", "torch", "triton", "numpy", "adabelief-pytorch", "lion-pytorch", "peft", "transformers")
 
 
 def machine(settings: Settings) -> dict[str, Any]:
@@ -67,8 +72,13 @@ def judge(goal: Goal, results: Sequence[Result]) -> dict[str, Any] | None:
 
 def document(results: Sequence[Result], settings: Settings, goals: Sequence[Goal] = GOALS) -> dict[str, Any]:
     """The JSON document: machine, rows (seconds, bytes per second), goals."""
-    judged = [j for j in (judge(g, results) for g in goals) if j is not None]
-    return {"schema": SCHEMA, "kind": "optim", **machine(settings), "rows": [asdict(r) for r in results], "goals": judged}
+    return compose("optim", results, [judge(g, results) for g in goals], settings)
+
+
+def compose(kind: str, results: Sequence[Any], judged: Sequence[dict[str, Any] | None], settings: Settings) -> dict[str, Any]:
+    """The JSON document of any family: ``results`` are dataclasses; goals that were not measured are left out."""
+    goals = [j for j in judged if j is not None]
+    return {"schema": SCHEMA, "kind": kind, **machine(settings), "rows": [asdict(r) for r in results], "goals": goals}
 
 
 def _cells(result: Result, timing: Timing) -> list[str]:
@@ -100,8 +110,7 @@ def goals_table(judged: Sequence[dict[str, Any]]) -> Any:
     for name in ("goal", "row", "limit", "measured", "met"):
         table.add_column(name, justify="right" if name in ("limit", "measured") else "left")
     for j in judged:
-        unit = " µs" if j["kind"] == "host" else "x"
-        sign = "≥" if j["kind"] == "faster" else "≤"
+        sign, unit = KINDS[j["kind"]]
         text = f"{j['measured']:,.0f}" if j["measured"] >= 100 else f"{j['measured']:.3g}"
         table.add_row(j["text"], j["row"], f"{sign} {j['limit']:,g}{unit}", f"{text}{unit}", "yes" if j["met"] else "[red]no")
     return table
@@ -112,12 +121,26 @@ def plots(document: dict[str, Any], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     speed = [(f"{r['row']}  vs {t['name']}", t["ratio"]) for r in document["rows"] for t in r["timings"][1:]]
     share = [(f"{r['row']}  {t['name']}", 100 * t["copy_share"]) for r in document["rows"] for t in r["timings"] if t["copy_share"]]
-    where = f"{document['cpu'] if document['device'] == 'cpu' else document['device']}, {document['threads']} threads, {document['date'][:10]}"
-    written = _bars(speed, "times faster than the other (log scale)", where, folder / "speedup", 1.0)
-    return written + _bars(share, "share of the copy bandwidth, %", where, folder / "bandwidth", 100.0)
+    written = bars(speed, "times faster than the other (log scale)", where(document), folder / "speedup", mark=1.0, log=True)
+    return written + bars(share, "share of the copy bandwidth, %", where(document), folder / "bandwidth", mark=100.0)
 
 
-def _bars(items: Sequence[tuple[str, float]], label: str, title: str, path: Path, mark: float) -> list[Path]:
+def where(document: dict[str, Any]) -> str:
+    """The machine, for the title of a plot."""
+    return f"{document['cpu'] if document['device'] == 'cpu' else document['device']}, {document['threads']} threads, {document['date'][:10]}"
+
+
+def bars(
+    items: Sequence[tuple[str, float]],
+    label: str,
+    title: str,
+    path: Path,
+    *,
+    mark: float | None = None,
+    log: bool = False,
+    good: Callable[[str, float], bool] = lambda name, value: value >= 1.0,
+) -> list[Path]:
+    """Horizontal bars, green where ``good``, as PNG and SVG; ``mark``: a line to compare with. Returns the files; none without items."""
     if not items:
         return []
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -127,12 +150,13 @@ def _bars(items: Sequence[tuple[str, float]], label: str, title: str, path: Path
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     values = [value for _, value in items]
-    axes.barh(range(len(items)), values, color=["#2a7f62" if v >= min(mark, 1.0) else "#b4553a" for v in values])
+    axes.barh(range(len(items)), values, color=["#2a7f62" if good(name, v) else "#b4553a" for name, v in items])
     axes.set_yticks(range(len(items)), [name for name, _ in items], fontsize=8)
     axes.invert_yaxis()
-    if mark == 1.0:
+    if log:
         axes.set_xscale("log")
-    axes.axvline(mark, color="black", linewidth=0.8)
+    if mark is not None:
+        axes.axvline(mark, color="black", linewidth=0.8)
     axes.set_xlabel(label)
     axes.set_title(title, fontsize=9)
     out = [path.with_suffix(suffix) for suffix in (".png", ".svg")]

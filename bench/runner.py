@@ -11,7 +11,7 @@ import io
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field, replace
 
@@ -107,10 +107,11 @@ def prepare(contestant: Contestant, params: list[torch.nn.Parameter]) -> Step:
 
     step()
     step()
-    return _captured(step) if contestant.graph else step
+    return captured(step) if contestant.graph else step
 
 
-def _captured(step: Step) -> Step:
+def captured(step: Step) -> Step:
+    """Replays the step from a CUDA graph."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -170,6 +171,22 @@ def _contestants(row: Row, settings: Settings) -> list[Contestant]:
     return [*row.contestants, *(replace(c, name=f"{c.name} (graph)", graph=True) for c in pair)]
 
 
+def take_turns(steps: dict[str, Step], clock: Clock, settings: Settings, few: Collection[str] = ()) -> dict[str, list[float]]:
+    """Seconds per call of every step in each round, until the time is up: at least rounds[0] and at most rounds[1] rounds. Those in ``few`` stop
+    after rounds[0], so that a step of seconds does not take the whole time."""
+    calls = {name: 1 if name in few else clock.calls_for(step) for name, step in steps.items()}
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    deadline = time.perf_counter() + settings.seconds
+    done = 0
+    while done < settings.rounds[0] or (time.perf_counter() < deadline and done < settings.rounds[1]):
+        # every other round backwards: nobody always runs after the same neighbour
+        for name in list(steps)[:: -1 if done % 2 else 1]:
+            if done < settings.rounds[0] or name not in few:
+                samples[name].append(clock.sample(steps[name], calls[name]))
+        done += 1
+    return samples
+
+
 def measure(row: Row, settings: Settings) -> Result:
     """All contestants of a row in turns until the time is up, at least rounds[0] and at most rounds[1] times."""
     params = parameters(row.mix, row.dtype, settings.device, settings.quick)
@@ -184,15 +201,8 @@ def measure(row: Row, settings: Settings) -> Result:
             result.absent[contestant.name] = str(error)
     if row.copy:
         steps[COPY] = copier(settings.device)
-    clock = Clock(settings, row.host)
-    calls = {name: clock.calls_for(step) for name, step in steps.items()}
-    samples: dict[str, list[float]] = {name: [] for name in steps}
-    deadline = time.perf_counter() + settings.seconds
-    while result.rounds < settings.rounds[0] or (time.perf_counter() < deadline and result.rounds < settings.rounds[1]):
-        # every other round backwards: nobody always runs after the same neighbour
-        for name in list(steps)[:: -1 if result.rounds % 2 else 1]:
-            samples[name].append(clock.sample(steps[name], calls[name]))
-        result.rounds += 1
+    samples = take_turns(steps, Clock(settings, row.host), settings)
+    result.rounds = len(next(iter(samples.values())))
     _summarize(row, result, samples)
     return result
 

@@ -136,10 +136,14 @@ void bind_table(py::module_& m) {
       PyErr_SetObject(error.ptr(), args.ptr());
     }
   });
+  py::class_<Shim>(m, "Shim", py::module_local()).def(py::init<const std::vector<uintptr_t>&, const py::object&>());
+  m.attr("SHIM_NAMES") = py::tuple(py::cast(Shim::kNames));
   py::class_<BoundTable>(m, "Table")
       .def(py::init<py::object, py::object, std::vector<std::string>, std::vector<std::string>, std::string, int, int>())
       .def("add", &BoundTable::add)
-      .def("scan", &BoundTable::scan)
+      .def("use_shim", &BoundTable::use_shim, py::keep_alive<1, 2>())
+      .def("scan", &BoundTable::scan, py::arg("threads") = 1)
+      .def("bump_versions", &BoundTable::bump_versions)
       .def("use_gradient", &BoundTable::use_gradient)
       .def("check_overlap", &BoundTable::check_overlap)
       .def_readonly("missing", &BoundTable::missing)
@@ -192,6 +196,7 @@ PYBIND11_MODULE(FA_MODULE_NAME, m) {
   bind_elements(m);
   bind_sparse(m);
   bind_merge(m);
+  bind_lowrank(m);
 #if defined(FA_WITH_CUDA)
   bind_cuda(m);
   m.attr("CUDA") = true;

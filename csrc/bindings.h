@@ -5,4 +5,5 @@ namespace fa {
 void bind_cuda(pybind11::module_& m);  // csrc/bindings_cuda.cpp: only in builds with CUDA kernels, real or emulated
 void bind_sparse(pybind11::module_& m);  // csrc/bindings_sparse.cpp
 void bind_merge(pybind11::module_& m);  // csrc/bindings_merge.cpp
+void bind_lowrank(pybind11::module_& m);  // csrc/bindings_lowrank.cpp
 }  // namespace fa

@@ -93,6 +93,11 @@ void Table::add(py::object param, py::object state, int group, int64_t ordinal, 
   // The type's own getter, without the attribute look-up around it; a type that overrides `grad` keeps the look-up.
   const py::object descriptor = py::getattr(py::type::of(e.param), grad_name_, py::none());
   if (Py_TYPE(descriptor.ptr()) == &PyGetSetDescr_Type) e.getter = reinterpret_cast<PyGetSetDescrObject*>(descriptor.ptr())->d_getset;
+  Warm w;
+  w.param = e.param.ptr();
+  w.state = e.state.ptr();
+  w.direct = plain(e);
+  warm_.push_back(w);
   entries_.push_back(std::move(e));
 }
 
@@ -138,20 +143,16 @@ bool Table::read(PyObject* object, Layout& cached, int64_t index, const char* wh
   return true;
 }
 
-int Table::scan() {
+int Table::scan(int threads) {
   missing.clear();
   strided.clear();
   const uint64_t before = version;
   version = 0;  // an exception below leaves descriptors half updated: the next scan then rebuilds them
   bool changed = before == 0;
+  look_at_all(threads);
   for (size_t i = 0; i < entries_.size(); ++i) {
-    Entry& e = entries_[i];
-    prefetch(i);
-    const py::object grad = py::reinterpret_steal<py::object>(gradient(e));
-    const bool live = !grad.is_none();
-    changed |= live != e.live;
-    e.live = live;
-    if (live && !unchanged(e, grad.ptr(), &changed)) scan_entry(int64_t(i), e, grad.ptr(), &changed);
+    changed |= verdicts_[i] == kMoved;
+    if (verdicts_[i] == kRead) read_entry(i, &changed);
   }
   if (!missing.empty()) return kMissingState;
   if (!strided.empty()) return kStridedGradient;
@@ -160,11 +161,24 @@ int Table::scan() {
   return kReady;
 }
 
+// One entry that look_at_all left to Python.
+void Table::read_entry(size_t i, bool* changed) {
+  const bool overridden = bool(entries_[i].override_grad);
+  const py::object grad = py::reinterpret_steal<py::object>(gradient(entries_[i]));
+  const bool live = !grad.is_none();
+  *changed |= live != warm_[i].live;
+  warm_[i].live = live;
+  if (!live) return;
+  const Verdict verdict = warm_[i].direct || overridden ? kRead : compare(i, grad.ptr());
+  *changed |= verdict == kMoved;
+  if (verdict == kRead) scan_entry(int64_t(i), entries_[i], grad.ptr(), changed);
+}
+
 // Gathers the descriptors of the tensors that have a gradient.
 void Table::refresh() {
   std::vector<int64_t> now;
   for (size_t i = 0; i < entries_.size(); ++i)
-    if (entries_[i].live) now.push_back(int64_t(i));
+    if (warm_[i].live) now.push_back(int64_t(i));
   bool resized = now != active || structure == 0;
   for (size_t k = 0; !resized && k < now.size(); ++k) resized = tensors[k].numel != entries_[now[k]].desc.numel;
   if (resized) {
@@ -188,7 +202,7 @@ void Table::scan_entry(int64_t index, Entry& e, PyObject* grad, bool* moved) {
     PyErr_Clear();  // a plain tensor beside a sharded parameter (its step count, say)
     return o;
   };
-  e.warm = false;
+  warm_[size_t(index)].sound = false;
   // The last reading was refused half way (or is the first): what it left in the cache proves nothing.
   const bool torn = !std::exchange(e.sound, false);
   void *old_p = e.p.data, *old_g = e.g.data;
@@ -219,7 +233,7 @@ void Table::scan_entry(int64_t index, Entry& e, PyObject* grad, bool* moved) {
     *moved = true;
   }
   e.sound = true;
-  remember(e, grad);
+  remember(size_t(index), grad);
 }
 
 void Table::validate(int64_t index, Entry& e) {

@@ -8,6 +8,7 @@
 
 #include "core/table.h"
 #include "dlpack.h"
+#include "torch_shim.h"
 
 namespace fa {
 
@@ -34,7 +35,11 @@ class Table {
   // kMissingState: the entries in `missing` have a gradient but no state yet. kStridedGradient: the gradients of the entries in `strided` lie in
   // another memory order than their parameter; use_gradient a copy. Either way: mend and scan again.
   enum Status { kReady = 0, kMissingState = 1, kStridedGradient = 2 };
-  int scan();
+  int scan(int threads);
+  // Before the first `add`. Entries that hold plain tensors are then read through it, by several threads at once.
+  void use_shim(const Shim* shim) { shim_ = shim; }
+  // After a step, for autograd. False, with nothing promised, if a parameter is one that the shim does not read.
+  bool bump_versions(int threads) const;
   void use_gradient(int64_t entry, pybind11::object grad) { entries_[entry].override_grad = std::move(grad); }
   void check_overlap() const;
 
@@ -52,19 +57,30 @@ class Table {
   };
   static constexpr int kMaxValues = 12;
   static constexpr size_t n_optional_ = 2;  // extra and mask, the last slots
+  // A tensor as the last full reading saw it. The signature stands for dtype, device, shape and strides.
   struct Seen {
-    PyObject* object = nullptr;
     void* data = nullptr;
-    const void* shape = nullptr;
     uint64_t signature = 0;
+    bool operator==(const Seen& o) const { return data == o.data && signature == o.signature; }
+  };
+  // A value of the state dict. Signature 0: its identity is enough.
+  struct Held {
+    PyObject* object = nullptr;
+    Seen seen;
+  };
+  // What the warm path compares, apart from Entry: two cache lines of a tensor with two states, where an Entry has a dozen.
+  struct alignas(64) Warm {
+    PyObject *param = nullptr, *state = nullptr;
+    Seen p, g;
+    bool direct = false;  // plain tensors, read through the shim
+    bool live = false, sound = false;
+    int16_t n_values = 0;
+    Held values[kMaxValues];  // what the state dict held, in its order
   };
   struct Entry {
     pybind11::object param, state, override_grad;
     PyGetSetDef* getter = nullptr;
-    bool wrapped = false, live = false, warm = false, sound = false;
-    Seen seen_p, seen_g, seen[kMaxStates + 5];
-    PyObject* values[kMaxValues];  // what the state dict held, in its order
-    int n_values = 0;
+    bool wrapped = false, sound = false;
     uintptr_t other_addresses = 0;
     int group;
     int64_t ordinal, base, inner, outer;
@@ -73,16 +89,20 @@ class Table {
     std::vector<Layout> layouts;
     TensorDesc desc{};
   };
+  enum Verdict : uint8_t { kSame, kMoved, kRead };
   bool read(PyObject* object, Layout& cached, int64_t index, const char* what);
   void read_slow(PyObject* object, Layout& now);
   void scan_entry(int64_t index, Entry& e, PyObject* grad, bool* moved);
+  void read_entry(size_t i, bool* changed);
   void refresh();
   PyObject* gradient(Entry& e);
-  Seen glance(PyObject* object, bool* ok) const;
-  bool unchanged(Entry& e, PyObject* grad, bool* moved);
-  bool same_values(const Entry& e) const;
-  void remember(Entry& e, PyObject* grad);
-  void prefetch(size_t i) const;
+  bool plain(const Entry& e) const;
+  const void* reference(const Warm& w, PyObject* tensor) const { return w.direct ? shim_->of(tensor) : tensor; }
+  bool glance(const Warm& w, const void* tensor, Seen* now) const;
+  Verdict compare(size_t i, const void* grad);
+  Verdict look(size_t i);
+  void look_at_all(int threads);
+  void remember(size_t i, PyObject* grad);
   void validate(int64_t index, Entry& e);
   void fill(Entry& e);
 
@@ -92,7 +112,10 @@ class Table {
   size_t n_states_, n_aux_;
   int device_type_, device_id_;
   uint64_t versions_ = 0;
+  const Shim* shim_ = nullptr;
   std::vector<Entry> entries_;
+  std::vector<Warm> warm_;
+  std::vector<Verdict> verdicts_;  // of this scan
 };
 
 }  // namespace fa

@@ -1,7 +1,10 @@
 // The warm path of the table: has anything changed since the last full reading? Hot loops over Python objects live here.
 #include "table_host.h"
 
+#include <atomic>
 #include <utility>
+
+#include "cpu/pool.h"
 
 namespace py = pybind11;
 
@@ -14,99 +17,110 @@ PyObject* Table::gradient(Entry& e) {
   return g;
 }
 
-// A tensor as the last full reading saw it. The signature stands for dtype, device, shape and strides.
-Table::Seen Table::glance(PyObject* object, bool* ok) const {
+// Whether the shim may read this parameter: a type that changes what its tensor functions or its `grad` mean may hide the memory elsewhere.
+bool Table::plain(const Entry& e) const {
+  if (!shim_ || e.wrapped || !e.getter) return false;
+  const py::object type = py::type::of(e.param), tensor = py::module_::import("torch").attr("Tensor");
+  const py::object plain = py::module_::import("torch._C").attr("_disabled_torch_function_impl");
+  const auto attribute = [](const py::object& o, const char* name) { return py::object(o.attr(name)); };
+  return (type.is(tensor) || attribute(type, "__torch_function__").is(plain)) && attribute(type, "grad").is(attribute(tensor, "grad")) &&
+         shim_->holds(e.param);
+}
+
+bool Table::glance(const Warm& w, const void* tensor, Seen* now) const {
+  if (w.direct) return shim_->read(tensor, &now->data, &now->signature);
   dlpack::Tensor t;
-  if (api_->tensor_from_object(object, &t) != 0) {
+  if (api_->tensor_from_object(const_cast<void*>(tensor), &t) != 0) {
     PyErr_Clear();
-    *ok = false;
-    return {};
+    return false;
   }
-  constexpr uint64_t kPrime = 0x9E3779B97F4A7C15ull;
   uint64_t h = uint64_t(t.dtype.code) << 8 ^ uint64_t(t.dtype.bits) << 16 ^ uint64_t(t.device.type) << 32 ^ uint64_t(t.device.id) << 40 ^
                uint64_t(t.ndim);
-  for (int d = 0; d < t.ndim; ++d) {
-    h = (h ^ uint64_t(t.shape[d])) * kPrime;
-    h = ((h ^ h >> 29) ^ uint64_t(t.strides[d])) * kPrime;
-    h ^= h >> 31;
-  }
-  return {object, static_cast<char*>(t.data) + t.byte_offset, t.shape, h};
-}
-
-// Whether the state dict holds the very objects it held. Walking it costs a quarter of looking its keys up.
-bool Table::same_values(const Entry& e) const {
-  Py_ssize_t at = 0;
-  int n = 0;
-  for (PyObject *key, *value; PyDict_Next(e.state.ptr(), &at, &key, &value); ++n)
-    if (n == e.n_values || value != e.values[n]) return false;
-  return n == e.n_values;
-}
-
-// The warm path: true if nothing changed but, perhaps, the gradient's address. Everything else goes through scan_entry.
-bool Table::unchanged(Entry& e, PyObject* grad, bool* moved) {
-  if (!e.warm || !api_ || e.wrapped) return false;
-  bool ok = true;
-  const Seen p = glance(e.param.ptr(), &ok), g = glance(grad, &ok);
-  ok &= p.data == e.seen_p.data && p.signature == e.seen_p.signature && g.signature == e.seen_g.signature;
-  ok &= same_values(e);
-  // Scalars and masks are ours, and whoever moves them to another device moves the parameter too: their identity is enough.
-  for (size_t k = 0; ok && k <= n_states_; ++k) {
-    const Seen& before = k < n_states_ ? e.seen[k] : e.seen[slots_.size() - n_optional_];
-    if (!before.object) continue;
-    const Seen now = glance(before.object, &ok);
-    ok &= now.data == before.data && now.signature == before.signature;
-  }
-  if (!ok) return false;
-  e.seen_g.object = g.object;
-  e.seen_g.shape = g.shape;
-  if (g.data != e.seen_g.data) {
-    if (!g.data && e.p.numel) return false;
-    e.seen_g.data = e.g.data = g.data;
-    e.desc.grad = g.data;
-    e.desc.aligned = (e.other_addresses | uintptr_t(g.data)) % 16 == 0;
-    *moved = true;
-  }
+  for (int d = 0; d < t.ndim; ++d) h = mix(h, t.shape[d], t.strides[d]);
+  *now = {static_cast<char*>(t.data) + t.byte_offset, h | 1};
   return true;
 }
 
-void Table::remember(Entry& e, PyObject* grad) {
-  e.warm = false;
-  if (!api_ || e.wrapped) return;
-  bool ok = true;
-  e.seen_p = glance(e.param.ptr(), &ok);
-  e.seen_g = glance(grad, &ok);
-  for (size_t k = 0; k < slots_.size(); ++k) e.seen[k] = e.objects[k] ? glance(e.objects[k].ptr(), &ok) : Seen{};
+// The warm path: kSame or kMoved if nothing changed but, perhaps, the gradient's address. Everything else goes through scan_entry.
+Table::Verdict Table::compare(size_t i, const void* grad) {
+  Warm& w = warm_[i];
+  if (!w.sound) return kRead;
+  Seen p, g, now;
+  if (!glance(w, reference(w, w.param), &p) || !(p == w.p)) return kRead;
+  // Whether the state dict holds the very objects it held. Walking it costs a quarter of looking its keys up.
   Py_ssize_t at = 0;
-  e.n_values = 0;
-  for (PyObject *key, *value; ok && PyDict_Next(e.state.ptr(), &at, &key, &value);) {
-    ok = e.n_values < kMaxValues;
-    if (ok) e.values[e.n_values++] = value;
+  int n = 0;
+  for (PyObject *key, *value; PyDict_Next(w.state, &at, &key, &value); ++n) {
+    if (n == w.n_values || value != w.values[n].object) return kRead;
+    if (!w.values[n].seen.signature) continue;
+    if (!glance(w, reference(w, value), &now) || !(now == w.values[n].seen)) return kRead;
   }
-  e.warm = ok;
+  if (n != w.n_values || !glance(w, grad, &g) || g.signature != w.g.signature) return kRead;
+  if (g.data == w.g.data) return kSame;
+  Entry& e = entries_[i];
+  if (!g.data && e.p.numel) return kRead;
+  w.g.data = e.g.data = g.data;
+  e.desc.grad = g.data;
+  e.desc.aligned = (e.other_addresses | uintptr_t(g.data)) % 16 == 0;
+  return kMoved;
 }
 
-// A step comes after a backward pass: nothing of this is in the caches, and each tensor is a chain of misses. Fetching a few entries ahead
-// overlaps them. The addresses are only prefetched, never read: a stale one costs time, nothing else.
-void Table::prefetch(size_t i) const {
-  const auto fetch = [](const void* p, int from, int to) {
-    for (int line = from; line <= to; line += 64) __builtin_prefetch(static_cast<const char*>(p) + line);
+// What can be said of an entry without Python's help; any thread may ask while the caller holds the interpreter.
+Table::Verdict Table::look(size_t i) {
+  Warm& w = warm_[i];
+  if (!w.direct || entries_[i].override_grad) return kRead;
+  const void* grad = shim_->grad(shim_->of(w.param));
+  if (grad) return w.live ? compare(i, grad) : kRead;
+  return std::exchange(w.live, false) ? kMoved : kSame;
+}
+
+void Table::look_at_all(int threads) {
+  verdicts_.assign(entries_.size(), kRead);
+  if (!shim_) return;
+#if defined(Py_GIL_DISABLED)
+  threads = 1;  // a dict may only be walked by one thread that Python knows
+#endif
+  cpu::parallel_for(int64_t(entries_.size()), 256, threads, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) verdicts_[size_t(i)] = look(size_t(i));
+  });
+}
+
+// After a full reading. The shim is believed where it agrees with it.
+void Table::remember(size_t i, PyObject* grad) {
+  Entry& e = entries_[i];
+  Warm& w = warm_[i];
+  if (!api_ || e.wrapped) return;
+  const auto see = [&](PyObject* object, const Layout& l, Seen* seen) {
+    const bool held = !w.direct || shim_->holds(py::reinterpret_borrow<py::object>(object));
+    return held && glance(w, reference(w, object), seen) && seen->data == l.data;
   };
-  const auto tensor = [&](const Seen& s) {
-    fetch(s.object, 0, 0);
-    fetch(s.shape, -128, 64);  // the sizes lie inside torch's tensor record
-  };
-  constexpr size_t kEntry = 12, kTensors = 6;
-  if (i + kEntry < entries_.size()) {
-    fetch(&entries_[i + kEntry], 0, int(sizeof(Entry)) - 1);
-    fetch(entries_[i + kEntry].state.ptr(), 0, 0);
+  bool ok = see(w.param, e.p, &w.p) && see(grad, e.g, &w.g);
+  Py_ssize_t at = 0;
+  w.n_values = 0;
+  for (PyObject *key, *value; ok && PyDict_Next(w.state, &at, &key, &value);) {
+    if (w.n_values == kMaxValues) return;
+    Held& h = w.values[w.n_values++];
+    h = {value, {}};
+    // Scalars and the like are ours, and whoever moves them to another device moves the parameter too: their identity is enough.
+    for (size_t k = 0; k < slots_.size(); ++k)
+      if (e.objects[k].ptr() == value && (k < n_states_ || k == slots_.size() - n_optional_)) ok &= see(value, e.layouts[k], &h.seen);
   }
-  if (i + kTensors < entries_.size() && entries_[i + kTensors].warm) {
-    const Entry& e = entries_[i + kTensors];
-    tensor(e.seen_p);
-    tensor(e.seen_g);
-    for (size_t k = 0; k < n_states_; ++k) tensor(e.seen[k]);
-    if (e.seen[slots_.size() - n_optional_].object) tensor(e.seen[slots_.size() - n_optional_]);
-  }
+  w.sound = ok;
+}
+
+bool Table::bump_versions(int threads) const {
+  if (!shim_) return false;
+  for (int64_t i : active)
+    if (!warm_[size_t(i)].direct) return false;
+  std::atomic<bool> refused{false};
+  cpu::parallel_for(int64_t(active.size()), 1024, threads, [&](int64_t first, int64_t last) {
+    try {
+      for (int64_t k = first; k < last; ++k) shim_->bump_version(shim_->of(warm_[size_t(active[size_t(k)])].param));
+    } catch (const std::exception&) {
+      refused = true;  // an inference tensor, which has no version: torch's own function skips it
+    }
+  });
+  return !refused;
 }
 
 }  // namespace fa

@@ -14,8 +14,8 @@ from . import __version__
 # command -> (module with main(argv) -> exit code, one line of help)
 COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("fusedadapt.doctor", "versions, backends found and why others are absent, a short self-test"),
-    "finetune": ("fusedadapt.finetune.cli", "fine-tune a real pretrained encoder for code search with a fused optimizer"),
-    "bench": ("fusedadapt.bench", "time the kernels against torch side by side; table, JSON and plots"),
+    "finetune": ("fusedadapt.finetune.cli", "fine-tune a real pretrained encoder for code search, whole or by adapters"),
+    "bench": ("fusedadapt.bench", "time optimizers or adapters against torch and PEFT side by side"),
     "parity": ("fusedadapt.parity", "worst error against the fp64 truth per rule, dtype and case, for ours or another library"),
 }
 
@@ -25,7 +25,7 @@ def _parser() -> argparse.ArgumentParser:
     listing = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())
     parser = argparse.ArgumentParser(
         prog="python -m fusedadapt",
-        description="Fused optimizer kernels: what is here, is it right, how fast is it.",
+        description="Fused kernels for adapting models: what is here, is it right, how fast is it.",
         epilog=f"commands:\n{listing}\n\n`python -m fusedadapt <command> --help` tells more.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -157,11 +157,17 @@ def random16(seed, element, tensor, step):
 
 
 @triton.jit
+def spread16(r0, r1, r2, r3):
+    """16-bit lanes of Philox results [..., n] in the order of their elements: [..., n, 2, 2, 2], to be reshaped to [..., 8 n]."""
+    words = tl.join(tl.join(r0, r2), tl.join(r1, r3))  # [i, j, k] is word 2j + k of block i
+    return tl.join(words, words >> 16)
+
+
+@triton.jit
 def random16_run(seed, first, tensor, step, BLOCK: tl.constexpr):
     """The same for elements first .. first + BLOCK - 1, `first` a multiple of 8: eight elements share one Philox."""
     r0, r1, r2, r3 = random_block(seed, (first >> 3) + tl.arange(0, BLOCK // 8), tensor, step)
-    words = tl.join(tl.join(r0, r2), tl.join(r1, r3))  # [i, j, k] is word 2j + k of block i
-    return tl.reshape(tl.join(words, words >> 16), [BLOCK])
+    return tl.reshape(spread16(r0, r1, r2, r3), [BLOCK])
 
 
 @triton.jit
@@ -199,3 +205,92 @@ def pow_f32(x, power):
     """x^power for x >= 0 through fp64, rounded once."""
     wide = tl.exp(tl.log(x.to(tl.float64)) * power.to(tl.float64)).to(tl.float32)
     return tl.where(power == 0.0, 1.0, wide)
+
+
+# Decided by the decorator when this file is imported: nothing here reads the environment.
+INTERPRETED = tl.constexpr(not isinstance(program, triton.JITFunction))
+
+
+@triton.jit
+def finite_rest(x, part):
+    """x - part, exact; 0 where the part is infinite already, or the rest would be NaN."""
+    return tl.where(tl.abs(part) == float("inf"), 0.0, x - part)
+
+
+@triton.jit
+def upper8(x):
+    """x cut to bf16's 8 significant bits, still fp32."""
+    return as_float(as_bits(x) & 0xFFFF0000)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a b on the matrix units, accumulated in fp32 and of fp32 grade for every pair of fp32, bf16 and fp16 operands.
+
+    Two operands of the same 16-bit type are multiplied as they are. An fp32 operand against a bf16 one is cut into three bf16 terms, which
+    hold all its 24 bits: three fast products, and the other operand stays as it lies in shared memory. Against fp16, whose range is too small
+    for such terms, it is cut into two tf32 ones (fp16 fits in tf32). Two fp32 operands take Triton's own three tf32 products.
+    """
+    if a.dtype == tl.float32 and b.dtype == tl.float32:
+        acc = tl.dot(a, b, acc, input_precision="tf32x3")
+    elif a.dtype == b.dtype:
+        if INTERPRETED:  # its product of bf16 multiplies the bits as integers
+            acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+        else:
+            acc = tl.dot(a, b, acc)
+    elif a.dtype == tl.float32:
+        acc = split_dot(b, a, acc, True)
+    else:
+        acc = split_dot(a, b.to(tl.float32), acc, False)
+    return acc
+
+
+@triton.jit
+def ordered_dot(narrow, term, acc, SWAPPED: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + narrow term, or acc + term narrow if SWAPPED."""
+    if SWAPPED:
+        acc = tl.dot(term, narrow, acc, input_precision=PRECISION)
+    else:
+        acc = tl.dot(narrow, term, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def split_dot(narrow, x, acc, SWAPPED: tl.constexpr):
+    """`dot` of a 16-bit and an fp32 operand, the smallest term first."""
+    if narrow.dtype == tl.bfloat16:
+        high = upper8(x)
+        rest = finite_rest(x, high)
+        middle = upper8(rest)
+        low = rest - middle
+        if INTERPRETED:
+            narrow = narrow.to(tl.float32)
+        acc = ordered_dot(narrow, low.to(narrow.dtype), acc, SWAPPED, "ieee")
+        acc = ordered_dot(narrow, middle.to(narrow.dtype), acc, SWAPPED, "ieee")
+        acc = ordered_dot(narrow, high.to(narrow.dtype), acc, SWAPPED, "ieee")
+    else:
+        high = as_float((as_bits(x) + 0x1000) & 0xFFFFE000)  # rounded, so that the rest fits tf32 but for its last bit
+        low = finite_rest(x, high)
+        narrow = narrow.to(tl.float32)
+        acc = ordered_dot(narrow, low, acc, SWAPPED, "tf32")
+        acc = ordered_dot(narrow, high, acc, SWAPPED, "tf32")
+    return acc
+
+
+@triton.jit
+def store_rounded(pointer, x, valid):
+    """Rounds fp32 `x` once, to nearest even, into an fp32, bf16 or fp16 array."""
+    if pointer.dtype.element_ty == tl.bfloat16:
+        tl.store(pointer.to(tl.pointer_type(tl.uint16), bitcast=True), to_bf16(x), valid)
+    else:
+        tl.store(pointer, x.to(pointer.dtype.element_ty), valid)
+
+
+@triton.jit
+def round_like(pointer, x):
+    """What `store_rounded` would store, as fp32."""
+    if pointer.dtype.element_ty == tl.bfloat16:
+        x = as_float(to_bf16(x).to(tl.uint32) << 16)
+    else:
+        x = x.to(pointer.dtype.element_ty).to(tl.float32)
+    return x

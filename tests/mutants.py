@@ -16,6 +16,10 @@ class Mutant(NamedTuple):
 
 
 RULES, ADAM, NUMBERS, DTYPES = "csrc/core/rules.h", "csrc/core/rules_adam.h", "csrc/core/numbers.h", "csrc/core/dtypes.h"
+TRUTH, MID, FUNCTION = "fusedadapt/reference/lowrank.py", "fusedadapt/lowrank/mid.py", "fusedadapt/lowrank/function.py"
+FUNCTIONAL, LOWRANK = "fusedadapt/lowrank/functional.py", "fusedadapt/ops/lowrank.py"
+LR_HOST, LR_CPU = "csrc/cpu/lowrank.cpp", "csrc/cpu/lowrank_isa.cpp"
+DERIVATIVES, CONTRACT = "test_lowrank_derivatives.py::test_derivatives", "test_lowrank_contract.py::test_"
 SWEEP, HOST, TABLE = "csrc/cpu/optim_isa.cpp", "csrc/cpu/optim.cpp", "csrc/table_host.cpp"
 
 MUTANTS = (
@@ -53,7 +57,7 @@ MUTANTS = (
         "", "test_a_gradient_in_another_memory_order",
     ),
     Mutant(TABLE, 'if (!same_shape(e.p, e.g)) fail("shape:grad");', "", "test_a_wrong_gradient_is_refused"),
-    Mutant("csrc/table_warm.cpp", "ok &= p.data == e.seen_p.data && p.signature", "ok &= p.signature", "test_a_moved_parameter_is_found"),
+    Mutant("csrc/table_warm.cpp", "!(p == w.p)", "p.signature != w.p.signature", "test_a_moved_parameter_is_found"),
     # the reference
     Mutant(
         "fusedadapt/reference/rules_adam.py", "r.step_size, r.eps = h.lr * root2 / bc1, h.eps * root2\n",
@@ -94,4 +98,41 @@ MUTANTS = (
     ),
     Mutant("fusedadapt/optim/adam.py", '0.96 ** group["momentum_decay"]', '0.9 ** group["momentum_decay"]', "test_as_torch[NAdam]"),
     Mutant("fusedadapt/optim/release.py", "        p.grad = None\n", "", "test_released_gradients_are_freed"),
+    # low-rank: the reference and the middle
+    Mutant(TRUTH, ">= threshold).to(device)", "> threshold).to(device)", f"{CONTRACT}the_edge_of_a_mask[reference]"),
+    Mutant(
+        TRUTH, "& 0xFFFFFFFFFFFFFFFF, element, stream, 0)", "& 0xFFFFFFFFFFFFFFFF, element, 0, 0)",
+        f"{CONTRACT}masks_are_the_same_bits_everywhere[cpp-5-13]",
+    ),
+    Mutant(TRUTH, "torch.where(keep, x * (65536 / (65536 - threshold)), 0)", "torch.where(keep, x, 0)", f"{DERIVATIVES}[dropout]"),
+    Mutant(TRUTH, "@ a[r].to(total.dtype), seed, t, i)", "@ a[r].to(total.dtype), seed, t, 0)", f"{DERIVATIVES}_of_a_group"),
+    Mutant(TRUTH, "        d = d * row_scale.to(d.dtype)\n", "", f"{DERIVATIVES}[row scale]"),
+    Mutant(MID, "d_token = (d * active).sum(1)", "d_token = (dv * active).sum(1)", f"{DERIVATIVES}[everything]"),
+    Mutant(MID, "d_rank = (d * u).sum(0)", "d_rank = (d * gated).sum(0)", f"{DERIVATIVES}[rank gate]"),
+    Mutant(MID, "aten.gelu_backward(d, u, approximate=\"tanh\")", "aten.gelu_backward(d, u)", f"{DERIVATIVES}[gelu_tanh]"),
+    Mutant(MID, "return v * mid.scaling", "return v", f"{DERIVATIVES}[everything]"),
+    # low-rank: the autograd function, its checks, the ops
+    Mutant(FUNCTION, "x if needs_x else None, col_scale", "x, col_scale", "test_lowrank_memory.py::test_saved_bytes_without_gradients_of_a"),
+    Mutant(FUNCTION, "is not None and output.scale_bias else db", "is not None else db", f"{DERIVATIVES}[row scale and bias]"),
+    Mutant(FUNCTION, "upstream = into_x or any(", "upstream = True or any(", f"{CONTRACT}only_what_is_needed_is_computed"),
+    Mutant(FUNCTION, "    @once_differentiable", "    #", f"{CONTRACT}double_backward_is_refused"),
+    Mutant(
+        FUNCTION, "known.new_zeros(known.shape[0], w) if d is None", "known if d is None",
+        "test_lowrank_derivatives.py::test_partly_frozen_groups[one of two A]",
+    ),
+    Mutant(FUNCTION, "(dx, None, None, None, x, False)", "(dx, None, None, None, xs, False)", f"{DERIVATIVES}[col scale]"),
+    Mutant(FUNCTIONAL, "p = s.dropout_p if training else 0.0", "p = s.dropout_p", f"{CONTRACT}seeds[reference]"),
+    Mutant(FUNCTIONAL, "gate.to(scale.dtype) * scale", "gate", f"{DERIVATIVES}[trained scaling]"),
+    Mutant(LOWRANK, "torch.autograd.graph.increment_version(y)", "pass", f"{CONTRACT}in_place_ops_are_seen_by_autograd[cpp]"),
+    Mutant(LOWRANK, "x.stride(1) == 1 and (", "(", "test_lowrank_cpp"),
+    Mutant(LOWRANK, "b, _dense(row_scale), y0, need_bias", "b, row_scale, y0, need_bias", "test_lowrank_triton[100001]"),
+    # low-rank: C++ and Triton
+    Mutant(LR_HOST, "&& !s.threshold && !out.back().threshold", "&& !s.threshold", "test_lowrank_cpp"),
+    Mutant(LR_CPU, "widen_one(at[j * step_n]) * scale;", "widen_one(at[j * step_n]);", f"{CONTRACT}masks_are_the_same_bits_everywhere[cpp-5-13]"),
+    Mutant(LR_CPU, "sums[i] = add ? sums[i] + total : total;", "sums[i] = total;", f"{CONTRACT}skinny_w[cpp]"),
+    Mutant(LR_CPU, "if (w.bias) f += ", "if (w.bias) f -= ", "test_lowrank_cpp"),
+    Mutant(LR_CPU, "? double(w.row_scale[t]) : 1.0", "? double(w.row_scale[0]) : 1.0", "test_lowrank_in_place"),
+    Mutant("kernels/lowrank_parts.py", ".to(tl.int32) >= threshold", ".to(tl.int32) > threshold", f"{CONTRACT}the_edge_of_a_mask[triton]"),
+    Mutant("kernels/lowrank_shrink.py", "u = u * kept_scale(h[i])", "u = u", f"{CONTRACT}masks_are_the_same_bits_everywhere[triton-5-13]"),
+    Mutant("kernels/lowrank_grads.py", "mb = mb * factor[:, None]", "mb = mb", "test_lowrank_triton[100001]"),
 )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import test_lowrank_fuzz as lowrank_fuzz
 import test_optim_fuzz as fuzz
 import torch
 from torch import nn
@@ -197,3 +198,18 @@ def test_a_negative_variance_counts_as_zero(backend: str) -> None:
     v, m = opt.state[p]["square_avg"], opt.state[p]["grad_avg"]
     q = (v - m * m).clamp(min=0)
     assert torch.equal(p.detach(), before - p.grad / (q.double().sqrt().float() + torch.tensor(1e-3)))
+
+
+def test_lowrank_cpp() -> None:
+    for seed in range(40):
+        lowrank_fuzz.run_case("cpp", seed)
+
+
+@pytest.mark.parametrize("seed", [100_001, 100_004])
+def test_lowrank_triton(seed: int, quick_calls: None) -> None:
+    lowrank_fuzz.run_case("triton", seed, small=True)
+
+
+def test_lowrank_in_place() -> None:
+    for seed in range(12):
+        lowrank_fuzz.in_place("cpp", seed)

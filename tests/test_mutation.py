@@ -20,20 +20,24 @@ ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("fusedadapt", "kernels", "csrc", "tests", "CMakeLists.txt", "pyproject.toml")
 FLAGS = ["-std=c++17", "-O0", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-DFA_MODULE_NAME=_core"]
 # Only the baseline instruction set is compiled: the others' tables point to it.
-OTHER_SETS = """#include "cpu/optim.h"
+OTHER_SETS = """#include "cpu/lowrank.h"
+#include "cpu/optim.h"
 #if defined(__x86_64__)
 namespace fa::cpu {
 extern const Kernels kernels_avx2 = kernels_base, kernels_avx512 = kernels_base;
+namespace lowrank {
+extern const Kernels kernels_avx2 = kernels_base, kernels_avx512 = kernels_base;
+}
 }
 #endif
 """
 UNITS = (
-    "csrc/cpu/optim_isa.cpp", "csrc/cpu/optim.cpp", "csrc/cpu/pool.cpp", "csrc/table_host.cpp", "csrc/table_warm.cpp", "csrc/bindings.cpp",
-    "csrc/bindings_cuda.cpp",
+    "csrc/cpu/optim_isa.cpp", "csrc/cpu/optim.cpp", "csrc/cpu/pool.cpp", "csrc/table_host.cpp", "csrc/table_warm.cpp", "csrc/torch_shim.cpp",
+    "csrc/bindings.cpp", "csrc/bindings_cuda.cpp", "csrc/cpu/lowrank.cpp", "csrc/cpu/lowrank_isa.cpp", "csrc/bindings_lowrank.cpp",
 )  # fmt: skip
 # A shared header is always inlined, so the units that merely show it to Python keep working with the sound objects.
 SWEEPS = ("csrc/cpu/optim_isa.cpp", "csrc/cpu/optim.cpp")
-SHOWN = {"csrc/core/philox.h": ("csrc/bindings.cpp",)}
+SHOWN = {"csrc/core/philox.h": ("csrc/bindings.cpp",), "csrc/cpu/lowrank_vector.h": ("csrc/cpu/lowrank_isa.cpp",)}
 
 
 def compiler() -> str | None:

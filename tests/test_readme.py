@@ -3,16 +3,50 @@
 import re
 from pathlib import Path
 
+import pytest
+import torch
+
 from fusedadapt.optim import OPTIMIZERS
 from fusedadapt.optim.spec import RULES
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parents[1]
+README, DOCS = (ROOT / "README.md").read_text(encoding="utf-8"), ROOT / "docs"
 
 
-def test_the_example_runs(capsys) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
-    exec(compile(code, "README.md", "exec"), {})
-    assert "AdaBelief[adabelief] cpu" in capsys.readouterr().out
+def examples(text: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text, re.S)
+
+
+def test_the_examples_run(capsys) -> None:
+    for code in examples(README):
+        exec(compile(code, "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    assert "AdaBelief[adabelief] cpu" in printed and "LoRALinear[dora]" in printed
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_the_examples_of_the_adapters_run(number: int) -> None:
+    from fusedadapt.lowrank import LoRALinear, methods
+
+    code = examples((DOCS / "lowrank.md").read_text(encoding="utf-8"))[number]
+    if "import peft" in code:
+        pytest.importorskip("peft")
+    known = dict(methods.METHODS)
+    exec(compile(code, "lowrank.md", "exec"), {})
+    if new := methods.METHODS.keys() - known.keys():
+        layer = LoRALinear(8, 8, method=new.pop())
+        layer(torch.randn(2, 8)).sum().backward()
+        assert layer.gain.grad is not None and layer.merge().retained == 1.0
+        methods.METHODS.clear()
+        methods.METHODS.update(known)
+
+
+def test_the_table_of_methods() -> None:
+    from fusedadapt.lowrank import METHODS
+
+    for text in (README.split("<!-- methods -->")[1].split("<!-- /methods -->")[0], (DOCS / "lowrank.md").read_text(encoding="utf-8")):
+        listed = {name.strip("` ") for line in text.splitlines() if "arXiv" in line and line[0] == "|" for name in line.split("|")[1].split(",")}
+        assert listed == set(METHODS)
 
 
 def bytes_per_parameter(rule: str, width: int, state: int) -> int:
@@ -22,8 +56,6 @@ def bytes_per_parameter(rule: str, width: int, state: int) -> int:
 
 
 def test_the_table_of_optimizers() -> None:
-    import torch
-
     table = README.split("<!-- rules -->")[1].split("<!-- /rules -->")[0]
     rows = [[c.strip() for c in line.strip("|").split("|")] for line in table.splitlines() if line.startswith("|")][2:]
     listed = {name.strip(): row for row in rows for name in row[0].split(",")}

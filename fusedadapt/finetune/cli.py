@@ -13,6 +13,7 @@ from rich.console import Console
 
 from ..checkpoint import CheckpointError
 from . import report
+from .adapters import ADAPTERS, IN_PEFT, INITS
 from .errors import FinetuneError
 from .train import CHECKPOINT, DTYPES, REPORT, Config, run, stored_config
 
@@ -40,7 +41,12 @@ def parser() -> argparse.ArgumentParser:
     )
     d = Config()
     p.add_argument("--optimizer", metavar="NAME", help=f"any rule of fusedadapt.optim, or torch:CLASS (default {d.optimizer})")
-    p.add_argument("--compare", choices=["torch"], help="run torch's optimizer of the same name over the same batches, side by side")
+    p.add_argument("--compare", choices=["torch", "peft"], help="side by side: torch's optimizer of the same name, or PEFT's adapter")
+    p.add_argument("--adapter", choices=list(ADAPTERS), help="train a low-rank adapter and freeze the rest; merged at the end")
+    p.add_argument("--rank", type=_positive(int), help=f"of the adapter (default {d.rank})")
+    p.add_argument("--alpha", type=_positive(float), help=f"scaling times rank, as LoRA counts it (default {d.alpha:g})")
+    p.add_argument("--dropout", type=_positive(float, zero=True), help=f"on the adapter's input (default {d.dropout})")
+    p.add_argument("--init", choices=INITS, help="of lora_A and lora_B (default: the method's own)")
     p.add_argument("--steps", type=_positive(int), help=f"default {d.steps}")
     p.add_argument("--batch", type=_positive(int), help=f"pairs per step (default {d.batch})")
     p.add_argument("--lr", type=_positive(float), help="peak learning rate (default: per rule, AdamW 5e-5)")
@@ -87,7 +93,24 @@ def configure(typed: dict[str, Any]) -> tuple[Config, Path, bool]:
         raise FinetuneError(
             "finetune: expected --dtype bf16 with --master-weights or --stochastic-rounding; got fp32, which needs neither; add --dtype bf16"
         )
+    _check_adapter(config, fields)
     return config, out, resume
+
+
+def _check_adapter(config: Config, typed: dict[str, Any]) -> None:
+    """FinetuneError where the adapter's options do not fit."""
+    own = sorted({"rank", "alpha", "dropout", "init"} & typed.keys())
+    if config.adapter is None and own:
+        raise FinetuneError(f"finetune: expected --adapter with --{own[0]}; got none; add --adapter lora or drop the option")
+    if config.dropout >= 1:
+        raise FinetuneError(f"finetune: expected --dropout below 1; got {config.dropout:g}; use a probability like 0.05")
+    if config.compare == "peft" and config.adapter not in IN_PEFT:
+        got = f"--adapter {config.adapter}" if config.adapter else "no adapter"
+        raise FinetuneError(f"finetune: expected --adapter {'|'.join(IN_PEFT)} with --compare peft; got {got}; choose one of them")
+    if config.adapter is not None and (config.master_weights or config.stochastic_rounding):
+        raise FinetuneError("finetune: expected no --master-weights or --stochastic-rounding with --adapter; got both; drop them: adapters are fp32")
+    if config.init is not None and config.adapter not in IN_PEFT:
+        raise FinetuneError(f"finetune: expected --adapter {'|'.join(IN_PEFT)} with --init; got {config.adapter}, which has its own; drop --init")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -114,7 +137,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(line, highlight=False)
     for path in paths:
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
-    console.print(f"{config.optimizer}: {result.seconds:.0f} s in all", highlight=False)
+    name = config.optimizer + (f", {config.adapter}" if config.adapter else "")
+    console.print(f"{name}: {result.seconds:.0f} s in all", highlight=False)
     return 0
 
 

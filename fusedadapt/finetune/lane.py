@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..testing.saved import SavedBytes
+from .adapters import Adapter, AnyAdapter, plain_weights
 from .data import Pair
 from .errors import FinetuneError
 from .metrics import Quality, info_nce, logits, quality
@@ -45,8 +48,8 @@ class Lane:
     """Trains ``model`` with ``rule`` on pairs; every step is a pure function of the weights, the optimizer's state, the batch and
     (seed, step)."""
 
-    def __init__(self, model: Encoder, rule: Rule, tokens: Tokens, seed: int):
-        self.model, self.rule, self.tokens, self.seed = model, rule, tokens, seed
+    def __init__(self, model: Encoder, rule: Rule, tokens: Tokens, seed: int, adapter: AnyAdapter | None = None):
+        self.model, self.rule, self.tokens, self.seed, self.adapter = model, rule, tokens, seed, adapter
         self.device = model.embeddings.word_embeddings.weight.device
         self.optimizer: Any = rule.build(model)
         self.base_lr = [float(group["lr"]) for group in self.optimizer.param_groups]
@@ -58,21 +61,26 @@ class Lane:
         """Step ``index`` (from 0) at ``factor`` times the base learning rate."""
         for group, lr in zip(self.optimizer.param_groups, self.base_lr, strict=True):
             group["lr"] = lr * factor
+        if self.adapter is not None:
+            torch.manual_seed(self._seed_of(index))  # the dropout masks: a function of (seed, step), also after a resume
         start = self._now()
         # The fused attention kernels have no second derivative.
         with sdpa_kernel(SDPBackend.MATH) if self.rule.recipe.create_graph else contextlib.nullcontext():
             queries, candidates = (self.embed([getattr(pair, side) for pair in pairs], side) for side in ("text", "code"))
             loss = info_nce(queries, candidates)
+        penalty = None if self.adapter is None else self.adapter.penalty()
         extra = self._update_hessian(queries, candidates, index)
         with warnings.catch_warnings():
             # The cycle of parameter and gradient that torch warns of ends with zero_grad below.
             warnings.filterwarnings("ignore", message="Using backward\\(\\) with create_graph=True")
-            loss.backward(create_graph=self.rule.recipe.create_graph)
+            (loss if penalty is None else loss + penalty).backward(create_graph=self.rule.recipe.create_graph)
         middle = self._now()
         if self.rule.clip is not None:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.rule.clip)
         self.optimizer.step(**dict.fromkeys(self.step_arguments, len(pairs)))
         end = self._now()
+        if self.adapter is not None:
+            self.adapter.stepped(index)
         self.optimizer.zero_grad(set_to_none=True)
         value = loss.item()
         if not math.isfinite(value):
@@ -87,7 +95,7 @@ class Lane:
         if not hasattr(self.optimizer, "update_hessian") or index % self.rule.recipe.hessian_every:
             return 0.0
         scores = logits(queries, candidates)
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + index)
+        generator = torch.Generator().manual_seed(self._seed_of(index))
         labels = torch.multinomial(scores.detach().softmax(-1).cpu(), 1, generator=generator).squeeze(1).to(self.device)
         F.cross_entropy(scores, labels).backward(retain_graph=True)
         start = self._now()
@@ -95,6 +103,33 @@ class Lane:
         seconds = self._now() - start
         self.optimizer.zero_grad(set_to_none=True)
         return seconds
+
+    def _seed_of(self, index: int) -> int:
+        return self.seed * 1_000_003 + index
+
+    def kept_for_backward(self, pairs: list[Pair]) -> int:
+        """Bytes that autograd keeps between the forward and the backward pass of this batch, weights not counted."""
+        with torch.random.fork_rng(), SavedBytes([*self.model.parameters(), *self.model.buffers()]) as saved:
+            parts = [self.embed([getattr(pair, side) for pair in pairs], side) for side in ("text", "code")]
+        del parts
+        return saved.total
+
+    def parameters(self) -> tuple[int, int]:
+        """(trained, all)."""
+        sizes = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
+        return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
+
+    def save_adapter(self, folder: Path) -> None:
+        """The adapter alone, for use; see `Adapter.save`."""
+        assert isinstance(self.adapter, Adapter)
+        with self._for_use():
+            self.adapter.save(folder)
+
+    def merge(self) -> dict[str, float]:
+        """Puts the adapter into the weights, for good; layer name -> share of the change that was kept (PEFT's reports none)."""
+        assert self.adapter is not None
+        self._mode("eval")
+        return self.adapter.merge()
 
     def embed(self, texts: list[str], side: str) -> Tensor:
         """Unit embeddings (N, d) fp32 in the order of ``texts``; ``side`` is "text" or "code" and sets the token limit."""
@@ -112,13 +147,19 @@ class Lane:
     def final_weights(self) -> dict[str, Tensor]:
         """Weights for use, on the CPU."""
         with self._for_use():
+            if self.adapter is not None:
+                return plain_weights(self.model)
             return {name: tensor.detach().cpu().clone() for name, tensor in self.model.state_dict().items()}
 
     @contextlib.contextmanager
     def _for_use(self) -> Iterator[None]:
-        """Schedule-Free trains at one point and is used at another. The way back is rounded, hence the copy."""
+        """Without dropout. Schedule-Free trains at one point and is used at another; the way back is rounded, hence the copy."""
+        self.model.eval()
         if not hasattr(self.optimizer, "eval"):
-            yield
+            try:
+                yield
+            finally:
+                self.model.train()
             return
         kept = [parameter.detach().clone() for parameter in self.model.parameters()]
         self._mode("eval")
@@ -126,6 +167,7 @@ class Lane:
             yield
         finally:
             self._mode("train")
+            self.model.train()
             with torch.no_grad():
                 for parameter, value in zip(self.model.parameters(), kept, strict=True):
                     parameter.copy_(value)

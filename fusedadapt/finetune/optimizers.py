@@ -62,13 +62,15 @@ class Rule:
     note: str | None = None
 
     def build(self, model: nn.Module) -> torch.optim.Optimizer:
-        """One group for matrices and embeddings, one without weight decay for biases and norms."""
+        """One group for matrices and embeddings, one without weight decay for biases, norms and scales."""
         trained = [p for p in model.parameters() if p.requires_grad]
-        groups: list[dict[str, Any]] = [{"params": [p for p in trained if p.ndim > 1]}, {"params": [p for p in trained if p.ndim <= 1]}]
+        matrices = [p for p in trained if p.ndim > 1 and 1 not in p.shape]  # N x 1: the scales of an adapter
+        vectors = [p for p in trained if p.ndim <= 1 or 1 in p.shape]
+        groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors}]
         if "weight_decay" in inspect.signature(self.cls).parameters:
             groups[1]["weight_decay"] = 0.0
         make: Any = self.cls
-        return make(groups, lr=self.lr, **self.arguments)
+        return make([group for group in groups if group["params"]], lr=self.lr, **self.arguments)
 
 
 def _torch_classes() -> dict[str, type[torch.optim.Optimizer]]:

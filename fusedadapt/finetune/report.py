@@ -17,6 +17,7 @@ from rich.table import Table
 
 from .. import __version__
 from .lane import Lane
+from .metrics import Quality
 from .train import CHECKPOINT, REPORT, Result
 
 COLOURS = (("#1f5fa8", "#8fb4dc"), ("#c8641a", "#e9b58c"))  # per lane: strong, pale; told apart in grey and by the colour-blind
@@ -90,9 +91,23 @@ def notes(result: Result) -> list[str]:
     if len(result.lanes) == 2:
         ours, other = result.lanes
         gap = max(abs(a - b) for a, b in zip(ours.history.loss, other.history.loss, strict=True))
-        ratio = medians(other)[1] / medians(ours)[1]
-        lines.append(f"largest difference of the two loss curves: {gap:.3g}; {other.rule.label} takes {ratio:.2f} times our optimizer time")
+        compute, own = (b / a for a, b in zip(medians(ours), medians(other)))
+        lines.append(f"largest difference of the two loss curves: {gap:.3g}; {other.rule.label} takes {own:.2f} times our optimizer time")
+        if result.config.compare == "peft":
+            lines.append(f"PEFT takes {compute:.2f} times our forward and backward; its dropout masks are others, so the curves differ")
+    for lane, adapted in zip(result.lanes, result.adapted, strict=False):
+        share = adapted.trained / adapted.parameters
+        lines.append(
+            f"{lane.rule.label}: {adapted.trained:,} of {adapted.parameters:,} parameters trained ({share:.2%}); "
+            f"a batch keeps {adapted.kept_for_backward / 1e6:,.0f} MB for backward"
+        )
+        kept = f"; {min(adapted.retained.values()):.4%} of the change kept in the worst of {len(adapted.retained)} layers" if adapted.retained else ""
+        lines.append(f"merged into the weights: MRR {adapted.merged.mrr:.4f} (apart {quality_of(result, lane).mrr:.4f}){kept}")
     return lines
+
+
+def quality_of(result: Result, lane: Lane) -> Quality:
+    return result.after[result.lanes.index(lane)]
 
 
 def as_json(result: Result) -> dict[str, Any]:
@@ -120,6 +135,7 @@ def as_json(result: Result) -> dict[str, Any]:
         "data": {"train": result.pairs[0], "held_out": result.pairs[1], "digest": result.data_digest},
         "before": result.before.as_dict(),
         "lanes": lanes,
+        "adapted": [asdict(adapted) for adapted in result.adapted],
         "seconds": result.seconds,
     }
 
@@ -129,6 +145,8 @@ def write(result: Result, out: Path) -> list[Path]:
     plot(result, [out / "curves.png", out / "curves.svg"])
     (out / REPORT).write_text(json.dumps(as_json(result), indent=1) + "\n")
     models = [out / folder / "model.safetensors" for folder in ("model", "model-compared")][: len(result.lanes)]
+    if result.adapted:
+        models.append(out / "adapter" / "adapter_model.safetensors")
     return [*models, out / CHECKPOINT, out / "curves.png", out / "curves.svg", out / REPORT]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from .. import checkpoint
-from . import data, model
+from . import adapters, data, model
 from .errors import FinetuneError
 from .lane import History, Lane
 from .metrics import Quality
@@ -44,6 +44,11 @@ class Config:
     dtype: str = "fp32"
     master_weights: str | None = None
     stochastic_rounding: bool = False
+    adapter: str | None = None
+    rank: int = 16
+    alpha: float = 16.0
+    dropout: float = 0.05
+    init: str | None = None
     quick: bool = False
     threads: int = field(default_factory=torch.get_num_threads)
 
@@ -58,6 +63,18 @@ class Watcher(Protocol):
 
 
 @dataclass
+class Adapted:
+    """What an adapter cost and left: parameters trained and in all; bytes a batch keeps for backward; layer -> share of the change that merging kept
+    (PEFT reports none); quality of the merged model."""
+
+    trained: int
+    parameters: int
+    kept_for_backward: int
+    retained: dict[str, float]
+    merged: Quality
+
+
+@dataclass
 class Result:
     config: Config
     lanes: list[Lane]
@@ -66,6 +83,7 @@ class Result:
     pairs: tuple[int, int]
     data_digest: str
     seconds: float
+    adapted: list[Adapted] = field(default_factory=list)
 
 
 def run(config: Config, out: Path, watcher: Watcher, *, save_every: int, resume: bool) -> Result:
@@ -89,12 +107,22 @@ def run(config: Config, out: Path, watcher: Watcher, *, save_every: int, resume:
     def keep(step: int) -> None:
         store(out / CHECKPOINT, config, lanes, before, digest, step)
 
+    batch = [train[i] for i in data.batch_indices(len(train), config.batch, config.seed, 0)]
+    kept = [lane.kept_for_backward(batch) for lane in lanes] if config.adapter is not None else []
     train_steps(config, train, lanes, watcher, done, save_every, keep)
     watcher.say("judging the model after training")
     after = [lane.evaluate(held_out) for lane in lanes]
+    adapted = [finish_adapter(lane, size, held_out, out) for lane, size in zip(lanes, kept, strict=False)]
     for lane, folder in zip(lanes, ("model", "model-compared"), strict=False):
         export(lane, out / folder, config)
-    return Result(config, lanes, before, after, (len(train), len(held_out)), digest, time.perf_counter() - began)
+    return Result(config, lanes, before, after, (len(train), len(held_out)), digest, time.perf_counter() - began, adapted)
+
+
+def finish_adapter(lane: Lane, kept: int, held_out: list[data.Pair], out: Path) -> Adapted:
+    """Saves the adapter apart (ours), merges it, judges the merged model."""
+    if isinstance(lane.adapter, adapters.Adapter):
+        lane.save_adapter(out / "adapter")
+    return Adapted(*lane.parameters(), kept, lane.merge(), lane.evaluate(held_out))
 
 
 def load_data(config: Config) -> tuple[list[data.Pair], list[data.Pair]]:
@@ -110,21 +138,38 @@ def build_lanes(config: Config) -> list[Lane]:
     if config.stochastic_rounding:
         extras["stochastic_rounding"] = True
     rule = resolve(config.optimizer, lr=config.lr, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm, extras=extras)
+    if config.adapter is not None and config.lr is None:
+        rule = replace(rule, lr=adapters.learning_rate(rule.lr, config.adapter))
     lanes = [_lane(config, rule)]
-    if config.compare is not None:
+    if config.compare == "peft":
+        lanes.append(_peft_lane(config, rule, lanes[0]))
+    elif config.compare is not None:
         if rule.label.startswith("torch "):
             raise FinetuneError(f"finetune: expected one of our rules with --compare torch; got {config.optimizer!r}; drop the 'torch:' or --compare")
         lanes.append(_lane(config, torch_twin(rule, lanes[0].optimizer, config.max_grad_norm)))
     return lanes
 
 
+def _encoder(config: Config) -> tuple[model.Encoder, Tokens]:
+    encoder = model.tiny(config.seed) if config.quick else model.pretrained()
+    tokens: Tokens = Hashed(model.TINY.vocab_size) if config.quick else Pretrained(model.pretrained_dir())
+    return encoder.to(config.device, DTYPES[config.dtype]), tokens
+
+
 def _lane(config: Config, rule: Rule) -> Lane:
-    tokens: Tokens
-    if config.quick:
-        encoder, tokens = model.tiny(config.seed), Hashed(model.TINY.vocab_size)
-    else:
-        encoder, tokens = model.pretrained(), Pretrained(model.pretrained_dir())
-    return Lane(encoder.to(config.device, DTYPES[config.dtype]), rule, tokens, config.seed)
+    encoder, tokens = _encoder(config)
+    adapter = None
+    if config.adapter is not None:
+        options = adapters.Options(config.adapter, config.rank, config.alpha, config.dropout, config.init)
+        adapter = adapters.Adapter(encoder, options, config.steps, config.seed)
+    return Lane(encoder, rule, tokens, config.seed, adapter)
+
+
+def _peft_lane(config: Config, rule: Rule, ours: Lane) -> Lane:
+    encoder, tokens = _encoder(config)
+    assert isinstance(ours.adapter, adapters.Adapter)
+    adapter = adapters.PeftAdapter(encoder, ours.adapter)
+    return Lane(encoder, replace(rule, label=f"PEFT, {rule.label}"), tokens, config.seed, adapter)
 
 
 def lr_factor(step: int, steps: int, constant: bool) -> float:
@@ -163,6 +208,7 @@ def store(path: Path, config: Config, lanes: list[Lane], before: Quality, digest
         "data": digest,
         "before": before.as_dict(),
         "history": [lane.history.as_dict() for lane in lanes],
+        "adapter": [lane.adapter.state() if lane.adapter is not None else None for lane in lanes],
     }
     names = [str(i) for i in range(len(lanes))]
     checkpoint.save(
@@ -187,6 +233,9 @@ def restore(path: Path, config: Config, lanes: list[Lane], digest: str) -> tuple
         )
     for lane, history in zip(lanes, extra["history"], strict=True):
         lane.history = History(**history)
+    for lane, state in zip(lanes, extra.get("adapter", []), strict=False):  # files of before there were adapters have none
+        if lane.adapter is not None:
+            lane.adapter.load_state(state)
     return Quality(**extra["before"]), int(extra["step"])
 
 

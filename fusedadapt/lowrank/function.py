@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..ops import dense
 from ..ops import lowrank as _ops  # noqa: F401 - defines torch.ops.fusedadapt.lr_*
@@ -86,7 +87,7 @@ class LowRankLinear(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         with _no_autocast(x.device.type):
             outputs = _outputs(tensors, plan, scalars)
-            xs = x if col_scale is None else x * col_scale.to(x.dtype)
+            xs = x if col_scale is None else (x * col_scale).to(x.dtype)
             p = scalars[:, 1]
             ranks = [rank for output in outputs for rank in output.ranks]
             u = ops.lr_shrink(xs, _stack([a for o in outputs for a in o.A], 0), seed, p, ranks) if ranks else None
@@ -107,20 +108,21 @@ class LowRankLinear(torch.autograd.Function):
                     if v is not None:
                         ops.lr_add_(y, v, b, None, None, [v.shape[1]])
                 results.append(y)
-            ctx.plan = plan
+            ctx.plan, ctx.device_type = plan, x.device.type
             needs_x = _needs_x(ctx.needs_input_grad[5:], outputs) or ctx.needs_input_grad[2]
             ctx.save_for_backward(x if needs_x else None, col_scale, seed, scalars, u, *kept, *tensors)
             ctx.set_materialize_grads(False)
             return tuple(results)
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, col_scale, seed, scalars, u, *rest = ctx.saved_tensors
         kept, tensors = rest[: len(ctx.plan)], rest[len(ctx.plan) :]
         _, want_x, want_col, _, _, *wanted = ctx.needs_input_grad
-        with _no_autocast(scalars.device.type if u is None else u.device.type):
+        with _no_autocast(ctx.device_type):
             outputs = _outputs(tensors, ctx.plan, scalars)
-            xs = x if x is None or col_scale is None else x * col_scale.to(x.dtype)
+            xs = x if x is None or col_scale is None else (x * col_scale).to(x.dtype)
             found: list[Tensor | None] = [None] * len(tensors)
             into_x, dx, dus, column = want_x or want_col, None, [], 0
             for output, dy, y0 in zip(outputs, grads, kept, strict=True):
@@ -138,9 +140,9 @@ class LowRankLinear(torch.autograd.Function):
             dx = _through_x(outputs, xs, seed, scalars, dus, wanted, found, dx)
             d_col = None
             if want_col and dx is not None:
-                d_col = (dx * x).sum(0, dtype=u.dtype if u is not None else None).to(col_scale.dtype)
+                d_col = ops.lr_bwd_dy(dx, None, None, None, x, False)[4].to(col_scale.dtype)  # sum over the tokens of dx * x, in fp32
             if dx is not None and col_scale is not None:
-                dx = dx * col_scale.to(dx.dtype)
+                dx = (dx * col_scale).to(dx.dtype)
             return None, dx if want_x else None, d_col, None, None, *found
 
 
@@ -202,10 +204,13 @@ def _through_x(
     dx: Tensor | None,
 ) -> Tensor | None:
     """A's gradients from one read of x, and dx += drop(dU A)."""
-    with_du = [du for du in dus if du is not None]
-    if not with_du:
+    known = next((du for du in dus if du is not None), None)
+    if known is None:
         return dx
-    du, p = _stack(with_du, 1), scalars[:, 1]
+    # An output that needs nothing upstream has no dU, but its segments keep their places in the stack, which number the masks.
+    width = [sum(output.ranks) for output in outputs]
+    du = _stack([known.new_zeros(known.shape[0], w) if d is None else d for d, w in zip(dus, width, strict=True) if w], 1)
+    p = scalars[:, 1]
     ranks = [rank for output in outputs for rank in output.ranks]
     if any(any(output.needs(wanted)["A"]) for output in outputs):
         ma, row = ops.lr_bwd_x(xs, du, seed, p, ranks), 0

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference.lowrank import ACTIVATIONS
+from ..ops.lowrank import DTYPES
+from ..reference.lowrank import ACTIVATIONS, wide
 from .function import LowRankLinear
 
 _apply: Any = LowRankLinear.apply
@@ -115,6 +116,7 @@ def lora_linear_group(
     Args and errors: as `lora_linear`. Returns one [..., N_i] per output.
     """
     _check_outputs(x, outputs, col_scale)
+    _check_seed(seed, x)
     lead, segments = x.shape[:-1], [s for output in outputs for s in output.segments]
     device_type = x.device.type
     if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
@@ -143,6 +145,8 @@ def _scalars(segments: Sequence[Segment], training: bool) -> tuple[Tensor, bool]
         p = s.dropout_p if training else 0.0
         dropping = dropping or isinstance(p, Tensor) or p > 0
         values += [1.0 if _is_trained(s.scaling) else s.scaling, p]
+    if not values:
+        return torch.zeros(0, 2, dtype=torch.float64), False
     if not torch.compiler.is_compiling() and not any(isinstance(value, Tensor) for value in values):
         return torch.tensor(values, dtype=torch.float64).view(-1, 2), dropping
     return torch.stack([_scalar(value) for value in values]).view(-1, 2), dropping
@@ -160,22 +164,26 @@ def _is_trained(scaling: float | Tensor) -> bool:
 
 
 def _token_gate(s: Segment, x2: Tensor) -> Tensor | None:
-    """One number per row of x2. A scaling that is trained, or lives on a device, joins in here."""
+    """One number per row of x2. A scaling that is trained, or lives on a device, joins in here: wide, so that its gradient is rounded once."""
     gate = None if s.token_gate is None else s.token_gate.reshape(-1)
     if isinstance(s.scaling, Tensor) and _is_trained(s.scaling):
-        scale = s.scaling.to(x2.device).reshape(1).expand(x2.shape[0])
-        return scale if gate is None else gate * scale
+        scale = s.scaling.to(x2.device, wide(x2.dtype)).reshape(1).expand(x2.shape[0])
+        return scale if gate is None else gate.to(scale.dtype) * scale
     return gate
 
 
 def _seed(seed: int | Tensor | None, x: Tensor) -> Tensor:
     if seed is None:
         return torch.randint(1 << 62, (1,), dtype=torch.int64, device=x.device)
+    return seed.reshape(1) if isinstance(seed, Tensor) else torch.tensor([seed], dtype=torch.int64, device=x.device)
+
+
+def _check_seed(seed: int | Tensor | None, x: Tensor) -> None:
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device:
             raise _error(f"seed as an int or one int64 on {x.device}", f"{seed.dtype} {tuple(seed.shape)} on {seed.device}", "convert or move it")
-        return seed.reshape(1)
-    return torch.tensor([seed], dtype=torch.int64, device=x.device)
+    elif seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**63):
+        raise _error("seed as an int of 64 bits, with a sign", repr(seed), "pass such a number, or none to draw one from torch's generator")
 
 
 def _cast(output: Output, dtype: torch.dtype) -> Output:
@@ -188,13 +196,15 @@ def _error(expected: str, got: str, fix: str) -> ValueError:
 
 
 def _check_outputs(x: Tensor, outputs: Sequence[Output], col_scale: Tensor | None) -> None:
-    if x.dim() < 1 or not x.dtype.is_floating_point:
-        raise _error("floating-point x of shape [..., K]", f"{x.dtype} {tuple(x.shape)}", "pass activations")
+    _check_tensor("x", x)
+    if x.dim() < 1 or x.shape[-1] < 1:
+        raise _error("x of shape [..., K] with K >= 1", str(tuple(x.shape)), "pass activations")
     if not outputs:
         raise _error("at least one output", "none", "pass weights")
-    k, tokens = x.shape[-1], x.numel() // x.shape[-1] if x.shape[-1] else 0
+    k, tokens = x.shape[-1], x.numel() // x.shape[-1]
     _check("col_scale", col_scale, (k,), x)
     for output in outputs:
+        _check_tensor("weight", output.weight)
         if output.weight.dim() != 2:
             raise _error(f"weight of shape (N, {k})", str(tuple(output.weight.shape)), "pass a matrix")
         n = output.weight.shape[0]
@@ -206,43 +216,61 @@ def _check_outputs(x: Tensor, outputs: Sequence[Output], col_scale: Tensor | Non
 
 
 def _check_segment(s: Segment, x: Tensor, n: int, k: int, tokens: int) -> None:
+    _check_tensor("lora_A", s.A)
     if s.A.dim() != 2 or s.A.shape[0] < 1:
         raise _error(f"lora_A of shape (R, {k}) with R >= 1", str(tuple(s.A.shape)), "pass a matrix")
     rank = s.A.shape[0]
-    inner = rank if s.core is None else s.core.shape[-1]
     _check("lora_A", s.A, (rank, k), x)
+    if s.core is not None:
+        _check_tensor("core", s.core)
+        if s.core.dim() != 2 or s.core.shape[1] < 1:
+            raise _error(f"core of shape ({rank}, R2) with R2 >= 1", str(tuple(s.core.shape)), "pass a matrix")
+    inner = rank if s.core is None else s.core.shape[1]
     _check("core", s.core, (rank, inner), x)
     _check("lora_B", s.B, (n, inner), x)
     _check("rank_gate", s.rank_gate, (rank,), x)
     if s.token_gate is not None:
+        _check_tensor("token_gate", s.token_gate)
         if s.token_gate.numel() != tokens or (x.dim() > 1 and s.token_gate.shape[: x.dim() - 1] != x.shape[:-1]):
             raise _error(f"token_gate of x's leading shape {tuple(x.shape[:-1])}", str(tuple(s.token_gate.shape)), "pass one number per token")
         _check("token_gate", s.token_gate, tuple(s.token_gate.shape), x)
-    if s.activation is not None and s.activation not in ACTIVATIONS:
+    if s.activation is not None and (not isinstance(s.activation, str) or s.activation not in ACTIVATIONS):
         raise _error(f"activation to be one of {', '.join(ACTIVATIONS)}", repr(s.activation), "name one of them, or leave it out")
     for name, value in (("dropout_p", s.dropout_p), ("scaling", s.scaling)):
+        if not isinstance(value, (int, float, Tensor)):
+            raise _error(f"{name} as a number or a tensor of one element", type(value).__name__, "pass one number")
         if isinstance(value, Tensor) and value.numel() != 1:
             raise _error(f"{name} as a number or a tensor of one element", f"shape {tuple(value.shape)}", "pass one number")
     if isinstance(s.dropout_p, Tensor):
         if s.dropout_p.device.type != "cpu":
             raise _error("dropout_p on the CPU", str(s.dropout_p.device), "move it there: kernels take it as an argument")
-    elif not 0.0 <= s.dropout_p < 1.0:
-        raise _error("dropout_p in [0, 1)", str(s.dropout_p), "choose a probability below 1")
+        if torch.compiler.is_compiling():
+            return  # its value is not known yet: the op that meets it checks
+    if not 0.0 <= float(s.dropout_p) < 1.0:
+        raise _error("dropout_p in [0, 1)", str(float(s.dropout_p)), "choose a probability below 1")
+
+
+def _check_tensor(name: str, t: object) -> None:
+    if not isinstance(t, Tensor):
+        raise _error(f"{name} as a tensor", type(t).__name__, "pass a tensor")
+    if t.dtype not in DTYPES:
+        raise _error(f"floating-point {name}: float32, bfloat16, float16 or float64", str(t.dtype), "convert it")
 
 
 def _check(name: str, t: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:
     if t is None:
         return
+    _check_tensor(name, t)
     if tuple(t.shape) != shape:
         raise _error(f"{name} of shape {shape}", str(tuple(t.shape)), f"make it fit x of shape {tuple(x.shape)} and the other arguments")
     if t.device != x.device:
         raise _error(f"{name} on {x.device}, where x is", str(t.device), "move one of them")
-    if not t.dtype.is_floating_point:
-        raise _error(f"floating-point {name}", str(t.dtype), "convert it")
 
 
 def _check_dtypes(x: Tensor, outputs: Sequence[Output]) -> None:
     for output in outputs:
-        for name, t in (("weight", output.weight), ("bias", output.bias)):
+        # A bias that comes last, after a row scale, is added in fp32 by our own kernel: it may be wider (SSF's shift).
+        own_kernel = output.row_scale is not None and not output.scale_bias
+        for name, t in (("weight", output.weight), ("bias", None if own_kernel else output.bias)):
             if t is not None and t.dtype != x.dtype:
                 raise _error(f"{name} in x's dtype {x.dtype}", str(t.dtype), f"convert one of them (x.to({t.dtype})), or use torch.autocast")

@@ -21,10 +21,15 @@ _lib.define("dense_widened(Tensor x, Tensor w, Tensor? bias, bool transposed) ->
 
 
 @functools.cache
-def _cpu_multiplies(dtype: torch.dtype) -> bool:
-    """Whether this CPU's torch has a GEMM for a 16-bit dtype."""
+def _probe(dtype: torch.dtype) -> bool:
     probe = torch.ops.mkldnn._is_mkldnn_bf16_supported if dtype == torch.bfloat16 else torch.ops.mkldnn._is_mkldnn_fp16_supported
     return bool(probe())
+
+
+@torch.compiler.assume_constant_result  # type: ignore[no-untyped-call, untyped-decorator]
+def _cpu_multiplies(dtype: torch.dtype) -> bool:
+    """Whether this CPU's torch has a GEMM for a 16-bit dtype. The same throughout a process: a compiled graph takes the answer as a constant."""
+    return _probe(dtype)
 
 
 def widens(x: Tensor) -> bool:

@@ -75,8 +75,8 @@ def _vector(op: str, name: str, t: Tensor | None, length: Any, like: Tensor) -> 
 
 
 def _segments(op: str, seed: Tensor | None, p: Tensor | None, ranks: Sequence[int], total: Any, like: Tensor) -> None:
-    if sum(ranks) != total or not ranks:
-        _refuse(op, f"ranks that add up to {total}", list(ranks), "give the height of each segment")
+    if not ranks or sum(ranks) != total or any(rank < 1 for rank in ranks):
+        _refuse(op, f"ranks of at least 1 that add up to {total}", list(ranks), "give the height of each segment")
     if seed is None:
         return
     if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != like.device:
@@ -85,13 +85,24 @@ def _segments(op: str, seed: Tensor | None, p: Tensor | None, ranks: Sequence[in
         _refuse(op, f"p: {len(ranks)} probabilities on the CPU", None if p is None else f"{tuple(p.shape)} on {p.device}", "give one a segment")
 
 
-def _thresholds(seed: Tensor | None, p: Tensor | None, ranks: Sequence[int]) -> list[int]:
-    return [0] * len(ranks) if seed is None or p is None else [reference.threshold_of(v) for v in p.flatten().tolist()]
+def _thresholds(op: str, seed: Tensor | None, p: Tensor | None, ranks: Sequence[int]) -> list[int]:
+    """Of each segment. The values of p are known only here, not when a compiler traces the checks."""
+    values = [0.0] * len(ranks) if p is None else p.flatten().tolist()
+    if not all(0 <= v < 1 for v in values):
+        _refuse(op, "p in [0, 1)", values, "choose probabilities below 1")
+    if seed is None and any(values):
+        _refuse(op, "a seed with p > 0", None, "pass one int64")
+    return [reference.threshold_of(v) for v in values]
 
 
 def _rows(x: Tensor) -> Tensor:
     """x itself where kernels can read it: unit stride inside a row, rows apart; a copy otherwise."""
     return x if x.stride(1) == 1 and (x.stride(0) >= x.shape[1] or x.shape[0] == 1) else x.contiguous()
+
+
+def _dense(t: Tensor | None) -> Tensor | None:
+    """Rank-space matrices and vectors, which kernels read without strides."""
+    return None if t is None else t.contiguous()
 
 
 def _in_place(call: Callable[[Tensor], Any], y: Tensor) -> Any:
@@ -150,7 +161,7 @@ def _flops_shrink(x: Any, a: Any, *_: Any, **__: Any) -> int:
 def _shrink(x: Tensor, a: Tensor, seed: Tensor | None, p: Tensor | None, ranks: Sequence[int]) -> Tensor:
     if x.numel() == 0:
         return _fp32(x, x.shape[0], a.shape[0]).zero_()
-    return _run("shrink", x)(_rows(x), a, seed, _thresholds(seed, p, ranks), list(ranks))
+    return _run("shrink", x)(_rows(x), a, seed, _thresholds("shrink", seed, p, ranks), list(ranks))
 
 
 def _check_bwd_x(x: Tensor, u: Tensor, seed: Tensor | None, p: Tensor | None, ranks: Sequence[int]) -> None:
@@ -172,7 +183,7 @@ def _flops_bwd_x(x: Any, u: Any, *_: Any, **__: Any) -> int:
 def _bwd_x(x: Tensor, u: Tensor, seed: Tensor | None, p: Tensor | None, ranks: Sequence[int]) -> Tensor:
     if x.numel() == 0:
         return _fp32(x, u.shape[1], x.shape[1]).zero_()
-    return _run("bwd_x", x)(_rows(x), u.contiguous(), seed, _thresholds(seed, p, ranks), list(ranks))
+    return _run("bwd_x", x)(_rows(x), u.contiguous(), seed, _thresholds("bwd_x", seed, p, ranks), list(ranks))
 
 
 def _check_add(y: Tensor, u: Tensor, a: Tensor, seed: Tensor | None, p: Tensor | None, ranks: Sequence[int]) -> None:
@@ -194,7 +205,7 @@ def _flops_add(y: Any, u: Any, *_: Any, **__: Any) -> int:
 )
 def _add_(y: Tensor, u: Tensor, a: Tensor, seed: Tensor | None, p: Tensor | None, ranks: Sequence[int]) -> None:
     if y.numel():
-        _in_place(lambda out: _run("add_", y)(out, u.contiguous(), a, seed, _thresholds(seed, p, ranks), list(ranks)), y)
+        _in_place(lambda out: _run("add_", y)(out, u.contiguous(), a, seed, _thresholds("add_", seed, p, ranks), list(ranks)), y)
 
 
 def _check_scale_add(y0: Tensor, v: Tensor | None, a: Tensor | None, row_scale: Tensor, bias: Tensor | None) -> None:
@@ -221,7 +232,7 @@ def _flops_scale_add(y0: Any, v: Any, *_: Any, **__: Any) -> int:
 def _scale_add_(y0: Tensor, v: Tensor | None, a: Tensor | None, row_scale: Tensor, bias: Tensor | None) -> Tensor:
     if y0.numel() == 0:
         return y0.new_empty(y0.shape)
-    result: Tensor = _in_place(lambda out: _run("scale_add_", y0)(out, None if v is None else v.contiguous(), a, row_scale, bias), y0)
+    result: Tensor = _in_place(lambda out: _run("scale_add_", y0)(out, _dense(v), a, row_scale.contiguous(), _dense(bias)), y0)
     return result
 
 
@@ -261,7 +272,7 @@ def _bwd_dy(dy: Tensor, v: Tensor | None, b: Tensor | None, row_scale: Tensor | 
     if dy.numel() == 0:
         return tuple(part.zero_() for part in _fake_bwd_dy(dy, v, b, row_scale, y0, need_bias))
     y0 = y0 if y0 is None else _rows(y0)
-    out: tuple[Tensor, ...] = _run("bwd_dy", dy)(_rows(dy), None if v is None else v.contiguous(), b, row_scale, y0, need_bias)
+    out: tuple[Tensor, ...] = _run("bwd_dy", dy)(_rows(dy), _dense(v), b, _dense(row_scale), y0, need_bias)
     return out
 
 
@@ -274,7 +285,7 @@ def _check_dropout(x: Tensor, seed: Tensor, p: Tensor) -> None:
 def _dropout(x: Tensor, seed: Tensor, p: Tensor) -> Tensor:
     if x.numel() == 0:
         return x.new_empty(x.shape)
-    out: Tensor = _run("dropout", x)(_rows(x), seed, _thresholds(seed, p, [1])[0])
+    out: Tensor = _run("dropout", x)(_rows(x), seed, _thresholds("dropout", seed, p, [1])[0])
     return out
 
 
@@ -312,5 +323,5 @@ def _check_merge(w: Tensor, v: Tensor, a: Tensor, row_scale: Tensor | None) -> N
 def _merge_(w: Tensor, v: Tensor, a: Tensor, row_scale: Tensor | None) -> Tensor:
     if w.numel() == 0:
         return torch.zeros(2, dtype=torch.float64)
-    result: Tensor = _in_place(lambda out: _run("merge_", w)(out, v.contiguous(), a, row_scale), w)
+    result: Tensor = _in_place(lambda out: _run("merge_", w)(out, v.contiguous(), a, _dense(row_scale)), w)
     return result

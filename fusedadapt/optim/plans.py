@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..reference import optim as reference
+from . import shim as shims
 from . import table as tables
 from .spec import HYPER_FIELDS, RULES
 
@@ -58,16 +59,19 @@ class Plan:
         self.table = make(exchange, tables.read, list(self.spec.states), list(self.spec.aux), opt._extra_key,
                           tables.DEVICE_TYPES[device.type], device.index or 0)  # fmt: skip
         self._error = (tables.TableError,) if core is None else (tables.TableError, core.TableError)
+        if (shim := shims.shim()) is not None:
+            self.table.use_shim(shim)
         for e in entries:
             self.table.add(e.param, opt._state_of(e.param), e.group, e.ordinal, *opt._index_map(e.param))
 
     def prepare(self) -> None:
         """Reads every tensor and checks it. Writes nothing but missing states."""
+        threads = torch.get_num_threads()
         try:
-            status = self.table.scan()
+            status = self.table.scan(threads)
             if status == tables.MISSING_STATE:
                 self.opt._init_states([self.entries[i] for i in self.table.missing], self.rule)
-                status = self.table.scan()
+                status = self.table.scan(threads)
             self.copied = []
             if status == tables.STRIDED_GRADIENT:
                 self._copies = []
@@ -76,7 +80,7 @@ class Plan:
                     p = self.entries[i].param
                     self._copies.append(tables.memory_order(tables.local(p.grad), tables.local(p.detach())))
                     self.table.use_gradient(i, self._copies[-1])
-                status = self.table.scan()
+                status = self.table.scan(threads)
             if self.table.placement != self._checked:
                 self.table.check_overlap()
                 self._checked = self.table.placement
@@ -95,6 +99,8 @@ class Plan:
         self.hypers = hypers
 
     def bump_versions(self) -> None:
+        if self.table.bump_versions(torch.get_num_threads()):
+            return
         params = self.table.active_params
         torch.autograd.graph.increment_version(params)
         if self.opt._sharded:

@@ -69,7 +69,10 @@ class Table:
     def use_gradient(self, entry: int, grad: Tensor) -> None:
         self._override[entry] = grad
 
-    def scan(self) -> int:
+    def bump_versions(self, threads: int) -> bool:
+        return False
+
+    def scan(self, threads: int = 1) -> int:
         self.missing, self.strided, active, tensors = [], [], [], []
         for i, entry in enumerate(self._entries):
             grad = self._override.pop(i, entry[0].grad)

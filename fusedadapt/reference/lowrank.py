@@ -107,15 +107,14 @@ def bwd_dy(
     only exists with row_scale. dV and M_B use dY0 before its rounding.
     """
     d = dy.to(wide(dy.dtype))
-    none = d.new_empty(0)
-    db = d.sum(0) if need_bias else none
-    dg = none if y0 is None else (d * y0.to(d.dtype)).sum(0)
+    db = d.sum(0) if need_bias else d.new_empty(0)
+    dg = d.new_empty(0) if y0 is None else (d * y0.to(d.dtype)).sum(0)
     scaled = dy.new_empty(0)
     if row_scale is not None:
         d = d * row_scale.to(d.dtype)
         scaled = d.to(dy.dtype)
-    dv = none if b is None else d @ b.to(d.dtype)
-    mb = none if v is None else d.T @ v.to(d.dtype)
+    dv = d.new_empty(0) if b is None else d @ b.to(d.dtype)
+    mb = d.new_empty(0) if v is None else d.T @ v.to(d.dtype)
     return scaled, dv, mb, db, dg
 
 
@@ -135,7 +134,7 @@ def merge_(w: Tensor, v: Tensor, a: Tensor, row_scale: Tensor | None) -> Tensor:
 
     Returns fp64 [2]: (sum D * (W' - W), sum D * D) for the wanted change D: their ratio is the share of the change that the rounding kept.
     """
-    old = w.to(torch.float64)
+    old = w.to(torch.float64, copy=True)
     new = old + v.double() @ a.double()
     if row_scale is not None:
         new = new * row_scale.double()[:, None]

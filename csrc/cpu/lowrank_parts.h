@@ -1,0 +1,181 @@
+// What the low-rank walks are made of: register-tiled products and dropout masks. Only for *_isa.cpp files: everything is in an unnamed namespace, so
+// that the linker cannot merge one instruction set's copy into another's.
+#pragma once
+#include "lowrank.h"
+#include "lowrank_vector.h"
+
+namespace fa::cpu::lowrank {
+namespace {
+
+constexpr int64_t kBlockCols = 128;
+constexpr int64_t kStride = kBlockCols + 16;  // of a block in L1; not a power of two, so that a column of it is spread over all sets
+constexpr int64_t kMaskRows = 8, kMaskStride = 192;
+
+FA_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+FA_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// ---- products ----
+
+struct Product {
+  const float* a;
+  int64_t a_m, a_p;  // steps of a along m and p
+  const float* b;
+  int64_t b_p, depth;
+  int64_t c_m;
+  bool add;
+};
+
+template <int M, int V>
+void tile(const Product& g, const float* a, float* c) {
+  F sum[M][V];
+#pragma GCC unroll 32
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) sum[m][v] = F{};
+  const float* b = g.b;
+  const int64_t a_m = g.a_m, a_p = g.a_p, b_p = g.b_p;
+#pragma GCC unroll 2
+  for (int64_t p = g.depth; p > 0; --p, a += a_p, b += b_p) {
+    F right[V];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) right[v] = load<F>(b + v * kLanes);
+#pragma GCC unroll 32
+    for (int m = 0; m < M; ++m) {
+      const F left = splat(a[m * a_m]);
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) sum[m][v] = fma(left, right[v], sum[m][v]);
+    }
+  }
+#pragma GCC unroll 32
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) {
+      float* at = c + m * g.c_m + v * kLanes;
+      store(at, g.add ? load<F>(at) + sum[m][v] : sum[m][v]);
+    }
+}
+
+// Twelve sums hide the latency of the multiply-add: 6 x 2 vectors, 12 x 1 where one vector is all there is.
+#if defined(__AVX512F__)
+constexpr int kTall = 12;
+#else
+constexpr int kTall = 6;
+#endif
+using Tile = void (*)(const Product&, const float*, float*);
+const Tile kNarrow[] = {nullptr,    tile<1, 1>, tile<2, 1>, tile<3, 1>,  tile<4, 1>,  tile<5, 1>, tile<6, 1>,
+                        tile<7, 1>, tile<8, 1>, tile<9, 1>, tile<10, 1>, tile<11, 1>, tile<12, 1>};
+const Tile kWide[] = {nullptr,
+                      tile<1, 2>,
+                      tile<2, 2>,
+                      tile<3, 2>,
+                      tile<4, 2>,
+                      tile<5, 2>,
+                      tile<6, 2>
+#if defined(__AVX512F__)
+                      ,
+                      tile<7, 2>,
+                      tile<8, 2>,
+                      tile<9, 2>,
+                      tile<10, 2>,
+                      tile<11, 2>,
+                      tile<12, 2>
+#endif
+};
+
+// `columns` <= kWidth of c; up to the next multiple of kLanes are written.
+void product(const Product& g, int64_t rows, int64_t columns, float* c) {
+  const bool wide = columns > kLanes;
+  const int64_t tall = wide ? kTall : 12;
+  for (int64_t tiles = ceil_div(rows, tall), m = 0; tiles > 0; --tiles) {
+    const int64_t height = ceil_div(rows - m, tiles);
+    (wide ? kWide : kNarrow)[height](g, g.a + m * g.a_m, c + m * g.c_m);
+    m += height;
+  }
+}
+
+// ---- dropout ----
+
+constexpr int kBatch = 2;  // groups of counters in flight
+typedef uint16_t Halves __attribute__((vector_size(8 * kCounters)));
+
+struct Keys {
+  W k0[10], k1[10];
+};
+
+FA_INLINE void set_keys(Keys& keys, uint64_t seed) {
+  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+  for (int round = 0; round < 10; ++round, k0 += 0x9E3779B9u, k1 += 0xBB67AE85u) {
+    keys.k0[round] = W{} + k0;
+    keys.k1[round] = W{} + k1;
+  }
+}
+
+// Where the kCounters blocks from `start` on go.
+struct Group {
+  uint64_t start;
+  uint16_t* to;
+};
+
+void draw_batch(const Group* groups, const Keys& keys, uint32_t stream, uint32_t threshold) {
+  W c0[kBatch], c1[kBatch], c2[kBatch], c3[kBatch];
+#pragma GCC unroll 4
+  for (int i = 0; i < kBatch; ++i) {
+    c0[i] = counters(groups[i].start);
+    c1[i] = c0[i] >> 32;
+    c2[i] = W{} + stream;
+    c3[i] = W{};
+  }
+  const W m0 = W{} + 0xD2511F53u, m1 = W{} + 0xCD9E8D57u;
+#pragma GCC unroll 10
+  for (int round = 0; round < 10; ++round)
+#pragma GCC unroll 4
+    for (int i = 0; i < kBatch; ++i) {
+      const W x = multiply_low(c0[i], m0), y = multiply_low(c2[i], m1);
+      c0[i] = (y >> 32) ^ c1[i] ^ keys.k0[round];
+      c2[i] = (x >> 32) ^ c3[i] ^ keys.k1[round];
+      c1[i] = y;
+      c3[i] = x;
+    }
+  const Halves bar = Halves{} + uint16_t(threshold);
+#pragma GCC unroll 4
+  for (int i = 0; i < kBatch; ++i) {
+    const W low = W{} + 0xffffffffu;
+    W words[2];
+    words_in_order((c0[i] & low) | (c1[i] << 32), (c2[i] & low) | (c3[i] << 32), words);
+    store(groups[i].to, Halves(Halves(words[0]) >= bar));
+    store(groups[i].to + 4 * kCounters, Halves(Halves(words[1]) >= bar));
+  }
+}
+
+// keep[r * kMaskStride + shift(r) + j] = all ones where element first + r * row_step + j of the segment is kept; shift(r): that first element modulo 8.
+void draw(uint16_t* keep, uint64_t first, int64_t row_step, int64_t rows, int64_t columns, uint64_t seed, const Segment& s) {
+  constexpr int kMost = int(kMaskStride / (8 * kCounters));
+  Group groups[kMaskRows * kMost + kBatch];
+  alignas(64) uint16_t nowhere[8 * kCounters];
+  int count = 0;
+  for (int64_t r = 0; r < rows; ++r) {
+    const uint64_t e = first + uint64_t(r * row_step);
+    for (uint64_t block = e / 8; block <= (e + uint64_t(columns) - 1) / 8; block += kCounters)
+      groups[count++] = {block, keep + r * kMaskStride + int64_t(block - e / 8) * 8};
+  }
+  while (count % kBatch) groups[count++] = {0, nowhere};
+  Keys keys;
+  set_keys(keys, seed);
+  for (int i = 0; i < count; i += kBatch) draw_batch(groups + i, keys, s.stream, s.threshold);
+}
+
+// One block's masks, kMaskRows rows at a time: calls f(row of the block, its keep flags).
+template <class Function>
+FA_INLINE void for_masked_rows(int64_t t, int64_t k, int64_t rows, int64_t columns, int64_t total, uint64_t seed, const Segment& s,
+                               Function f) {
+  alignas(64) uint16_t keep[kMaskRows * kMaskStride];
+  for (int64_t r = 0; r < rows; r += kMaskRows) {
+    const int64_t n = least(kMaskRows, rows - r);
+    const uint64_t first = uint64_t((t + r) * total + k);
+    draw(keep, first, total, n, columns, seed, s);
+    for (int64_t i = 0; i < n; ++i) f(r + i, keep + i * kMaskStride + (first + uint64_t(i * total)) % 8);
+  }
+}
+
+}  // namespace
+}  // namespace fa::cpu::lowrank

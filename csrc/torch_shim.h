@@ -1,0 +1,53 @@
+// Reading a tensor through torch's C functions, at its place inside the Python object: a fifth of the cost of the DLPack exchange, and no
+// Python call, so that threads may share the reading. The addresses come from Python; nothing here needs torch's headers.
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include <vector>
+
+namespace fa {
+
+class Shim {
+ public:
+  // kNames: the functions, in the order in which `addresses` gives them. `probe`: any tensor that has no gradient.
+  // Raises std::invalid_argument where this torch lays its objects out in another way; tensors are then read through DLPack.
+  static const std::vector<const char*> kNames;
+  Shim(const std::vector<uintptr_t>& addresses, const pybind11::object& probe);
+
+  // at::Tensor* of a Python tensor. It lies inside the object (nothing is held), so it sees `.data = ...` and swap_tensors.
+  const void* of(PyObject* tensor) const { return reinterpret_cast<const char*>(tensor) + offset_; }
+  static const void* impl(const void* tensor) { return *static_cast<const void* const*>(tensor); }
+  // at::Tensor* of the gradient, null without one.
+  const void* grad(const void* tensor) const {
+    const void* g = grad_(impl(tensor));
+    return impl(g) == undefined_ ? nullptr : g;
+  }
+  // Whether `of` finds what torch itself says.
+  bool holds(const pybind11::object& tensor) const;
+  // False for what has no plain memory (sparse, opaque, freed lazily, ...). The signature stands for dtype, device, shape and strides.
+  bool read(const void* tensor, void** data, uint64_t* signature) const;
+  void bump_version(const void* tensor) const { bump_(tensor); }
+
+ private:
+  template <class T>
+  using Getter = int32_t (*)(const void* tensor, T* out);
+  Getter<int32_t> layout_, dtype_, device_type_, device_index_;
+  Getter<int64_t> dim_;
+  Getter<int64_t*> sizes_, strides_;
+  Getter<void*> data_;
+  const void* (*grad_)(const void* impl);
+  void (*bump_)(const void* tensor);
+  const void* undefined_ = nullptr;
+  size_t offset_ = 0;
+  int32_t strided_ = 0;
+};
+
+// One step of the hash over a tensor's shape and strides.
+inline uint64_t mix(uint64_t h, int64_t size, int64_t stride) {
+  constexpr uint64_t kPrime = 0x9E3779B97F4A7C15ull;
+  h = (h ^ uint64_t(size)) * kPrime;
+  h = ((h ^ h >> 29) ^ uint64_t(stride)) * kPrime;
+  return h ^ h >> 31;
+}
+
+}  // namespace fa

@@ -1,0 +1,177 @@
+"""DoRA (arXiv 2402.09353): a trained magnitude per output, over the norm of the adapted weight's row. The norm takes no gradient, as in the paper.
+
+    g = magnitude / ||W + s B A||_row
+    paper:   y = g * (x W^T + s B A drop(x)) + b                          lora_linear(row_scale=g): one product with W
+    PEFT:    y = x W^T + b + (g - 1) * (x_d W^T) + g * s B A x_d          x_d = drop(x): two; the same thing where nothing is dropped
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops import dense
+from ..ops import lowrank as _ops  # noqa: F401 - defines torch.ops.fusedadapt.lr_*
+from ..reference.lowrank import wide
+from .function import _no_autocast
+from .functional import Output, Segment, _cast, _check_dtypes, _check_outputs, _scalars, _seed, lora_linear
+
+ops = torch.ops.fusedadapt
+
+
+def _error(op: str, expected: str, got: object, fix: str) -> ValueError:
+    return ValueError(f"fusedadapt.{op}: expected {expected}; got {got}; {fix}")
+
+
+def dora_scale(weight: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor, magnitude: Tensor, rowsq: Tensor | None = None) -> Tensor:
+    """magnitude / ||W + s B A||_row, from one read of W and without the dense B A. Only ``magnitude`` gets a gradient.
+
+    The squared norm is w2 + 2 s C.B + s^2 (B A A^T).B with C = W A^T, in fp32. What falls below the rounding error of those three terms (W close to
+    -s B A) is raised to it: a norm that is all noise must not become a huge scale.
+
+    Args:
+        weight: [N, K]. A: [R, K]. B: [N, R]. magnitude: [N]. Any of fp32, bf16, fp16 (all fp64: computed in fp64).
+        scaling: s, a number or a 0-d tensor.
+        rowsq: [N], the squared norms of W's rows as `torch.ops.fusedadapt.lr_skinny_w` gives them, for callers that know W has not changed (same
+            data_ptr and _version, and nobody writes through .data).
+
+    Returns:
+        [N] in fp32 (fp64).
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    if weight.dim() != 2 or A.dim() != 2 or A.shape[1] != weight.shape[1] or tuple(B.shape) != (weight.shape[0], A.shape[0]):
+        shapes = f"{tuple(weight.shape)}, {tuple(A.shape)}, {tuple(B.shape)}"
+        raise _error("dora_scale", "weight (N, K), A (R, K), B (N, R)", shapes, "pass one adapter's matrices and the weight they adapt")
+    for name, vector in (("magnitude", magnitude), ("rowsq", rowsq)):
+        if vector is not None and tuple(vector.shape) != (weight.shape[0],):
+            raise _error("dora_scale", f"{name} of shape ({weight.shape[0]},)", tuple(vector.shape), "give one number per row of W")
+    with torch.no_grad():
+        norm = _row_norm(weight, A, B, scaling, rowsq)
+    return magnitude.to(norm.dtype) / norm
+
+
+def _row_norm(weight: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor, rowsq: Tensor | None) -> Tensor:
+    rank = [A.shape[0]]
+    if rowsq is None:
+        c, rowsq = ops.lr_skinny_w(weight, A)
+    else:
+        c = ops.lr_shrink(weight, A, None, None, rank)
+    # These products, too, by lr_shrink: torch's would follow autocast and TF32 down to three digits.
+    gram = ops.lr_shrink(A, A, None, None, rank)
+    mixed = ops.lr_shrink(B, gram, None, None, rank)
+    b = B.to(c.dtype)
+    square = (mixed * b).sum(1) * scaling * scaling
+    total = rowsq + (c * b).sum(1) * scaling * 2 + square
+    limits = torch.finfo(total.dtype)
+    return torch.maximum(total, (rowsq + square) * limits.eps).clamp(min=limits.tiny).sqrt()
+
+
+class DoraDropout(torch.autograd.Function):
+    """PEFT's form with a mask. (x [T, K], weight, bias | None, A, B, row_scale [N], seed, scalars fp64 CPU [1, 2]: scaling and p) -> y [T, N].
+
+    Saves x by reference, U (T x R), the seed, and x_d W^T where the scale is trained; not x_d.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, row_scale: Tensor, seed: Tensor, scalars: Tensor
+    ) -> Tensor:
+        with _no_autocast(x.device.type):
+            s, p = scalars[0, 0], scalars[:, 1]
+            y = dense.linear(x, weight, bias)
+            z = dense.linear(ops.lr_dropout(x, seed, p), weight)
+            u = ops.lr_shrink(x, A, seed, p, [A.shape[0]])
+            # In fp32 until the last rounding: y takes two corrections, and rounding after each would cost more than eager does.
+            total = y.to(wide(y.dtype))
+            total.addcmul_(z.to(total.dtype), (row_scale - 1).to(total.dtype))
+            ops.lr_add_(total, u * s, _scaled(B, row_scale).t(), None, None, [A.shape[0]])
+            need = ctx.needs_input_grad
+            ctx.save_for_backward(x if need[1] or need[3] else None, weight, A, B, row_scale, seed, scalars, u, z if need[5] else None)
+            ctx.bias_dtype = None if bias is None else bias.dtype
+            return total.to(y.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, A, B, row_scale, seed, scalars, u, z = ctx.saved_tensors
+        want_x, want_w, want_bias, want_a, want_b, want_g, _, _ = ctx.needs_input_grad
+        with _no_autocast(dy.device.type):
+            s, p, rank = scalars[0, 0], scalars[:, 1], [A.shape[0]]
+            v = u * s if want_b or want_g else None
+            _, dv, mb, db, dg = ops.lr_bwd_dy(dy, v, _scaled(B, row_scale) if want_x or want_a else None, None, z, want_bias)
+            d_a = d_x = d_w = d_b = d_g = d_u = None
+            if want_x or want_a:
+                d_u = dv * s
+            if want_a:
+                d_a = ops.lr_bwd_x(x, d_u, seed, p, rank).to(A.dtype)
+            if want_b:
+                d_b = (mb * row_scale.to(mb.dtype)[:, None]).to(B.dtype)
+            if want_g:
+                d_g = (dg + (mb * B.to(mb.dtype)).sum(1)).to(row_scale.dtype)
+            if want_x or want_w:
+                dz = (dy * (row_scale - 1)).to(dy.dtype)
+                if want_x:
+                    branch = dense.linear_dx(dz, weight)
+                    ops.lr_add_(branch, d_u, A, None, None, rank)
+                    d_x = dense.linear_dx(dy, weight).add_(ops.lr_dropout(branch, seed, p))
+                if want_w:
+                    d_w = (dy.t() @ x + dz.t() @ ops.lr_dropout(x, seed, p)).to(weight.dtype)
+            return d_x, d_w, db.to(ctx.bias_dtype) if want_bias else None, d_a, d_b, d_g, None, None
+
+
+def _scaled(B: Tensor, row_scale: Tensor) -> Tensor:
+    """row_scale * B in fp32 (fp64): N x R, small enough to make anew."""
+    dtype = torch.promote_types(wide(B.dtype), row_scale.dtype)
+    return B.to(dtype) * row_scale.to(dtype)[:, None]
+
+
+_apply: Any = DoraDropout.apply
+
+
+def dora_linear_peft(
+    x: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    magnitude: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scaling: float | Tensor = 1.0,
+    dropout_p: float | Tensor = 0.0,
+    training: bool = True,
+    seed: int | Tensor | None = None,
+) -> Tensor:
+    """DoRA as PEFT computes it: y = x W^T + b + (g - 1) * (x_d W^T) + g * s B A x_d, g = `dora_scale`, x_d = drop(x).
+
+    PEFT drops the input of the scaled base product too: a second product with W in each direction while dropout is on. The paper's form is
+    ``lora_linear(..., row_scale=dora_scale(...), dropout_p=p)``.
+
+    Args:
+        x: [..., K]; weight: [N, K]; A: [R, K]; B: [N, R]; magnitude, bias: [N]. Dtypes as in `lora_linear`.
+        scaling, dropout_p: a number or a 0-d CPU tensor; p in [0, 1), rounded to a multiple of 1/65536.
+        seed: as in `lora_linear`.
+
+    Returns:
+        [..., N] in x's dtype. Gradients for x, weight, bias, A, B and magnitude, those that somebody needs.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, p outside [0, 1).
+    """
+    output = Output(weight, bias, (Segment(A, B, scaling, dropout_p),))
+    _check_outputs(x, (output,), None)
+    scale = dora_scale(weight, A, B, scaling, magnitude)
+    p = dropout_p if training else 0.0
+    if not isinstance(p, Tensor) and p == 0:
+        return lora_linear(x, weight, A, B, bias=bias, scaling=scaling, row_scale=scale)
+    device_type = x.device.type
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device_type)
+        x, output = x.to(dtype), _cast(output, dtype)
+    _check_dtypes(x, (output,))
+    x2 = x.reshape(-1, x.shape[-1])
+    scalars, _ = _scalars(output.segments, training)
+    y: Tensor = _apply(x2, output.weight, output.bias, A, B, scale, _seed(seed, x2), scalars)
+    return y.reshape(*x.shape[:-1], weight.shape[0])

@@ -1,0 +1,291 @@
+"""`LoRALinear`: a frozen nn.Linear with any adapter of `METHODS`, run by the one fused call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import lowrank as ops
+from ..reference.lowrank import wide
+from . import inits, merge
+from .functional import lora_linear
+from .inits import Factors
+from .merge import MergeReport
+from .methods import METHODS, Method, VeraProjection
+
+Init = bool | str | Tensor | Factors
+
+
+class LoRALinear(nn.Linear):
+    """A frozen linear layer with a trained adapter, fused forward and backward: LoRA (arXiv 2106.09685) and its relatives.
+
+    ``method`` names a record of `fusedadapt.lowrank.METHODS`. Trained parameters:
+
+        lora, rslora   lora_A [r, K], lora_B [N, r]
+        dora           those and lora_magnitude [N]; ``dropout_form``: "paper" (in the low-rank branch only) or "peft" (two dense products)
+        adalora        those and lora_E [r, 1]; see `fusedadapt.lowrank.RankAllocator`
+        vera           vera_lambda_b [N], vera_lambda_d [r]; ``projection``: a shared `VeraProjection`, or ``projection_key``; ``d_initial``
+        ia3, ia3_ff    ia3_l [N, 1] on the output (keys, values) or [1, K] on the input (feed-forward)
+        ssf            ssf_scale, ssf_shift [N]; not the identity at the start
+
+    weight [N, K] and bias [N] are frozen. Scaling and dropout are run-time values: changing them recompiles nothing.
+
+    Args:
+        r, lora_alpha: rank (any >= 1) and alpha; scaling is alpha / r, alpha / sqrt(r) for rslora, alpha / (r + 1e-5) for adalora.
+        lora_dropout: in [0, 1), on the low-rank branch's input.
+        init: True (the method's own: A kaiming-uniform, B zero), False (both random), "kaiming", "gaussian", "orthogonal", "pissa", "olora",
+            "pissa_niter_<n>"; a tensor [r, K] for A with B zero (EVA); or `Factors` (CorDA). "pissa", "olora" and `Factors` rewrite the weight.
+        adapter_dtype: of the trained parameters. Default: fp32 on a 16-bit weight, else the weight's.
+
+    The state dict has the parameters and one extra fp64 tensor, (scaling, merged). Loading never rounds: a saved tensor that the layer's dtype cannot
+    hold is refused.
+
+    Raises:
+        ValueError: unknown method or init, r < 1, dropout outside [0, 1). TypeError: unknown options.
+    """
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    lora_E: nn.Parameter
+    lora_magnitude: nn.Parameter
+    vera_lambda_b: nn.Parameter
+    vera_lambda_d: nn.Parameter
+    ia3_l: nn.Parameter
+    ssf_scale: nn.Parameter
+    ssf_shift: nn.Parameter
+    projection: VeraProjection
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        r: int = 8,
+        lora_alpha: float = 8,
+        lora_dropout: float = 0.0,
+        method: str = "lora",
+        init: Init = True,
+        adapter_dtype: torch.dtype | None = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> None:
+        record = _checked(method, r, lora_dropout, options)
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._adapt(record, r, lora_alpha, lora_dropout, init, adapter_dtype, options)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        r: int = 8,
+        lora_alpha: float = 8,
+        *,
+        lora_dropout: float = 0.0,
+        method: str = "lora",
+        init: Init = True,
+        adapter_dtype: torch.dtype | None = None,
+        **options: Any,
+    ) -> LoRALinear:
+        """The same layer with an adapter. Shares ``linear``'s weight and bias, which are frozen from here on; ``init`` and `merge` write to them.
+
+        Arguments and errors as the class; TypeError if ``linear`` is not a plain nn.Linear.
+        """
+        if not isinstance(linear, nn.Linear) or isinstance(linear, LoRALinear):
+            raise TypeError(f"LoRALinear.from_linear: expected a torch.nn.Linear; got {type(linear).__name__}; pass the layer to adapt")
+        record = _checked(method, r, lora_dropout, options)
+        self = cls.__new__(cls)
+        nn.Linear.__init__(self, linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self._adapt(record, r, lora_alpha, lora_dropout, init, adapter_dtype, options)
+        return self.train(linear.training)
+
+    def _adapt(
+        self, record: Method, r: int, alpha: float, dropout: float, init: Init, adapter_dtype: torch.dtype | None, options: dict[str, Any]
+    ) -> None:
+        self.method, self.r, self.lora_alpha = record.name, r if record.ranked else 0, alpha
+        self.options = dict(record.options) | options
+        base = self.weight.dtype if self.weight.dtype.is_floating_point else torch.float32
+        self.adapter_dtype = adapter_dtype or wide(base)
+        # neither parameters nor buffers: .to() must leave them on the CPU in fp64, where a compiled graph reads them anew at each call
+        self.lora_scaling = torch.tensor(record.law(alpha, max(r, 1)), dtype=torch.float64)
+        self._dropout = torch.tensor(dropout, dtype=torch.float64)
+        self.merged = False
+        self._before: merge.Before | None = None
+        if record.prepare is not None:
+            record.prepare(self)
+        sizes = {"r": r, "K": self.in_features, "N": self.out_features, "1": 1}
+        for part in record.parts:
+            empty = torch.empty([sizes[letter] for letter in part.shape], device=self.weight.device, dtype=self.adapter_dtype)
+            self.register_parameter(part.name, nn.Parameter(empty))
+        self.reset_adapter(init)
+        for frozen in (self.weight, self.bias):
+            if frozen is not None:
+                frozen.requires_grad_(False)
+
+    @torch.no_grad()
+    def reset_adapter(self, init: Init = True) -> None:
+        """Fills the trained parameters anew. ``init``: as the class."""
+        record = METHODS[self.method]
+        if init is not True and not record.inits:
+            raise ValueError(f"LoRALinear[{self.method}]: expected init=True, its own; got {init!r}; other initialisations are for lora_A and lora_B")
+        for part in record.parts:
+            if not (record.inits and part.name in ("lora_A", "lora_B")):
+                part.fill(getattr(self, part.name))
+        if record.inits:
+            inits.initialise(self, init)
+        if record.finish is not None:
+            record.finish(self)
+
+    def reset_parameters(self) -> None:
+        """Draws weight and bias as nn.Linear does, and the adapter."""
+        super().reset_parameters()
+        if "method" in self.__dict__:
+            self.reset_adapter()
+
+    # --- run-time values ---------------------------------------------------------------------------------------------------------------
+
+    @property
+    def scaling(self) -> float:
+        """s, what the low-rank branch is multiplied by; may be set at any time."""
+        return float(self.lora_scaling)
+
+    @scaling.setter
+    def scaling(self, value: float) -> None:
+        self.lora_scaling.fill_(value)
+
+    @property
+    def lora_dropout(self) -> float:
+        """p in [0, 1); may be set at any time."""
+        return float(self._dropout)
+
+    @lora_dropout.setter
+    def lora_dropout(self, p: float) -> None:
+        _check_dropout(p)
+        self._dropout.fill_(p)
+
+    def scaling_argument(self) -> float | Tensor:
+        """s as `lora_linear` wants it: to a compiler a tensor, so that one graph serves every s; otherwise a number, which costs less."""
+        return self.lora_scaling if torch.compiler.is_compiling() else float(self.lora_scaling)
+
+    def dropout_argument(self) -> float | Tensor:
+        """p, likewise; a plain 0 draws no seed."""
+        return self._dropout if torch.compiler.is_compiling() else float(self._dropout)
+
+    # --- forward -----------------------------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., K] -> [..., N], in x's dtype. Errors: as `lora_linear`."""
+        if self.merged:
+            return lora_linear(x, self.weight, None, None, bias=self.bias)
+        record = METHODS[self.method]
+        if record.call is not None and (y := record.call(self, x)) is not None:
+            return y
+        a = record.arguments(self, self.weight.dtype)
+        return lora_linear(
+            x, self.weight, a.A, a.B,
+            bias=a.bias, scaling=self.scaling_argument(), dropout_p=self.dropout_argument(), training=self.training,
+            rank_gate=a.rank_gate, row_scale=a.row_scale, scale_bias=a.scale_bias, col_scale=a.col_scale,
+        )  # fmt: skip
+
+    # --- merge -------------------------------------------------------------------------------------------------------------------------
+
+    def merge(self, *, backup: bool = True, name: str = "") -> MergeReport:
+        """Puts the adapter into the weight (and bias): computed in fp32 or wider, rounded once to the weight's dtype.
+
+        The report's ``retained`` is the share of the change that the rounding kept: bf16 cannot hold a small one. With ``backup`` (default) the
+        weight as it was is kept, one more copy in memory, and `unmerge` brings back the same bits. Without, `unmerge` computes the weight back from
+        a copy of the rank-r factors: some elements then differ in their last bits, and its report says what was lost. Everyone who shares the weight
+        sees it changed. ``name``: the layer's, for messages.
+
+        Raises:
+            RuntimeError: already merged. ValueError: a weight that cannot hold the result, factors that are not finite; nothing is changed.
+        """
+        return merge.merge_layer(self, backup, name)
+
+    def unmerge(self, *, name: str = "") -> MergeReport:
+        """Takes the adapter out of the weight again: bit for bit if `merge` kept a backup.
+
+        Raises:
+            RuntimeError: not merged, or merged before it was loaded from a state dict, which has no backup.
+        """
+        return merge.unmerge_layer(self, name)
+
+    def to_linear(self) -> nn.Linear:
+        """A plain nn.Linear that computes what this layer does in eval mode; this layer is left as it is."""
+        return merge.merged_linear(self)
+
+    # --- state -------------------------------------------------------------------------------------------------------------------------
+
+    def get_extra_state(self) -> Tensor:
+        """(scaling, merged) for the state dict."""
+        return torch.tensor([self.scaling, float(self.merged)], dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Takes over the scaling; `merged` goes with the weight."""
+        self.scaling = float(state[0])
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        lossy = [
+            f"{prefix}{name}: expected a dtype that {own.dtype} holds exactly; got {saved.dtype}; convert one, or load with assign=True"
+            for name, own in self._parameters.items()
+            if own is not None and isinstance(saved := state_dict.get(prefix + name), Tensor) and _rounds(saved.dtype, own.dtype)
+        ]
+        if lossy and not local_metadata.get("assign_to_params_buffers", False):
+            error_msgs += lossy
+            return
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        extra = prefix + "_extra_state"
+        if extra in missing_keys:  # a checkpoint of the parameters alone
+            missing_keys.remove(extra)
+        if prefix + "weight" in state_dict:
+            self.merged, self._before = bool(extra in state_dict and state_dict[extra][1] > 0), None
+
+    def extra_repr(self) -> str:
+        """nn.Linear's, and the adapter's settings."""
+        rank = f", r={self.r}, scaling={self.scaling:g}, dropout={self.lora_dropout:g}" if self.r else ""
+        return f"{super().extra_repr()}, method={self.method}{rank}{', merged' if self.merged else ''}"
+
+    def __fusedadapt_explain__(self) -> list[tuple[str, str, str]]:
+        what = f"{type(self).__name__}[{self.method}] {self.weight.dtype} {self.weight.device}".replace("torch.", "")
+        if self.merged:
+            return [(what, "torch", "merged: one dense product")]
+        choice = ops.choose("shrink", self.weight.device.type, self.weight.dtype)
+        note = "; dense product: torch's GEMM"
+        if METHODS[self.method].call is not None and self.options.get("dropout_form") == "peft":
+            note += "; dropout_form='peft': a second dense product while training with dropout"
+        return [(what, choice.backend, choice.reason + note)]
+
+
+def _checked(method: str, r: int, dropout: float, options: dict[str, Any]) -> Method:
+    if method not in METHODS:
+        raise ValueError(f"LoRALinear: expected a method of {', '.join(METHODS)}; got {method!r}; name one of them")
+    record = METHODS[method]
+    if record.ranked and (isinstance(r, bool) or not isinstance(r, int) or r < 1):
+        raise ValueError(f"LoRALinear[{method}]: expected a rank r >= 1; got {r!r}; choose a positive integer")
+    _check_dropout(dropout)
+    if unknown := sorted(set(options) - set(record.options)):
+        raise TypeError(f"LoRALinear[{method}]: expected options {sorted(record.options)}; got {unknown}; leave them out")
+    return record
+
+
+def _check_dropout(p: float) -> None:
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"LoRALinear: expected lora_dropout in [0, 1); got {p}; choose a probability below 1")
+
+
+def _rounds(saved: torch.dtype, own: torch.dtype) -> bool:
+    """Whether some value of `saved` has no equal in `own`."""
+    return saved != own and torch.promote_types(saved, own) != own

@@ -1,0 +1,204 @@
+"""Merging an adapter into its layer's weight, and taking it out again. What is merged follows from the method's `Arguments`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.lowrank import DTYPES
+from ..reference.lowrank import wide
+from .methods import METHODS
+
+if TYPE_CHECKING:
+    from .layer import LoRALinear
+
+
+class MergeReport(NamedTuple):
+    """``retained``: the share of the wanted change of the weight that its dtype's rounding kept (1: all). ``exact``: unmerging gives, or gave, the
+    weight's former bits."""
+
+    layer: str
+    retained: float
+    exact: bool
+
+
+class Change(NamedTuple):
+    """W <- row_scale * (W + v a) * col_scale, b <- bias; wide, detached. v: N x R; a: R x K."""
+
+    v: Tensor
+    a: Tensor
+    row_scale: Tensor | None
+    col_scale: Tensor | None
+    bias: Tensor | None
+
+
+@dataclass
+class Before:
+    """What unmerge needs: the weight as it was, or the change to take back; the bias as it was."""
+
+    weight: Tensor | None
+    change: Change
+    bias: Tensor | None
+
+
+def merge_adapters(model: nn.Module, *, backup: bool = True) -> dict[str, MergeReport]:
+    """Merges every unmerged `LoRALinear` of a model; see `LoRALinear.merge`. Returns layer name -> report.
+
+    Raises ValueError, naming the layer and with nothing changed, if any of them cannot hold the result, or two share one weight.
+    """
+    layers = {name: layer for name, layer in _layers(model).items() if not layer.merged}
+    owners: dict[int, str] = {}
+    for name, layer in layers.items():
+        _change(layer, backup, name)
+        if (other := owners.setdefault(id(layer.weight), name)) != name:
+            raise ValueError(f"{_label(layer, name)}: merge expected a weight of its own; got one that {other} adapts too; untie them first")
+    # fp16 may overflow in the middle of the model: backups until all is done
+    keep = backup or any(layer.weight.dtype == torch.float16 for layer in layers.values())
+    reports: dict[str, MergeReport] = {}
+    try:
+        for name, layer in layers.items():
+            reports[name] = layer.merge(backup=keep, name=name)
+    except ValueError:
+        for name in reports:
+            layers[name].unmerge(name=name)
+        raise
+    for name, layer in layers.items():
+        if not backup and layer._before is not None:
+            layer._before.weight, reports[name] = None, reports[name]._replace(exact=False)
+    return reports
+
+
+def unmerge_adapters(model: nn.Module) -> dict[str, MergeReport]:
+    """Unmerges every merged `LoRALinear` of a model; see `LoRALinear.unmerge`. Returns layer name -> report."""
+    return {name: layer.unmerge(name=name) for name, layer in _layers(model).items() if layer.merged}
+
+
+def _layers(model: nn.Module) -> dict[str, LoRALinear]:
+    from .layer import LoRALinear  # it imports this module
+
+    found = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALinear)}
+    if not found:
+        raise ValueError(f"merge: expected a model with LoRALinear layers; got a {type(model).__name__} without any; adapt it first")
+    return found
+
+
+@torch.no_grad()
+def merge_layer(layer: LoRALinear, backup: bool, name: str) -> MergeReport:
+    """`LoRALinear.merge`."""
+    label = _label(layer, name)
+    if layer.merged:
+        raise RuntimeError(f"{label}: merge expected an unmerged layer; it is merged already; unmerge it first")
+    change = _change(layer, backup, name)
+    # fp16 may overflow, which only the result shows: the copy makes that undoable
+    kept = layer.weight.detach().clone() if backup or layer.weight.dtype == torch.float16 else None
+    old_bias = None if layer.bias is None else layer.bias.detach().clone()
+    retained = _apply(layer.weight, change)
+    if layer.weight.dtype == torch.float16 and kept is not None and not torch.isfinite(layer.weight).all():
+        layer.weight.copy_(kept)
+        raise ValueError(f"{label}: merge expected a result within fp16's range; got an overflow; nothing was changed; merge in bf16 or fp32")
+    if layer.bias is not None and change.bias is not None:
+        layer.bias.copy_(change.bias)
+    layer.merged, layer._before = True, Before(kept if backup else None, change, old_bias)
+    return MergeReport(label, retained, backup)
+
+
+@torch.no_grad()
+def unmerge_layer(layer: LoRALinear, name: str) -> MergeReport:
+    """`LoRALinear.unmerge`."""
+    label, before = _label(layer, name), layer._before
+    if not layer.merged:
+        raise RuntimeError(f"{label}: unmerge expected a merged layer; it is not merged; nothing to do")
+    if before is None:
+        raise RuntimeError(f"{label}: unmerge expected the weight of before the merge; a state dict holds the merged one only; load an unmerged one")
+    retained = 1.0
+    if before.weight is not None:
+        layer.weight.copy_(before.weight)
+    else:
+        retained = _apply(layer.weight, _inverse(before.change))
+    if layer.bias is not None and before.bias is not None:
+        layer.bias.copy_(before.bias)
+    layer.merged, layer._before = False, None
+    return MergeReport(label, retained, before.weight is not None)
+
+
+@torch.no_grad()
+def merged_linear(layer: LoRALinear) -> nn.Linear:
+    """`LoRALinear.to_linear`."""
+    weight = layer.weight.detach().clone()
+    bias: Tensor | None = None if layer.bias is None else layer.bias.detach().clone()
+    if not layer.merged:
+        change = _change(layer, True, "", bias=False)
+        _apply(weight, change)
+        bias = None if change.bias is None else change.bias.to(weight.dtype)
+    plain = nn.Linear(layer.in_features, layer.out_features, bias is not None, device="meta")
+    plain.weight = nn.Parameter(weight, requires_grad=False)
+    plain.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)  # type: ignore[assignment]
+    return plain.train(layer.training)
+
+
+def _label(layer: LoRALinear, name: str) -> str:
+    return f"{name or 'layer'} ({type(layer).__name__}[{layer.method}])"
+
+
+def _check(layer: LoRALinear, name: str) -> None:
+    weight, shape = layer.weight, (layer.out_features, layer.in_features)
+    if weight.dtype not in DTYPES or tuple(weight.shape) != shape or weight.device.type == "meta":
+        raise ValueError(
+            f"{_label(layer, name)}: merge expected a floating-point weight of shape {shape}; got {weight.dtype} {tuple(weight.shape)} on "
+            f"{weight.device}; dequantize or load it first, or keep the adapter apart"
+        )
+
+
+@torch.no_grad()
+def _change(layer: LoRALinear, backup: bool, name: str, *, bias: bool = True) -> Change:
+    """The change that merging means, checked. ``bias``: the layer itself must be able to hold a bias."""
+    _check(layer, name)
+    dtype = wide(layer.weight.dtype)
+    args = METHODS[layer.method].arguments(layer, dtype)
+    if args.A is not None and args.B is not None:
+        v = args.B.to(dtype) * layer.scaling
+        v, a = (v if args.rank_gate is None else v * args.rank_gate.to(dtype)), args.A.detach().clone()
+    else:
+        v, a = layer.weight.new_zeros(layer.out_features, 1, dtype=dtype), layer.weight.new_zeros(1, layer.in_features, dtype=dtype)
+    row, col = (None if scale is None else scale.detach().to(dtype, copy=True) for scale in (args.row_scale, args.col_scale))
+    b = None if args.bias is None else args.bias.detach().to(dtype, copy=True)
+    b = b * row if b is not None and row is not None and args.scale_bias else b
+    change = Change(v, a, row, col, b)
+    label = _label(layer, name)
+    if bias and b is not None and layer.bias is None:
+        raise ValueError(f"{label}: merge expected a bias to add its shift to; the layer has none; give it one of zeros, or use to_linear()")
+    for part in change:
+        if part is not None and not torch.isfinite(part).all():
+            raise ValueError(f"{label}: merge expected finite factors; got inf or nan; nothing was changed; load sound ones")
+    if not backup and any(scale is not None and bool((scale == 0).any()) for scale in (row, col)):
+        raise ValueError(f"{label}: merge expected scales without zeros, to be undone without a backup; got zeros; merge with backup=True")
+    return change
+
+
+def _apply(weight: Tensor, change: Change) -> float:
+    """Changes the weight, rounding once; returns the share of the change that was kept."""
+    target: Tensor = weight.detach()
+    if change.col_scale is None:
+        sums = torch.ops.fusedadapt.lr_merge_(target, change.v, change.a, change.row_scale)
+    else:
+        sums = torch.zeros(2, dtype=torch.float64)
+        step = max(1, (1 << 22) // max(1, target.shape[1]))  # rows at a time: fp64 scratch of 32 MB
+        for i in range(0, target.shape[0], step):
+            old = target[i : i + step].double()
+            new = old + change.v[i : i + step].double() @ change.a.double()
+            new = (new if change.row_scale is None else new * change.row_scale[i : i + step].double()[:, None]) * change.col_scale.double()
+            target[i : i + step] = new
+            wanted = new - old
+            sums += torch.stack([(wanted * (target[i : i + step].double() - old)).sum(), wanted.square().sum()]).cpu()
+    kept, wanted = sums.tolist()
+    return kept / wanted if wanted > 0 else 1.0
+
+
+def _inverse(change: Change) -> Change:
+    """row (W + v a) col = W', hence W = (W' - row v a col) / (row col)."""
+    v, a, row, col, _ = change
+    v = -v if row is None else -v * row[:, None]
+    return Change(v, a if col is None else a * col, None if row is None else 1 / row, None if col is None else 1 / col, None)

@@ -1,0 +1,212 @@
+"""The C++ low-rank kernels against the reference in fp64, on shapes, strides and values chosen to hurt.
+
+Limit of an error: 1.2 times torch's in fp32 on the same numbers, plus four roundings (2^-24 each) of the sums of absolute values.
+"""
+
+import functools
+import random
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from fusedadapt.reference import lowrank as reference
+from fusedadapt.testing import poisoned_memory
+
+_core = pytest.importorskip("fusedadapt._core")
+from fusedadapt.ops import lowrank_cpp as cpp  # noqa: E402
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ISAS = [isa for isa in ("base", "avx2", "avx512") if _core.use_isa(isa)]
+_core.use_isa(ISAS[-1])
+HEIGHTS, WIDTHS, RANKS, DROPS = [1, 2, 17, 129], [1, 7, 16, 33, 384, 1025], [1, 3, 8, 16, 24, 130], [0.0, 0.1, 0.5, 0.9]
+SEED = torch.tensor([-0x123456789ABCDEF])
+U32 = 2.0**-24
+
+
+@pytest.fixture(autouse=True)
+def masks_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference draws its masks in numpy, about 5 ms each: the same ones come up again and again."""
+    monkeypatch.setattr(reference, "dropout_mask", _mask)
+
+
+_mask = functools.lru_cache(maxsize=1000)(reference.dropout_mask)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """torch's threads wait for each other by spinning, which on a busy machine takes longer than these small products."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    _core.use_isa(request.param)
+    yield request.param
+    _core.use_isa(ISAS[-1])
+
+
+class Case:
+    """Random matrices of one shape: rows apart, adapters of any dtype and orientation."""
+
+    def __init__(self, number: int, dtype: torch.dtype) -> None:
+        rng, self.gen = random.Random(f"{number} {dtype}"), torch.Generator().manual_seed(number)
+        # each value of each list comes up, in changing company
+        self.t, self.k = HEIGHTS[number % 4], WIDTHS[(number + number // 6) % 6]
+        self.ranks = [RANKS[(number + number // 4) % 6]] + [rng.choice(RANKS[:4]) for _ in range(rng.choice((0, 0, 1, 2)))]
+        self.thresholds = [reference.threshold_of(rng.choice(DROPS)) for _ in self.ranks]
+        self.dtype, self.rank = dtype, sum(self.ranks)
+        own = rng.choice((torch.float32, dtype, torch.bfloat16))
+        self.x, self.y0 = (self.matrix(self.t, self.k + rng.choice((0, 3)))[:, : self.k] for _ in range(2))
+        self.a = self.matrix(self.k, self.rank, own).T if rng.random() < 0.5 else self.matrix(self.rank, 2 * self.k, own)[:, ::2]
+        self.u = self.matrix(self.t, self.rank, torch.float32)
+        self.row, self.column, self.bias = (self.matrix(1, n, torch.float32)[0] for n in (self.t, self.k, self.k))
+
+    def matrix(self, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.randn(rows, columns, generator=self.gen).to(dtype or self.dtype)
+
+    def __repr__(self) -> str:
+        return f"T={self.t} K={self.k} ranks={self.ranks} thresholds={self.thresholds} {self.dtype} A {self.a.dtype} {self.a.stride()}"
+
+
+def in_place(call: Callable[..., Tensor | None]) -> Callable[..., list[Tensor]]:
+    """Changes a copy whose rows lie apart, and checks that what lies between them stays."""
+
+    def on_copy(y: Tensor, *rest: object) -> list[Tensor]:
+        home = torch.full((y.shape[0], y.shape[1] + 5), 7.0, dtype=y.dtype)
+        work = home[:, : y.shape[1]]
+        work.copy_(y)
+        out = call(work, *rest)
+        assert (home[:, y.shape[1] :] == 7).all(), "wrote outside of y"
+        return [work] if out is None else [work, out]
+
+    return on_copy
+
+
+def calls(backend: object, c: Case) -> dict[str, tuple[Callable[..., object], list[Tensor | None], list[object]]]:
+    """Function, tensors, other arguments."""
+    f = lambda name: getattr(backend, name)
+    drops = [SEED, c.thresholds, c.ranks]
+    return {
+        "shrink": (f("shrink"), [c.x, c.a], drops),
+        "bwd_x": (f("bwd_x"), [c.x, c.u], drops),
+        "add_": (in_place(f("add_")), [c.x, c.u, c.a], drops),
+        "scale_add_": (in_place(f("scale_add_")), [c.x, c.u, c.a, c.column, c.bias], []),
+        "scale_add_ alone": (in_place(f("scale_add_")), [c.x, None, None, c.column, None], []),
+        "bwd_dy": (f("bwd_dy"), [c.x, c.u, c.a.T, c.column, c.y0], [True]),
+        "bwd_dy products": (f("bwd_dy"), [c.x, c.u, c.a.T, None, None], [False]),
+        "bwd_dy v": (f("bwd_dy"), [c.x, c.u, None, None, None], [False]),
+        "bwd_dy b": (f("bwd_dy"), [c.x, None, c.a.T, c.column, None], [False]),
+        "bwd_dy sums": (f("bwd_dy"), [c.x, None, None, None, c.y0], [True]),
+        "skinny_w": (f("skinny_w"), [c.x, c.a], []),
+        "merge_": (in_place(f("merge_")), [c.x, c.u, c.a, c.row], []),
+        "merge_ plain": (in_place(f("merge_")), [c.x, c.u, c.a, None], []),
+    }
+
+
+NAMES = list(calls(cpp, Case(0, torch.float32)))
+
+
+def run(backend: object, name: str, c: Case, change: Callable[[Tensor], Tensor] = lambda t: t) -> list[Tensor]:
+    call, tensors, rest = calls(backend, c)[name]
+    out = call(*(t if t is None else change(t) for t in tensors), *rest)
+    return list(out) if isinstance(out, (list, tuple)) else [out]  # type: ignore[list-item]
+
+
+def norm(t: Tensor) -> float:
+    return float(t.double().norm())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_error_against_fp64(name: str, dtype: torch.dtype, isa: str) -> None:
+    for number in range(0, 24) if isa == ISAS[-1] else range(0, 24, 3):
+        c = Case(number, dtype)
+        with poisoned_memory():
+            ours = run(cpp, name, c)
+        exact = run(reference, name, c, Tensor.double)
+        torch32 = run(reference, name, c, Tensor.float)
+        size = run(reference, name, c, lambda t: t.double().abs())
+        assert len(ours) == len(exact)
+        for k, (got, true, eager, terms) in enumerate(zip(ours, exact, torch32, size, strict=True)):
+            assert got.shape == true.shape and got.dtype in (dtype, torch.float32, torch.float64)
+            limit = 1.2 * norm(eager.double() - true) + 4 * U32 * norm(terms)
+            if got.dtype in (torch.bfloat16, torch.float16):
+                limit += norm(true.to(got.dtype).double() - true)  # the one rounding
+            if name.startswith("merge_") and k == 1:
+                # of a change far below the rounding of W only the order of magnitude survives a different last bit
+                limit = (1e-5 if dtype == torch.float32 else 1e-2) * norm(true) + norm(run(reference, name, c)[1] - true) * 1.2
+            assert norm(got.double() - true) <= limit, (c, k, norm(got.double() - true), limit)
+            if got.dtype == torch.float32 and got.numel() >= 1000:  # fp32 adapters on 16-bit data: fp32 grade
+                assert norm(got.double() - true) <= 1e-5 * norm(true), (c, k)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_repeats_and_does_not_depend_on_threads(name: str, isa: str) -> None:
+    for number, dtype in ((3, torch.float32), (11, torch.bfloat16), (19, torch.float16), (21, torch.float32)):
+        c = Case(number, dtype)
+        results = []
+        for threads in (1, 2, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(run(cpp, name, c))
+        for other in results[1:]:
+            assert all(torch.equal(p, q) for p, q in zip(results[0], other, strict=True)), (c, threads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dropout_is_the_reference_bit_for_bit(dtype: torch.dtype, isa: str) -> None:
+    for number in range(12):
+        c = Case(number, dtype)
+        for p in (0.0, 0.1, 0.5, 0.9, 1.0):
+            threshold = reference.threshold_of(p)
+            with poisoned_memory():
+                ours = cpp.dropout(c.x, SEED, threshold)
+            assert torch.equal(ours, reference.dropout(c.x, SEED, threshold)), (c, p)
+
+
+@pytest.mark.parametrize("first", [0, 5, 2**32 - 3, 2**35 - 77, 2**35 + 2**34 - 9, 2**52 + 1])
+def test_masks_anywhere_in_the_element_index(first: int, isa: str) -> None:
+    for stream, threshold, seed in ((0, 6554, 1), (1, 32768, -1), (7, 65535, 2**62 + 12345), (2, 1, 0)):
+        keep = torch.empty(1000, dtype=torch.int16)
+        _core.lr_mask(keep.data_ptr(), first, 1000, seed & (2**64 - 1), stream, threshold)
+        true = reference.dropout_mask(1, 1000, seed, threshold, stream, first=first)[0]
+        assert torch.equal(keep == -1, true) and torch.equal(keep == 0, ~true)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["shrink", "bwd_x", "add_", "scale_add_", "bwd_dy", "skinny_w", "merge_"])
+def test_nan_and_infinity(name: str, dtype: torch.dtype, isa: str) -> None:
+    """Where the reference gives NaN or an infinity the kernels do, and nowhere else; what is dropped is gone whatever it was."""
+    for number in (3, 7, 10):
+        c = Case(number, dtype)
+        c.x[c.t // 2, c.k // 2], c.x[0, c.k - 1] = float("nan"), float("inf")
+        c.u[-1, 0] = -float("inf")
+        for got, true in zip(run(cpp, name, c), run(reference, name, c), strict=True):
+            assert torch.equal(got.isnan(), true.isnan()), (c, name)
+            assert torch.equal(got.isinf(), true.isinf()) and torch.equal(got[got.isinf()], true[true.isinf()].to(got.dtype)), (c, name)
+
+
+def test_one_mask_for_all_functions(isa: str) -> None:
+    """The mask of shrink, bwd_x and add_ read off through unit vectors."""
+    t, k, ranks, thresholds = 51, 300, [2, 1], [6554, 52429]
+    x, y = torch.ones(t, k), torch.zeros(t, k)
+    both = [reference.drop(x, SEED, threshold, i) for i, threshold in enumerate(thresholds)]
+    m = cpp.bwd_x(x, torch.eye(t)[:, :1].repeat(1, 3), SEED, thresholds, ranks)
+    assert torch.equal(m[0] != 0, both[0][0] != 0) and torch.equal(m[2] != 0, both[1][0] != 0)
+    cpp.add_(y, torch.tensor([[0.0, 0.0, 1.0]]).repeat(t, 1), torch.ones(3, k), SEED, thresholds, ranks)
+    assert torch.equal(y != 0, both[1] != 0)
+    u = cpp.shrink(x, torch.eye(k)[[4, 299, 7]], SEED, thresholds, ranks)
+    assert torch.equal(u != 0, torch.stack([both[0][:, 4], both[0][:, 299], both[1][:, 7]], 1) != 0)
+
+
+def test_refuses_what_it_cannot_read() -> None:
+    with pytest.raises(KeyError):
+        cpp.shrink(torch.ones(2, 2, dtype=torch.int32), torch.ones(1, 2), None, [0], [1])
+    with pytest.raises(ValueError, match="add up"):
+        cpp.shrink(torch.ones(2, 2), torch.ones(1, 2), None, [0, 0], [1, 1])
+    with pytest.raises(ValueError, match="thresholds"):
+        cpp.shrink(torch.ones(2, 2), torch.ones(1, 2), SEED, [65536], [1])
