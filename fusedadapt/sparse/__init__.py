@@ -1,6 +1,9 @@
 """Masks, exact selection, masked training, deltas and merging."""
 
 from .delta import SparseDelta as SparseDelta
+from .density import EnergyHistogram as EnergyHistogram
+from .density import densities as densities
+from .density import energy_histogram as energy_histogram
 from .layers import MaskedLinear as MaskedLinear
 from .layers import SparseDeltaLinear as SparseDeltaLinear
 from .layers import masked_wgrad as masked_wgrad
@@ -8,7 +11,29 @@ from .mask import Mask as Mask
 from .mask import load_masks as load_masks
 from .mask import save_masks as save_masks
 from .merge import merge as merge
+from .methods import LTSFT as LTSFT
+from .methods import SET as SET
+from .methods import GradualMagnitudePruning as GradualMagnitudePruning
+from .methods import PruneReport as PruneReport
+from .methods import RigL as RigL
+from .methods import SaRA as SaRA
+from .methods import compose as compose
+from .methods import cosine_fraction as cosine_fraction
+from .methods import cubic_sparsity as cubic_sparsity
+from .methods import half_fine_tuning_ as half_fine_tuning_
+from .methods import prune_model_ as prune_model_
+from .methods import random_mask as random_mask
+from .methods import sara_lr as sara_lr
+from .methods import shira_ as shira_
+from .methods import shira_delta as shira_delta
+from .methods import sparse_init_ as sparse_init_
 from .select import Threshold as Threshold
 from .select import nm_mask as nm_mask
 from .select import topk_mask as topk_mask
 from .select import topk_threshold as topk_threshold
+from .semi import pack_semi_structured as pack_semi_structured
+from .semi import to_semi_structured as to_semi_structured
+from .semi import unpack_semi_structured as unpack_semi_structured
+from .semi import validate_semi_structured as validate_semi_structured
+from .wanda import ColumnStats as ColumnStats
+from .wanda import wanda_mask as wanda_mask

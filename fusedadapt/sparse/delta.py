@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..files import write_safetensors
+from ..files import tensor_bytes, write_safetensors
 from ..ops import sparse as ops
 from . import coding
 from .mask import Mask
@@ -49,8 +50,8 @@ class SparseDelta:
             n = math.prod(e.shape)
             if e.indices.shape != e.values.shape or e.indices.dim() != 1 or e.indices.dtype not in (torch.int32, torch.int64):
                 raise ValueError(f"SparseDelta: expected as many positions (int32 or int64) as values for {name!r}; got {_about(e)}")
-            if e.indices.numel() and (int(e.indices[0]) < 0 or int(e.indices[-1]) >= n):
-                raise ValueError(f"SparseDelta: expected sorted positions in [0, {n}) for {name!r}; got {_about(e)}")
+            if e.indices.numel() and (int(e.indices[0]) < 0 or int(e.indices[-1]) >= n or not bool((e.indices[1:] > e.indices[:-1]).all())):
+                raise ValueError(f"SparseDelta: expected sorted positions in [0, {n}) without repeats for {name!r}; got {_about(e)}")
 
     @classmethod
     def from_diff(
@@ -65,7 +66,7 @@ class SparseDelta:
         dtype: torch.dtype | None = None,
     ) -> SparseDelta:
         """What `tuned` changed. With ``density`` or ``k``: its largest changes over all tensors together (exact, ties to the first); with ``masks``
-        those elements; with none of them every element that differs.
+        those elements; with none of them every element that differs (kind "set": in its bits).
 
         ``dtype`` of the values: the tensor's own by default.
 
@@ -79,7 +80,7 @@ class SparseDelta:
             masks = topk_mask({n: new[n] for n in names}, density=density, k=k, score="abs_diff", other={n: old[n] for n in names})
         entries = {}
         for name in names:
-            mask = Mask.from_bool(old[name] != new[name]) if masks is None else masks.get(name)
+            mask = Mask.from_bool(_differ(old[name], new[name], kind)) if masks is None else masks.get(name)
             if mask is None or mask.nnz == 0:
                 continue
             index = mask.indices()
@@ -137,26 +138,29 @@ class SparseDelta:
         """Exchanges the weights and the values (kind "set"): doing it twice changes nothing."""
         if self.kind != "set":
             raise ValueError('SparseDelta.swap_: expected kind "set"; got "add"; use apply_ and revert_')
-        for _, w, e in self._matched("swap_", weights):
+        matched = list(self._matched("swap_", weights))
+        narrow = [f"{name}: {e.values.dtype} for {w.dtype}" for name, w, e in matched if e.values.dtype != w.dtype]
+        if narrow:
+            raise ValueError(f"SparseDelta.swap_: expected values of the weights' dtypes, so that an exchange loses nothing; got {narrow}")
+        for _, w, e in matched:
             old = _take(w, e.indices)
-            _put_(w, e.indices, e.values.to(w.device, w.dtype))
+            _put_(w, e.indices, e.values.to(w.device))
             e.values.copy_(old)
 
     def _matched(self, op: str, weights: Weights) -> Iterator[tuple[str, Tensor, Entry]]:
         found = _tensors(weights)
-        bad = [n for n, e in self.entries.items() if n not in found or found[n].shape != e.shape]
+        bad = [n for n, e in self.entries.items() if n not in found or found[n].shape != e.shape or not found[n].dtype.is_floating_point]
         if bad:
-            raise ValueError(f"SparseDelta.{op}: expected weights with the delta's tensors; missing or of another shape: {bad}")
+            raise ValueError(f"SparseDelta.{op}: expected weights with the delta's tensors; missing, of another shape or not floating-point: {bad}")
         return ((name, found[name], e) for name, e in self.entries.items())
 
     def save(self, path: str | Path) -> None:
         """One safetensors file, written atomically: gap-coded positions (about 1.1 bytes at 1 %) and values."""
         tensors, about = {}, {}
         for name, e in self.entries.items():
-            code = coding.encode(e.indices)
-            width = 1 if coding.decode(code, 1).numel() == e.indices.numel() else 2
+            code, width = coding.encode(e.indices)
             tensors[f"{name}.gaps"], tensors[f"{name}.values"] = code, e.values.cpu()
-            about[name] = {"shape": list(e.shape), "width": width}
+            about[name] = {"shape": list(e.shape), "width": width, "crc": _crc(code, tensors[f"{name}.values"])}
         write_safetensors(Path(path), tensors, {"format": _FORMAT, "kind": self.kind, "entries": json.dumps(about)})
 
     @classmethod
@@ -166,23 +170,41 @@ class SparseDelta:
         Raises:
             ValueError: another kind of file, or a damaged one.
         """
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
-        with safe_open(str(path), "pt") as file:
-            about = file.metadata() or {}
-            if about.get("format") != _FORMAT:
-                raise ValueError(f"SparseDelta.load: expected a delta's file; {path} is none; write one with SparseDelta.save")
-            entries = {}
-            for name, e in json.loads(about["entries"]).items():
-                index = coding.decode(file.get_tensor(f"{name}.gaps"), int(e["width"]))
-                small = math.prod(e["shape"]) < 1 << 31
-                values = file.get_tensor(f"{name}.values").to(device)
-                entries[name] = Entry(index.to(device, torch.int32 if small else torch.int64), values, torch.Size(e["shape"]))
-        return cls(entries, about["kind"])
+        try:
+            with safe_open(str(path), "pt") as file:
+                about = file.metadata() or {}
+                if about.get("format") != _FORMAT:
+                    raise ValueError(f"SparseDelta.load: expected a delta's file; {path} is none; write one with SparseDelta.save")
+                entries = {}
+                for name, e in json.loads(about["entries"]).items():
+                    gaps, values = file.get_tensor(f"{name}.gaps"), file.get_tensor(f"{name}.values")
+                    if _crc(gaps, values) != e["crc"]:
+                        raise ValueError(f"SparseDelta.load: expected {name!r} as it was saved; {path} is damaged there; copy it again")
+                    index = coding.decode(gaps, int(e["width"]))
+                    small = math.prod(e["shape"]) < 1 << 31
+                    at = index.to(device, torch.int32 if small else torch.int64)
+                    entries[name] = Entry(at, values.to(device), torch.Size(e["shape"]))
+                return cls(entries, about["kind"])
+        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            raise ValueError(f"SparseDelta.load: expected a whole file; {path} is damaged ({error}); copy it again") from error
 
     def __repr__(self) -> str:
         total = sum(math.prod(e.shape) for e in self.entries.values())
         return f"SparseDelta({len(self.entries)} tensors, {self.nnz} of {total} elements, kind={self.kind!r})"
+
+
+def _crc(gaps: Tensor, values: Tensor) -> int:
+    return zlib.crc32(tensor_bytes(values), zlib.crc32(tensor_bytes(gaps)))
+
+
+def _differ(a: Tensor, b: Tensor, kind: str) -> Tensor:
+    """Where b is another number than a; for "set", which brings bits, also where it is another zero, and not where it is the same NaN."""
+    if kind == "add" or a.dtype != b.dtype:
+        return a != b
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(a.element_size(), torch.uint8)
+    return a.contiguous().view(bits) != b.contiguous().view(bits)
 
 
 def _about(e: Entry) -> str:

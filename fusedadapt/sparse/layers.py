@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from ..ops import dense
 from ..ops import sparse as ops
@@ -18,7 +19,7 @@ def masked_wgrad(dy: Tensor, x: Tensor, mask: Mask | Tensor) -> Tensor:
     """dW = dy^T x at the mask's elements: fp32 [nnz] (fp64 for fp64), in their flat order. dy: [..., N]; x: [..., K]; mask: of shape (N, K), or its
     sorted flat positions.
 
-    Memory beyond the result: one tile of dW, at most 8 MB.
+    Memory beyond the result: one tile of dW and its operands, at most 8 MB.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -27,6 +28,10 @@ def masked_wgrad(dy: Tensor, x: Tensor, mask: Mask | Tensor) -> Tensor:
     if isinstance(mask, Mask) and tuple(mask.shape) != shape:
         raise ValueError(f"masked_wgrad: expected a mask of shape {shape}; got {tuple(mask.shape)}; make it from the layer's weight")
     index = mask.indices() if isinstance(mask, Mask) else mask
+    if index is mask and index.dim() == 1 and index.numel() and not index.is_floating_point():
+        n = shape[0] * shape[1]
+        if int(index[0]) < 0 or int(index[-1]) >= n or not bool((index[1:] > index[:-1]).all()):
+            raise ValueError(f"masked_wgrad: expected sorted positions in [0, {n}) without repeats; got others; sort them, drop repeats")
     out: Tensor = torch.ops.fusedadapt.masked_wgrad(dy.reshape(-1, shape[0]), x.reshape(-1, shape[1]), index)
     return out
 
@@ -35,21 +40,22 @@ class _ChosenLinear(torch.autograd.Function):
     """y = x W^T + b where W[index] = values (+ base): the gradient of W exists at `index` only."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, index: Tensor, alpha: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, index: Tensor, alpha: float, cast: bool) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, weight, index)
-        ctx.alpha, ctx.dtypes = alpha, (values.dtype, None if bias is None else bias.dtype)
-        return dense.linear(x, weight, bias)
+        ctx.alpha, ctx.cast, ctx.dtypes = alpha, cast, (values.dtype, None if bias is None else bias.dtype)
+        return dense.linear(x, weight.to(x.dtype) if cast else weight, bias)
 
     @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, index = ctx.saved_tensors
-        dx = dense.linear_dx(dy, weight) if ctx.needs_input_grad[0] else None
+        dx = dense.linear_dx(dy, weight.to(dy.dtype) if ctx.cast else weight) if ctx.needs_input_grad[0] else None
         db = dy.sum(0, dtype=torch.float64 if dy.dtype == torch.float64 else torch.float32).to(ctx.dtypes[1]) if ctx.needs_input_grad[2] else None
         dv = None
         if ctx.needs_input_grad[3]:
             dv = torch.ops.fusedadapt.masked_wgrad(dy, x, index)
             dv = (dv if ctx.alpha == 1.0 else dv * ctx.alpha).to(ctx.dtypes[0])
-        return dx, None, db, dv, None, None
+        return dx, None, db, dv, None, None, None
 
 
 _apply: Any = _ChosenLinear.apply
@@ -66,7 +72,6 @@ class MaskedLinear(nn.Linear):
         prune: set the elements outside the mask to zero.
     """
 
-    _base: Tensor | None = None
     alpha = 1.0
 
     def __init__(
@@ -123,7 +128,7 @@ class MaskedLinear(nn.Linear):
 
     @torch.no_grad()
     def sync_(self) -> None:
-        """Writes the current values into ``weight``; forward does so itself when they changed."""
+        """Writes the current values into ``weight``; forward does so itself."""
         ops.run("scatter_at_", self.weight)(self.weight.view(-1), self.index, self._wanted().to(self.weight.dtype))
         torch.autograd.graph.increment_version(self.weight)
         self._seen = self._state()
@@ -131,10 +136,26 @@ class MaskedLinear(nn.Linear):
     def _state(self) -> tuple[int, int]:
         return self.values._version, self.values.data_ptr()
 
-    def forward(self, x: Tensor) -> Tensor:
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _follow(self) -> None:
+        """Brings the weight up to date: the one break in a compiled graph.
+
+        Always writes, since torch's fused optimizers change parameters without counting a version. Where nothing says that they changed, autograd is
+        not told either, so that a layer may be used several times before one backward pass.
+        """
         if self._seen != self._state():
             self.sync_()
-        y: Tensor = _apply(x.reshape(-1, self.in_features), self.weight, self.bias, self.values, self.index, self.alpha)
+        else:
+            with torch.autograd._unsafe_preserve_version_counter(self.weight):
+                self.sync_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self._follow()
+        bias, cast = self.bias, torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+        if cast:  # as autocast does with F.linear, which it cannot see in backward; the weight is converted anew there instead of kept
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+        y: Tensor = _apply(x.reshape(-1, self.in_features), self.weight, bias, self.values, self.index, self.alpha, cast)
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def to_linear(self) -> nn.Linear:
@@ -155,6 +176,8 @@ class SparseDeltaLinear(MaskedLinear):
     """y = x (W + alpha S)^T + b with S sparse: ``values`` [nnz] starts at 0 and is the change (SHiRA, arXiv 2406.13175). W's own elements are kept
     beside it, so `disable` brings them back bit for bit."""
 
+    _base: Tensor
+
     def __init__(self, *args: Any, alpha: float = 1.0, **kwargs: Any) -> None:
         self.alpha = alpha
         super().__init__(*args, **kwargs)
@@ -172,13 +195,11 @@ class SparseDeltaLinear(MaskedLinear):
         return torch.zeros_like(chosen, dtype=torch.float64 if chosen.dtype == torch.float64 else torch.float32)
 
     def _wanted(self) -> Tensor:
-        assert self._base is not None
         return self._base.to(self.values.dtype) + self.alpha * self.values.detach()
 
     @torch.no_grad()
     def disable(self) -> None:
         """Puts W's own elements back until the next forward pass or `sync_`."""
-        assert self._base is not None
         ops.run("scatter_at_", self.weight)(self.weight.view(-1), self.index, self._base)
         torch.autograd.graph.increment_version(self.weight)
         self._seen = None

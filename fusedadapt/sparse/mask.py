@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from ..ops import sparse as ops
+
+_FORMAT = "fusedadapt.masks"
 
 
 class Mask:
@@ -172,24 +175,24 @@ def save_masks(path: str | Path, masks: dict[str, Mask]) -> None:
     from ..files import write_safetensors
 
     tensors = {name: mask.words.cpu() for name, mask in masks.items()}
-    about = {name: ",".join(map(str, mask.shape)) + ("|rows" if mask.row_aligned else "") for name, mask in masks.items()}
-    write_safetensors(Path(path), tensors, {"format": "fusedadapt.masks", **about})
+    about = {name: {"shape": list(mask.shape), "row_aligned": mask.row_aligned} for name, mask in masks.items()}
+    write_safetensors(Path(path), tensors, {"format": _FORMAT, "masks": json.dumps(about)})
 
 
 def load_masks(path: str | Path) -> dict[str, Mask]:
     """Reads what `save_masks` wrote.
 
     Raises:
-        ValueError: another kind of file.
+        ValueError: another kind of file, or a damaged one.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(str(path), "pt") as file:
-        about = file.metadata() or {}
-        if about.get("format") != "fusedadapt.masks":
-            raise ValueError(f"load_masks: expected a file of masks; {path} is none; write one with save_masks")
-        out = {}
-        for name in file.keys():
-            shape, _, rows = about[name].partition("|")
-            out[name] = Mask(file.get_tensor(name), [int(d) for d in shape.split(",") if d], row_aligned=rows == "rows")
-        return out
+    try:
+        with safe_open(str(path), "pt") as file:
+            about = file.metadata() or {}
+            if about.get("format") != _FORMAT:
+                raise ValueError(f"load_masks: expected a file of masks; {path} is none; write one with save_masks")
+            entries = json.loads(about["masks"]).items()
+            return {name: Mask(file.get_tensor(name), e["shape"], row_aligned=e["row_aligned"]) for name, e in entries}
+    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(f"load_masks: expected a whole file; {path} is damaged ({error}); copy it again") from error

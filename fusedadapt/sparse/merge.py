@@ -15,11 +15,12 @@ from ..ops import sparse as ops
 from . import merge_methods as methods
 from . import pcb
 from .merge_methods import COMPAT, METHODS, Job
-from .weights import Model, Source, Writer, check_alike, floating
+from .weights import MERGED, Model, Source, Writer, check_alike, check_fishers, floating
 
 SPECIAL = ("slerp", "pcb", "fisher")
+Compute = Callable[[str, Tensor, tuple[int, ...]], None]
 #: methods that normalise by the sum of weights unless told otherwise, by compat
-_NORMALIZED = {"linear": COMPAT, "ties": ("mergekit",), "dare_ties": (), "fisher": COMPAT}
+_NORMALIZED = {"linear": COMPAT, "ties": ("mergekit",), "della": ("mergekit",), "fisher": COMPAT}
 
 
 def merge(
@@ -40,13 +41,14 @@ def merge(
     q: float | None = None,
     fishers: Sequence[Source] | None = None,
     out: str | Path | None = None,
+    device: torch.device | str | None = None,
     progress: bool = False,
 ) -> dict[str, Tensor] | Path:
     """Merges models of one architecture (task vectors d_i = theta_i - theta_0, in fp32, rounded once).
 
     Args:
         base: theta_0: a state dict, a safetensors file, or a folder of them. None with "linear" and "fisher"; one end of "slerp".
-        models: the fine-tuned ones, likewise.
+        models: the fine-tuned ones, likewise: the same names, shapes and dtypes; float32, bfloat16, float16 or float64 (which is computed in fp64).
         method: "linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties", "darex", "breadcrumbs", "breadcrumbs_ties", "della",
             "della_linear", "magnitude_prune", "pcb" or "fisher".
         weights: one per model (1). density: share of each model's change that stays, one or one per model. lambda_: scale of the merged change.
@@ -54,65 +56,80 @@ def merge(
             sharding gives the same bits.
         compat: where implementations differ, "paper" (the authors' code), "peft" or "mergekit"; docs/sparse.md lists the differences.
         normalize: divide by the sum of weights. t: slerp's position. gamma: share of outliers that breadcrumbs removes. epsilon: della's spread.
-            q: darex's divisor (the density by default). fishers: diagonal Fisher information, one per model.
+            q: darex's divisor (the density by default). fishers: diagonal Fisher information, one per model, in any floating dtype; with normalize
+            (the default) each is divided by its L2 norm over all tensors first.
         out: write there (a .safetensors file, or a folder sharded as the base is), out of core and atomically, instead of returning tensors.
+        device: compute there, one tensor at a time; by default where the base's tensor is. progress: show a bar.
 
     Returns:
         name -> tensor, or the path written. Tensors that are not floating-point come from the first model.
 
     Raises:
-        ValueError: unknown method or compat, arguments that do not fit it, models that differ in names, shapes or dtypes (all listed).
-        FileNotFoundError. Nothing is written then.
+        ValueError: unknown method or compat, arguments that do not fit it, models that differ in names, shapes or dtypes (all listed), files that
+            are no models, an `out` that is one of the inputs.
+        FileNotFoundError: no model at a path.
+        OSError: while writing; `out` is as before then.
+
+    Peak memory: the inputs' tensors of one name, the result, and 64 MiB (della sorts whole rows). float64 and backends without kernels of their own
+    go through the reference, which needs a few times a tensor's size.
     """
     if method not in METHODS and method not in SPECIAL:
         raise ValueError(f"merge: expected a method among {', '.join([*METHODS, *SPECIAL])}; got {method!r}")
     if compat not in COMPAT:
         raise ValueError(f"merge: expected compat to be one of {', '.join(COMPAT)}; got {compat!r}")
-    opened, first = _open(base, models, method)
+    if dtype is not None and dtype not in MERGED:
+        raise ValueError(f"merge: expected dtype to be float32, bfloat16, float16 or float64; got {dtype}")
+    opened, first = _open(base, models, method, device)
     job = _job(method, None if base is None else opened[0], opened if base is None else opened[1:], weights, density, compat, normalize)
     job.lambda_, job.seed, job.gamma, job.q = float(lambda_), int(seed), float(gamma), q
     job.epsilon = epsilon if epsilon is not None else 0.15 if compat == "mergekit" else 0.05
     _check_options(job, t, fishers)
-    compute = _computer(job, t, fishers)
-    about = {n: ((dtype if dtype is not None and n in set(floating(first)) else d), s) for n, (d, s) in first.about.items()}
+    _check_unused(method, weights, density, normalize, epsilon)
+    chosen = set(floating(first))
+    about = {n: ((dtype if dtype is not None and n in chosen else d), s) for n, (d, s) in first.about.items()}
+    writer = None if out is None else Writer(Path(out), first, about, opened)
     with torch.no_grad(), _bar(len(about), method, progress) as advance:
-        methods.prepare(job) if method in METHODS else None
-        chosen = set(floating(first))
+        compute = _computer(job, t, fishers, device)
 
         def tensor(name: str) -> Tensor:
             kind, shape = about[name]
-            result = opened[0 if base is None else 1][name] if name not in chosen else torch.empty(shape, dtype=kind, device=first[name].device)
             if name in chosen:
-                compute(name, result.view(-1), shape)
+                result = torch.empty(shape, dtype=kind, device=first.device_of(name))
+                if result.numel():
+                    compute(name, result.view(-1), shape)
+            else:
+                result = job.models[0][name].clone()
             advance()
             return result
 
-        if out is None:
+        if writer is None:
             return {name: tensor(name) for name in about}
-        Writer(Path(out), first, about).write(tensor)
-        return Path(out)
+        writer.write(tensor)
+        return writer.out
 
 
-def _open(base: Source | None, models: Sequence[Source], method: str) -> tuple[list[Model], Model]:
+def _open(base: Source | None, models: Sequence[Source], method: str, device: torch.device | str | None) -> tuple[list[Model], Model]:
     needs_base = method not in ("linear", "fisher")
     if needs_base and base is None:
         raise ValueError(f"merge: expected a base with {method!r}; got None; its changes are taken from it")
-    if not models:
-        raise ValueError("merge: expected at least one model; got none")
+    if isinstance(models, (str, Path, dict)) or not models:
+        raise ValueError(f"merge: expected a list of at least one model; got {'none' if not models else type(models).__name__}; pass [model, ...]")
     if method == "slerp" and len(models) != 1:
         raise ValueError(f'merge: expected the base and one model with "slerp"; got {len(models)} models')
     sources = ([] if base is None else [base]) + list(models)
     labels = ([] if base is None else ["base"]) + [f"model {i}" for i in range(len(models))]
-    opened = [Model(source) for source in sources]
+    opened = [Model(source, device) for source in sources]
     check_alike(opened, [f"{label} ({m.path})" if m.path else label for label, m in zip(labels, opened, strict=True)])
     return opened, opened[0]
 
 
 def _job(method: str, base: Model | None, models: list[Model], weights: Any, density: Any, compat: str, normalize: bool | None) -> Job:
+    if isinstance(weights, (int, float)):
+        raise ValueError(f"merge: expected {len(models)} weights, one per model; got the number {weights}; pass a list")
     values = [1.0] * len(models) if weights is None else [float(w) for w in weights]
     if len(values) != len(models) or not all(math.isfinite(w) for w in values):
         raise ValueError(f"merge: expected {len(models)} finite weights, one per model; got {values}")
-    wanted = 1.0 if density is None else density
+    wanted = (0.1 if method == "pcb" else 1.0) if density is None else density
     densities = [float(wanted)] * len(models) if isinstance(wanted, (int, float)) else [float(d) for d in wanted]
     if len(densities) != len(models) or not all(0.0 <= d <= 1.0 for d in densities):
         raise ValueError(f"merge: expected a density in [0, 1], or {len(models)} of them; got {density}")
@@ -133,45 +150,76 @@ def _check_options(job: Job, t: float | None, fishers: Sequence[Source] | None) 
         raise ValueError(f"merge: expected {len(job.models)} fishers, one per model; got {len(fishers)}")
     if job.q is not None and (job.name != "darex" or job.q <= 0):
         raise ValueError(f'merge: expected q > 0, with "darex" only; got q={job.q} with {job.name!r}')
+    if not math.isfinite(job.lambda_) or (job.lambda_ != 1.0 and job.name in ("linear", "slerp", "fisher")):
+        raise ValueError(f"merge: expected a finite lambda_, 1 with linear, slerp and fisher; got {job.lambda_} with {job.name!r}; use weights=")
+    if t is not None and not math.isfinite(t):
+        raise ValueError(f"merge: expected a finite t; got {t}")
+    if not 0.0 <= job.gamma <= 1.0:
+        raise ValueError(f"merge: expected gamma in [0, 1], a share of each change; got {job.gamma}")
+    if job.name == "pcb" and job.compat != "paper":
+        raise ValueError(f'merge: expected compat="paper" with "pcb": nobody else has it; got {job.compat!r}')
     if job.name in METHODS and job.method.drop == "rank":
         bad = [d for d in job.density if d < 1 and not (0 < d - job.epsilon and d + job.epsilon < 1)]
         if bad:
             raise ValueError(f"merge: expected density - epsilon and density + epsilon inside (0, 1); got density {bad}, epsilon {job.epsilon}")
-    if job.name in METHODS and job.method.drop == "chance" and job.name != "darex" and any(d == 0 for d in job.density):
+    if job.name in METHODS and job.method.drop == "chance" and job.q is None and any(d == 0 for d in job.density):
         raise ValueError(f"merge: expected a density above 0 with {job.name!r}; got {job.density}: nothing would be left to rescale")
 
 
-def _computer(job: Job, t: float | None, fishers: Sequence[Source] | None) -> Callable[[str, Tensor, tuple[int, ...]], None]:
-    """(name, flat result, shape) -> the merged tensor in `result`."""
+def _check_unused(method: str, weights: Any, density: Any, normalize: bool | None, epsilon: float | None) -> None:
+    """An argument without effect is a misunderstanding."""
+    spec = METHODS.get(method)
+    sparse = method == "pcb" if spec is None else spec.trim is not None or spec.drop is not None
+    given = {
+        "weights": weights is not None and method == "slerp",
+        "density": density is not None and not sparse,
+        "normalize": normalize is not None and method in ("slerp", "pcb"),
+        "epsilon": epsilon is not None and not (spec is not None and spec.drop == "rank"),
+    }
+    if unused := [f"{name}=" for name, is_unused in given.items() if is_unused]:
+        raise ValueError(f"merge: expected only arguments that {method!r} uses; got {', '.join(unused)}; leave it out")
+
+
+def _computer(job: Job, t: float | None, fishers: Sequence[Source] | None, device: torch.device | str | None) -> Compute:
+    """(name, flat result, shape) -> the merged tensor in `result`. Here whole models are looked at, where a method must."""
     if job.name == "slerp":
         assert job.base is not None and t is not None
         start, end, at = job.base, job.models[0], float(t)
         return lambda name, result, shape: methods.slerp(start[name].reshape(-1), end[name].reshape(-1), at, result)
     if job.name == "fisher":
-        information = [Model(f) for f in fishers or ()]
-        check_alike([job.models[0], *information], ["model 0", *(f"fisher {i}" for i in range(len(information)))])
+        information = [Model(f, device) for f in fishers or ()]
+        check_fishers(job.models[0], information)
         scale = [w / _norm(f) if job.normalize else w for w, f in zip(job.weights, information, strict=True)]
 
         def fisher(name: str, result: Tensor, shape: tuple[int, ...]) -> None:
             methods.fisher([m[name].reshape(-1) for m in job.models], [f[name].reshape(-1) for f in information], scale, result)
 
         return fisher
+    if job.lambda_ == 0.0 and job.base is not None:  # not theta_0 + 0 * change: that turns -0 into 0, and infinite changes into NaN
+        theta = job.base
+
+        def unchanged(name: str, result: Tensor, shape: tuple[int, ...]) -> None:
+            result.copy_(theta[name].reshape(-1))
+
+        return unchanged
     if job.name == "pcb":
         return pcb.computer(job)
+    methods.prepare(job)
     if job.method.drop == "rank":
-        return lambda name, result, shape: methods.rank_drop(job, name, result, shape) if result.numel() else None
+        return lambda name, result, shape: methods.rank_drop(job, name, result, shape)
 
     def general(name: str, result: Tensor, shape: tuple[int, ...]) -> None:
-        if result.numel():
-            base, parts, recipe = methods.parts_of(job, name)
-            ops.run("merge_", result)(result, base, parts, recipe)
+        base, parts, recipe = methods.parts_of(job, name)
+        # What is computed in follows the models; an fp64 result of narrower ones needs the reference as well.
+        ops.run("merge_", result if result.dtype == torch.float64 else parts[0].tensor)(result, base, parts, recipe)
 
     return general
 
 
 def _norm(model: Model) -> float:
     """L2 norm over all tensors."""
-    return max(sum(float(model[name].double().square().sum()) for name in floating(model)) ** 0.5, 1e-30)
+    blocks = (block for name in floating(model) for block in model[name].reshape(-1).split(1 << 20))
+    return max(sum(float(block.double().square().sum()) for block in blocks) ** 0.5, 1e-30)
 
 
 @contextlib.contextmanager

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from ..ops import sparse as ops
 from ..reference import merge as truth
-from ..reference.merge import Part, Recipe
+from ..reference.merge import Cut, Part, Recipe
 from ..reference.random import random16
 from ..reference.sparse import key_of
 from .select import Item, Threshold, find_threshold, topk_mask
 from .weights import Model, floating
 
 COMPAT = ("paper", "peft", "mergekit")
+_BLOCK = 1 << 17  # elements of each model that are ranked at a time: some 100 bytes for each in sorts and random numbers
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,8 @@ def prepare(job: Job) -> None:
         total = 0
         for name in floating(job.base):
             base, parts, recipe = parts_of(job, name)
-            total += truth.votes(base, parts, recipe) if parts else 0
-        job.majority = 1 if total >= 0 else -1
+            total += ops.run("votes", parts[0].tensor)(base, parts, recipe)
+        job.majority = 1 if total > 0 else -1  # the official code, too, takes the negative ones when both are as many
 
 
 def _model_cut(base: Model, model: Model, density: float) -> Threshold | None:
@@ -104,50 +105,57 @@ def _model_cut(base: Model, model: Model, density: float) -> Threshold | None:
 def parts_of(job: Job, name: str) -> tuple[Tensor | None, list[Part], Recipe]:
     """The base's tensor (flat), the parts of all models, and how they combine."""
     base = None if job.base is None else job.base[name].reshape(-1)
-    recipe = job.recipe(name)
-    parts = []
-    for i, model in enumerate(job.models):
-        tensor = model[name]
-        part = Part(tensor.reshape(-1), job.weights[i], model=i)
-        row = tensor.shape[-1] if tensor.dim() > 1 else tensor.numel()
-        if job.method.trim is not None and tensor.numel():
-            part = replace(part, words=_trim(job, i, base, part.tensor, row))
-        if job.method.drop == "chance":
-            part = _drop(job, i, base, part, recipe)
-        parts.append(part)
+    recipe, shape = job.recipe(name), job.models[0].about[name][1]
+    parts = [Part(model[name].reshape(-1), w, model=i) for i, (model, w) in enumerate(zip(job.models, job.weights, strict=True))]
+    if job.method.trim == "top" and base is not None:
+        parts = _trim(job, base, parts)
+    if job.method.trim == "middle" and base is not None:
+        row = shape[-1] if len(shape) > 1 else base.numel()
+        parts = [replace(part, words=_middle(job, base, part, row)) for part in parts]
+    if job.method.drop == "chance":
+        parts = [_drop(job, base, part, recipe) for part in parts]
     return base, parts, recipe
 
 
-def _trim(job: Job, i: int, base: Tensor | None, tensor: Tensor, row: int) -> Tensor | None:
-    """Words of the elements that stay, or None for all."""
-    n, density = tensor.numel(), job.density[i]
-    if density >= 1:
-        return None
-    if job.method.trim == "middle":
-        scope, length = ("tensor", n) if job.compat == "mergekit" else ("row", row)
-        target, above = int(density * length), int(job.gamma * length)
-        bottom = max(0, length - target - above)
-        assert base is not None
-        rows, of = tensor.view(-1, length), base.view(-1, length)
-        outer, inner = (topk_mask(rows, k=k, score="abs_diff", other=of, scope=scope) for k in (length - bottom, length - bottom - target))
-        middle: Tensor = (outer - inner).words
-        return middle
+def _trim(job: Job, base: Tensor, parts: list[Part]) -> list[Part]:
+    """Keeps the largest changes: of the model by its cut, else exactly so many of this tensor."""
+    n = base.numel()
     if job.cuts:
-        cut = job.cuts[i]
-        if cut is None:
-            return None
-        everything = torch.full_like(cut.keep, n)
-        marked: list[Tensor] = ops.run("mark", tensor)([(tensor, base)], "abs_diff", "highest", cut.key, everything)
-        return marked[0]
-    k = int(density * n)
-    if job.compat == "mergekit" and density > 0:
-        k = max(1, k)
-    words: Tensor = topk_mask(tensor, k=k, score="abs_diff", other=base).words
+        return [part if cut is None else _with(part, base, Cut(int(cut.key), n)) for part, cut in zip(parts, job.cuts, strict=True)]
+    least = 1 if job.compat == "mergekit" else 0
+    # density 0 keeps nothing, in mergekit too
+    counts = [n if d >= 1 else max(least, int(d * n)) if d > 0 else 0 for d in job.density]
+    if ops.offers("cuts", base):
+        found = ops.run("cuts", base)(base, [part.tensor for part in parts], counts)
+        return [part if k >= n else replace(part, cut=cut) for part, cut, k in zip(parts, found, counts, strict=True)]
+    masks = [topk_mask(part.tensor, k=min(k, n), score="abs_diff", other=base) for part, k in zip(parts, counts, strict=True)]
+    return [replace(part, words=mask.words) for part, mask in zip(parts, masks, strict=True)]
+
+
+def _with(part: Part, base: Tensor, cut: Cut) -> Part:
+    if ops.offers("cuts", base):
+        return replace(part, cut=cut)
+    key, every = (torch.tensor([value], dtype=torch.int64, device=base.device) for value in cut)
+    (words,) = ops.run("mark", base)([(part.tensor, base)], "abs_diff", "highest", key, every)
+    return replace(part, words=words)
+
+
+def _middle(job: Job, base: Tensor, part: Part, row: int) -> Tensor | None:
+    """Words of what breadcrumbs keep, of the tensor (mergekit) or of every row; None for all."""
+    density = job.density[part.model]
+    if density >= 1 or base.numel() == 0:
+        return None
+    scope, length = ("tensor", base.numel()) if job.compat == "mergekit" else ("row", row)
+    target, above = int(density * length), int(job.gamma * length)
+    upper = min(length, target + above)
+    rows, of = part.tensor.view(-1, length), base.view(-1, length)
+    outer, inner = (topk_mask(rows, k=k, score="abs_diff", other=of, scope=scope) for k in (upper, upper - target))
+    words: Tensor = (outer - inner).words
     return words
 
 
-def _drop(job: Job, i: int, base: Tensor | None, part: Part, recipe: Recipe) -> Part:
-    density = job.density[i]
+def _drop(job: Job, base: Tensor | None, part: Part, recipe: Recipe) -> Part:
+    density = job.density[part.model]
     if density >= 1:
         return part
     part = replace(part, chance=round(density * 65536))
@@ -168,7 +176,7 @@ def rank_drop(job: Job, name: str, out: Tensor, shape: Sequence[int]) -> None:
     assert job.base is not None
     base, tensors = job.base[name].reshape(-1), [model[name].reshape(-1) for model in job.models]
     row = shape[-1] if len(shape) > 1 else out.numel()
-    recipe, block = job.recipe(name), max(1, (1 << 20) // max(1, row)) * row
+    recipe, block = job.recipe(name), max(1, _BLOCK // max(1, row)) * row
     factors = [1.0] * len(tensors)
     if job.compat == "mergekit":
         sums = torch.zeros(len(tensors), 2, dtype=torch.float64)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ops import sparse as ops
-from ..reference.sparse import SCORES, count_of, score_at
+from ..reference.sparse import SCORES, TOP, count_of, score_at
 from .mask import Mask
 
 TIES = ("lowest_index", "inclusive", "exclusive")
@@ -52,11 +52,12 @@ def topk_threshold(
     Raises:
         ValueError: as `topk_mask`; an empty selection (k = 0 or no elements), which has no threshold.
     """
-    _, items = _items("topk_threshold", w, score, other, ties, nan)
+    _, items = _items("topk_threshold", w, score, other, ties, nan, group)
     n = _total(sum(x.numel() for x, _ in items), group)
     k = _k("topk_threshold", n, density, k, rounding)
     if k == 0:
         raise ValueError(f"topk_threshold: expected at least one element to keep; got k = 0 of {n}; raise k or density")
+    items = items or [_nothing(score, group)]
     return find_threshold(lambda: [items], score, k, ties, nan, group)
 
 
@@ -77,7 +78,7 @@ def topk_mask(
     """Masks of the largest scores: exactly k of them, always the same ones.
 
     Args:
-        w: a tensor, a list of tensors, or name -> tensor; fp32, bf16 or fp16 (fp64 through the reference), any shape and strides.
+        w: a tensor, a list of tensors, or name -> tensor; fp32, bf16 or fp16, any shape and strides. Scores are fp32: fp64 is rounded first.
         density: share to keep, in [0, 1]; one per tensor (list or dict) with scope "tensor" or "row". Or ``k``: how many.
         score: "abs": |w|; "abs_diff": |w - other|; "abs_product": |w * other|; "abs_scaled": |w| * other, a factor per column;
             "given": w itself.
@@ -95,13 +96,13 @@ def topk_mask(
     Raises:
         ValueError: a density outside [0, 1], a k that does not fit, unknown words, shapes that differ, NaN with nan="raise".
     """
-    names, items = _items("topk_mask", w, score, other, ties, nan)
+    names, items = _items("topk_mask", w, score, other, ties, nan, group)
     if scope not in ("global", "tensor", "row", "block"):
         raise ValueError(f"topk_mask: expected scope global, tensor, row or block; got {scope!r}")
     if scope == "global":
         if not (density is None or isinstance(density, (int, float))):
             raise ValueError('topk_mask: expected one density with scope "global"; got several; use scope="tensor"')
-        words = _global(items, score, density, k, ties, nan, rounding, group)
+        words = _global(items, score, density, k, ties, nan, rounding, group)[: len(items)]
         masks = [Mask(m, x.shape) for m, (x, _) in zip(words, items, strict=True)]
     else:
         if group is not None:
@@ -113,7 +114,9 @@ def topk_mask(
     return _as(w, names, masks)
 
 
-def _items(op: str, w: Tensors, score: str, other: Tensors | None, ties: str, nan: str) -> tuple[list[str] | None, list[Item]]:
+def _items(
+    op: str, w: Tensors, score: str, other: Tensors | None, ties: str, nan: str, group: Any = None
+) -> tuple[list[str] | None, list[Item]]:
     for name, value, choices in (("score", score, SCORES), ("ties", ties, TIES), ("nan", nan, NAN)):
         if value not in choices:
             raise ValueError(f"{op}: expected {name} to be one of {', '.join(choices)}; got {value!r}")
@@ -134,16 +137,27 @@ def _items(op: str, w: Tensors, score: str, other: Tensors | None, ties: str, na
             wanted = (x.shape[-1],) if score == "abs_scaled" and x.dim() else tuple(x.shape)
             if tuple(y.shape) != wanted or y.device != x.device:
                 raise ValueError(f"{op}: expected other of shape {wanted} on {x.device} for {where}; got {tuple(y.shape)} on {y.device}")
-            y = y.detach().contiguous()
             y = y.float() if score == "abs_scaled" else y
-        out.append((x.detach().contiguous(), y))
+        out.append((_plain(x), None if y is None else _plain(y)))
     if len({x.device for x, _ in out}) > 1:
         raise ValueError(f"{op}: expected tensors on one device; got {sorted({str(x.device) for x, _ in out})}; move them together")
-    if nan == "raise":
+    if nan == "raise" and group is None:  # a group counts together, so that no process waits for one that has raised
         bad = [names[i] if names else i for i, (x, y) in enumerate(out) if bool(x.isnan().any()) or (y is not None and bool(y.isnan().any()))]
         if bad:
             raise ValueError(f'{op}: expected no NaN (nan="raise"); got some in {bad}; repair them or choose nan="highest" or "lowest"')
     return names, out
+
+
+def _plain(x: Tensor) -> Tensor:
+    """Contiguous, in a dtype that kernels read: scores are fp32, so rounding to it first changes none."""
+    x = x.detach()
+    return (x if x.dtype in ops.DTYPES else x.float()).contiguous()
+
+
+def _nothing(score: str, group: Any) -> Item:
+    """Stands for the tensors of a process that has none: it still takes part in the sums."""
+    empty = torch.empty(0, device=_wire(group))
+    return empty, None if score in ("abs", "given") else empty
 
 
 def _listed(w: Tensors, names: list[str] | None) -> list[Tensor]:
@@ -169,8 +183,8 @@ def _k(op: str, n: int, density: float | None, k: int | None, rounding: str) -> 
     if rounding not in ("floor", "ceil", "round"):
         raise ValueError(f"{op}: expected rounding floor, ceil or round; got {rounding!r}")
     if k is not None:
-        if not 0 <= k <= n:
-            raise ValueError(f"{op}: expected k in 0..{n}; got {k}")
+        if not isinstance(k, int) or not 0 <= k <= n:
+            raise ValueError(f"{op}: expected an integer k in 0..{n}; got {k}")
         return int(k)
     assert density is not None
     if not 0.0 <= density <= 1.0:
@@ -181,7 +195,12 @@ def _k(op: str, n: int, density: float | None, k: int | None, rounding: str) -> 
 def _densities(density: Any, names: list[str] | None, count: int) -> list[float | None]:
     if density is None or isinstance(density, (int, float)):
         return [density] * count
-    values = [density[name] for name in names or []] if isinstance(density, Mapping) else list(density)
+    if isinstance(density, Mapping):
+        wrong = sorted(map(repr, set(density) ^ set(names or [])))
+        if names is None or wrong:
+            raise ValueError(f"topk_mask: expected densities under the names of the tensors; missing or unknown: {', '.join(wrong) or 'all'}")
+        density = [density[name] for name in names]
+    values = list(density)
     if len(values) != count:
         raise ValueError(f"topk_mask: expected one density for each of {count} tensors; got {len(values)}")
     return values
@@ -190,9 +209,14 @@ def _densities(density: Any, names: list[str] | None, count: int) -> list[float 
 def _total(n: int, group: Any) -> int:
     if group is None:
         return n
-    total = torch.tensor([n], dtype=torch.int64)
+    total = torch.tensor([n], dtype=torch.int64, device=_wire(group))
     torch.distributed.all_reduce(total, group=group)
     return int(total)
+
+
+def _wire(group: Any) -> torch.device:
+    """Where tensors must be for the group to send them."""
+    return torch.device("cuda" if group is not None and torch.distributed.get_backend(group) == "nccl" else "cpu")
 
 
 def _cut(items: list[Item], score: str, k: int, ties: str, nan: str, group: Any) -> tuple[Tensor, Tensor]:
@@ -214,7 +238,8 @@ def find_threshold(batches: Callable[[], Iterable[list[Item]]], score: str, k: i
     never be in memory together. k in 1..n."""
     order = "highest" if nan == "raise" else nan
     sample = _sample(batches())
-    shifts = ops.levels(sample, score)
+    # All processes must take the same passes, whatever the dtypes of their shards: in a group never the short one of 16-bit tensors.
+    shifts = ops.levels(sample, score if group is None else "given")
     prefix, left, above, nans, key = None, k, 0, 0, 0
     counts = torch.zeros(1, dtype=torch.int64)
     for level, (shift, bits) in enumerate(shifts):
@@ -222,10 +247,13 @@ def find_threshold(batches: Callable[[], Iterable[list[Item]]], score: str, k: i
         for items in batches():
             counts += ops.run("histogram", sample)(items, score, order, shift, bits, prefix)
         if group is not None:
+            counts = counts.to(_wire(group))
             torch.distributed.all_reduce(counts, group=group)
         counts = counts.cpu()
         if level == 0:
             nans = int(counts[-1] if order == "highest" else counts[0])
+            if nan == "raise" and nans:
+                raise ValueError(f'topk: expected no NaN (nan="raise"); got {nans} scores; repair them or choose nan="highest" or "lowest"')
         from_top = torch.cumsum(counts.flip(0), 0)
         at = int(torch.searchsorted(from_top, left))
         over = int(from_top[at - 1]) if at else 0
@@ -233,7 +261,8 @@ def find_threshold(batches: Callable[[], Iterable[list[Item]]], score: str, k: i
         key = key << bits | (1 << bits) - 1 - at
         prefix = torch.tensor([key], dtype=torch.int64, device=sample.device)
     same = int(counts[key & (counts.numel() - 1)])
-    key <<= shifts[-1][0]
+    # NaN's key has ones below its upper half too.
+    key = TOP if key == TOP >> shifts[-1][0] else key << shifts[-1][0]
     equal = _kept_ties(ties, left, same)
     scalar = lambda value: torch.tensor([value], dtype=torch.int64, device=sample.device)
     return Threshold(score_at(key), above, equal, same, nans, scalar(key), scalar(equal))
@@ -253,7 +282,9 @@ def _sample(batches: Iterable[list[Item]]) -> Tensor:
 
 def _global(items: list[Item], score: str, density: float | None, k: int | None, ties: str, nan: str, rounding: str, group: Any) -> list[Tensor]:
     if not items:
-        return []
+        if group is None:
+            return []
+        items = [_nothing(score, group)]
     k = _k("topk_mask", _total(sum(x.numel() for x, _ in items), group), density, k, rounding)
     if k == 0:
         return [torch.zeros((x.numel() + 31) // 32, dtype=torch.int32, device=x.device) for x, _ in items]
@@ -267,7 +298,7 @@ def _global(items: list[Item], score: str, density: float | None, k: int | None,
 
 def _own_share(items: list[Item], score: str, nan: str, key: Tensor, keep: Tensor, group: Any) -> Tensor:
     """How many of the kept ties are this process's: lower ranks are served first."""
-    mine = ops.run("histogram", items[0][0])(items, score, nan, 0, 8, key >> 8)[key & 255].cpu()
+    mine = ops.run("histogram", items[0][0])(items, score, nan, 0, 8, key >> 8)[key & 255].to(_wire(group))
     rank, size = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
     every = [torch.zeros_like(mine) for _ in range(size)]
     torch.distributed.all_gather(every, mine, group=group)

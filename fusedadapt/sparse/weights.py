@@ -3,68 +3,86 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..files import atomic_open, header, tensor_bytes
+from ..files import CODES, atomic_open, header, tensor_bytes
 
 Source = str | Path | Mapping[str, Tensor]
 
 
 class Model:
-    """name -> tensor, read when asked for. ``about``: name -> (dtype, shape) without reading."""
+    """name -> tensor, read when asked for and moved to `device` if one is given. ``about``: name -> (dtype, shape) without reading."""
 
-    def __init__(self, source: Source) -> None:
-        self.source = source
+    def __init__(self, source: Source, device: torch.device | str | None = None) -> None:
         self.path = None if isinstance(source, Mapping) else Path(source)
+        self.device = None if device is None else torch.device(device)
         self._tensors = source if isinstance(source, Mapping) else None
         self.shards: dict[str, Path] = {}
         self.about: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         if self._tensors is not None:
+            strange = [f"{name} ({type(t).__name__})" for name, t in self._tensors.items() if not isinstance(t, Tensor)]
+            if strange:
+                raise ValueError(f"merge: expected name -> tensor; got {', '.join(strange[:5])}; pass model.state_dict() without them")
             self.about = {name: (t.dtype, tuple(t.shape)) for name, t in self._tensors.items()}
         else:
             assert self.path is not None
             for file in _files(self.path):
                 self._read_header(file)
-        self.label = "state dict" if self.path is None else str(self.path)
+        unknown = sorted({str(dtype) for dtype, _ in self.about.values()} - {str(dtype) for dtype in COPIED + MERGED})
+        if unknown:
+            raise ValueError(f"merge: expected float32, bfloat16, float16 or float64 weights, or integers; got {', '.join(unknown)}; convert them")
 
     def _read_header(self, file: Path) -> None:
-        from safetensors import safe_open
-
-        with safe_open(str(file), "pt") as handle:
+        with _opened(file) as handle:
             for name in handle.keys():
                 part = handle.get_slice(name)
+                if name in self.shards:
+                    raise ValueError(f"merge: expected each tensor once; {name} is in {self.shards[name].name} and {file.name}; remove one")
+                if part.get_dtype() not in _DTYPES:
+                    raise ValueError(f"merge: expected known dtypes; {name} in {file} is {part.get_dtype()}; convert it")
                 self.shards[name] = file
                 self.about[name] = (_DTYPES[part.get_dtype()], tuple(part.get_shape()))
 
     def __getitem__(self, name: str) -> Tensor:
         if self._tensors is not None:
-            return self._tensors[name].detach()
-        from safetensors import safe_open
+            tensor = self._tensors[name].detach()
+        else:
+            # Opened anew each time: an open file keeps every page mapped that was ever read.
+            with _opened(self.shards[name]) as handle:
+                tensor = handle.get_tensor(name)
+        return tensor if self.device is None else tensor.to(self.device)
 
-        with safe_open(str(self.shards[name]), "pt") as handle:
-            tensor: Tensor = handle.get_tensor(name)
-            return tensor
+    def device_of(self, name: str) -> torch.device:
+        """Where `self[name]` will be."""
+        if self.device is not None:
+            return self.device
+        return torch.device("cpu") if self._tensors is None else self._tensors[name].device
 
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
+#: dtypes that are merged, and those that are copied from the first model
+MERGED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+COPIED = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+_DTYPES = {code: dtype for dtype, code in CODES.items()}
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(file), "pt") as handle:
+            yield handle
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"merge: expected {file}; it is not there; the index beside it names it") from error
+    except SafetensorError as error:
+        raise ValueError(f"merge: expected a safetensors file; {file} is none ({error}); is it complete?") from error
 
 
 def _files(path: Path) -> list[Path]:
@@ -77,7 +95,10 @@ def _files(path: Path) -> list[Path]:
         raise FileNotFoundError(f"merge: expected a model at {path}; nothing is there; check the path")
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f'merge: expected an index with a "weight_map"; {index} has none ({error}); mend or remove it') from error
         return [path / name for name in names]
     found = sorted(path.glob("*.safetensors"))
     if not found:
@@ -86,41 +107,51 @@ def _files(path: Path) -> list[Path]:
 
 
 class Writer:
-    """Writes a model the way another one lies on disk: one file, or shards with an index. Each file appears when it is complete."""
+    """Writes a model the way another one lies on disk: one file, or shards with an index. All files appear together at the end, the index last."""
 
-    def __init__(self, out: Path, like: Model, about: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
-        self.out = out
-        single = out.suffix == ".safetensors"
-        groups: dict[str, list[str]] = {}
+    def __init__(self, out: Path, like: Model, about: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], inputs: Sequence[Model]) -> None:
+        self.out, self.single = out, out.suffix == ".safetensors"
+        groups: dict[str, list[str]] = {} if about else {"model.safetensors": []}
         for name in about:
-            shard = like.shards[name].name if name in like.shards and not single else "model.safetensors"
+            shard = like.shards[name].name if name in like.shards and not self.single else "model.safetensors"
             groups.setdefault(shard, []).append(name)
         self.groups = {shard: {name: about[name] for name in names} for shard, names in groups.items()}
-        self.single = single
+        self._check({file.resolve() for model in inputs for file in model.shards.values()})
 
-    def write(self, compute: Any) -> None:
-        """``compute(name)`` gives each tensor, in the order of the file."""
-        for shard, about in self.groups.items():
-            head, order = header(about, {"format": "pt"})
-            with atomic_open(self.out if self.single else self.out / shard) as file:
+    def _path(self, shard: str) -> Path:
+        return self.out if self.single else self.out / shard
+
+    def _check(self, inputs: set[Path]) -> None:
+        if self.out.exists() and self.out.is_dir() == self.single:
+            kind = "a folder" if self.single else "a file without the suffix .safetensors"
+            raise ValueError(f"merge: expected out to be a .safetensors file or a folder; {self.out} is {kind}; choose another name")
+        targets = {self._path(shard).resolve() for shard in self.groups}
+        if shared := sorted(str(path) for path in targets & inputs):
+            raise ValueError(f"merge: expected out to be none of the inputs; got {shared[0]}; write elsewhere")
+        if not self.single and (others := sorted(p.name for p in self.out.glob("model*.safetensors*") if p.resolve() not in targets)):
+            if others != [_INDEX] or len(self.groups) == 1:
+                raise ValueError(f"merge: expected a folder without other weights; {self.out} has {others[0]}; write elsewhere or remove it")
+
+    def write(self, compute: Callable[[str], Tensor]) -> None:
+        """``compute(name)`` gives each tensor, in the order of the files."""
+        with ExitStack() as files:  # closed, and so renamed, from the last entered to the first
+            index = files.enter_context(atomic_open(self.out / _INDEX)) if len(self.groups) > 1 else None
+            for shard, about in self.groups.items():
+                head, order = header(about, {"format": "pt"})
+                file = files.enter_context(atomic_open(self._path(shard)))
                 file.write(head)
                 for name in order:
-                    file.write(tensor_bytes(compute(name)))
-        if len(self.groups) > 1:
-            sizes = {name: dtype.itemsize * _numel(shape) for about in self.groups.values() for name, (dtype, shape) in about.items()}
-            weight_map = {name: shard for shard, about in self.groups.items() for name in about}
-            with atomic_open(self.out / "model.safetensors.index.json") as file:
-                file.write(json.dumps({"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}, indent=2).encode())
+                    file.write(tensor_bytes(compute(name).cpu()))
+            if index is not None:
+                sizes = [dtype.itemsize * math.prod(shape) for about in self.groups.values() for dtype, shape in about.values()]
+                weight_map = {name: shard for shard, about in self.groups.items() for name in about}
+                index.write(json.dumps({"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}, indent=2).encode())
 
 
-def _numel(shape: tuple[int, ...]) -> int:
-    n = 1
-    for d in shape:
-        n *= d
-    return n
+_INDEX = "model.safetensors.index.json"
 
 
-def check_alike(models: list[Model], labels: list[str]) -> None:
+def check_alike(models: Sequence[Model], labels: Sequence[str]) -> None:
     """Raises one ValueError that lists every difference in names, shapes and dtypes from the first model."""
     first, faults = models[0], []
     for model, label in zip(models[1:], labels[1:], strict=True):
@@ -129,11 +160,26 @@ def check_alike(models: list[Model], labels: list[str]) -> None:
         for name, (dtype, shape) in first.about.items():
             if name in model.about and model.about[name] != (dtype, shape):
                 faults.append(f"{label}: {name} is {model.about[name][0]} {model.about[name][1]}, in {labels[0]} {dtype} {shape}")
+    _refuse(faults)
+
+
+def check_fishers(model: Model, fishers: Sequence[Model]) -> None:
+    """Raises one ValueError that lists every merged tensor for which a fisher has none of its shape. Any floating dtype will do."""
+    faults = []
+    for i, fisher in enumerate(fishers):
+        for name in floating(model):
+            dtype, shape = fisher.about.get(name, (None, None))
+            if shape != model.about[name][1] or dtype not in MERGED:
+                faults.append(f"fisher {i}: {name} is {'missing' if shape is None else f'{dtype} {shape}'}, in model 0 {model.about[name][1]}")
+    _refuse(faults)
+
+
+def _refuse(faults: list[str]) -> None:
     if faults:
         more = f" (and {len(faults) - 20} more)" if len(faults) > 20 else ""
         raise ValueError(f"merge: expected models with the same tensors; {len(faults)} differ: " + "; ".join(faults[:20]) + more)
 
 
-def floating(model: Model) -> Iterator[str]:
+def floating(model: Model) -> list[str]:
     """Names of the tensors that are merged; others are copied from the first model."""
-    return (name for name, (dtype, _) in model.about.items() if dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64))
+    return [name for name, (dtype, _) in model.about.items() if dtype in MERGED]

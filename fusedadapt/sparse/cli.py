@@ -1,0 +1,142 @@
+"""`python -m fusedadapt merge`: merges model files, one tensor at a time."""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+METHODS = (
+    "linear, slerp, task_arithmetic, ties, dare_linear, dare_ties, darex, breadcrumbs, breadcrumbs_ties, della, della_linear, magnitude_prune, "
+    "pcb, fisher"
+)
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+#: what a model's folder holds beside its weights
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "modules.json",
+    "sentence_bert_config.json",
+    "?_*/config.json",
+)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m fusedadapt merge",
+        description="Merges fine-tuned models of one architecture into one. Each is a .safetensors file or a folder of them. Tensors are read, "
+        "merged and written one at a time; the output appears when it is complete.",
+        epilog=f"methods: {METHODS}",
+    )
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="the fine-tuned models")
+    parser.add_argument("--base", metavar="MODEL", help="what they were fine-tuned from; not needed for linear and fisher")
+    parser.add_argument("--out", required=True, metavar="PATH", help="a .safetensors file, or a folder sharded as the base is")
+    parser.add_argument("--method", default="ties", metavar="NAME", help="one of those below (default ties)")
+    parser.add_argument("--weights", type=float, nargs="+", metavar="W", help="one per model (default 1)")
+    parser.add_argument("--density", type=float, nargs="+", metavar="D", help="share of each change that stays: one, or one per model")
+    parser.add_argument("--lambda", dest="lambda_", type=float, default=1.0, metavar="L", help="scale of the merged change (default 1)")
+    parser.add_argument("--seed", type=int, default=0, help="of random drops (default 0)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the result (default: the base's)")
+    parser.add_argument("--compat", default="paper", choices=("paper", "peft", "mergekit"), help="whose formulas, where they differ (default paper)")
+    parser.add_argument(
+        "--normalize", action=argparse.BooleanOptionalAction, default=None, help="divide by the sum of weights (default: the method's)"
+    )
+    parser.add_argument("--t", type=float, help="slerp: 0 is the base, 1 the model")
+    parser.add_argument("--gamma", type=float, default=0.01, help="breadcrumbs: share of the largest changes that goes (default 0.01)")
+    parser.add_argument("--epsilon", type=float, help="della: spread of the chances around the density")
+    parser.add_argument("--q", type=float, help="darex: the divisor (default: the density)")
+    parser.add_argument("--fishers", nargs="+", metavar="MODEL", help="fisher: diagonal Fisher information, one per model")
+    parser.add_argument("--device", help="compute there, e.g. cuda (default: cpu)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0 if the merged model was written, 2 if the command line or a model does not fit, 1 if writing failed, 130 if interrupted."""
+    options = _parser().parse_args(argv)
+    start = time.perf_counter()
+    try:
+        out = _merge(options)
+    except KeyboardInterrupt:
+        print("merge: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
+        print(_one_line(error), file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"merge: expected to write {options.out}; {error.strerror or error}; nothing was written", file=sys.stderr)
+        return 1
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    print(f"{out}: {len(options.models)} models, {options.method}, {time.perf_counter() - start:.1f} s, peak memory {peak / 2**20:.0f} MiB")
+    return 0
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if text.startswith("merge:") else f"merge: {text}"
+
+
+def _merge(options: Any) -> Path:
+    from . import merge
+
+    density = options.density[0] if options.density is not None and len(options.density) == 1 else options.density
+    out = merge(
+        options.base,
+        options.models,
+        options.method,
+        weights=options.weights,
+        density=density,
+        lambda_=options.lambda_,
+        dtype=_dtype(options.dtype),
+        seed=options.seed,
+        compat=options.compat,
+        normalize=options.normalize,
+        t=options.t,
+        gamma=options.gamma,
+        epsilon=options.epsilon,
+        q=options.q,
+        fishers=options.fishers,
+        out=options.out,
+        device=options.device,
+        progress=not options.quiet,
+    )
+    assert isinstance(out, Path)
+    _copy_companions(Path(options.base or options.models[0]), out)
+    return out
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    if name is None:
+        return None
+    import torch
+
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _copy_companions(source: Path, out: Path) -> None:
+    """config.json, the tokenizer and the like, of a folder to the folder that the weights went to; what is there already stays."""
+    if not source.is_dir() or not out.is_dir():
+        return
+    for pattern in COMPANIONS:
+        for file in sorted(source.glob(pattern)):
+            target = out / file.relative_to(source)
+            if file.is_file() and not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, target)
