@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+import sys
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -48,7 +49,7 @@ def core() -> ModuleType | None:
     """The compiled module `fusedadapt._core`, or None (see `core_reason`); its absence is logged once."""
     module, reason = _load("_core")
     if module is None:
-        _say_once("core", f"fusedadapt: compiled core not available ({reason}): using pure Python + Triton")
+        say_once("core", f"fusedadapt: compiled core not available ({reason}): using pure Python + Triton")
     return module
 
 
@@ -163,29 +164,32 @@ def _settle(op: str, name: str, skipped: list[str], *, fell: bool) -> Choice:
             raise RuntimeError(f"{op}: expected no fallback (strict); would run on {name} because {reason}; mend that, or leave strict()")
         # An absent core has had its own line from core() already; one more for every op would only repeat it.
         if len(skipped) > 1 or "compiled core not available" not in reason:
-            _say_once(op, f"fusedadapt: {op} runs on {name} because {reason}")
+            say_once(op, f"fusedadapt: {op} runs on {name} because {reason}")
     return Choice(name, reason)
 
 
-def _say_once(key: str, text: str) -> None:
+def say_once(key: str, text: str) -> None:
+    """Logs a line the first time it comes up for this key."""
     if (key, text) not in _said:
         _said.add((key, text))
         log.warning("%s", text)
 
 
 def explain(obj: Any) -> list[tuple[str, str, str]]:
-    """Prints and returns what runs where for an optimizer or module of ours: rows (what, backend, why).
+    """Prints and returns what runs where for an optimizer or module of ours, or a PEFT model: rows (what, backend or path, why).
 
-    A `torch.nn.Module` is searched for parts of ours.
+    A `torch.nn.Module` is searched for parts of ours and for PEFT's adapter layers, patched (see `fusedadapt.patch`) or not.
 
     Raises:
-        TypeError: nothing of ours in `obj`.
+        TypeError: nothing of either in `obj`.
     """
     parts = [("", obj)] if hasattr(obj, "__fusedadapt_explain__") else list(getattr(obj, "named_modules", tuple)())
     rows: list[tuple[str, str, str]] = []
     for prefix, part in parts:
         if hasattr(part, "__fusedadapt_explain__"):
             rows += [(f"{prefix}.{what}" if prefix else what, backend, why) for what, backend, why in part.__fusedadapt_explain__()]
+    if "peft" in sys.modules:
+        rows += importlib.import_module("fusedadapt.integrations.peft").explain_layers(obj)
     if not rows:
         raise TypeError(f"explain: expected an optimizer or module of fusedadapt's; got {type(obj).__name__}; pass what fusedadapt made")
     widths = [max(len(row[i]) for row in rows) for i in (0, 1)]

@@ -1,8 +1,8 @@
 """DoRA (arXiv 2402.09353): a trained magnitude per output, over the norm of the adapted weight's row. The norm takes no gradient, as in the paper.
 
-    g = magnitude / ||W + s B A||_row
-    paper:   y = g * (x W^T + s B A drop(x)) + b                          lora_linear(row_scale=g): one product with W
-    PEFT:    y = x W^T + b + (g - 1) * (x_d W^T) + g * s B A x_d          x_d = drop(x): two; the same thing where nothing is dropped
+g = magnitude / ||W + s B A||_row
+paper:   y = g * (x W^T + s B A drop(x)) + b                          lora_linear(row_scale=g): one product with W
+PEFT:    y = x W^T + b + (g - 1) * (x_d W^T) + g * s B A x_d          x_d = drop(x): two; the same thing where nothing is dropped
 """
 
 from __future__ import annotations

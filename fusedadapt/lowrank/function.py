@@ -15,11 +15,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..ops import dense
-from ..ops import lowrank as _ops  # noqa: F401 - defines torch.ops.fusedadapt.lr_*
+from ..ops.lowrank import is_direct, ops_for
 from . import mid as middle
 from .mid import Mid
 
-ops = torch.ops.fusedadapt
 #: tensors of an output and of a segment, in the order in which `LowRankLinear` takes them
 OUTPUT = ("weight", "bias", "row_scale")
 SEGMENT = ("A", "B", "rank_gate", "token_gate", "core")
@@ -43,7 +42,7 @@ def _stack(parts: Sequence[Tensor], dim: int) -> Tensor:
 class _Output:
     """One output's tensors and those of its segments; `at`: where in the argument list each stands."""
 
-    def __init__(self, tensors: Sequence[Tensor | None], start: int, plan: tuple[tuple[str | None, ...], bool], scalars: Tensor, first: int) -> None:
+    def __init__(self, tensors: Sequence[Tensor | None], start: int, plan: tuple[tuple[str | None, ...], bool], scales: Any, first: int) -> None:
         self.activations, self.scale_bias = plan
         self.start, self.first = start, first
         weight, self.bias, self.row_scale = tensors[start : start + 3]
@@ -56,7 +55,7 @@ class _Output:
             assert a is not None and b is not None
             self.A.append(a)
             self.B.append(b)
-            self.mids.append(Mid(scalars[first + j, 0], rank_gate, token_gate, core, activation))
+            self.mids.append(Mid(scales[first + j], rank_gate, token_gate, core, activation))
 
     @property
     def ranks(self) -> list[int]:
@@ -69,10 +68,18 @@ class _Output:
         return own | {name: [wanted[s + i] for s in starts] for i, name in enumerate(SEGMENT)}
 
 
-def _outputs(tensors: Sequence[Tensor | None], plan: Plan, scalars: Tensor) -> list[_Output]:
+def _numbers(x: Tensor, scalars: Tensor) -> tuple[Any, Any]:
+    """(scaling, p) of all segments: numbers, or tensors where a compiler must not see their values."""
+    if not is_direct(x):
+        return scalars[:, 0], scalars[:, 1]
+    rows = scalars.tolist()
+    return [row[0] for row in rows], [row[1] for row in rows]
+
+
+def _outputs(tensors: Sequence[Tensor | None], plan: Plan, scales: Any) -> list[_Output]:
     outputs, start, first = [], 0, 0
     for entry in plan:
-        outputs.append(_Output(tensors, start, entry, scalars, first))
+        outputs.append(_Output(tensors, start, entry, scales, first))
         start += len(OUTPUT) + len(SEGMENT) * len(entry[0])
         first += len(entry[0])
     return outputs
@@ -86,9 +93,9 @@ class LowRankLinear(torch.autograd.Function):
         ctx: Any, plan: Plan, x: Tensor, col_scale: Tensor | None, seed: Tensor | None, scalars: Tensor, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
         with _no_autocast(x.device.type):
-            outputs = _outputs(tensors, plan, scalars)
+            ops, (scales, p) = ops_for(x), _numbers(x, scalars)
+            outputs = _outputs(tensors, plan, scales)
             xs = x if col_scale is None else (x * col_scale).to(x.dtype)
-            p = scalars[:, 1]
             ranks = [rank for output in outputs for rank in output.ranks]
             u = ops.lr_shrink(xs, _stack([a for o in outputs for a in o.A], 0), seed, p, ranks) if ranks else None
             results, kept, column = [], [], 0
@@ -121,7 +128,9 @@ class LowRankLinear(torch.autograd.Function):
         kept, tensors = rest[: len(ctx.plan)], rest[len(ctx.plan) :]
         _, want_x, want_col, _, _, *wanted = ctx.needs_input_grad
         with _no_autocast(ctx.device_type):
-            outputs = _outputs(tensors, ctx.plan, scalars)
+            sample = next((dy for dy in grads if dy is not None), scalars)
+            ops, (scales, p) = ops_for(sample), _numbers(sample, scalars)
+            outputs = _outputs(tensors, ctx.plan, scales)
             xs = x if x is None or col_scale is None else (x * col_scale).to(x.dtype)
             found: list[Tensor | None] = [None] * len(tensors)
             into_x, dx, dus, column = want_x or want_col, None, [], 0
@@ -130,14 +139,14 @@ class LowRankLinear(torch.autograd.Function):
                 if dy is None:
                     dus.append(None if u is None or not width else torch.zeros_like(u[:, column : column + width]))
                 else:
-                    dy0, du = _through_output(output, dy, y0, u, column, wanted, found, into_x)
+                    dy0, du = _through_output(ops, output, dy, y0, u, column, wanted, found, into_x)
                     dus.append(du)
                     if wanted[output.start]:
                         found[output.start] = (dy0.t() @ xs).to(output.weight.dtype)
                     if into_x:
                         dx = dense.linear_dx(dy0, output.weight) if dx is None else dx.add_(dense.linear_dx(dy0, output.weight))
                 column += width
-            dx = _through_x(outputs, xs, seed, scalars, dus, wanted, found, dx)
+            dx = _through_x(ops, outputs, xs, seed, p, dus, wanted, found, dx)
             d_col = None
             if want_col and dx is not None:
                 d_col = ops.lr_bwd_dy(dx, None, None, None, x, False)[4].to(col_scale.dtype)  # sum over the tokens of dx * x, in fp32
@@ -161,7 +170,15 @@ def _needs_x(wanted: Sequence[bool], outputs: list[_Output]) -> bool:
 
 
 def _through_output(
-    output: _Output, dy: Tensor, y0: Tensor | None, u: Tensor | None, column: int, wanted: Sequence[bool], found: list[Tensor | None], into_x: bool
+    ops: Any,
+    output: _Output,
+    dy: Tensor,
+    y0: Tensor | None,
+    u: Tensor | None,
+    column: int,
+    wanted: Sequence[bool],
+    found: list[Tensor | None],
+    into_x: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """From dy to dY0 and dU of one output, leaving the gradients met on the way in `found`."""
     needs = output.needs(wanted)
@@ -194,10 +211,11 @@ def _through_output(
 
 
 def _through_x(
+    ops: Any,
     outputs: list[_Output],
     xs: Tensor | None,
     seed: Tensor | None,
-    scalars: Tensor,
+    p: Any,
     dus: list[Tensor | None],
     wanted: Sequence[bool],
     found: list[Tensor | None],
@@ -210,7 +228,6 @@ def _through_x(
     # An output that needs nothing upstream has no dU, but its segments keep their places in the stack, which number the masks.
     width = [sum(output.ranks) for output in outputs]
     du = _stack([known.new_zeros(known.shape[0], w) if d is None else d for d, w in zip(dus, width, strict=True) if w], 1)
-    p = scalars[:, 1]
     ranks = [rank for output in outputs for rank in output.ranks]
     if any(any(output.needs(wanted)["A"]) for output in outputs):
         ma, row = ops.lr_bwd_x(xs, du, seed, p, ranks), 0

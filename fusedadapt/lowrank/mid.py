@@ -13,9 +13,10 @@ aten: Any = torch.ops.aten
 
 
 class Mid(NamedTuple):
-    """One segment's middle. ``scaling``: 0-d CPU tensor; ``rank_gate``: R; ``token_gate``: T; ``core``: R x R2; ``activation``: a name or None."""
+    """One segment's middle. ``scaling``: a number or a 0-d CPU tensor; ``rank_gate``: R; ``token_gate``: T; ``core``: R x R2;
+    ``activation``: a name or None."""
 
-    scaling: Tensor
+    scaling: float | Tensor
     rank_gate: Tensor | None
     token_gate: Tensor | None
     core: Tensor | None
@@ -66,7 +67,7 @@ def forward(u: Tensor, mid: Mid) -> Tensor:
         v = activate(mid.activation, v)
     if mid.token_gate is not None:
         v = v * mid.token_gate.to(u.dtype)[:, None]
-    return v * mid.scaling
+    return v if isinstance(mid.scaling, float) and mid.scaling == 1.0 else v * mid.scaling
 
 
 def backward(u: Tensor, dv: Tensor, mid: Mid) -> MidGrads:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Sequence
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, NoReturn
 
 import torch
@@ -85,9 +85,9 @@ def _segments(op: str, seed: Tensor | None, p: Tensor | None, ranks: Sequence[in
         _refuse(op, f"p: {len(ranks)} probabilities on the CPU", None if p is None else f"{tuple(p.shape)} on {p.device}", "give one a segment")
 
 
-def _thresholds(op: str, seed: Tensor | None, p: Tensor | None, ranks: Sequence[int]) -> list[int]:
+def _thresholds(op: str, seed: Tensor | None, p: Tensor | list[float] | None, ranks: Sequence[int]) -> list[int]:
     """Of each segment. The values of p are known only here, not when a compiler traces the checks."""
-    values = [0.0] * len(ranks) if p is None else p.flatten().tolist()
+    values: list[float] = [0.0] * len(ranks) if p is None else p if isinstance(p, list) else p.flatten().tolist()
     if not all(0 <= v < 1 for v in values):
         _refuse(op, "p in [0, 1)", values, "choose probabilities below 1")
     if seed is None and any(values):
@@ -119,10 +119,12 @@ def _fp32(t: Tensor, rows: Any, columns: Any = None) -> Tensor:
     return t.new_empty((rows,) if columns is None else (rows, columns), dtype=reference.wide(t.dtype))
 
 
-def _op(schema: str, check: Callable[..., Any], fake: Callable[..., Any], flops: Callable[..., int] | None) -> Callable[[Callable[..., Any]], None]:
+def _op(
+    schema: str, check: Callable[..., Any], fake: Callable[..., Any], flops: Callable[..., int] | None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Defines fusedadapt::<schema>; the decorated function is what runs, `check` comes before it, and before `fake`."""
 
-    def register(run: Callable[..., Any]) -> None:
+    def register(run: Callable[..., Any]) -> Callable[..., Any]:
         name = schema.split("(")[0]
         _lib.define(schema, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
 
@@ -138,6 +140,7 @@ def _op(schema: str, check: Callable[..., Any], fake: Callable[..., Any], flops:
         torch.library.register_fake(f"fusedadapt::{name}", faked, lib=_lib)
         if flops is not None:
             register_flop_formula(getattr(torch.ops.fusedadapt, name))(flops)
+        return run
 
     return register
 
@@ -325,3 +328,18 @@ def _merge_(w: Tensor, v: Tensor, a: Tensor, row_scale: Tensor | None) -> Tensor
         return torch.zeros(2, dtype=torch.float64)
     result: Tensor = _in_place(lambda out: _run("merge_", w)(out, v.contiguous(), a, _dense(row_scale)), w)
     return result
+
+
+# The ops without the dispatcher and without their checks (70 us of a forward and backward pass): for callers that have checked, where nobody
+# listens at the dispatcher. `p` may be a list here.
+_direct = SimpleNamespace(lr_shrink=_shrink, lr_bwd_x=_bwd_x, lr_add_=_add_, lr_scale_add_=_scale_add_, lr_bwd_dy=_bwd_dy)
+
+
+def is_direct(x: Tensor) -> bool:
+    """Whether nothing but the kernels wants to see an op on `x`: no compiler, no dispatch mode (FLOP counters, fakes), no tensor subclass."""
+    return not torch.compiler.is_compiling() and type(x) in (Tensor, torch.nn.Parameter) and torch._C._len_torch_dispatch_stack() == 0
+
+
+def ops_for(x: Tensor) -> Any:
+    """torch.ops.fusedadapt, or the functions behind it where `is_direct`."""
+    return _direct if is_direct(x) else torch.ops.fusedadapt
