@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "doctor": ("fusedadapt.doctor", "versions, backends found and why others are absent, a short self-test"),
     "finetune": ("fusedadapt.finetune.cli", "fine-tune a real pretrained encoder for code search, whole or by adapters"),
     "bench": ("fusedadapt.bench", "time optimizers or adapters against torch and PEFT side by side"),
+    "merge": ("fusedadapt.sparse.cli", "merge fine-tuned models on disk: ties, dare, della, slerp and others, out of core"),
     "parity": ("fusedadapt.parity", "worst error against the fp64 truth per rule, dtype and case, for ours or another library"),
 }
 

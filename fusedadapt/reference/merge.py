@@ -16,21 +16,31 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .random import random16
-from .sparse import unpack
+from .sparse import TOP, key_of, kth_key, score_of, unpack
 
 COMBINE = ("sum", "paper", "peft", "mergekit")
+PIECE, LANES = 1 << 16, 512  # what `norms` adds up together, and side by side
+
+
+class Cut(NamedTuple):
+    """Where the k largest |theta - theta_0| of a tensor end: those with a larger key (`reference.sparse.key_of`) are kept, and those with this one up
+    to element ``last``: exactly k, without a bit per element."""
+
+    key: int
+    last: int
 
 
 @dataclass(frozen=True)
 class Part:
-    """One model's share of one tensor. ``tensor``: flat; ``words``: packed bits of the elements kept, or None; ``chance``: keep where 16 random bits
-    are below it, or None; ``model``: its number, which keys those bits."""
+    """One model's share of one tensor. ``tensor``: flat; ``words``: packed bits of the elements kept, or None; ``cut``: keeps the largest changes, or
+    None; ``chance``: keep where 16 random bits are below it, or None; ``model``: its number, which keys those bits."""
 
     tensor: Tensor
     weight: float = 1.0
@@ -38,6 +48,7 @@ class Part:
     words: Tensor | None = None
     chance: int | None = None
     model: int = 0
+    cut: Cut | None = None
 
 
 @dataclass(frozen=True)
@@ -63,10 +74,19 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def kept(part: Part, recipe: Recipe, first: int, last: int) -> Tensor | None:
+def _keys(base: Tensor | None, tensor: Tensor) -> Tensor:
+    return key_of(score_of(tensor, "abs") if base is None else score_of(tensor, "abs_diff", base))
+
+
+def kept(base: Tensor | None, part: Part, recipe: Recipe, first: int, last: int) -> Tensor | None:
     """Which of the elements first..last-1 are kept (bool), or None for all. ``first``: a multiple of 32."""
     n = last - first
     keep = None if part.words is None else unpack(part.words[first // 32 : (last + 31) // 32], (n,))
+    if part.cut is not None:
+        key = _keys(None if base is None else base[first:last], part.tensor[first:last])
+        tie = torch.arange(first, last, device=key.device) <= part.cut.last
+        large = (key > part.cut.key) | ((key == part.cut.key) & tie)
+        keep = large if keep is None else keep & large
     if part.chance is not None:
         element = np.arange(first, last, dtype=np.uint64)
         lucky = (random16(recipe.seed & 0xFFFFFFFFFFFFFFFF, element, part.model, recipe.stream) < part.chance).to(part.tensor.device)
@@ -79,7 +99,7 @@ def delta(base: Tensor | None, part: Part, recipe: Recipe, first: int, last: int
     d = part.tensor[first:last].to(wide(part.tensor.dtype))
     if base is not None:
         d = d - base[first:last].to(d.dtype)
-    keep = kept(part, recipe, first, last)
+    keep = kept(base, part, recipe, first, last)
     if keep is not None:
         d = torch.where(keep, d, 0)
     return d if part.factor == 1.0 else d * part.factor
@@ -91,8 +111,8 @@ def combine(deltas: Sequence[Tensor], weights: Sequence[float], recipe: Recipe) 
         total = deltas[0] * weights[0]
         for d, w in zip(deltas[1:], weights[1:], strict=True):
             total = total + d * w
-        divisor = sum(weights)
-        return total / divisor if recipe.normalize and abs(divisor) >= 1e-8 else total
+        weight = sum(weights)
+        return total / weight if recipe.normalize and abs(weight) >= 1e-8 else total
     weighted = [d * w for d, w in zip(deltas, weights, strict=True)]
     voters = weighted if recipe.combine == "mergekit" else deltas
     votes = voters[0].clone()
@@ -104,7 +124,7 @@ def combine(deltas: Sequence[Tensor], weights: Sequence[float], recipe: Recipe) 
     for d, v, w in zip(voters, weighted, weights, strict=True):
         agrees = torch.where(positive, d > 0, d < 0)
         total = total + torch.where(agrees, v, 0)
-        divisor = divisor + torch.where(agrees, w if recipe.combine == "mergekit" else 1.0, 0)
+        divisor = divisor + torch.where(agrees, votes.new_tensor(w if recipe.combine == "mergekit" else 1.0), 0)
     if recipe.combine == "mergekit" and not recipe.normalize:
         return total
     return total / torch.where(divisor == 0, 1, divisor)
@@ -118,7 +138,7 @@ def votes(base: Tensor | None, parts: Sequence[Part], recipe: Recipe, chunk: int
         total = delta(base, parts[0], recipe, first, last)
         for part in parts[1:]:
             total = total + delta(base, part, recipe, first, last)
-        count += int(total.sign().sum(dtype=torch.float64))
+        count += int((total > 0).sum()) - int((total < 0).sum())  # NaN has no vote
     return count
 
 
@@ -133,12 +153,41 @@ def merge_(out: Tensor, base: Tensor | None, parts: Sequence[Part], recipe: Reci
         out[first:last] = (merged if base is None else base[first:last].to(merged.dtype) + merged).to(out.dtype)
 
 
-def norms(base: Tensor | None, part: Part, recipe: Recipe, chunk: int = 1 << 20) -> tuple[float, float]:
-    """(sum |d| of all elements, sum |d| of those kept), in fp64: mergekit's DARE scales by their ratio."""
+def norms(base: Tensor | None, part: Part, recipe: Recipe) -> tuple[float, float]:
+    """(sum |d| of all elements, sum |d| of those kept), in fp64: mergekit's DARE scales by their ratio. The order of the sums is part of the truth:
+    every `LANES`-th element of a piece, then the lanes in halves, then the pieces."""
     every = some = 0.0
     whole = Part(part.tensor)
-    for first in range(0, part.tensor.numel(), chunk):
-        last = min(first + chunk, part.tensor.numel())
-        every += float(delta(base, whole, recipe, first, last).abs().sum(dtype=torch.float64))
-        some += float(delta(base, part, recipe, first, last).abs().sum(dtype=torch.float64))
+    for first in range(0, part.tensor.numel(), PIECE):
+        last = min(first + PIECE, part.tensor.numel())
+        every += _absolute_sum(delta(base, whole, recipe, first, last))
+        some += _absolute_sum(delta(base, part, recipe, first, last))
     return every, some
+
+
+def _absolute_sum(d: Tensor) -> float:
+    lanes = torch.zeros(LANES, dtype=torch.float64, device=d.device)
+    for row in torch.nn.functional.pad(d.abs().double(), (0, -d.numel() % LANES)).view(-1, LANES):
+        lanes = lanes + row
+    while lanes.numel() > 1:
+        lanes = lanes[: lanes.numel() // 2] + lanes[lanes.numel() // 2 :]
+    return float(lanes)
+
+
+def cut_of(n: int, k: int) -> Cut | None:
+    """The cut that keeps nothing or everything, or None where it depends on the tensor."""
+    return Cut(TOP, -1) if k <= 0 else Cut(1 << 31, n - 1) if k >= n else None
+
+
+def cuts(base: Tensor | None, tensors: Sequence[Tensor], counts: Sequence[int]) -> list[Cut]:
+    """Where the `counts[i]` largest |tensors[i] - base| end; ties: lowest index. Flat tensors of one length."""
+    found = []
+    for tensor, k in zip(tensors, counts, strict=True):
+        cut = cut_of(tensor.numel(), k)
+        if cut is None:
+            keys = _keys(base, tensor)
+            key, above, same = kth_key([keys], k)
+            last = int((keys == key).nonzero()[k - above - 1]) if k - above < same else tensor.numel() - 1
+            cut = Cut(key, last)
+        found.append(cut)
+    return found

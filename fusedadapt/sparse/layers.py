@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from ..ops import dense
 from ..ops import sparse as ops
@@ -73,6 +74,7 @@ class MaskedLinear(nn.Linear):
     """
 
     alpha = 1.0
+    index: Tensor
 
     def __init__(
         self,
@@ -146,12 +148,13 @@ class MaskedLinear(nn.Linear):
         if self._seen != self._state():
             self.sync_()
         else:
-            with torch.autograd._unsafe_preserve_version_counter(self.weight):
+            with _unsafe_preserve_version_counter(self.weight):
                 self.sync_()
 
     def forward(self, x: Tensor) -> Tensor:
         self._follow()
-        bias, cast = self.bias, torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+        bias: Tensor | None = self.bias
+        cast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
         if cast:  # as autocast does with F.linear, which it cannot see in backward; the weight is converted anew there instead of kept
             dtype = torch.get_autocast_dtype(x.device.type)
             x, bias = x.to(dtype), None if bias is None else bias.to(dtype)

@@ -264,8 +264,8 @@ def find_threshold(batches: Callable[[], Iterable[list[Item]]], score: str, k: i
     # NaN's key has ones below its upper half too.
     key = TOP if key == TOP >> shifts[-1][0] else key << shifts[-1][0]
     equal = _kept_ties(ties, left, same)
-    scalar = lambda value: torch.tensor([value], dtype=torch.int64, device=sample.device)
-    return Threshold(score_at(key), above, equal, same, nans, scalar(key), scalar(equal))
+    scalars = torch.tensor([[key], [equal]], dtype=torch.int64, device=sample.device)
+    return Threshold(score_at(key), above, equal, same, nans, scalars[0], scalars[1])
 
 
 def _sample(batches: Iterable[list[Item]]) -> Tensor:
