@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from . import lowrank as lowrank
     from . import optim as optim
+    from . import sparse as sparse
     from .config import backend as backend
     from .config import strict as strict
     from .dispatch import explain as explain
@@ -23,22 +24,39 @@ if TYPE_CHECKING:
     from .integrations.peft import unpatch as unpatch
     from .lowrank.functional import lora_linear as lora_linear
     from .lowrank.layer import LoRALinear as LoRALinear
+    from .sparse.layers import MaskedLinear as MaskedLinear
 
 __version__ = "0.1.0"
-__all__ = ["LoRALinear", "__version__", "backend", "explain", "lora_linear", "lowrank", "optim", "patch", "strict", "testing", "unpatch"]
+__all__ = [
+    "LoRALinear",
+    "MaskedLinear",
+    "__version__",
+    "backend",
+    "explain",
+    "lora_linear",
+    "lowrank",
+    "optim",
+    "patch",
+    "sparse",
+    "strict",
+    "testing",
+    "unpatch",
+]
 
 # public name -> (submodule, attribute); no attribute means the submodule itself
 _LAZY: dict[str, tuple[str, str]] = {
     "LoRALinear": ("lowrank.layer", "LoRALinear"),
-    "lora_linear": ("lowrank.functional", "lora_linear"),
-    "lowrank": ("lowrank", ""),
-    "patch": ("integrations.peft", "patch"),
-    "unpatch": ("integrations.peft", "unpatch"),
+    "MaskedLinear": ("sparse.layers", "MaskedLinear"),
     "backend": ("config", "backend"),
     "explain": ("dispatch", "explain"),
+    "lora_linear": ("lowrank.functional", "lora_linear"),
+    "lowrank": ("lowrank", ""),
     "optim": ("optim", ""),
+    "patch": ("integrations.peft", "patch"),
+    "sparse": ("sparse", ""),
     "strict": ("config", "strict"),
     "testing": ("testing", ""),
+    "unpatch": ("integrations.peft", "unpatch"),
 }
 
 # In a wheel kernels/ and bench/ lie inside this package. In a checkout and in an editable install they lie beside it: an install-time

@@ -111,7 +111,7 @@ class MaskedLinear(nn.Linear):
         if not self.weight.is_contiguous():
             raise ValueError(f"{type(self).__name__}: expected a contiguous weight; got strides {self.weight.stride()}; call .contiguous() first")
         if prune:
-            self.weight.mul_(mask.to_bool())
+            self.weight.masked_fill_(~mask.to_bool(), 0.0)  # a product would leave -0 and NaN
         self.register_buffer("index", mask.indices())
         self.values = nn.Parameter(self._start(ops.run("gather_at", self.weight)(self.weight.view(-1), self.index)))
         self._seen: tuple[int, int] | None = None
