@@ -27,6 +27,11 @@ def family(name: str, device: str) -> Family:
         from . import registry, report, runner
 
         return Family(registry.ROWS, runner.measure, report.document, report.results_table, report.plots)
+    if name == "sparse":
+        from . import sparse, sparse_report, sparse_runner
+
+        chosen = [row for row in sparse.ROWS if row.device == device]
+        return Family(chosen, sparse_runner.measure, sparse_report.document, sparse_report.results_table, sparse_report.plots)
     from . import lowrank, lowrank_report, lowrank_runner
 
     rows = [row for row in lowrank.ROWS if row.device == device]
@@ -38,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m fusedadapt bench",
         description="Times every row of the family's registry: contestants take turns in one process, medians are compared within the run.",
     )
-    parser.add_argument("family", choices=("optim", "lowrank"), help="what to time")
+    parser.add_argument("family", choices=("optim", "lowrank", "sparse"), help="what to time")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=2, help="torch.set_num_threads; ours use as many (default 2)")
     parser.add_argument("--quick", action="store_true", help="smaller mixes and less time: a look, not a measurement")

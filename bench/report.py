@@ -21,6 +21,7 @@ SCHEMA = 1
 KINDS = {
     "host": ("≤", " µs"), "faster": ("≥", "x"), "cost": ("≤", "x"),
     "share": ("≤", ""), "overhead": ("≤", ""), "saved": ("≤", " |x|"), "flops": ("≤", "x"),
+    "time": ("≤", " ms"), "memory": ("≤", "x"), "extra": ("≤", " MB"), "across": ("≤", "x"), "copy": ("≥", ""), "differ": ("≤", ""),
 }  # fmt: skip
 _PACKAGES = ("fusedadapt", "torch", "triton", "numpy", "adabelief-pytorch", "lion-pytorch", "peft", "transformers")
 

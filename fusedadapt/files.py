@@ -66,7 +66,7 @@ def header(entries: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: M
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a CPU tensor in row-major order."""
     flat = tensor.detach().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

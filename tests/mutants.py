@@ -20,6 +20,8 @@ TRUTH, MID, FUNCTION = "fusedadapt/reference/lowrank.py", "fusedadapt/lowrank/mi
 FUNCTIONAL, LOWRANK = "fusedadapt/lowrank/functional.py", "fusedadapt/ops/lowrank.py"
 LR_HOST, LR_CPU = "csrc/cpu/lowrank.cpp", "csrc/cpu/lowrank_isa.cpp"
 DERIVATIVES, CONTRACT = "test_lowrank_derivatives.py::test_derivatives", "test_lowrank_contract.py::test_"
+SELECT, MASK, DELTA, CODING = (f"fusedadapt/sparse/{name}.py" for name in ("select", "mask", "delta", "coding"))
+LAYERS, SPARSE_TRUTH = "fusedadapt/sparse/layers.py", "fusedadapt/reference/sparse.py"
 SWEEP, HOST, TABLE = "csrc/cpu/optim_isa.cpp", "csrc/cpu/optim.cpp", "csrc/table_host.cpp"
 
 MUTANTS = (
@@ -135,4 +137,39 @@ MUTANTS = (
     Mutant("kernels/lowrank_parts.py", ".to(tl.int32) >= threshold", ".to(tl.int32) > threshold", f"{CONTRACT}the_edge_of_a_mask[triton]"),
     Mutant("kernels/lowrank_shrink.py", "u = u * kept_scale(h[i])", "u = u", f"{CONTRACT}masks_are_the_same_bits_everywhere[triton-5-13]"),
     Mutant("kernels/lowrank_grads.py", "mb = mb * factor[:, None]", "mb = mb", "test_lowrank_triton[100001]"),
+    # sparse: selection, masks, deltas, layers
+    Mutant(
+        SPARSE_TRUTH, "torch.cumsum(same, 0) <= equal", "torch.cumsum(same, 0) < equal",
+        "test_sparse_select.py::test_one_tensor[reference-equal-torch.float32]",
+    ),
+    Mutant(
+        SPARSE_TRUTH, "TOP if nan == \"highest\" else 0, key)", "TOP, key)",
+        "test_sparse_select.py::test_one_tensor[reference-special-torch.bfloat16]",
+    ),
+    Mutant(
+        SELECT, "key = TOP if key == TOP >> shifts[-1][0] else key << shifts[-1][0]", "key = key << shifts[-1][0]",
+        "test_sparse_select.py::test_threshold_says_where_it_cuts[reference-torch.bfloat16]",
+    ),
+    Mutant(SELECT, "x if x.dtype in ops.DTYPES else x.float()", "x", "test_sparse_select.py::test_strides_offsets_and_other_dtypes[cpp]"),
+    Mutant(SELECT, "[: len(items)]", "", "test_sparse_distributed.py::test_two_processes"),
+    Mutant(SELECT, "return (keep - before).clamp(min=0)", "return keep", "test_sparse_distributed.py::test_two_processes"),
+    Mutant(
+        MASK, "Mask.full(self.shape, True, self.device)._aligned_as(self) ^ self", "Mask(~self.words, self.shape)",
+        "test_sparse_mask.py::test_algebra",
+    ),
+    Mutant(
+        DELTA, "for w, name, old in reversed(self._undo):", "for w, name, old in self._undo[1:]:",
+        "test_sparse_delta.py::test_apply_and_revert_to_the_bit",
+    ),
+    Mutant(DELTA, "bool((e.indices[1:] > e.indices[:-1]).all())", "True", "test_sparse_delta.py::test_positions_must_fit"),
+    Mutant(DELTA, "zlib.crc32(tensor_bytes(values), zlib.crc32(tensor_bytes(gaps)))", "0", "test_sparse_delta.py::test_damaged_files_are_refused"),
+    Mutant(
+        CODING, "escape = 256**width - 1\n    ends = np.cumsum", "escape = 256**width - 2\n    ends = np.cumsum",
+        "test_sparse_delta.py::test_gaps_of_every_size_come_back",
+    ),
+    Mutant(
+        LAYERS, "            with _unsafe_preserve_version_counter(self.weight):\n                self.sync_()", "            pass",
+        "test_sparse_layers.py::test_training_moves_the_chosen_elements_alone",
+    ),
+    Mutant(LAYERS, "dv if ctx.alpha == 1.0 else dv * ctx.alpha", "dv", "test_sparse_layers.py::test_gradcheck_with_alpha"),
 )  # fmt: skip

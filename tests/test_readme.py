@@ -41,6 +41,13 @@ def test_the_examples_of_the_adapters_run(number: int) -> None:
         methods.METHODS.update(known)
 
 
+def test_the_example_of_the_sparse_masks() -> None:
+    (code,) = examples((DOCS / "sparse.md").read_text(encoding="utf-8"))
+    names: dict[str, object] = {}
+    exec(compile(code, "sparse.md", "exec"), names)
+    assert all(torch.equal(p, names["before"][name]) for name, p in names["model"].named_parameters())
+
+
 def test_the_table_of_methods() -> None:
     from fusedadapt.lowrank import METHODS
 

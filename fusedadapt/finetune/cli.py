@@ -15,6 +15,7 @@ from ..checkpoint import CheckpointError
 from . import report
 from .adapters import ADAPTERS, IN_PEFT, INITS
 from .errors import FinetuneError
+from .sparse import SELECT
 from .train import CHECKPOINT, DTYPES, REPORT, Config, run, stored_config
 
 DEFAULT_OUT = Path("runs/finetune")
@@ -32,6 +33,13 @@ def _positive(kind: type[int] | type[float], zero: bool = False) -> Any:
     return number
 
 
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a share above 0, at most 1; got {text}")
+    return value
+
+
 def parser() -> argparse.ArgumentParser:
     """Every default is SUPPRESS, so that what was typed can be told from what was not: a resumed run takes the rest from its checkpoint."""
     p = argparse.ArgumentParser(
@@ -47,6 +55,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--alpha", type=_positive(float), help=f"scaling times rank, as LoRA counts it (default {d.alpha:g})")
     p.add_argument("--dropout", type=_positive(float, zero=True), help=f"on the adapter's input (default {d.dropout})")
     p.add_argument("--init", choices=INITS, help="of lora_A and lora_B (default: the method's own)")
+    p.add_argument("--sparse", type=_share, metavar="DENSITY", help="train that share of the weights and leave the rest's bits alone")
+    p.add_argument("--select", choices=list(SELECT), help=f"which, with --sparse (default {d.select}: {SELECT[d.select]})")
     p.add_argument("--steps", type=_positive(int), help=f"default {d.steps}")
     p.add_argument("--batch", type=_positive(int), help=f"pairs per step (default {d.batch})")
     p.add_argument("--lr", type=_positive(float), help="peak learning rate (default: per rule, AdamW 5e-5)")
@@ -94,6 +104,7 @@ def configure(typed: dict[str, Any]) -> tuple[Config, Path, bool]:
             "finetune: expected --dtype bf16 with --master-weights or --stochastic-rounding; got fp32, which needs neither; add --dtype bf16"
         )
     _check_adapter(config, fields)
+    _check_sparse(config, fields)
     return config, out, resume
 
 
@@ -111,6 +122,19 @@ def _check_adapter(config: Config, typed: dict[str, Any]) -> None:
         raise FinetuneError("finetune: expected no --master-weights or --stochastic-rounding with --adapter; got both; drop them: adapters are fp32")
     if config.init is not None and config.adapter not in IN_PEFT:
         raise FinetuneError(f"finetune: expected --adapter {'|'.join(IN_PEFT)} with --init; got {config.adapter}, which has its own; drop --init")
+
+
+def _check_sparse(config: Config, typed: dict[str, Any]) -> None:
+    """FinetuneError where the options of --sparse do not fit."""
+    if config.sparse is None:
+        if "select" in typed:
+            raise FinetuneError("finetune: expected --sparse with --select; got none; add --sparse 0.01 or drop the option")
+        return
+    for name in ("adapter", "compare"):
+        if getattr(config, name) is not None:
+            raise FinetuneError(f"finetune: expected no --{name} with --sparse; got {getattr(config, name)}; drop one of them")
+    if config.optimizer.lower().startswith("torch:"):
+        raise FinetuneError(f"finetune: expected one of our rules with --sparse; got {config.optimizer!r}, which has no masks; drop the 'torch:'")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -137,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(line, highlight=False)
     for path in paths:
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
-    name = config.optimizer + (f", {config.adapter}" if config.adapter else "")
+    name = config.optimizer + (f", {config.adapter}" if config.adapter else "") + (f", {config.sparse:g} of the weights" if config.sparse else "")
     console.print(f"{name}: {result.seconds:.0f} s in all", highlight=False)
     return 0
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..sparse import Mask
 from ..testing.saved import SavedBytes
 from .adapters import Adapter, AnyAdapter, plain_weights
 from .data import Pair
@@ -48,8 +49,10 @@ class Lane:
     """Trains ``model`` with ``rule`` on pairs; every step is a pure function of the weights, the optimizer's state, the batch and
     (seed, step)."""
 
-    def __init__(self, model: Encoder, rule: Rule, tokens: Tokens, seed: int, adapter: AnyAdapter | None = None):
-        self.model, self.rule, self.tokens, self.seed, self.adapter = model, rule, tokens, seed, adapter
+    def __init__(
+        self, model: Encoder, rule: Rule, tokens: Tokens, seed: int, adapter: AnyAdapter | None = None, masks: dict[str, Mask] | None = None
+    ):
+        self.model, self.rule, self.tokens, self.seed, self.adapter, self.masks = model, rule, tokens, seed, adapter, masks
         self.device = model.embeddings.word_embeddings.weight.device
         self.optimizer: Any = rule.build(model)
         self.base_lr = [float(group["lr"]) for group in self.optimizer.param_groups]
@@ -133,11 +136,7 @@ class Lane:
 
     def embed(self, texts: list[str], side: str) -> Tensor:
         """Unit embeddings (N, d) fp32 in the order of ``texts``; ``side`` is "text" or "code" and sets the token limit."""
-        rows = self.tokens(texts, TEXT_TOKENS if side == "text" else CODE_TOKENS)
-        order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
-        parts = [self.model(*pad([rows[i] for i in order[at : at + CHUNK]], self.device)) for at in range(0, len(order), CHUNK)]
-        back = torch.tensor(sorted(range(len(order)), key=order.__getitem__), device=self.device)
-        return torch.cat(parts)[back]
+        return embed(self.model, self.tokens, texts, side)
 
     def evaluate(self, pairs: list[Pair]) -> Quality:
         """Quality over ``pairs``; weights and optimizer are afterwards what they were, to the bit."""
@@ -180,3 +179,18 @@ class Lane:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+
+def embed(model: Encoder, tokens: Tokens, texts: list[str], side: str) -> Tensor:
+    """Unit embeddings (N, d) fp32 in the order of ``texts``; ``side`` is "text" or "code" and sets the token limit."""
+    device = model.embeddings.word_embeddings.weight.device
+    rows = tokens(texts, TEXT_TOKENS if side == "text" else CODE_TOKENS)
+    order = sorted(range(len(rows)), key=lambda i: (len(rows[i]), i))
+    parts = [model(*pad([rows[i] for i in order[at : at + CHUNK]], device)) for at in range(0, len(order), CHUNK)]
+    back = torch.tensor(sorted(range(len(order)), key=order.__getitem__), device=device)
+    return torch.cat(parts)[back]
+
+
+def gradients(model: Encoder, tokens: Tokens, pairs: list[Pair]) -> None:
+    """Leaves the gradients of one batch's loss in the model's parameters."""
+    info_nce(*(embed(model, tokens, [getattr(pair, side) for pair in pairs], side) for side in ("text", "code"))).backward()

@@ -18,6 +18,7 @@ from rich.table import Table
 from .. import __version__
 from .lane import Lane
 from .metrics import Quality
+from .sparse import DELTA
 from .train import CHECKPOINT, REPORT, Result
 
 COLOURS = (("#1f5fa8", "#8fb4dc"), ("#c8641a", "#e9b58c"))  # per lane: strong, pale; told apart in grey and by the colour-blind
@@ -103,7 +104,18 @@ def notes(result: Result) -> list[str]:
         )
         kept = f"; {min(adapted.retained.values()):.4%} of the change kept in the worst of {len(adapted.retained)} layers" if adapted.retained else ""
         lines.append(f"merged into the weights: MRR {adapted.merged.mrr:.4f} (apart {quality_of(result, lane).mrr:.4f}){kept}")
+    if (s := result.sparse) is not None:
+        lines.append(
+            f"{s.trained:,} of {s.parameters:,} weights trained ({s.trained / s.parameters:.2%}), {s.frozen_changed} others changed; "
+            f"optimizer state {s.state_bytes / 1e6:,.1f} MB"
+        )
+        per = s.delta_bytes / s.delta_entries if s.delta_entries else 0.0
+        lines.append(f"what was trained, as a delta: {s.delta_bytes / 1e6:,.2f} MB ({per:.2f} bytes per weight); MRR {mrrs(result)}")
     return lines
+
+
+def mrrs(result: Result) -> str:
+    return f"{result.before.mrr:.4f} -> {result.after[0].mrr:.4f}"
 
 
 def quality_of(result: Result, lane: Lane) -> Quality:
@@ -136,6 +148,7 @@ def as_json(result: Result) -> dict[str, Any]:
         "before": result.before.as_dict(),
         "lanes": lanes,
         "adapted": [asdict(adapted) for adapted in result.adapted],
+        "sparse": None if result.sparse is None else asdict(result.sparse),
         "seconds": result.seconds,
     }
 
@@ -147,6 +160,8 @@ def write(result: Result, out: Path) -> list[Path]:
     models = [out / folder / "model.safetensors" for folder in ("model", "model-compared")][: len(result.lanes)]
     if result.adapted:
         models.append(out / "adapter" / "adapter_model.safetensors")
+    if result.sparse is not None:
+        models.append(out / DELTA)
     return [*models, out / CHECKPOINT, out / "curves.png", out / "curves.svg", out / REPORT]
 
 

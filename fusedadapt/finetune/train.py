@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from .. import checkpoint
-from . import adapters, data, model
+from . import adapters, data, model, sparse
 from .errors import FinetuneError
-from .lane import History, Lane
+from .lane import History, Lane, gradients
 from .metrics import Quality
 from .optimizers import Rule, resolve, torch_twin
 from .tokens import Hashed, Pretrained, Tokens
@@ -49,6 +49,8 @@ class Config:
     alpha: float = 16.0
     dropout: float = 0.05
     init: str | None = None
+    sparse: float | None = None
+    select: str = "magnitude"
     quick: bool = False
     threads: int = field(default_factory=torch.get_num_threads)
 
@@ -84,6 +86,7 @@ class Result:
     data_digest: str
     seconds: float
     adapted: list[Adapted] = field(default_factory=list)
+    sparse: sparse.Summary | None = None
 
 
 def run(config: Config, out: Path, watcher: Watcher, *, save_every: int, resume: bool) -> Result:
@@ -95,7 +98,7 @@ def run(config: Config, out: Path, watcher: Watcher, *, save_every: int, resume:
     train, held_out = load_data(config)
     digest = data.digest(train, held_out)
     watcher.say(f"{len(train)} training pairs and {len(held_out)} held-out pairs from the Python standard library")
-    lanes = build_lanes(config)
+    lanes = build_lanes(config, train, stored_masks(out / CHECKPOINT, config) if resume else None)
     before, done = None, 0
     if resume:
         before, done = restore(out / CHECKPOINT, config, lanes, digest)
@@ -115,7 +118,8 @@ def run(config: Config, out: Path, watcher: Watcher, *, save_every: int, resume:
     adapted = [finish_adapter(lane, size, held_out, out) for lane, size in zip(lanes, kept, strict=False)]
     for lane, folder in zip(lanes, ("model", "model-compared"), strict=False):
         export(lane, out / folder, config)
-    return Result(config, lanes, before, after, (len(train), len(held_out)), digest, time.perf_counter() - began, adapted)
+    thinned = finish_sparse(config, lanes[0], out)
+    return Result(config, lanes, before, after, (len(train), len(held_out)), digest, time.perf_counter() - began, adapted, thinned)
 
 
 def finish_adapter(lane: Lane, kept: int, held_out: list[data.Pair], out: Path) -> Adapted:
@@ -125,13 +129,23 @@ def finish_adapter(lane: Lane, kept: int, held_out: list[data.Pair], out: Path) 
     return Adapted(*lane.parameters(), kept, lane.merge(), lane.evaluate(held_out))
 
 
+def finish_sparse(config: Config, lane: Lane, out: Path) -> sparse.Summary | None:
+    """With --sparse: saves what was trained as a delta of the model that the run began with."""
+    if lane.masks is None:
+        return None
+    base = {name: p.detach().cpu() for name, p in _encoder(config)[0].named_parameters()}
+    final = lane.final_weights()
+    return sparse.finish(base, {name: final[name] for name in base}, lane.masks, lane.optimizer, out)
+
+
 def load_data(config: Config) -> tuple[list[data.Pair], list[data.Pair]]:
     files = data.library_files(limit=QUICK_FILES if config.quick else None)
     return data.split(data.collect(files), QUICK_HELD_OUT if config.quick else HELD_OUT)
 
 
-def build_lanes(config: Config) -> list[Lane]:
-    """One lane, or two from the same start. The second one's hyper-parameters are read from the first one's constructed optimizer."""
+def build_lanes(config: Config, train: list[data.Pair] | None = None, masks: sparse.Masks | None = None) -> list[Lane]:
+    """One lane, or two from the same start. The second one's hyper-parameters are read from the first one's constructed optimizer. ``masks``: a
+    stored run's; without, --sparse chooses them, by gradients of the first batch of ``train`` if told so."""
     extras: dict[str, Any] = {}
     if config.master_weights is not None:
         extras["master_weights"] = config.master_weights
@@ -140,6 +154,9 @@ def build_lanes(config: Config) -> list[Lane]:
     rule = resolve(config.optimizer, lr=config.lr, weight_decay=config.weight_decay, max_grad_norm=config.max_grad_norm, extras=extras)
     if config.adapter is not None and config.lr is None:
         rule = replace(rule, lr=adapters.learning_rate(rule.lr, config.adapter))
+    if config.sparse is not None:
+        rule = replace(rule, lr=rule.lr if config.lr is not None else rule.lr * sparse.LR_FACTOR)
+        return [_sparse_lane(config, rule, train or [], masks)]
     lanes = [_lane(config, rule)]
     if config.compare == "peft":
         lanes.append(_peft_lane(config, rule, lanes[0]))
@@ -163,6 +180,18 @@ def _lane(config: Config, rule: Rule) -> Lane:
         options = adapters.Options(config.adapter, config.rank, config.alpha, config.dropout, config.init)
         adapter = adapters.Adapter(encoder, options, config.steps, config.seed)
     return Lane(encoder, rule, tokens, config.seed, adapter)
+
+
+def _sparse_lane(config: Config, rule: Rule, train: list[data.Pair], masks: sparse.Masks | None) -> Lane:
+    encoder, tokens = _encoder(config)
+    assert config.sparse is not None
+    if masks is None:
+        if config.select == "gradient":
+            first = [train[i] for i in data.batch_indices(len(train), config.batch, config.seed, 0)]
+            gradients(encoder, tokens, first)
+        masks = sparse.choose(encoder, config.sparse, config.select)
+    more = sparse.options(encoder, masks)
+    return Lane(encoder, replace(rule, arguments=rule.arguments | more), tokens, config.seed, masks=masks)
 
 
 def _peft_lane(config: Config, rule: Rule, ours: Lane) -> Lane:
@@ -209,6 +238,7 @@ def store(path: Path, config: Config, lanes: list[Lane], before: Quality, digest
         "before": before.as_dict(),
         "history": [lane.history.as_dict() for lane in lanes],
         "adapter": [lane.adapter.state() if lane.adapter is not None else None for lane in lanes],
+        "masks": None if lanes[0].masks is None else sparse.packed(lanes[0].masks),
     }
     names = [str(i) for i in range(len(lanes))]
     checkpoint.save(
@@ -244,6 +274,13 @@ def stored_config(path: Path) -> Config:
     if not isinstance(extra, dict) or "config" not in extra:
         raise FinetuneError(f"finetune: expected the checkpoint of a finetune run; {path} is another one; name the run's folder")
     return Config(**extra["config"])
+
+
+def stored_masks(path: Path, config: Config) -> sparse.Masks | None:
+    """The masks that the stored run chose."""
+    if config.sparse is None:
+        return None
+    return sparse.unpacked(checkpoint.load(path, rng=False)["masks"], config.device)
 
 
 def export(lane: Lane, folder: Path, config: Config) -> None:

@@ -26,7 +26,7 @@ TOP = 0xFFFFFFFF  # the key of NaN that ranks highest; 0 where it ranks lowest: 
 def count_of(n: int, density: float, rounding: str = "floor") -> int:
     """How many of n elements a density keeps: floor, ceil or round (half to even) of density * n computed in fp64."""
     exact = density * n
-    k = {"floor": math.floor, "ceil": math.ceil, "round": round}[rounding](exact)
+    k = math.floor(exact) if rounding == "floor" else math.ceil(exact) if rounding == "ceil" else round(exact)
     return min(max(k, 0), n)
 
 

@@ -1,0 +1,245 @@
+"""SparseDelta: what it changes, bit-exact undo and exchange, composition, its files: size, damage, refusals that change nothing."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fusedadapt as fa
+from fusedadapt.sparse import Mask, SparseDelta, coding
+from fusedadapt.sparse.delta import Entry
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@pytest.fixture(autouse=True, params=["reference", "cpp"])
+def backend(request: pytest.FixtureRequest) -> Any:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with fa.backend(request.param):
+        yield
+    torch.set_num_threads(threads)
+
+
+def bits(t: Tensor) -> bytes:
+    return t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def state(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return {n: torch.randn(s, generator=g).to(dtype) for n, s in (("a", (40, 33)), ("b.c", (1025,)), ("d", ()), ("e", (0, 3)))}
+
+
+def tuned(base: dict[str, Tensor], density: float = 0.05, seed: int = 1) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return {n: torch.where(torch.rand(t.shape, generator=g) < density, torch.randn(t.shape, generator=g).to(t.dtype), t) for n, t in base.items()}
+
+
+def copied(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {n: t.clone() for n, t in weights.items()}
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(bits(a[n]) == bits(b[n]) for n in a)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_apply_and_revert_to_the_bit(dtype: torch.dtype) -> None:
+    base = state(0, dtype)
+    new = tuned(base)
+    exact, added = SparseDelta.from_diff(base, new, kind="set"), SparseDelta.from_diff(base, new)
+    assert exact.nnz == sum(int((base[n] != new[n]).sum()) for n in base) and set(exact.entries) <= {"a", "b.c", "d"}
+    w = copied(base)
+    assert exact.apply_(w) is exact and exact.applied and equal(w, new)
+    exact.revert_()
+    assert equal(w, base) and not exact.applied
+    for alpha in (1.0, -0.3, 1e30):  # with infinities on the way in fp16
+        added.apply_(w, alpha)
+        for n, e in added.entries.items():
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            wanted, at = base[n].clone().reshape(-1), e.indices.long()
+            wanted[at] = (wanted[at].to(wide) + alpha * e.values.to(wide)).to(dtype)
+            assert bits(w[n]) == bits(wanted)
+        added.revert_()
+        assert equal(w, base)
+
+
+def test_the_changed_bits_arrive_signs_of_zero_and_nan_included() -> None:
+    base = {"w": torch.tensor([0.0, -0.0, math.nan, 1.0, 2.0, math.inf])}
+    new = {"w": torch.tensor([-0.0, 0.0, math.nan, math.nan, 2.0, -math.inf])}
+    delta, w = SparseDelta.from_diff(base, new, kind="set"), copied(base)
+    delta.apply_(w)
+    assert equal(w, new) and delta.nnz == 4, "the unchanged NaN is no change"
+    delta.revert_()
+    assert equal(w, base)
+
+
+def test_selection_of_the_largest_changes() -> None:
+    base, new = state(0), tuned(state(0), 0.5)
+    change = torch.cat([(new[n] - base[n]).abs().reshape(-1) for n in base])
+    for delta in (SparseDelta.from_diff(base, new, k=30), SparseDelta.from_diff(base, new, density=30.5 / change.numel())):
+        assert delta.nnz == 30
+        kept = torch.cat([torch.cat([e.values.abs() for e in delta.entries.values()])])
+        assert torch.equal(kept.sort().values, change.topk(30).values.sort().values)
+    mask = {"a": Mask.from_bool(torch.eye(40, 33, dtype=torch.bool))}
+    delta = SparseDelta.from_diff(base, new, masks=mask, kind="set", dtype=torch.float64)
+    assert set(delta.entries) == {"a"} and delta.masks() == mask and torch.equal(delta.entries["a"].values.float(), new["a"].diagonal())
+
+
+def test_stacked_deltas_come_off_in_the_opposite_order() -> None:
+    base, module = state(0), nn.ModuleDict({"l": nn.Linear(30, 20)})
+    w = copied(base)
+    deltas = [SparseDelta.from_diff(base, tuned(base, 0.3, seed)) for seed in (1, 2, 3)]
+    snapshots = []
+    for delta in deltas:
+        snapshots.append(copied(w))
+        delta.apply_(w)
+    for delta, before in zip(reversed(deltas), reversed(snapshots)):
+        delta.revert_()
+        assert equal(w, before)
+    before = {n: p.detach().clone() for n, p in module.named_parameters()}
+    version = module["l"].weight._version
+    delta = SparseDelta.from_diff(module, {n: t + 1 for n, t in before.items()}, density=0.25)
+    delta.apply_(module)
+    assert module["l"].weight._version > version, "autograd sees it"
+    delta.revert_()
+    assert equal({n: p.detach() for n, p in module.named_parameters()}, before)
+
+
+def test_exchanging_twice_changes_nothing() -> None:
+    base = state(0, torch.bfloat16)
+    new, w = tuned(base), copied(base)
+    delta = SparseDelta.from_diff(base, new, kind="set")
+    values = {n: e.values.clone() for n, e in delta.entries.items()}
+    delta.swap_(w)
+    assert equal(w, new)
+    delta.swap_(w)
+    assert equal(w, base) and equal({n: e.values for n, e in delta.entries.items()}, values)
+    with pytest.raises(ValueError, match="loses nothing.*torch.float32 for torch.bfloat16"):
+        SparseDelta.from_diff(base, new, kind="set", dtype=torch.float32).swap_(w)
+    with pytest.raises(ValueError, match='kind "set"'):
+        SparseDelta.from_diff(base, new).swap_(w)
+    assert equal(w, base)
+
+
+def test_weights_of_any_strides() -> None:
+    w = torch.randn(20, 30).t()
+    before, index = w.clone(), torch.tensor([0, 7, 599], dtype=torch.int32)
+    delta = SparseDelta({"w": Entry(index, torch.tensor([1.0, 2.0, 3.0]), w.shape)}, "set")
+    delta.apply_({"w": w})
+    assert w.reshape(-1)[index.long()].tolist() == [1.0, 2.0, 3.0] and int((w != before).sum()) == 3
+    delta.revert_()
+    assert torch.equal(w, before)
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 3.3), (torch.float32, 5.3)], ids=str)
+def test_bytes_on_disk(tmp_path: Path, dtype: torch.dtype, limit: float) -> None:
+    n = 1_000_000
+    index = Mask.from_bool(torch.rand(n, generator=torch.Generator().manual_seed(0)) < 0.01).indices()
+    delta = SparseDelta({"w": Entry(index, torch.randn(index.numel()).to(dtype), torch.Size([1000, 1000]))}, "set")
+    delta.save(tmp_path / "d.safetensors")
+    assert (tmp_path / "d.safetensors").stat().st_size / index.numel() <= limit
+    loaded = SparseDelta.load(tmp_path / "d.safetensors")
+    assert loaded.kind == "set" and loaded.masks() == delta.masks() and bits(loaded.entries["w"].values) == bits(delta.entries["w"].values)
+
+
+def test_gaps_of_every_size_come_back() -> None:
+    g = torch.Generator().manual_seed(0)
+    cases = [torch.arange(5), torch.tensor([], dtype=torch.int64), torch.tensor([2**40]), torch.arange(1, 20) * 65301, torch.arange(1, 200) * 65280]
+    cases += [torch.cumsum(torch.randint(1, high, (300,), generator=g), 0) for high in (2, 254, 256, 257, 600, 65535, 65538, 70000, 10**6)]
+    cases += [torch.cumsum(torch.tensor([gap] * 5), 0) for gap in (1, 254, 255, 256, 257, 510, 511, 65535, 65536, 65537)]
+    for at in cases:
+        data, width = coding.encode(at)
+        assert torch.equal(coding.decode(data, width), at) and data.numel() % width == 0
+        one = int(((at.diff(prepend=torch.tensor([-1])) - 1) // 255 + 1).sum())
+        assert data.numel() <= one
+
+
+def test_a_file_with_far_gaps_comes_back(tmp_path: Path) -> None:
+    at = torch.arange(1, 20) * 65301  # two-byte gaps, half of whose bytes look like one-byte escapes
+    SparseDelta({"w": Entry(at, torch.ones(19), torch.Size([2_000_000]))}).save(tmp_path / "d")
+    loaded = SparseDelta.load(tmp_path / "d").entries["w"].indices
+    assert torch.equal(loaded.long(), at) and loaded.dtype == torch.int32
+    SparseDelta({"w": Entry(at + 2**33, torch.ones(19), torch.Size([2**20, 2**20]))}).save(tmp_path / "d")
+    assert torch.equal(SparseDelta.load(tmp_path / "d").entries["w"].indices, at + 2**33)
+
+
+def test_damaged_files_are_refused(tmp_path: Path) -> None:
+    path, base = tmp_path / "d.safetensors", state(0)
+    delta = SparseDelta.from_diff(base, tuned(base), kind="set")
+    delta.save(path)
+    whole = path.read_bytes()
+    head = 8 + int.from_bytes(whole[:8], "little")
+    for at in (head, head + 40, len(whole) - 1, len(whole) - 9):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(ValueError, match="damaged"):
+            SparseDelta.load(path)
+    for broken in (whole[:-1], whole[: head - 3], b"", b"\0" * 50, whole + b"x"):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match="SparseDelta.load: expected"):
+            SparseDelta.load(path)
+    Mask.full((3,), True).save(path)
+    with pytest.raises(ValueError, match="expected a delta's file"):
+        SparseDelta.load(path)
+
+
+def test_saving_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = state(0)
+    delta, path = SparseDelta.from_diff(base, tuned(base)), tmp_path / "d"
+    delta.save(path)
+    whole = path.read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fusedadapt.files.os.fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        SparseDelta.from_diff(base, tuned(base, 0.5)).save(path)
+    assert path.read_bytes() == whole and [p.name for p in tmp_path.iterdir()] == ["d"]
+
+
+def entry(at: list[int], shape: tuple[int, ...] = (6,), values: int | None = None) -> Entry:
+    return Entry(torch.tensor(at), torch.ones(len(at) if values is None else values), torch.Size(shape))
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (entry([0, 6]), r"positions in \[0, 6\)"), (entry([-1, 2]), r"positions in \[0, 6\)"), (entry([1, 3, 2, 5]), "sorted"),
+        (entry([1, 1]), "without repeats"),
+        (entry([1, 2], values=3), "as many positions"), (Entry(torch.tensor([1.0]), torch.ones(1), torch.Size([6])), "int32 or int64"),
+    ],
+)  # fmt: skip
+def test_positions_must_fit(made: Entry, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        SparseDelta({"w": made})
+
+
+def test_what_does_not_fit_is_refused_and_nothing_changes() -> None:
+    base = state(0)
+    delta = SparseDelta.from_diff(base, tuned(base), kind="set")
+    for wrong in ({"a": base["a"]}, base | {"b.c": torch.zeros(3)}, base | {"b.c": torch.zeros(1025, dtype=torch.int64)}):
+        weights = copied(wrong)
+        for call in (delta.apply_, delta.swap_):
+            with pytest.raises(ValueError, match=r"missing, of another shape or not floating-point: \['b.c'"):
+                call(weights)
+        assert equal(weights, wrong) and not delta.applied
+    weights = copied(base)
+    with pytest.raises(ValueError, match="alpha 1"):
+        delta.apply_(weights, 0.5)
+    with pytest.raises(RuntimeError, match="not"):
+        delta.revert_()
+    delta.apply_(weights)
+    with pytest.raises(RuntimeError, match="revert_"):
+        delta.apply_(weights)
+    with pytest.raises(ValueError, match='"add" or "set"'):
+        SparseDelta({}, "multiply")
+    with pytest.raises(ValueError, match=r"\['z', 'b.c: \(1025,\) and \(3,\)'\]"):
+        SparseDelta.from_diff(base, base | {"z": torch.zeros(1), "b.c": torch.zeros(3)})
+    with pytest.raises(ValueError, match=r"density in \[0, 1\]"):
+        SparseDelta.from_diff(base, base, density=2.0)
