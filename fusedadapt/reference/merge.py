@@ -1,0 +1,144 @@
+"""Merging fine-tuned models, element by element, in pure PyTorch.
+
+    d_i = factor_i * keep_i * (theta_i - theta_0)          keep_i: chosen by size, by chance, or all
+
+    sum       out = theta_0 + lambda * sum_i w_i d_i                                   (/ sum_i w_i if normalize)
+    paper     s = sgn(sum_i d_i) (0: the model's majority);  mean of the w_i d_i that are not 0 and have sign s
+    peft      s = + if sum_i d_i >= 0 else -;                sum of the w_i d_i whose d_i has sign s / how many (at least 1)
+    mergekit  s = + if sum_i w_i d_i >= 0 else -;            sum of the w_i d_i with sign s (/ sum of their w_i if normalize)
+
+Everything in fp32 (fp64 for fp64), sums in the models' order, one rounding at the end. Without theta_0, d_i = factor_i * theta_i and nothing
+is added.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .random import random16
+from .sparse import unpack
+
+COMBINE = ("sum", "paper", "peft", "mergekit")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One model's share of one tensor. ``tensor``: flat; ``words``: packed bits of the elements kept, or None; ``chance``: keep where 16 random bits
+    are below it, or None; ``model``: its number, which keys those bits."""
+
+    tensor: Tensor
+    weight: float = 1.0
+    factor: float = 1.0
+    words: Tensor | None = None
+    chance: int | None = None
+    model: int = 0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the parts of one tensor combine. ``majority``: the sign of a zero sum with "paper"; ``seed`` and ``stream`` (`stream_of` its
+    name) key the random bits."""
+
+    combine: str = "sum"
+    lambda_: float = 1.0
+    normalize: bool = False
+    majority: int = 1
+    seed: int = 0
+    stream: int = 0
+
+
+def stream_of(name: str) -> int:
+    """The number that stands for a tensor's name in the random bits: its CRC-32."""
+    return zlib.crc32(name.encode())
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What is computed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def kept(part: Part, recipe: Recipe, first: int, last: int) -> Tensor | None:
+    """Which of the elements first..last-1 are kept (bool), or None for all. ``first``: a multiple of 32."""
+    n = last - first
+    keep = None if part.words is None else unpack(part.words[first // 32 : (last + 31) // 32], (n,))
+    if part.chance is not None:
+        element = np.arange(first, last, dtype=np.uint64)
+        lucky = (random16(recipe.seed & 0xFFFFFFFFFFFFFFFF, element, part.model, recipe.stream) < part.chance).to(part.tensor.device)
+        keep = lucky if keep is None else keep & lucky
+    return keep
+
+
+def delta(base: Tensor | None, part: Part, recipe: Recipe, first: int, last: int) -> Tensor:
+    """factor * keep * (theta - theta_0) of the elements first..last-1."""
+    d = part.tensor[first:last].to(wide(part.tensor.dtype))
+    if base is not None:
+        d = d - base[first:last].to(d.dtype)
+    keep = kept(part, recipe, first, last)
+    if keep is not None:
+        d = torch.where(keep, d, 0)
+    return d if part.factor == 1.0 else d * part.factor
+
+
+def combine(deltas: Sequence[Tensor], weights: Sequence[float], recipe: Recipe) -> Tensor:
+    """The merged change, before lambda."""
+    if recipe.combine == "sum":
+        total = deltas[0] * weights[0]
+        for d, w in zip(deltas[1:], weights[1:], strict=True):
+            total = total + d * w
+        divisor = sum(weights)
+        return total / divisor if recipe.normalize and abs(divisor) >= 1e-8 else total
+    weighted = [d * w for d, w in zip(deltas, weights, strict=True)]
+    voters = weighted if recipe.combine == "mergekit" else deltas
+    votes = voters[0].clone()
+    for v in voters[1:]:
+        votes = votes + v
+    zero = recipe.majority if recipe.combine == "paper" else 1
+    positive = votes >= 0 if zero > 0 else votes > 0
+    total, divisor = torch.zeros_like(votes), torch.zeros_like(votes)
+    for d, v, w in zip(voters, weighted, weights, strict=True):
+        agrees = torch.where(positive, d > 0, d < 0)
+        total = total + torch.where(agrees, v, 0)
+        divisor = divisor + torch.where(agrees, w if recipe.combine == "mergekit" else 1.0, 0)
+    if recipe.combine == "mergekit" and not recipe.normalize:
+        return total
+    return total / torch.where(divisor == 0, 1, divisor)
+
+
+def votes(base: Tensor | None, parts: Sequence[Part], recipe: Recipe, chunk: int = 1 << 20) -> int:
+    """sum over the elements of sgn(sum_i d_i): its sign is the majority that a zero sum takes with "paper"."""
+    n, count = parts[0].tensor.numel(), 0
+    for first in range(0, n, chunk):
+        last = min(first + chunk, n)
+        total = delta(base, parts[0], recipe, first, last)
+        for part in parts[1:]:
+            total = total + delta(base, part, recipe, first, last)
+        count += int(total.sign().sum(dtype=torch.float64))
+    return count
+
+
+def merge_(out: Tensor, base: Tensor | None, parts: Sequence[Part], recipe: Recipe, chunk: int = 1 << 20) -> None:
+    """Writes the merged tensor into ``out`` (flat). ``base``: flat, or None."""
+    for first in range(0, out.numel(), chunk):
+        last = min(first + chunk, out.numel())
+        deltas = [delta(base, part, recipe, first, last) for part in parts]
+        merged = combine(deltas, [part.weight for part in parts], recipe)
+        if recipe.lambda_ != 1.0:
+            merged = merged * recipe.lambda_
+        out[first:last] = (merged if base is None else base[first:last].to(merged.dtype) + merged).to(out.dtype)
+
+
+def norms(base: Tensor | None, part: Part, recipe: Recipe, chunk: int = 1 << 20) -> tuple[float, float]:
+    """(sum |d| of all elements, sum |d| of those kept), in fp64: mergekit's DARE scales by their ratio."""
+    every = some = 0.0
+    whole = Part(part.tensor)
+    for first in range(0, part.tensor.numel(), chunk):
+        last = min(first + chunk, part.tensor.numel())
+        every += float(delta(base, whole, recipe, first, last).abs().sum(dtype=torch.float64))
+        some += float(delta(base, part, recipe, first, last).abs().sum(dtype=torch.float64))
+    return every, some

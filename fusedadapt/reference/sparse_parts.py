@@ -1,0 +1,136 @@
+"""The primitives of the sparse family in pure PyTorch, on any device: the same functions as every backend, built on `reference.sparse`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import merge as merging
+from . import sparse as truth
+
+LEVELS = ((16, 16), (0, 16))
+LEVELS16 = ((16, 16),)
+Item = tuple[Tensor, Tensor | None]
+
+
+def _keys(item: Item, score: str, nan: str) -> Tensor:
+    return truth.key_of(truth.score_of(item[0], score, item[1]), nan)
+
+
+def histogram(items: Sequence[Item], score: str, nan: str, shift: int, bits: int, prefix: Tensor | None) -> Tensor:
+    """Counts by `bits` bits of the key from `shift` up, among the keys whose higher bits are `prefix`."""
+    found = truth.histogram([_keys(item, score, nan) for item in items], shift, bits, None if prefix is None else int(prefix))
+    return found.to(items[0][0].device)
+
+
+def mark(items: Sequence[Item], score: str, nan: str, threshold: Tensor, equal: Tensor) -> list[Tensor]:
+    """Words of the keys above `threshold` and of the first `equal` that are equal to it."""
+    return [truth.pack(m) for m in truth.mark([_keys(item, score, nan) for item in items], int(threshold), int(equal))]
+
+
+def rows(x: Tensor, other: Tensor | None, score: str, nan: str, k: int, length: int, ties: str, aligned: bool) -> Tensor:
+    """Words that keep the k largest of every run of `length` elements."""
+    keys = _keys((x, other), score, nan).reshape(-1, length)
+    mask = torch.stack([truth.topk([row], k, ties)[0] for row in keys]) if len(keys) else keys.bool()
+    if aligned:
+        mask = torch.nn.functional.pad(mask, (0, -length % 32))
+    return truth.pack(mask)
+
+
+def energy(items: Sequence[Item], score: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(counts, sums, sums of squares) of the scores by the top 11 bits of their keys, NaN in bin 0."""
+    device = items[0][0].device
+    counts = torch.zeros(2048, dtype=torch.int64, device=device)
+    sums, squares = torch.zeros(2, 2048, dtype=torch.float64, device=device)
+    for x, other in items:
+        s = truth.score_of(x, score, other).reshape(-1)
+        at = truth.key_of(s, "lowest") >> 21
+        wide = s.double()
+        counts.index_add_(0, at, torch.ones_like(at))
+        sums.index_add_(0, at, wide)
+        squares.index_add_(0, at, wide * wide)
+    return counts, sums, squares
+
+
+def nm(x: Tensor, other: Tensor | None, score: str, nan: str, n: int, m: int) -> Tensor:
+    """Words that keep n of every m neighbours of a row."""
+    return truth.pack(truth.nm(_keys((x, other), score, nan), n, m))
+
+
+pack, unpack_shaped = truth.pack, truth.unpack
+
+
+def unpack(words: Tensor, n: int) -> Tensor:
+    """bool [n]."""
+    return truth.unpack(words, (n,))
+
+
+def prefix(words: Tensor) -> Tensor:
+    """Exclusive popcounts per 32 words (1,024 elements), the total last: int64 [ceil(words / 32) + 1]."""
+    counts = torch.nn.functional.pad(truth.popcount(words), (0, -words.numel() % 32)).view(-1, 32).sum(1)
+    return torch.nn.functional.pad(torch.cumsum(counts, 0), (1, 0))
+
+
+def indices(words: Tensor, n: int) -> Tensor:
+    """Sorted flat positions of the set bits: int32 below 2^31 elements, else int64."""
+    found = unpack(words, n).nonzero().reshape(-1)
+    return found.to(torch.int32) if n < 1 << 31 else found
+
+
+def from_indices(index: Tensor, n: int) -> Tensor:
+    """Words with these bits set; `index`: sorted, without repeats, in [0, n)."""
+    wide = index.to(torch.int64)
+    if wide.numel() and (int(wide[0]) < 0 or int(wide[-1]) >= n or not bool((wide[1:] > wide[:-1]).all())):
+        raise ValueError(f"from_indices: expected sorted positions in [0, {n}) without repeats; got others; sort them, drop repeats")
+    mask = torch.zeros(n, dtype=torch.bool, device=index.device)
+    mask[wide] = True
+    return truth.pack(mask)
+
+
+def _at(x: Tensor, words: Tensor) -> Tensor:
+    return unpack(words, x.numel()).nonzero().reshape(-1)
+
+
+def gather(x: Tensor, words: Tensor, prefix: Tensor) -> Tensor:
+    """The chosen elements of a flat x, in order."""
+    return x[_at(x, words)]
+
+
+def scatter_(x: Tensor, words: Tensor, prefix: Tensor, values: Tensor) -> None:
+    """x[chosen] = values."""
+    x[_at(x, words)] = values.to(x.dtype)
+
+
+def add_(x: Tensor, words: Tensor, prefix: Tensor, values: Tensor, alpha: float) -> None:
+    """x[chosen] += alpha * values, in fp32 (fp64), rounded once."""
+    at = _at(x, words)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    x[at] = (x[at].to(wide) + alpha * values.to(wide)).to(x.dtype)
+
+
+def swap_(x: Tensor, words: Tensor, prefix: Tensor, values: Tensor) -> None:
+    """Exchanges x[chosen] and values, bit for bit."""
+    at = _at(x, words)
+    old = x[at]
+    x[at] = values
+    values.copy_(old)
+
+
+def colstat(x: Tensor) -> Tensor:
+    """Sum of squares of each column of x [T, K], fp32."""
+    return x.double().square().sum(0).float()
+
+
+def gather_at(x: Tensor, index: Tensor) -> Tensor:
+    """x[index] of a flat x."""
+    return x[index.to(torch.int64)]
+
+
+def put_at_(x: Tensor, index: Tensor, values: Tensor) -> None:
+    """x[index] = values."""
+    x[index.to(torch.int64)] = values
+
+
+merge_, votes, norms = merging.merge_, merging.votes, merging.norms

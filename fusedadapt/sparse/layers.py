@@ -1,0 +1,184 @@
+"""Linear layers of which only chosen elements are trained: a compact parameter, a dense weight that follows it, no dense gradient."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import dense
+from ..ops import sparse as ops
+from ..ops import wgrad as _wgrad  # noqa: F401 - defines torch.ops.fusedadapt.masked_wgrad
+from .mask import Mask
+
+
+def masked_wgrad(dy: Tensor, x: Tensor, mask: Mask | Tensor) -> Tensor:
+    """dW = dy^T x at the mask's elements: fp32 [nnz] (fp64 for fp64), in their flat order. dy: [..., N]; x: [..., K]; mask: of shape (N, K), or its
+    sorted flat positions.
+
+    Memory beyond the result: one tile of dW, at most 8 MB.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    shape = (dy.shape[-1], x.shape[-1])
+    if isinstance(mask, Mask) and tuple(mask.shape) != shape:
+        raise ValueError(f"masked_wgrad: expected a mask of shape {shape}; got {tuple(mask.shape)}; make it from the layer's weight")
+    index = mask.indices() if isinstance(mask, Mask) else mask
+    out: Tensor = torch.ops.fusedadapt.masked_wgrad(dy.reshape(-1, shape[0]), x.reshape(-1, shape[1]), index)
+    return out
+
+
+class _ChosenLinear(torch.autograd.Function):
+    """y = x W^T + b where W[index] = values (+ base): the gradient of W exists at `index` only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, values: Tensor, index: Tensor, alpha: float) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[3] else None, weight, index)
+        ctx.alpha, ctx.dtypes = alpha, (values.dtype, None if bias is None else bias.dtype)
+        return dense.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, index = ctx.saved_tensors
+        dx = dense.linear_dx(dy, weight) if ctx.needs_input_grad[0] else None
+        db = dy.sum(0, dtype=torch.float64 if dy.dtype == torch.float64 else torch.float32).to(ctx.dtypes[1]) if ctx.needs_input_grad[2] else None
+        dv = None
+        if ctx.needs_input_grad[3]:
+            dv = torch.ops.fusedadapt.masked_wgrad(dy, x, index)
+            dv = (dv if ctx.alpha == 1.0 else dv * ctx.alpha).to(ctx.dtypes[0])
+        return dx, None, db, dv, None, None
+
+
+_apply: Any = _ChosenLinear.apply
+
+
+class MaskedLinear(nn.Linear):
+    """A linear layer that trains only the elements of ``mask`` (True = trained); the others keep their bits.
+
+    ``values`` is the parameter: [nnz], the trained elements in flat order. ``weight`` [N, K] is frozen and follows it before each forward pass.
+    Any optimizer steps on ``values`` alone: state, gradient and master weights have nnz elements.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as `torch.nn.Linear`. mask: `Mask` or bool tensor of shape (N, K).
+        prune: set the elements outside the mask to zero.
+    """
+
+    _base: Tensor | None = None
+    alpha = 1.0
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        mask: Mask | Tensor,
+        prune: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self._choose(mask, prune)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, mask: Mask | Tensor, *, prune: bool = False) -> MaskedLinear:
+        """Takes over `linear`'s own weight and bias (shared, not copied)."""
+        self = cls.__new__(cls)
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.train(linear.training)
+        self._choose(mask, prune)
+        return self
+
+    @torch.no_grad()
+    def _choose(self, mask: Mask | Tensor, prune: bool) -> None:
+        mask = mask if isinstance(mask, Mask) else Mask.from_bool(mask)
+        if tuple(mask.shape) != tuple(self.weight.shape):
+            raise ValueError(f"{type(self).__name__}: expected a mask of shape {tuple(self.weight.shape)}; got {tuple(mask.shape)}")
+        mask = mask.flat().to(self.weight.device)
+        self.weight.requires_grad_(False)
+        if not self.weight.is_contiguous():
+            raise ValueError(f"{type(self).__name__}: expected a contiguous weight; got strides {self.weight.stride()}; call .contiguous() first")
+        if prune:
+            self.weight.mul_(mask.to_bool())
+        self.register_buffer("index", mask.indices())
+        self.values = nn.Parameter(self._start(ops.run("gather_at", self.weight)(self.weight.view(-1), self.index)))
+        self._seen: tuple[int, int] | None = None
+
+    def _start(self, chosen: Tensor) -> Tensor:
+        return chosen
+
+    def _wanted(self) -> Tensor:
+        """What the chosen elements of the weight should be now."""
+        return self.values.detach()
+
+    @property
+    def mask(self) -> Mask:
+        """Which elements are trained."""
+        return Mask.from_indices(self.index, self.weight.shape)
+
+    @torch.no_grad()
+    def sync_(self) -> None:
+        """Writes the current values into ``weight``; forward does so itself when they changed."""
+        ops.run("put_at_", self.weight)(self.weight.view(-1), self.index, self._wanted().to(self.weight.dtype))
+        torch.autograd.graph.increment_version(self.weight)
+        self._seen = self._state()
+
+    def _state(self) -> tuple[int, int]:
+        return self.values._version, self.values.data_ptr()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self._seen != self._state():
+            self.sync_()
+        y: Tensor = _apply(x.reshape(-1, self.in_features), self.weight, self.bias, self.values, self.index, self.alpha)
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+    def to_linear(self) -> nn.Linear:
+        """A plain layer with the current weight (a copy)."""
+        self.sync_()
+        out = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
+        out.weight = nn.Parameter(self.weight.detach().clone())
+        if self.bias is not None:
+            out.bias = nn.Parameter(self.bias.detach().clone())
+        return out
+
+    def extra_repr(self) -> str:
+        n = math.prod(self.weight.shape)
+        return f"{super().extra_repr()}, trained={self.index.numel()} of {n}"
+
+
+class SparseDeltaLinear(MaskedLinear):
+    """y = x (W + alpha S)^T + b with S sparse: ``values`` [nnz] starts at 0 and is the change (SHiRA, arXiv 2406.13175). W's own elements are kept
+    beside it, so `disable` brings them back bit for bit."""
+
+    def __init__(self, *args: Any, alpha: float = 1.0, **kwargs: Any) -> None:
+        self.alpha = alpha
+        super().__init__(*args, **kwargs)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, mask: Mask | Tensor, *, prune: bool = False, alpha: float = 1.0) -> SparseDeltaLinear:
+        """Takes over `linear`'s own weight and bias (shared, not copied)."""
+        self = super().from_linear(linear, mask, prune=prune)
+        assert isinstance(self, SparseDeltaLinear)
+        self.alpha = alpha
+        return self
+
+    def _start(self, chosen: Tensor) -> Tensor:
+        self.register_buffer("_base", chosen)
+        return torch.zeros_like(chosen, dtype=torch.float64 if chosen.dtype == torch.float64 else torch.float32)
+
+    def _wanted(self) -> Tensor:
+        assert self._base is not None
+        return self._base.to(self.values.dtype) + self.alpha * self.values.detach()
+
+    @torch.no_grad()
+    def disable(self) -> None:
+        """Puts W's own elements back until the next forward pass or `sync_`."""
+        assert self._base is not None
+        ops.run("put_at_", self.weight)(self.weight.view(-1), self.index, self._base)
+        torch.autograd.graph.increment_version(self.weight)
+        self._seen = None

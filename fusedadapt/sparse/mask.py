@@ -1,0 +1,195 @@
+"""A set of elements of a tensor, one bit each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..ops import sparse as ops
+
+
+class Mask:
+    """Which elements of a tensor of `shape` are chosen: packed bits in row-major order.
+
+    ``words``: int32, 32 elements each, lowest bit first, spare bits 0; 1/8 byte per element. With ``row_aligned`` every row (last dimension)
+    starts on a new word. ``prefix``: exclusive counts per 1,024 elements (computed when first needed): the slot of a chosen element in a compact
+    array is a table look-up and a popcount: no index list.
+
+    Make one with `Mask.from_bool`, `Mask.from_indices`, `topk_mask`, `nm_mask`, `wanda_mask`. Masks are values: operators give new ones.
+    """
+
+    def __init__(self, words: Tensor, shape: Sequence[int], *, row_aligned: bool = False) -> None:
+        self.shape = torch.Size(shape)
+        self.row_aligned = row_aligned and len(self.shape) > 0
+        expected = self._words_needed()
+        if words.dtype != torch.int32 or words.dim() != 1 or words.numel() != expected:
+            raise ValueError(f"Mask: expected {expected} int32 words for shape {tuple(shape)}; got {words.dtype} of shape {tuple(words.shape)}")
+        self.words = words.contiguous()
+        self._prefix: Tensor | None = None
+
+    def _words_needed(self) -> int:
+        n = math.prod(self.shape)
+        if not self.row_aligned:
+            return (n + 31) // 32
+        length = self.shape[-1]
+        return 0 if n == 0 else n // length * ((length + 31) // 32)
+
+    @classmethod
+    def from_bool(cls, mask: Tensor, *, row_aligned: bool = False) -> Mask:
+        """From a bool tensor of any shape and strides."""
+        if mask.dtype != torch.bool:
+            raise ValueError(f"Mask.from_bool: expected a bool tensor; got {mask.dtype}; compare first, e.g. x != 0")
+        packed = mask
+        if row_aligned and mask.dim() and mask.numel():
+            packed = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % 32))
+        return cls(ops.run("pack", mask)(packed.contiguous()), mask.shape, row_aligned=row_aligned)
+
+    @classmethod
+    def from_indices(cls, indices: Tensor, shape: Sequence[int]) -> Mask:
+        """From flat row-major positions (int32 or int64), sorted and without repeats.
+
+        Raises:
+            ValueError: positions out of range, unsorted or repeated.
+        """
+        if indices.dtype not in (torch.int32, torch.int64) or indices.dim() != 1:
+            raise ValueError(f"Mask.from_indices: expected a vector of int32 or int64; got {indices.dtype} of shape {tuple(indices.shape)}")
+        return cls(ops.run("from_indices", indices)(indices.contiguous(), math.prod(shape)), shape)
+
+    @classmethod
+    def full(cls, shape: Sequence[int], value: bool, device: torch.device | str = "cpu") -> Mask:
+        """All elements, or none."""
+        return cls.from_bool(torch.full(tuple(shape), value, dtype=torch.bool, device=device))
+
+    @property
+    def device(self) -> torch.device:
+        return self.words.device
+
+    @property
+    def prefix(self) -> Tensor:
+        """int64 [ceil(words / 32) + 1]: how many are chosen before each 1,024 elements; the last entry is `nnz`."""
+        if self._prefix is None:
+            self._prefix = ops.run("prefix", self.words)(self.words)
+        return self._prefix
+
+    @property
+    def nnz(self) -> int:
+        """How many elements are chosen (waits for the device)."""
+        return int(self.prefix[-1])
+
+    @property
+    def density(self) -> float:
+        """nnz / number of elements; 0 for an empty shape."""
+        n = math.prod(self.shape)
+        return self.nnz / n if n else 0.0
+
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def to_bool(self) -> Tensor:
+        """bool tensor of `shape`."""
+        if not self.row_aligned or self.numel() == 0:
+            flat: Tensor = ops.run("unpack", self.words)(self.words, self.numel())
+            return flat.reshape(self.shape)
+        length = self.shape[-1]
+        padded: Tensor = ops.run("unpack", self.words)(self.words, self.words.numel() * 32)
+        return padded.view(-1, (length + 31) // 32 * 32)[:, :length].reshape(self.shape)
+
+    def indices(self) -> Tensor:
+        """Sorted flat positions of the chosen elements: int32 below 2^31 elements, else int64."""
+        found: Tensor = ops.run("indices", self.words)(self.flat().words, self.numel())
+        return found
+
+    def flat(self) -> Mask:
+        """The same set without row alignment."""
+        return Mask.from_bool(self.to_bool()) if self.row_aligned else self
+
+    def aligned(self) -> Mask:
+        """The same set with row alignment."""
+        return self if self.row_aligned else Mask.from_bool(self.to_bool(), row_aligned=True)
+
+    def to(self, device: torch.device | str) -> Mask:
+        return Mask(self.words.to(device), self.shape, row_aligned=self.row_aligned)
+
+    def reshape(self, *shape: int) -> Mask:
+        """The same bits under another shape of as many elements (not for row-aligned masks)."""
+        if self.row_aligned or math.prod(shape) != self.numel():
+            raise ValueError(f"Mask.reshape: expected a flat mask of {math.prod(shape)} elements; got {self!r}; use .flat()")
+        return Mask(self.words, shape)
+
+    def _with(self, other: Mask, words: Tensor) -> Mask:
+        return Mask(words, self.shape, row_aligned=self.row_aligned)
+
+    def _like(self, other: Mask) -> Mask:
+        if not isinstance(other, Mask):
+            raise TypeError(f"Mask: expected another Mask; got {type(other).__name__}; convert it with Mask.from_bool")
+        if other.shape != self.shape:
+            raise ValueError(f"Mask: expected a mask of shape {tuple(self.shape)}; got {tuple(other.shape)}")
+        return other if other.row_aligned == self.row_aligned else (other.aligned() if self.row_aligned else other.flat())
+
+    def __and__(self, other: Mask) -> Mask:
+        return self._with(other, self.words & self._like(other).words)
+
+    def __or__(self, other: Mask) -> Mask:
+        return self._with(other, self.words | self._like(other).words)
+
+    def __xor__(self, other: Mask) -> Mask:
+        return self._with(other, self.words ^ self._like(other).words)
+
+    def __sub__(self, other: Mask) -> Mask:
+        return self._with(other, self.words & ~self._like(other).words)
+
+    def __invert__(self) -> Mask:
+        return Mask.full(self.shape, True, self.device)._aligned_as(self) ^ self
+
+    def _aligned_as(self, other: Mask) -> Mask:
+        return self.aligned() if other.row_aligned else self
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Mask) and self.shape == other.shape and torch.equal(self.words, self._like(other).words)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        kind = ", row_aligned" if self.row_aligned else ""
+        return f"Mask(shape={tuple(self.shape)}, nnz={self.nnz}, device={self.device}{kind})"
+
+    def save(self, path: str | Path) -> None:
+        """Writes a safetensors file, atomically."""
+        save_masks(path, {"mask": self})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Mask:
+        """Reads what `save` wrote."""
+        return load_masks(path)["mask"]
+
+
+def save_masks(path: str | Path, masks: dict[str, Mask]) -> None:
+    """Writes name -> Mask as one safetensors file: temporary file, fsync, rename."""
+    from ..files import write_safetensors
+
+    tensors = {name: mask.words.cpu() for name, mask in masks.items()}
+    about = {name: ",".join(map(str, mask.shape)) + ("|rows" if mask.row_aligned else "") for name, mask in masks.items()}
+    write_safetensors(Path(path), tensors, {"format": "fusedadapt.masks", **about})
+
+
+def load_masks(path: str | Path) -> dict[str, Mask]:
+    """Reads what `save_masks` wrote.
+
+    Raises:
+        ValueError: another kind of file.
+    """
+    from safetensors import safe_open
+
+    with safe_open(str(path), "pt") as file:
+        about = file.metadata() or {}
+        if about.get("format") != "fusedadapt.masks":
+            raise ValueError(f"load_masks: expected a file of masks; {path} is none; write one with save_masks")
+        out = {}
+        for name in file.keys():
+            shape, _, rows = about[name].partition("|")
+            out[name] = Mask(file.get_tensor(name), [int(d) for d in shape.split(",") if d], row_aligned=rows == "rows")
+        return out

@@ -1,0 +1,185 @@
+"""Merging fine-tuned models in one streaming pass per tensor: nothing of a model's size is held beside inputs and output."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops import sparse as ops
+from . import merge_methods as methods
+from . import pcb
+from .merge_methods import COMPAT, METHODS, Job
+from .weights import Model, Source, Writer, check_alike, floating
+
+SPECIAL = ("slerp", "pcb", "fisher")
+#: methods that normalise by the sum of weights unless told otherwise, by compat
+_NORMALIZED = {"linear": COMPAT, "ties": ("mergekit",), "dare_ties": (), "fisher": COMPAT}
+
+
+def merge(
+    base: Source | None,
+    models: Sequence[Source],
+    method: str = "ties",
+    *,
+    weights: Sequence[float] | None = None,
+    density: float | Sequence[float] | None = None,
+    lambda_: float = 1.0,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+    compat: str = "paper",
+    normalize: bool | None = None,
+    t: float | None = None,
+    gamma: float = 0.01,
+    epsilon: float | None = None,
+    q: float | None = None,
+    fishers: Sequence[Source] | None = None,
+    out: str | Path | None = None,
+    progress: bool = False,
+) -> dict[str, Tensor] | Path:
+    """Merges models of one architecture (task vectors d_i = theta_i - theta_0, in fp32, rounded once).
+
+    Args:
+        base: theta_0: a state dict, a safetensors file, or a folder of them. None with "linear" and "fisher"; one end of "slerp".
+        models: the fine-tuned ones, likewise.
+        method: "linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties", "darex", "breadcrumbs", "breadcrumbs_ties", "della",
+            "della_linear", "magnitude_prune", "pcb" or "fisher".
+        weights: one per model (1). density: share of each model's change that stays, one or one per model. lambda_: scale of the merged change.
+        dtype: of the result; the base's by default. seed: of the random drops, which depend on (seed, model, tensor name, element) alone, so that any
+            sharding gives the same bits.
+        compat: where implementations differ, "paper" (the authors' code), "peft" or "mergekit"; docs/sparse.md lists the differences.
+        normalize: divide by the sum of weights. t: slerp's position. gamma: share of outliers that breadcrumbs removes. epsilon: della's spread.
+            q: darex's divisor (the density by default). fishers: diagonal Fisher information, one per model.
+        out: write there (a .safetensors file, or a folder sharded as the base is), out of core and atomically, instead of returning tensors.
+
+    Returns:
+        name -> tensor, or the path written. Tensors that are not floating-point come from the first model.
+
+    Raises:
+        ValueError: unknown method or compat, arguments that do not fit it, models that differ in names, shapes or dtypes (all listed).
+        FileNotFoundError. Nothing is written then.
+    """
+    if method not in METHODS and method not in SPECIAL:
+        raise ValueError(f"merge: expected a method among {', '.join([*METHODS, *SPECIAL])}; got {method!r}")
+    if compat not in COMPAT:
+        raise ValueError(f"merge: expected compat to be one of {', '.join(COMPAT)}; got {compat!r}")
+    opened, first = _open(base, models, method)
+    job = _job(method, None if base is None else opened[0], opened if base is None else opened[1:], weights, density, compat, normalize)
+    job.lambda_, job.seed, job.gamma, job.q = float(lambda_), int(seed), float(gamma), q
+    job.epsilon = epsilon if epsilon is not None else 0.15 if compat == "mergekit" else 0.05
+    _check_options(job, t, fishers)
+    compute = _computer(job, t, fishers)
+    about = {n: ((dtype if dtype is not None and n in set(floating(first)) else d), s) for n, (d, s) in first.about.items()}
+    with torch.no_grad(), _bar(len(about), method, progress) as advance:
+        methods.prepare(job) if method in METHODS else None
+        chosen = set(floating(first))
+
+        def tensor(name: str) -> Tensor:
+            kind, shape = about[name]
+            result = opened[0 if base is None else 1][name] if name not in chosen else torch.empty(shape, dtype=kind, device=first[name].device)
+            if name in chosen:
+                compute(name, result.view(-1), shape)
+            advance()
+            return result
+
+        if out is None:
+            return {name: tensor(name) for name in about}
+        Writer(Path(out), first, about).write(tensor)
+        return Path(out)
+
+
+def _open(base: Source | None, models: Sequence[Source], method: str) -> tuple[list[Model], Model]:
+    needs_base = method not in ("linear", "fisher")
+    if needs_base and base is None:
+        raise ValueError(f"merge: expected a base with {method!r}; got None; its changes are taken from it")
+    if not models:
+        raise ValueError("merge: expected at least one model; got none")
+    if method == "slerp" and len(models) != 1:
+        raise ValueError(f'merge: expected the base and one model with "slerp"; got {len(models)} models')
+    sources = ([] if base is None else [base]) + list(models)
+    labels = ([] if base is None else ["base"]) + [f"model {i}" for i in range(len(models))]
+    opened = [Model(source) for source in sources]
+    check_alike(opened, [f"{label} ({m.path})" if m.path else label for label, m in zip(labels, opened, strict=True)])
+    return opened, opened[0]
+
+
+def _job(method: str, base: Model | None, models: list[Model], weights: Any, density: Any, compat: str, normalize: bool | None) -> Job:
+    values = [1.0] * len(models) if weights is None else [float(w) for w in weights]
+    if len(values) != len(models) or not all(math.isfinite(w) for w in values):
+        raise ValueError(f"merge: expected {len(models)} finite weights, one per model; got {values}")
+    wanted = 1.0 if density is None else density
+    densities = [float(wanted)] * len(models) if isinstance(wanted, (int, float)) else [float(d) for d in wanted]
+    if len(densities) != len(models) or not all(0.0 <= d <= 1.0 for d in densities):
+        raise ValueError(f"merge: expected a density in [0, 1], or {len(models)} of them; got {density}")
+    spec = METHODS.get(method)
+    if density is None and spec is not None and (spec.trim or spec.drop):
+        raise ValueError(f"merge: expected density= with {method!r}; got none; 0.2 keeps a fifth of each change")
+    normal = compat in _NORMALIZED.get(method, ()) if normalize is None else normalize
+    base = base if spec is None or spec.base else None
+    return Job(method, base, models, values, densities, 1.0, 0, compat, normal, 0.01, 0.0, None)
+
+
+def _check_options(job: Job, t: float | None, fishers: Sequence[Source] | None) -> None:
+    if (job.name == "slerp") != (t is not None):
+        raise ValueError(f'merge: expected t= with "slerp" and only there; got t={t} with {job.name!r}')
+    if (job.name == "fisher") != (fishers is not None):
+        raise ValueError(f'merge: expected fishers= with "fisher" and only there; got {"some" if fishers is not None else "none"} with {job.name!r}')
+    if fishers is not None and len(fishers) != len(job.models):
+        raise ValueError(f"merge: expected {len(job.models)} fishers, one per model; got {len(fishers)}")
+    if job.q is not None and (job.name != "darex" or job.q <= 0):
+        raise ValueError(f'merge: expected q > 0, with "darex" only; got q={job.q} with {job.name!r}')
+    if job.name in METHODS and job.method.drop == "rank":
+        bad = [d for d in job.density if d < 1 and not (0 < d - job.epsilon and d + job.epsilon < 1)]
+        if bad:
+            raise ValueError(f"merge: expected density - epsilon and density + epsilon inside (0, 1); got density {bad}, epsilon {job.epsilon}")
+    if job.name in METHODS and job.method.drop == "chance" and job.name != "darex" and any(d == 0 for d in job.density):
+        raise ValueError(f"merge: expected a density above 0 with {job.name!r}; got {job.density}: nothing would be left to rescale")
+
+
+def _computer(job: Job, t: float | None, fishers: Sequence[Source] | None) -> Callable[[str, Tensor, tuple[int, ...]], None]:
+    """(name, flat result, shape) -> the merged tensor in `result`."""
+    if job.name == "slerp":
+        assert job.base is not None and t is not None
+        start, end, at = job.base, job.models[0], float(t)
+        return lambda name, result, shape: methods.slerp(start[name].reshape(-1), end[name].reshape(-1), at, result)
+    if job.name == "fisher":
+        information = [Model(f) for f in fishers or ()]
+        check_alike([job.models[0], *information], ["model 0", *(f"fisher {i}" for i in range(len(information)))])
+        scale = [w / _norm(f) if job.normalize else w for w, f in zip(job.weights, information, strict=True)]
+
+        def fisher(name: str, result: Tensor, shape: tuple[int, ...]) -> None:
+            methods.fisher([m[name].reshape(-1) for m in job.models], [f[name].reshape(-1) for f in information], scale, result)
+
+        return fisher
+    if job.name == "pcb":
+        return pcb.computer(job)
+    if job.method.drop == "rank":
+        return lambda name, result, shape: methods.rank_drop(job, name, result, shape) if result.numel() else None
+
+    def general(name: str, result: Tensor, shape: tuple[int, ...]) -> None:
+        if result.numel():
+            base, parts, recipe = methods.parts_of(job, name)
+            ops.run("merge_", result)(result, base, parts, recipe)
+
+    return general
+
+
+def _norm(model: Model) -> float:
+    """L2 norm over all tensors."""
+    return max(sum(float(model[name].double().square().sum()) for name in floating(model)) ** 0.5, 1e-30)
+
+
+@contextlib.contextmanager
+def _bar(total: int, title: str, show: bool) -> Iterator[Callable[[], None]]:
+    if not show:
+        yield lambda: None
+        return
+    from tqdm import tqdm  # type: ignore[import-untyped]
+
+    with tqdm(total=total, desc=f"merge {title}", unit="tensor") as bar:
+        yield lambda: bar.update() and None

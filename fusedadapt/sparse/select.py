@@ -1,0 +1,305 @@
+"""Exact top-k without sorting: a histogram of the leading bits of the keys says where the k-th lies, a second one says it exactly, one more pass
+writes the bits. Histograms add up over tensors and over processes, so a list needs no concatenation and shards need no gathering."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops import sparse as ops
+from ..reference.sparse import SCORES, count_of, score_at
+from .mask import Mask
+
+TIES = ("lowest_index", "inclusive", "exclusive")
+NAN = ("highest", "lowest", "raise")
+Tensors = Tensor | Sequence[Tensor] | Mapping[str, Tensor]
+Item = tuple[Tensor, Tensor | None]
+
+
+class Threshold(NamedTuple):
+    """Where a selection cuts. ``value``: the smallest score kept; ``above``: elements above it; ``equal``: how many equal to it are kept, of
+    ``ties`` in all; ``nan``: NaN scores met. ``key`` and ``keep``: the cut as kernels take it, int64 [1] on the device."""
+
+    value: float
+    above: int
+    equal: int
+    ties: int
+    nan: int
+    key: Tensor
+    keep: Tensor
+
+
+def topk_threshold(
+    w: Tensors,
+    *,
+    density: float | None = None,
+    k: int | None = None,
+    score: str = "abs",
+    other: Tensors | None = None,
+    ties: str = "lowest_index",
+    nan: str = "highest",
+    rounding: str = "floor",
+    group: Any = None,
+) -> Threshold:
+    """The k-th largest score over a tensor, or over all tensors of a list or dict together. Exact; no sort, no concatenation.
+
+    Args: as `topk_mask`, scope "global". With ``group`` (a torch process group) every process passes its own shards of the same model and k counts
+    over all of them: only histograms travel.
+
+    Raises:
+        ValueError: as `topk_mask`; an empty selection (k = 0 or no elements), which has no threshold.
+    """
+    _, items = _items("topk_threshold", w, score, other, ties, nan)
+    n = _total(sum(x.numel() for x, _ in items), group)
+    k = _k("topk_threshold", n, density, k, rounding)
+    if k == 0:
+        raise ValueError(f"topk_threshold: expected at least one element to keep; got k = 0 of {n}; raise k or density")
+    return _threshold(items, score, k, ties, nan, group)
+
+
+def topk_mask(
+    w: Tensors,
+    *,
+    density: float | Sequence[float] | Mapping[str, float] | None = None,
+    k: int | None = None,
+    score: str = "abs",
+    other: Tensors | None = None,
+    scope: str = "global",
+    block_size: int | None = None,
+    ties: str = "lowest_index",
+    nan: str = "highest",
+    rounding: str = "floor",
+    group: Any = None,
+) -> Any:
+    """Masks of the largest scores: exactly k of them, always the same ones.
+
+    Args:
+        w: a tensor, a list of tensors, or name -> tensor; fp32, bf16 or fp16 (fp64 through the reference), any shape and strides.
+        density: share to keep, in [0, 1]; one per tensor (list or dict) with scope "tensor" or "row". Or ``k``: how many.
+        score: "abs": |w|; "abs_diff": |w - other|; "abs_product": |w * other|; "abs_scaled": |w| * other, a factor per column;
+            "given": w itself.
+        scope: "global": k of all elements of all tensors; "tensor": of each tensor; "row": of each row (last dimension); "block": of each run of
+            ``block_size`` columns in a row.
+        ties: among equal scores at the cut, "lowest_index" keeps those that come first, so that exactly k are kept; "inclusive" keeps all of them,
+            "exclusive" none.
+        nan: NaN scores rank "highest" (as torch.topk) or "lowest", or "raise".
+        rounding: of density * n: "floor", "ceil" or "round" (half to even).
+        group: a torch process group; scope "global" only. Every process passes its shards; ties go to the lower rank.
+
+    Returns:
+        A `Mask` of w's shape; for a list or dict, the same of Masks.
+
+    Raises:
+        ValueError: a density outside [0, 1], a k that does not fit, unknown words, shapes that differ, NaN with nan="raise".
+    """
+    names, items = _items("topk_mask", w, score, other, ties, nan)
+    if scope not in ("global", "tensor", "row", "block"):
+        raise ValueError(f"topk_mask: expected scope global, tensor, row or block; got {scope!r}")
+    if scope == "global":
+        if not (density is None or isinstance(density, (int, float))):
+            raise ValueError('topk_mask: expected one density with scope "global"; got several; use scope="tensor"')
+        words = _global(items, score, density, k, ties, nan, rounding, group)
+        masks = [Mask(m, x.shape) for m, (x, _) in zip(words, items, strict=True)]
+    else:
+        if group is not None:
+            raise ValueError(f'topk_mask: expected scope "global" with a process group; got {scope!r}; select locally instead')
+        masks = [
+            _local(item, score, d, k, scope, block_size, ties, nan, rounding)
+            for item, d in zip(items, _densities(density, names, len(items)), strict=True)
+        ]
+    return _as(w, names, masks)
+
+
+def _items(op: str, w: Tensors, score: str, other: Tensors | None, ties: str, nan: str) -> tuple[list[str] | None, list[Item]]:
+    for name, value, choices in (("score", score, SCORES), ("ties", ties, TIES), ("nan", nan, NAN)):
+        if value not in choices:
+            raise ValueError(f"{op}: expected {name} to be one of {', '.join(choices)}; got {value!r}")
+    names = list(w) if isinstance(w, Mapping) else None
+    tensors = _listed(w, names)
+    needs = score not in ("abs", "given")
+    if needs != (other is not None):
+        raise ValueError(f"{op}: expected other={'a tensor' if needs else 'None'} with score {score!r}; got {'none' if needs else 'one'}")
+    others: list[Tensor | None] = [None] * len(tensors) if other is None else list(_listed(other, names))
+    if len(others) != len(tensors):
+        raise ValueError(f"{op}: expected {len(tensors)} tensors in other; got {len(others)}")
+    out = []
+    for i, (x, y) in enumerate(zip(tensors, others, strict=True)):
+        where = repr(names[i]) if names else f"tensor {i}"
+        if not x.dtype.is_floating_point or x.is_complex():
+            raise ValueError(f"{op}: expected a floating-point tensor; got {x.dtype} for {where}; convert it")
+        if y is not None:
+            wanted = (x.shape[-1],) if score == "abs_scaled" and x.dim() else tuple(x.shape)
+            if tuple(y.shape) != wanted or y.device != x.device:
+                raise ValueError(f"{op}: expected other of shape {wanted} on {x.device} for {where}; got {tuple(y.shape)} on {y.device}")
+            y = y.detach().contiguous()
+            y = y.float() if score == "abs_scaled" else y
+        out.append((x.detach().contiguous(), y))
+    if len({x.device for x, _ in out}) > 1:
+        raise ValueError(f"{op}: expected tensors on one device; got {sorted({str(x.device) for x, _ in out})}; move them together")
+    if nan == "raise":
+        bad = [names[i] if names else i for i, (x, y) in enumerate(out) if bool(x.isnan().any()) or (y is not None and bool(y.isnan().any()))]
+        if bad:
+            raise ValueError(f'{op}: expected no NaN (nan="raise"); got some in {bad}; repair them or choose nan="highest" or "lowest"')
+    return names, out
+
+
+def _listed(w: Tensors, names: list[str] | None) -> list[Tensor]:
+    if isinstance(w, Tensor):
+        return [w]
+    if isinstance(w, Mapping):
+        missing = [name for name in names or [] if name not in w]
+        if missing:
+            raise ValueError(f"topk: expected the same names in other; missing: {missing}")
+        return [w[name] for name in names or []]
+    return list(w)
+
+
+def _as(w: Tensors, names: list[str] | None, masks: list[Mask]) -> Any:
+    if isinstance(w, Tensor):
+        return masks[0]
+    return dict(zip(names, masks, strict=True)) if names is not None else masks
+
+
+def _k(op: str, n: int, density: float | None, k: int | None, rounding: str) -> int:
+    if (density is None) == (k is None):
+        raise ValueError(f"{op}: expected density or k; got {'both' if k is not None else 'neither'}")
+    if rounding not in ("floor", "ceil", "round"):
+        raise ValueError(f"{op}: expected rounding floor, ceil or round; got {rounding!r}")
+    if k is not None:
+        if not 0 <= k <= n:
+            raise ValueError(f"{op}: expected k in 0..{n}; got {k}")
+        return int(k)
+    assert density is not None
+    if not 0.0 <= density <= 1.0:
+        raise ValueError(f"{op}: expected a density in [0, 1]; got {density}")
+    return count_of(n, density, rounding)
+
+
+def _densities(density: Any, names: list[str] | None, count: int) -> list[float | None]:
+    if density is None or isinstance(density, (int, float)):
+        return [density] * count
+    values = [density[name] for name in names or []] if isinstance(density, Mapping) else list(density)
+    if len(values) != count:
+        raise ValueError(f"topk_mask: expected one density for each of {count} tensors; got {len(values)}")
+    return values
+
+
+def _total(n: int, group: Any) -> int:
+    if group is None:
+        return n
+    total = torch.tensor([n], dtype=torch.int64)
+    torch.distributed.all_reduce(total, group=group)
+    return int(total)
+
+
+def _threshold(items: list[Item], score: str, k: int, ties: str, nan: str, group: Any) -> Threshold:
+    return find_threshold(lambda: [items], score, k, ties, nan, group)
+
+
+def find_threshold(batches: Callable[[], Iterable[list[Item]]], score: str, k: int, ties: str, nan: str, group: Any = None) -> Threshold:
+    """The cut over everything that `batches` yields: it is called once for each pass, so that tensors may be read from a disk again and again and
+    never be in memory together. k in 1..n."""
+    order = "highest" if nan == "raise" else nan
+    sample = _sample(batches())
+    shifts = ops.levels(sample, score)
+    prefix, left, above, nans, key = None, k, 0, 0, 0
+    counts = torch.zeros(1, dtype=torch.int64)
+    for level, (shift, bits) in enumerate(shifts):
+        counts = torch.zeros(1 << bits, dtype=torch.int64, device=sample.device)
+        for items in batches():
+            counts += ops.run("histogram", sample)(items, score, order, shift, bits, prefix)
+        if group is not None:
+            torch.distributed.all_reduce(counts, group=group)
+        counts = counts.cpu()
+        if level == 0:
+            nans = int(counts[-1] if order == "highest" else counts[0])
+        from_top = torch.cumsum(counts.flip(0), 0)
+        at = int(torch.searchsorted(from_top, left))
+        over = int(from_top[at - 1]) if at else 0
+        above, left = above + over, left - over
+        key = key << bits | (1 << bits) - 1 - at
+        prefix = torch.tensor([key], dtype=torch.int64, device=sample.device)
+    same = int(counts[key & (counts.numel() - 1)])
+    key <<= shifts[-1][0]
+    equal = {"lowest_index": left, "inclusive": same, "exclusive": same if same == left else 0}[ties]
+    scalar = lambda value: torch.tensor([value], dtype=torch.int64, device=sample.device)
+    return Threshold(score_at(key), above, equal, same, nans, scalar(key), scalar(equal))
+
+
+def _sample(batches: Iterable[list[Item]]) -> Tensor:
+    """A tensor that stands for all: of another dtype than bf16, if there is one (bf16 keys are resolved by their upper half)."""
+    found = None
+    for items in batches:
+        for x, _ in items:
+            if x.dtype != torch.bfloat16:
+                return x
+            found = x
+    assert found is not None
+    return found
+
+
+def _global(items: list[Item], score: str, density: float | None, k: int | None, ties: str, nan: str, rounding: str, group: Any) -> list[Tensor]:
+    if not items:
+        return []
+    k = _k("topk_mask", _total(sum(x.numel() for x, _ in items), group), density, k, rounding)
+    if k == 0:
+        return [torch.zeros((x.numel() + 31) // 32, dtype=torch.int32, device=x.device) for x, _ in items]
+    cut = _threshold(items, score, k, ties, nan, group)
+    order = "highest" if nan == "raise" else nan
+    keep = cut.keep if group is None else _own_share(items, score, order, cut, ties, group)
+    words: list[Tensor] = ops.run("mark", items[0][0])(items, score, order, cut.key, keep)
+    return words
+
+
+def _own_share(items: list[Item], score: str, nan: str, cut: Threshold, ties: str, group: Any) -> Tensor:
+    """How many of the kept ties are this process's: lower ranks are served first."""
+    if ties != "lowest_index":
+        return cut.keep
+    mine = ops.run("histogram", items[0][0])(items, score, nan, 0, 8, cut.key >> 8)[cut.key & 255].cpu()
+    rank, size = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+    every = [torch.zeros_like(mine) for _ in range(size)]
+    torch.distributed.all_gather(every, mine, group=group)
+    before = sum(int(count) for count in every[:rank])
+    return (cut.keep - before).clamp(min=0)
+
+
+def _local(
+    item: Item,
+    score: str,
+    density: float | None,
+    k: int | None,
+    scope: str,
+    block_size: int | None,
+    ties: str,
+    nan: str,
+    rounding: str,
+) -> Mask:
+    x, other = item
+    if scope == "tensor":
+        return Mask(_global([item], score, density, k, ties, nan, rounding, None)[0], x.shape)
+    length = x.shape[-1] if x.dim() else 1
+    if scope == "block":
+        if not block_size or block_size < 1 or length % block_size:
+            raise ValueError(f"topk_mask: expected block_size to divide rows of {length}; got {block_size}")
+        length = block_size
+    if x.numel() == 0:
+        return Mask(torch.zeros(0, dtype=torch.int32, device=x.device), x.shape)
+    k = _k("topk_mask", length, density, k, rounding)
+    return Mask(ops.run("rows", x)(x, other, score, "highest" if nan == "raise" else nan, k, length, ties, False), x.shape)
+
+
+def nm_mask(w: Tensor, n: int, m: int, *, score: str = "abs", other: Tensor | None = None, nan: str = "highest") -> Mask:
+    """Keeps the ``n`` largest of every ``m`` neighbours of a row (2:4 is n=2, m=4); ties: lowest index.
+
+    Raises:
+        ValueError: rows that m does not divide; n outside 0..m.
+    """
+    _, ((x, y),) = _items("nm_mask", w, score, other, "lowest_index", nan)
+    if not 0 <= n <= m or m < 1:
+        raise ValueError(f"nm_mask: expected 0 <= n <= m; got n={n}, m={m}")
+    if x.dim() == 0 or x.shape[-1] % m:
+        raise ValueError(f"nm_mask: expected rows of a multiple of {m} elements; got shape {tuple(x.shape)}; pad the last dimension")
+    return Mask(ops.run("nm", x)(x, y, score, "highest" if nan == "raise" else nan, n, m), x.shape)
