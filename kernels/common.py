@@ -19,10 +19,10 @@ PARAM_CODE, GRAD_CODE, STATE_CODE, EXTRA_CODE, ALIGNED = (tl.constexpr(byte) for
 # Fields of a row (csrc/core/table.h, FA_ROW_FIELDS).
 FIELDS = tl.constexpr(24)
 ROW_FIELDS = (
-    "sign l2 decay step step_size beta1 alpha1 beta2 alpha2 beta3 alpha3 eps eps_state mix wd clip corr1 corr2 pow1 pow2 mode spare0 spare1 spare2"
+    "sign l2 decay step step_size beta1 alpha1 beta2 alpha2 beta3 alpha3 eps eps_state mix wd clip corr1 corr2 pow1 pow2 mode pull spare1 spare2"
 ).split()
 SIGN, L2, DECAY, STEP, STEP_SIZE, BETA1, ALPHA1, BETA2, ALPHA2, BETA3, ALPHA3 = (tl.constexpr(field) for field in range(11))
-EPS, EPS_STATE, MIX, WD, CLIP, CORR1, CORR2, POW1, POW2, MODE = (tl.constexpr(field) for field in range(11, 21))
+EPS, EPS_STATE, MIX, WD, CLIP, CORR1, CORR2, POW1, POW2, MODE, PULL = (tl.constexpr(field) for field in range(11, 22))
 
 
 @triton.jit

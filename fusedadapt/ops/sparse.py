@@ -37,6 +37,8 @@ def _module(backend: str) -> ModuleType | None:
 @functools.lru_cache(maxsize=256)
 def _choose(op: str, device_type: str, fp64: bool, wish: str | None, strict: bool) -> dispatch.Choice:
     unfit = {name: f"it has no kernel for {op}" for name in _MODULES if not hasattr(_module(name), op)}
+    if not hasattr(dispatch.core(), "sparse"):
+        unfit["cpp"] = "the compiled core has no sparse part"
     if fp64:
         unfit |= {name: "float64 tensors" for name in _MODULES if name != "reference"}
     return dispatch.pick(f"sparse.{op}", device_type, unfit=unfit)
