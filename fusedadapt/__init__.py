@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from . import lowrank as lowrank
     from . import optim as optim
+    from . import sparse as sparse
     from .config import backend as backend
     from .config import strict as strict
     from .dispatch import explain as explain
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from .lowrank.layer import LoRALinear as LoRALinear
 
 __version__ = "0.1.0"
-__all__ = ["LoRALinear", "__version__", "backend", "explain", "lora_linear", "lowrank", "optim", "patch", "strict", "testing", "unpatch"]
+__all__ = ["LoRALinear", "__version__", "backend", "explain", "lora_linear", "lowrank", "optim", "patch", "sparse", "strict", "testing", "unpatch"]
 
 # public name -> (submodule, attribute); no attribute means the submodule itself
 _LAZY: dict[str, tuple[str, str]] = {
@@ -37,6 +38,7 @@ _LAZY: dict[str, tuple[str, str]] = {
     "backend": ("config", "backend"),
     "explain": ("dispatch", "explain"),
     "optim": ("optim", ""),
+    "sparse": ("sparse", ""),
     "strict": ("config", "strict"),
     "testing": ("testing", ""),
 }

@@ -60,7 +60,7 @@ class Run:
             if compact_grads and p in self.masks and p.grad is not None:
                 p.grad = torch.where(self.masks[p], g, 0)  # a compact gradient says nothing of the rest: for the norm it is zero
                 if self.opt.mask_state == "compact":
-                    index = flat(self.masks[p].as_strided(p.shape, p.stride()) if p.is_contiguous() else self.masks[p].t().contiguous()).nonzero()[:, 0]
+                    index = flat(memory(self.masks[p], p)).nonzero()[:, 0]
                     p.compact_grad, p.grad = take(g, p, index), None
         if hasattr(self.opt, "update_hessian") and t % 2 == 0:
             self.opt.update_hessian()

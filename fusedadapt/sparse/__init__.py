@@ -1,6 +1,7 @@
 """Masks, exact selection, masked training, deltas and merging."""
 
 from .delta import SparseDelta as SparseDelta
+from .grow import grow_prune as grow_prune
 from .layers import MaskedLinear as MaskedLinear
 from .layers import SparseDeltaLinear as SparseDeltaLinear
 from .layers import masked_wgrad as masked_wgrad
