@@ -335,7 +335,8 @@ void Table::validate_compact(int64_t number, Entry& e) {
   for (size_t k = 0; k < slots_.size(); ++k)
     if (e.objects[k] && like_param(k)) require(vector(e.layouts[k], n), std::string("compact:") + PyUnicode_AsUTF8(slots_[k].key.ptr()));
   if (e.objects[optional(kCohorts)]) {
-    require(starts.dtype == kI64 && starts.device.type == dlpack::kCPU && vector(starts, starts.numel) && starts.numel > 0, "compact:cohorts");
+    require(starts.dtype == kI64 && starts.device.type == dlpack::kCPU && vector(starts, starts.numel) && starts.numel > 0,
+            "compact:cohorts");
     const auto* first = static_cast<const int64_t*>(starts.data);
     e.cohorts.assign(first, first + starts.numel);
     for (size_t c = 0; c < e.cohorts.size(); ++c)

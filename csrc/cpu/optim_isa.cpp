@@ -125,7 +125,7 @@ void random_tile(uint32_t* out, const Piece& w, int64_t offset, int n) {
   // A shard whose rows lie apart in the global tensor, or scattered elements.
   const auto element = [&](int i) {
     const int64_t at = offset + i;
-    const auto local = uint64_t(!t.index                 ? at
+    const auto local = uint64_t(!t.index                ? at
                                 : t.index_dtype == kI64 ? static_cast<const int64_t*>(t.index)[at]
                                                         : static_cast<const int32_t*>(t.index)[at]);
     return uint64_t(t.index_base) + (local < inner ? local : local / inner * uint64_t(t.index_outer) + local % inner);

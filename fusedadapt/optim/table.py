@@ -13,7 +13,8 @@ from .spec import DTYPE_CODES
 KEPT, MISSING_STATE, STRIDED_GRADIENT = 0, 1, 2
 DEVICE_TYPES = {"cpu": 1, "cuda": 2}
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16)
-_WORDS, _NUMEL, _GRAD_NUMEL = 22, 11, 20
+# Words of a descriptor (csrc/core/table.h, TensorDesc).
+WORDS, NUMEL, INDEX, ANCHOR, GRAD_NUMEL = 22, 11, 18, 19, 20
 
 
 class TableError(ValueError):
@@ -89,7 +90,7 @@ class Table:
         if tensors != self.tensors or not self.version:
             self.version += 1
             self.placement = self.version
-            sizes = lambda owner, entries: [(i, t[_NUMEL], t[_GRAD_NUMEL]) for i, t in zip(owner, entries, strict=True)]
+            sizes = lambda owner, entries: [(i, t[NUMEL], t[GRAD_NUMEL]) for i, t in zip(owner, entries, strict=True)]
             if sizes(owners, tensors) != sizes(self.owners, self.tensors):
                 self.structure = self.version
             self.active, self.owners, self.tensors = active, owners, tensors
@@ -145,18 +146,18 @@ class Table:
                 raise TableError(i, f"overlap:{other}")
 
     def chunk_for(self, workers: int, by_gradient: bool = False) -> int:
-        total, chunk = sum(t[_GRAD_NUMEL if by_gradient else _NUMEL] for t in self.tensors), 2048
+        total, chunk = sum(t[GRAD_NUMEL if by_gradient else NUMEL] for t in self.tensors), 2048
         while chunk < 65536 and chunk * workers * 8 < total:
             chunk *= 2
         return chunk
 
     def chunk_list(self, chunk: int, by_gradient: bool = False) -> bytes:
-        length = _GRAD_NUMEL if by_gradient else _NUMEL
+        length = GRAD_NUMEL if by_gradient else NUMEL
         return b"".join(struct.pack("<qq", k, o) for k, t in enumerate(self.tensors) for o in range(0, t[length], chunk))
 
     def descriptors(self, row_per_tensor: bool = False) -> bytes:
         rows = range(len(self.tensors)) if row_per_tensor else [0] * len(self.tensors)
-        return b"".join(struct.pack(f"<{_WORDS}q", *t[:12], r | t[12] << 32, *t[13:]) for r, t in zip(rows, self.tensors, strict=True))
+        return b"".join(struct.pack(f"<{WORDS}q", *t[:12], r | t[12] << 32, *t[13:]) for r, t in zip(rows, self.tensors, strict=True))
 
 
 def gradient(p: Tensor, compact: bool) -> tuple[Any, bool]:
