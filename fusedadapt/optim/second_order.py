@@ -92,7 +92,7 @@ class AdaHessian(FusedOptimizer):
                     del p.hessian_diag
 
     def _estimate(self) -> None:
-        params = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
+        params = [p for g in self.param_groups for p in g["params"] if compact.gradient(p, compact.wanted(self, p))[0] is not None]
         needed = [p for p in params if not hasattr(p, "hessian_diag")]
         without = next((p for p in needed if p.grad is None or not p.grad.requires_grad), None)
         if without is not None:
