@@ -26,7 +26,7 @@ const T* address(uintptr_t a) {
 // A table with what the CPU step keeps warm beside it.
 struct CpuPlan {
   std::vector<Hyper> hypers;
-  std::vector<Chunk> chunks;
+  std::vector<Chunk> chunks, gradient_chunks;
   uint64_t structure = 0;
   int64_t chunk = 0;
   cpu::Rows rows;
@@ -49,17 +49,19 @@ class BoundTable : public Table {
   }
 
   // Power of two near total / (workers * 8), so that small totals still occupy every worker.
-  int64_t chunk_for(int workers) const {
+  // `by_gradient`: for sums of squares, so that a compact state does not change the order in which a gradient is added up.
+  int64_t chunk_for(int workers, bool by_gradient) const {
     int64_t total = 0, chunk = 2048;
-    for (const TensorDesc& t : tensors) total += t.numel;
+    for (const TensorDesc& t : tensors) total += by_gradient ? t.grad_numel : t.numel;
     while (chunk < 65536 && chunk * workers * 8 < total) chunk *= 2;
     return chunk;
   }
 
   const std::vector<Chunk>& chunks_for_step() {
     if (plan.structure != structure || plan.chunk == 0) {
-      plan.chunk = chunk_for(16);  // not by the number of threads: sums are added chunk by chunk, in an order no setting may change
-      plan.chunks = cpu::make_chunks(tensors, plan.chunk);
+      plan.chunk = chunk_for(16, false);
+      plan.chunks = cpu::make_chunks(tensors, plan.chunk, false);
+      plan.gradient_chunks.clear();
       plan.structure = structure;
     }
     return plan.chunks;
@@ -80,10 +82,12 @@ class BoundTable : public Table {
   }
 
   std::vector<double> cpu_squares(int threads, uintptr_t grad_scale) {
-    const auto& chunks = chunks_for_step();
+    chunks_for_step();
+    // not by the number of threads: sums are added chunk by chunk, in an order no setting may change
+    if (plan.gradient_chunks.empty()) plan.gradient_chunks = cpu::make_chunks(tensors, chunk_for(16, true), true);
     const float scale = grad_scale ? *address<float>(grad_scale) : 1.f;
     py::gil_scoped_release release;
-    return cpu::squares(tensors, chunks, scale, threads);
+    return cpu::squares(tensors, plan.gradient_chunks, scale, threads);
   }
 
   // With one row per tensor (device rows) the k-th descriptor reads row k; otherwise the rows of the last cpu_step.
@@ -92,8 +96,8 @@ class BoundTable : public Table {
     for (size_t k = 0; row_per_tensor && k < out.size(); ++k) out[k].row = int32_t(k);
     return py::bytes(reinterpret_cast<const char*>(out.data()), out.size() * sizeof(TensorDesc));
   }
-  py::bytes chunk_list(int64_t chunk) const {
-    const auto list = cpu::make_chunks(tensors, chunk);
+  py::bytes chunk_list(int64_t chunk, bool by_gradient) const {
+    const auto list = cpu::make_chunks(tensors, chunk, by_gradient);
     return py::bytes(reinterpret_cast<const char*>(list.data()), list.size() * sizeof(Chunk));
   }
 };
@@ -140,7 +144,8 @@ void bind_table(py::module_& m) {
   m.attr("SHIM_NAMES") = py::tuple(py::cast(Shim::kNames));
   py::class_<BoundTable>(m, "Table")
       .def(py::init<py::object, py::object, std::vector<std::string>, std::vector<std::string>, std::string, int, int>())
-      .def("add", &BoundTable::add)
+      .def("add", &BoundTable::add, py::arg("param"), py::arg("state"), py::arg("group"), py::arg("ordinal"), py::arg("base"),
+           py::arg("inner"), py::arg("outer"), py::arg("compact") = false)
       .def("use_shim", &BoundTable::use_shim, py::keep_alive<1, 2>())
       .def("scan", &BoundTable::scan, py::arg("threads") = 1)
       .def("bump_versions", &BoundTable::bump_versions)
@@ -149,13 +154,14 @@ void bind_table(py::module_& m) {
       .def_readonly("missing", &BoundTable::missing)
       .def_readonly("strided", &BoundTable::strided)
       .def_readonly("active", &BoundTable::active)
+      .def_readonly("owners", &BoundTable::owners)
       .def_readonly("active_params", &BoundTable::active_params)
       .def_readonly("version", &BoundTable::version)
       .def_readonly("structure", &BoundTable::structure)
       .def_readonly("placement", &BoundTable::placement)
       .def("set_hypers", &BoundTable::set_hypers)
-      .def("chunk_for", &BoundTable::chunk_for)
-      .def("chunk_list", &BoundTable::chunk_list)
+      .def("chunk_for", &BoundTable::chunk_for, py::arg("workers"), py::arg("by_gradient") = false)
+      .def("chunk_list", &BoundTable::chunk_list, py::arg("chunk"), py::arg("by_gradient") = false)
       .def("descriptors", &BoundTable::descriptors, py::arg("row_per_tensor") = false)
       .def("cpu_step", &BoundTable::cpu_step)
       .def("cpu_squares", &BoundTable::cpu_squares);

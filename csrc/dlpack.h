@@ -5,6 +5,8 @@
 
 namespace fa::dlpack {
 
+constexpr int32_t kCPU = 1;
+
 struct Device {
   int32_t type, id;  // type: 1 CPU, 2 CUDA, 10 ROCm
 };

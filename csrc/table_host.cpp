@@ -76,10 +76,15 @@ Table::Table(py::object exchange, py::object reader, std::vector<std::string> st
   slots_.push_back({intern("step"), true, false});
   slots_.push_back({intern(extra.empty() ? "master" : extra), false, true});
   slots_.push_back({intern("mask"), false, false});
+  slots_.push_back({intern("index"), false, false});
+  slots_.push_back({intern("anchor"), false, true});
+  slots_.push_back({intern("cohorts"), false, false});
+  compact_name_ = intern("compact_grad");
 }
 
-void Table::add(py::object param, py::object state, int group, int64_t ordinal, int64_t base, int64_t inner, int64_t outer) {
+void Table::add(py::object param, py::object state, int group, int64_t ordinal, int64_t base, int64_t inner, int64_t outer, bool compact) {
   Entry e;
+  e.compact = compact;
   e.wrapped = py::hasattr(param, local_name_);
   e.param = std::move(param);
   e.state = std::move(state);
@@ -163,9 +168,10 @@ int Table::scan(int threads) {
 
 // One entry that look_at_all left to Python.
 void Table::read_entry(size_t i, bool* changed) {
-  const bool overridden = bool(entries_[i].override_grad);
+  const bool overridden = bool(entries_[i].override_grad), was = entries_[i].compact_grad;
   const py::object grad = py::reinterpret_steal<py::object>(gradient(entries_[i]));
   const bool live = !grad.is_none();
+  if (entries_[i].compact_grad != was) warm_[i].sound = entries_[i].sound = false;  // what was checked was a gradient of the other kind
   *changed |= live != warm_[i].live;
   warm_[i].live = live;
   if (!live) return;
@@ -179,16 +185,54 @@ void Table::refresh() {
   std::vector<int64_t> now;
   for (size_t i = 0; i < entries_.size(); ++i)
     if (warm_[i].live) now.push_back(int64_t(i));
-  bool resized = now != active || structure == 0;
-  for (size_t k = 0; !resized && k < now.size(); ++k) resized = tensors[k].numel != entries_[now[k]].desc.numel;
-  if (resized) {
-    structure = version;
+  bool resized = structure == 0;
+  if (now != active) {
+    resized = true;
     active = std::move(now);
     active_params = py::list();
     for (int64_t i : active) active_params.append(entries_[i].param);
-    tensors.resize(active.size());
   }
-  for (size_t k = 0; k < active.size(); ++k) tensors[k] = entries_[active[k]].desc;
+  size_t n = 0;
+  for (int64_t i : active) {
+    const Entry& e = entries_[i];
+    for (size_t c = 0; c < std::max<size_t>(e.cohorts.size(), 1); ++c, ++n) {
+      if (n == tensors.size()) tensors.emplace_back(), owners.push_back(i);
+      const TensorDesc now_here = e.cohorts.empty() ? e.desc : cohort(e, c);
+      resized |= tensors[n].numel != now_here.numel || tensors[n].grad_numel != now_here.grad_numel || owners[n] != i;
+      tensors[n] = now_here;
+      owners[n] = i;
+    }
+  }
+  resized |= n != tensors.size();
+  tensors.resize(n);
+  owners.resize(n);
+  if (resized) structure = version;
+}
+
+// The entry of one cohort: elements [first, end) of the compact arrays, with a step and scalars of its own.
+TensorDesc Table::cohort(const Entry& e, size_t number) const {
+  TensorDesc d = e.desc;
+  const int64_t first = e.cohorts[number], end = number + 1 < e.cohorts.size() ? e.cohorts[number + 1] : e.desc.numel;
+  const auto shift = [&](auto*& base, int dtype, int64_t by) {
+    using Pointer = std::remove_reference_t<decltype(base)>;
+    if (base) base = reinterpret_cast<Pointer>(uintptr_t(base) + uintptr_t(by * dtype_size(dtype)));
+  };
+  uintptr_t bits = 0;
+  for (size_t k = 0; k < n_states_; ++k) {
+    shift(d.state[k], d.state_dtype[k], first);
+    bits |= uintptr_t(d.state[k]);
+  }
+  shift(d.extra, d.extra_dtype, first);
+  shift(d.anchor, d.anchor_dtype, first);
+  shift(d.index, d.index_dtype, first);
+  shift(d.step, kF32, int64_t(number));
+  for (size_t k = 0; k < n_aux_; ++k) shift(d.aux[k], kF64, int64_t(number));
+  if (d.compact_grad) shift(d.grad, d.grad_dtype, first);
+  bits |= uintptr_t(d.extra) | uintptr_t(d.anchor) | uintptr_t(d.index) | (d.compact_grad ? uintptr_t(d.grad) : 0);
+  d.aligned = bits % 16 == 0;
+  d.numel = end - first;
+  d.grad_numel = d.compact_grad ? d.numel : number ? 0 : d.grad_numel;
+  return d;
 }
 
 // Reads one parameter with its gradient and states; notes in `missing` or `strided` what Python has to mend first.
@@ -212,9 +256,10 @@ void Table::scan_entry(int64_t index, Entry& e, PyObject* grad, bool* moved) {
   placement += old_p != e.p.data;
   bool freed = (!e.p.data && e.p.numel) || (!e.g.data && e.g.numel);
   for (size_t k = 0; k < slots_.size(); ++k) {
+    if (!e.compact && (k == optional(kIndex) || k == optional(kCohorts))) continue;
     PyObject* o = PyDict_GetItemWithError(e.state.ptr(), slots_[k].key.ptr());
     if (o == Py_None) o = nullptr;
-    if (!o && slots_[k].required) return missing.push_back(index);
+    if (!o && (slots_[k].required || (e.compact && k == optional(kIndex)))) return missing.push_back(index);
     if (o != e.objects[k].ptr()) {
       e.objects[k] = o ? py::reinterpret_borrow<py::object>(o) : py::object();
       changed = true;
@@ -227,7 +272,7 @@ void Table::scan_entry(int64_t index, Entry& e, PyObject* grad, bool* moved) {
     freed |= !e.layouts[k].data && e.layouts[k].numel;
   }
   if (changed || torn || freed) validate(index, e);
-  if (!same_order(e.p, e.g) && e.p.numel) return strided.push_back(index);
+  if (!e.compact_grad && !same_order(e.p, e.g) && e.p.numel) return strided.push_back(index);
   if (changed || shifted || torn) {
     fill(e);
     *moved = true;
@@ -248,64 +293,122 @@ void Table::validate(int64_t index, Entry& e) {
   if (!e.p.data && e.p.numel) fail("null:param");
   if (e.g.device.type != device_type_ || e.g.device.id != device_id_) fail("device:grad");
   if (!floating(e.g.dtype)) fail("dtype:grad");
-  if (!same_shape(e.p, e.g)) fail("shape:grad");
+  if (!e.compact_grad && !same_shape(e.p, e.g)) fail("shape:grad");
   if (!e.g.data && e.g.numel) fail("null:grad");
+  e.cohorts.clear();
   for (size_t k = 0; k < slots_.size(); ++k) {
     if (!e.objects[k]) continue;
     const Layout& l = e.layouts[k];
     const std::string name = PyUnicode_AsUTF8(slots_[k].key.ptr());
-    const bool mask = k == n_states_ + n_aux_ + 2, extra = k == n_states_ + n_aux_ + 1;
+    const bool mask = k == optional(kMask), extra = k == optional(kExtra);
+    if (k == optional(kIndex) || k == optional(kCohorts)) continue;
     if (l.device.type != device_type_ || l.device.id != device_id_) fail("device:" + name);
     if (!l.data && l.numel) fail("null:" + name);
     if (slots_[k].same_layout) {
-      if (!same_shape(e.p, l)) fail("shape:" + name);
-      if (!same_order(e.p, l) && e.p.numel) fail("strides:" + name);
+      if (!e.compact && !same_shape(e.p, l)) fail("shape:" + name);
+      if (!e.compact && !same_order(e.p, l) && e.p.numel) fail("strides:" + name);
       if (extra ? l.dtype != kF32 && l.dtype != kI16 : !floating(l.dtype)) fail("dtype:" + name);
       if (extra && l.dtype == kI16 && e.p.dtype != kBF16) fail("dtype:" + name);
     } else if (mask) {
       if (l.dtype != kI32 || l.numel != (e.p.numel + 31) / 32) fail("shape:" + name);
-    } else if (l.numel != 1 || l.dtype != (k < n_states_ + n_aux_ ? kF64 : kF32)) {
+    } else if ((!e.compact && l.numel != 1) || l.dtype != (k < n_states_ + n_aux_ ? kF64 : kF32)) {
       fail("dtype:" + name);
     }
   }
+  if (e.compact) validate_compact(index, e);
+}
+
+// Every compact array is a gap-free vector as long as the index; a position beyond the parameter would be a write into foreign memory.
+void Table::validate_compact(int64_t number, Entry& e) {
+  const auto require = [&](bool good, const std::string& what) {
+    if (good) return;
+    e.p = e.g = Layout{};  // validate again next time
+    throw TableError(number, what);
+  };
+  const auto vector = [](const Layout& l, int64_t n) { return l.dims.size() == 2 && l.dims[0] == n && (n <= 1 || l.dims[1] == 1); };
+  const Layout &index = e.layouts[optional(kIndex)], &starts = e.layouts[optional(kCohorts)];
+  const int64_t n = index.numel;
+  require(index.dtype == kI32 || index.dtype == kI64, "dtype:index");
+  require(vector(index, n) && n <= e.p.numel, "compact:index");
+  require(index.device.type == device_type_ && index.device.id == device_id_, "device:index");
+  if (e.compact_grad) require(vector(e.g, n), "compact:compact_grad");
+  for (size_t k = 0; k < slots_.size(); ++k)
+    if (e.objects[k] && like_param(k)) require(vector(e.layouts[k], n), std::string("compact:") + PyUnicode_AsUTF8(slots_[k].key.ptr()));
+  if (e.objects[optional(kCohorts)]) {
+    require(starts.dtype == kI64 && starts.device.type == dlpack::kCPU && vector(starts, starts.numel) && starts.numel > 0,
+            "compact:cohorts");
+    const auto* first = static_cast<const int64_t*>(starts.data);
+    e.cohorts.assign(first, first + starts.numel);
+    for (size_t c = 0; c < e.cohorts.size(); ++c)
+      require(c ? e.cohorts[c] >= e.cohorts[c - 1] && e.cohorts[c] <= n : e.cohorts[c] == 0, "compact:cohorts");
+  }
+  const auto count = int64_t(std::max<size_t>(e.cohorts.size(), 1));
+  for (size_t k = n_states_; k < optional(kExtra); ++k)
+    require(count == 1 ? e.layouts[k].numel == 1 : vector(e.layouts[k], count),
+            std::string("compact:") + PyUnicode_AsUTF8(slots_[k].key.ptr()));
+  if (device_type_ != dlpack::kCPU) return;  // reading it there would wait for the device
+  const auto inside = [&](auto* at) {
+    const auto size = uint64_t(e.p.numel);
+    bool good = true;
+    for (int64_t i = 0; i < n; ++i) good &= uint64_t(int64_t(at[i])) < size;
+    return good;
+  };
+  require(index.dtype == kI32 ? inside(static_cast<const int32_t*>(index.data)) : inside(static_cast<const int64_t*>(index.data)),
+          "compact:index");
+}
+
+// Of a compact entry only compact arrays are read in their own order.
+void Table::set_gradient(Entry& e, void* data) {
+  e.desc.grad = data;
+  e.desc.aligned = (e.other_addresses | (e.compact && !e.compact_grad ? 0 : uintptr_t(data))) % 16 == 0;
 }
 
 void Table::fill(Entry& e) {
   TensorDesc d{};
   d.param = e.p.data;
-  d.grad = e.g.data;
   d.param_dtype = uint8_t(e.p.dtype);
   d.grad_dtype = uint8_t(e.g.dtype);
-  uintptr_t bits = uintptr_t(d.param);
+  uintptr_t bits = e.compact ? 0 : uintptr_t(d.param);
   for (size_t k = 0; k < n_states_; ++k) {
     d.state[k] = e.layouts[k].data;
     d.state_dtype[k] = uint8_t(e.layouts[k].dtype);
     bits |= uintptr_t(d.state[k]);
   }
   for (size_t k = 0; k < n_aux_; ++k) d.aux[k] = static_cast<double*>(e.layouts[n_states_ + k].data);
+  const auto value = [&](Optional which) -> const Layout& { return e.layouts[optional(which)]; };
   d.step = static_cast<float*>(e.layouts[n_states_ + n_aux_].data);
-  d.extra = e.layouts[n_states_ + n_aux_ + 1].data;
-  d.extra_dtype = uint8_t(e.layouts[n_states_ + n_aux_ + 1].dtype);
-  bits |= uintptr_t(d.extra);
-  d.mask = static_cast<const uint32_t*>(e.layouts[n_states_ + n_aux_ + 2].data);
+  d.extra = value(kExtra).data;
+  d.extra_dtype = uint8_t(value(kExtra).dtype);
+  d.anchor = value(kAnchor).data;
+  d.anchor_dtype = uint8_t(value(kAnchor).dtype);
+  bits |= uintptr_t(d.extra) | uintptr_t(d.anchor);
+  d.numel = d.grad_numel = e.p.numel;
+  if (e.compact) {
+    d.index = value(kIndex).data;
+    d.index_dtype = uint8_t(value(kIndex).dtype);
+    d.compact_grad = e.compact_grad;
+    d.numel = value(kIndex).numel;
+    bits |= uintptr_t(d.index);
+    if (e.compact_grad) d.grad_numel = d.numel;
+  } else {
+    d.mask = static_cast<const uint32_t*>(value(kMask).data);
+  }
   e.other_addresses = bits;
-  d.aligned = (bits | uintptr_t(d.grad)) % 16 == 0;
-  d.numel = e.p.numel;
   d.group = e.group;
   d.ordinal = e.ordinal;
   d.index_base = e.base;
   d.index_inner = e.inner > 0 ? e.inner : e.p.numel;
   d.index_outer = e.outer;
   e.desc = d;
+  set_gradient(e, e.g.data);
 }
 
 void Table::check_overlap() const {
   std::vector<std::pair<std::pair<uintptr_t, uintptr_t>, int64_t>> spans;
-  for (size_t k = 0; k < tensors.size(); ++k)
-    if (tensors[k].numel) {
-      const uintptr_t first = uintptr_t(tensors[k].param);
-      spans.push_back({{first, first + uintptr_t(tensors[k].numel * dtype_size(tensors[k].param_dtype))}, active[k]});
-    }
+  for (int64_t i : active) {
+    const Layout& p = entries_[i].p;
+    if (p.numel) spans.push_back({{uintptr_t(p.data), uintptr_t(p.data) + uintptr_t(p.numel * dtype_size(p.dtype))}, i});
+  }
   std::sort(spans.begin(), spans.end());
   for (size_t k = 1; k < spans.size(); ++k)
     if (spans[k].first.first < spans[k - 1].first.second)

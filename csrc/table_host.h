@@ -28,10 +28,13 @@ struct Layout {
 class Table {
  public:
   // `exchange`: torch.Tensor.__dlpack_c_exchange_api__ or None; without it `reader(tensor)` -> (address, dtype code, device type, device id,
-  // shape, strides) is called instead. Keys are names in each parameter's state dict: `states` and `aux` must be there, `extra` and "mask" may.
+  // shape, strides) is called instead. Keys are names in each parameter's state dict: `states` and `aux` must be there, `extra`, "mask" and
+  // "anchor" may; of a compact entry "index" must, and "cohorts" may.
   Table(pybind11::object exchange, pybind11::object reader, std::vector<std::string> states, std::vector<std::string> aux,
         std::string extra, int device_type, int device_id);
-  void add(pybind11::object param, pybind11::object state, int group, int64_t ordinal, int64_t base, int64_t inner, int64_t outer);
+  // `compact`: states are [nnz] in the order of state["index"]; the gradient may be the parameter's attribute "compact_grad", [nnz] likewise.
+  void add(pybind11::object param, pybind11::object state, int group, int64_t ordinal, int64_t base, int64_t inner, int64_t outer,
+           bool compact);
   // kMissingState: the entries in `missing` have a gradient but no state yet. kStridedGradient: the gradients of the entries in `strided` lie in
   // another memory order than their parameter; use_gradient a copy. Either way: mend and scan again.
   enum Status { kReady = 0, kMissingState = 1, kStridedGradient = 2 };
@@ -44,7 +47,8 @@ class Table {
   void check_overlap() const;
 
   std::vector<int64_t> missing, strided, active;  // entry numbers
-  std::vector<TensorDesc> tensors;       // of the active entries
+  std::vector<TensorDesc> tensors;       // of the active entries, one per cohort
+  std::vector<int64_t> owners;           // entry number of each of `tensors`
   pybind11::list active_params;
   uint64_t version = 0;                  // advances whenever `tensors` changes
   uint64_t placement = 0;                // advances whenever a parameter's memory changes
@@ -56,7 +60,7 @@ class Table {
     bool required = true, same_layout = true;
   };
   static constexpr int kMaxValues = 12;
-  static constexpr size_t n_optional_ = 2;  // extra and mask, the last slots
+  enum Optional : size_t { kExtra, kMask, kIndex, kAnchor, kCohorts, kOptional };  // the last slots
   // A tensor as the last full reading saw it. The signature stands for dtype, device, shape and strides.
   struct Seen {
     void* data = nullptr;
@@ -80,8 +84,9 @@ class Table {
   struct Entry {
     pybind11::object param, state, override_grad;
     PyGetSetDef* getter = nullptr;
-    bool wrapped = false, sound = false;
+    bool wrapped = false, sound = false, compact = false, compact_grad = false;
     uintptr_t other_addresses = 0;
+    std::vector<int64_t> cohorts;  // first element of each, where there are several
     int group;
     int64_t ordinal, base, inner, outer;
     Layout p, g;
@@ -104,10 +109,15 @@ class Table {
   void look_at_all(int threads);
   void remember(size_t i, PyObject* grad);
   void validate(int64_t index, Entry& e);
+  void validate_compact(int64_t index, Entry& e);
+  bool like_param(size_t slot) const { return slot < n_states_ || slot == optional(kExtra) || slot == optional(kAnchor); }
+  size_t optional(Optional which) const { return slots_.size() - kOptional + which; }
+  void set_gradient(Entry& e, void* data);
   void fill(Entry& e);
+  TensorDesc cohort(const Entry& e, size_t number) const;
 
   dlpack::ExchangeAPI* api_ = nullptr;
-  pybind11::object reader_, grad_name_, local_name_;
+  pybind11::object reader_, grad_name_, local_name_, compact_name_;
   std::vector<Slot> slots_;  // states, aux, step, extra, mask
   size_t n_states_, n_aux_;
   int device_type_, device_id_;

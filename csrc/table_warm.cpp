@@ -11,7 +11,17 @@ namespace py = pybind11;
 namespace fa {
 
 PyObject* Table::gradient(Entry& e) {
+  e.compact_grad = false;
   if (e.override_grad) return std::exchange(e.override_grad, py::object()).release().ptr();
+  if (e.compact) {
+    const py::object own = py::reinterpret_steal<py::object>(PyObject_GenericGetDict(e.param.ptr(), nullptr));
+    if (!own) throw py::error_already_set();
+    PyObject* given = PyDict_GetItemWithError(own.ptr(), compact_name_.ptr());
+    if (given && given != Py_None) {
+      e.compact_grad = true;
+      return py::reinterpret_borrow<py::object>(given).release().ptr();
+    }
+  }
   PyObject* g = e.getter ? e.getter->get(e.param.ptr(), e.getter->closure) : PyObject_GetAttr(e.param.ptr(), grad_name_.ptr());
   if (!g) throw py::error_already_set();
   return g;
@@ -19,7 +29,7 @@ PyObject* Table::gradient(Entry& e) {
 
 // Whether the shim may read this parameter: a type that changes what its tensor functions or its `grad` mean may hide the memory elsewhere.
 bool Table::plain(const Entry& e) const {
-  if (!shim_ || e.wrapped || !e.getter) return false;
+  if (!shim_ || e.wrapped || e.compact || !e.getter) return false;
   const py::object type = py::type::of(e.param), tensor = py::module_::import("torch").attr("Tensor");
   const py::object plain = py::module_::import("torch._C").attr("_disabled_torch_function_impl");
   const auto attribute = [](const py::object& o, const char* name) { return py::object(o.attr(name)); };
@@ -60,8 +70,7 @@ Table::Verdict Table::compare(size_t i, const void* grad) {
   Entry& e = entries_[i];
   if (!g.data && e.p.numel) return kRead;
   w.g.data = e.g.data = g.data;
-  e.desc.grad = g.data;
-  e.desc.aligned = (e.other_addresses | uintptr_t(g.data)) % 16 == 0;
+  set_gradient(e, g.data);
   return kMoved;
 }
 
@@ -103,7 +112,7 @@ void Table::remember(size_t i, PyObject* grad) {
     h = {value, {}};
     // Scalars and the like are ours, and whoever moves them to another device moves the parameter too: their identity is enough.
     for (size_t k = 0; k < slots_.size(); ++k)
-      if (e.objects[k].ptr() == value && (k < n_states_ || k == slots_.size() - n_optional_)) ok &= see(value, e.layouts[k], &h.seen);
+      if (e.objects[k].ptr() == value && like_param(k)) ok &= see(value, e.layouts[k], &h.seen);
   }
   w.sound = ok;
 }

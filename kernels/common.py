@@ -9,20 +9,22 @@ import triton.language as tl
 
 # Element types (csrc/core/dtypes.h).
 NONE, F32, BF16, F16, I16 = (tl.constexpr(code) for code in range(5))
+I64 = tl.constexpr(8)
 
 # Words of a tensor's entry (csrc/core/table.h, TensorDesc). ROW_GROUP packs two int32, CODES eight bytes.
-WORDS = tl.constexpr(18)
+WORDS = tl.constexpr(22)
 PARAM, GRAD, STATE0, STATE1, STATE2, STATE3, EXTRA, MASK, STEP_AT, AUX0, AUX1, NUMEL, ROW_GROUP, CODES = (tl.constexpr(word) for word in range(14))
-ORDINAL, INDEX_BASE, INDEX_INNER, INDEX_OUTER = (tl.constexpr(word) for word in range(14, 18))
+ORDINAL, INDEX_BASE, INDEX_INNER, INDEX_OUTER, INDEX, ANCHOR, GRAD_NUMEL, KINDS = (tl.constexpr(word) for word in range(14, 22))
 PARAM_CODE, GRAD_CODE, STATE_CODE, EXTRA_CODE, ALIGNED = (tl.constexpr(byte) for byte in (0, 1, 2, 6, 7))
+INDEX_CODE, ANCHOR_CODE, COMPACT_GRAD = (tl.constexpr(byte) for byte in (0, 1, 2))  # bytes of KINDS
 
 # Fields of a row (csrc/core/table.h, FA_ROW_FIELDS).
 FIELDS = tl.constexpr(24)
 ROW_FIELDS = (
-    "sign l2 decay step step_size beta1 alpha1 beta2 alpha2 beta3 alpha3 eps eps_state mix wd clip corr1 corr2 pow1 pow2 mode spare0 spare1 spare2"
+    "sign l2 decay step step_size beta1 alpha1 beta2 alpha2 beta3 alpha3 eps eps_state mix wd clip corr1 corr2 pow1 pow2 mode pull spare1 spare2"
 ).split()
 SIGN, L2, DECAY, STEP, STEP_SIZE, BETA1, ALPHA1, BETA2, ALPHA2, BETA3, ALPHA3 = (tl.constexpr(field) for field in range(11))
-EPS, EPS_STATE, MIX, WD, CLIP, CORR1, CORR2, POW1, POW2, MODE = (tl.constexpr(field) for field in range(11, 21))
+EPS, EPS_STATE, MIX, WD, CLIP, CORR1, CORR2, POW1, POW2, MODE, PULL = (tl.constexpr(field) for field in range(11, 22))
 
 
 @triton.jit

@@ -22,6 +22,7 @@ from .common import (
     F32,
     GRAD,
     GRAD_CODE,
+    GRAD_NUMEL,
     I16,
     INDEX_BASE,
     INDEX_INNER,
@@ -197,6 +198,17 @@ def piece(desc, chunks, chunk):
 
 
 @triton.jit
+def gradient_piece(desc, chunks, chunk):
+    """The same share of a gradient, whose alignment and length may differ from a compact entry's."""
+    mine = chunks + 2 * program()
+    entry = desc + WORDS * tl.load(mine)
+    begin = tl.multiple_of(tl.load(mine + 1), 16)
+    end = tl.minimum(begin + chunk, tl.load(entry + GRAD_NUMEL))
+    aligned = tl.load(entry + GRAD) % 16 == 0
+    return entry, begin, tl.where(aligned, begin + (end - begin) // 8 * 8, begin), end
+
+
+@triton.jit
 def eights(left, BLOCK: tl.constexpr):
     """Elements of the next wide tile; being a multiple of 8 lets one predicate cover a whole vector."""
     return tl.multiple_of(tl.minimum(left, BLOCK).to(tl.int32), 8)
@@ -237,7 +249,7 @@ def square_tile(entry, codes, scale, start, count, BLOCK: tl.constexpr, WIDE: tl
 def square_sums(desc, chunks, grad_scale, out, chunk: tl.int64, BLOCK: tl.constexpr):
     """out[c] = sum of (g / grad_scale)^2 over chunk c, in fp64 and in a fixed order."""
     scale = tl.load(grad_scale)
-    entry, begin, narrow, end = piece(desc, chunks, chunk)
+    entry, begin, narrow, end = gradient_piece(desc, chunks, chunk)
     codes = tl.load(entry + CODES)
     total = tl.zeros([BLOCK], tl.float64)
     for start in range(begin, narrow, BLOCK):
@@ -280,11 +292,12 @@ def step_(
     clip: torch.Tensor | None = None,
     seed: int = 0,
     stochastic: bool = False,
+    scattered: bool = False,
 ) -> None:
     """Updates every tensor of the table in place: parameters, states and master weights. Steps and aux scalars are left to the caller.
 
     Args:
-        desc: int64 [n, 18], the entries of csrc/core/table.h, on the tensors' device; an entry's row index points into `rows`.
+        desc: int64 [n, 22], the entries of csrc/core/table.h, on the tensors' device; an entry's row index points into `rows`.
         chunks: int64 [c, 2], (tensor, offset); one program each.
         rows: fp32 [r, 24], what `_core.make_row` gives.
         rule: a name in `RULES`.
@@ -293,6 +306,7 @@ def step_(
             multiplied by the last; unless `found_inf` is 0 nothing is written.
         seed: 64 bits, the key of the stochastic rounding.
         stochastic: round bf16 parameters without a split master stochastically.
+        scattered: the chunks may be of any entries; else only of dense ones that decay towards zero.
 
     Raises:
         KeyError: no such rule.
@@ -301,13 +315,16 @@ def step_(
     _check("step_", desc, chunks, chunk)
     if rows.dtype != torch.float32 or rows.ndim != 2 or rows.shape[1] != 24 or not rows.is_contiguous():
         raise ValueError(f"step_: expected rows as contiguous float32 [r, 24]; got {rows.dtype} {list(rows.shape)}; use _core.make_row")
+    from . import optim_scattered  # it takes its parts from here
+
     entry = RULES[rule]
     if not chunks.shape[0]:
         return
     device = desc.device
     seed &= 2**64 - 1
     with torch.cuda.device_of(desc):  # Triton launches on the current device
-        sweep[(chunks.shape[0],)](
+        kernel = optim_scattered.sweep if scattered else sweep
+        kernel[(chunks.shape[0],)](
             desc, chunks, rows, _scalar(grad_scale, 1, device), _scalar(found_inf, 0, device), _scalar(clip, 1, device),
             seed - (seed >> 63 << 64), chunk,
             entry.fn, entry.states, entry.stored, bool(stochastic), BLOCK, **OPTIONS,

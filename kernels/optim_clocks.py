@@ -35,7 +35,7 @@ def _write(desc, clocks, n, BLOCK: tl.constexpr):
 
 
 def read_clocks(desc: torch.Tensor) -> torch.Tensor:
-    """fp64 [n, 3] for an int64 [n, 18] table; absent scalars read as 0."""
+    """fp64 [n, 3] for an int64 [n, 22] table; absent scalars read as 0."""
     clocks = torch.empty(len(desc), 3, dtype=torch.float64, device=desc.device)
     _read[(triton.cdiv(len(desc), BLOCK),)](desc, clocks, len(desc), BLOCK)
     return clocks

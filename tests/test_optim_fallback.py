@@ -61,7 +61,7 @@ def test_tables_describe_the_same_memory() -> None:
         table = module.Table(exchange, tables.read, ["exp_avg", "exp_avg_sq"], [], "master", 1, 0)
         table.add(p, state, 3, 5, 7, 11, 13)
         assert table.scan() == 0
-        words.append(struct.unpack("<18q", table.descriptors(True)))
+        words.append(struct.unpack("<22q", table.descriptors(True)))
         assert table.chunk_list(16) == struct.pack("<4q", 0, 0, 0, 16)
     assert words[0] == words[1] == words[2]
 

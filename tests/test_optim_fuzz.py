@@ -20,7 +20,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from fusedadapt import dispatch  # noqa: E402
-from fusedadapt.optim import OPTIMIZERS, FusedOptimizer  # noqa: E402
+from fusedadapt.optim import OPTIMIZERS, FusedOptimizer, compact  # noqa: E402
 
 F, B, H = torch.float32, torch.bfloat16, torch.float16
 GUARD = 24  # elements on each side of a parameter
@@ -132,6 +132,11 @@ class Case:
         self.tensor_lr = [r.choice([None, None, None, F, torch.float64]) for _ in range(groups)]
         self.specs = [self._spec(half, k % groups) for k in range(max(groups, r.randint(1, 2 if small else 4)))]
         self.start = [values(r.choice(("normal", "normal", "tiny", "zero", "special")), s["shape"], self.g) for s in self.specs]
+        # drawn apart, so that older seeds keep their cases
+        apart = random.Random(f"masking {seed}")
+        self.mask_state, self.compact_grads = apart.choice(("dense", "compact")), apart.random() < 0.4
+        if self.cls.__name__ != "ScheduleFreeAdamW" and apart.random() < 0.2:
+            self.extras["decay_to"] = "init"
         self.masks = [torch.rand(s["shape"], generator=self.g) < r.choice([0.0, 0.5, 1.0]) if r.random() < 0.25 else None for s in self.specs]
 
     def _spec(self, half: bool, group: int) -> dict[str, Any]:
@@ -168,13 +173,15 @@ class Run:
             groups.append({**given, "lr": lr, "params": [p for p, s in zip(self.params, case.specs) if s["group"] == i]})
         masks = {p: m for p, m in zip(self.params, case.masks) if m is not None}
         plain = {k: v for k, v in case.groups[0].items() if k != "params"}
-        self.opt = case.cls(groups, **plain, **case.extras, masks=masks, backend=backend)
+        # the truth keeps its states dense: a compact state must give the same bits
+        self.packed = case.mask_state == "compact" and backend != "reference" and bool(masks)
+        self.opt = case.cls(groups, **plain, **case.extras, masks=masks, backend=backend, mask_state="compact" if self.packed else "dense")
         if hasattr(self.opt, "train"):
             self.opt.train()
 
     def feed(self, case: Case, grads: list[Tensor | None], diagonals: list[Tensor], seed: int) -> None:
         for p, spec, grad, diagonal in zip(self.params, case.specs, grads, diagonals):
-            p.grad = None
+            p.grad = p.compact_grad = None  # type: ignore[attr-defined]
             if grad is None:
                 continue
             dtype = spec["grad_dtype"] or spec["dtype"]
@@ -183,11 +190,22 @@ class Run:
             p.grad = dense(buffer, spec["shift"], spec["shape"], spec["grad_layout"], random.Random(seed)).copy_(grad)
             if case.cls.__name__ == "AdaHessian":
                 p.hessian_diag = diagonal.to(spec["dtype"])  # type: ignore[attr-defined]
+            if case.compact_grads and compact.wanted(self.opt, p):
+                p.compact_grad, p.grad = compact.take(p.grad, p, self.index(p)), None  # type: ignore[attr-defined]
 
     def arrays(self, k: int) -> dict[str, Tensor]:
         """What the step may change of parameter ``k``; a split pair is one fp32 number."""
         p, state = self.params[k], self.opt.state.get(self.params[k], {})
-        return {"param": p.detach(), **{n: t for n, t in state.items() if isinstance(t, Tensor) and n != "mask"}}
+        return {"param": p.detach(), **{n: t for n, t in state.items() if isinstance(t, Tensor) and n not in ("mask", "index")}}
+
+    def index(self, p: Tensor) -> Tensor | None:
+        return compact.fresh_index(self.opt, p)
+
+    def like_mine(self, k: int, arrays: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Arrays of a run with dense states as this one keeps them."""
+        p, index = self.params[k], self.index(self.params[k])
+        cut = lambda n, t: t if index is None or n == "param" or t.shape != p.shape or n in ("step",) else compact.take(t, p, index)
+        return {n: cut(n, t) for n, t in arrays.items()}
 
     def guards(self, case: Case, k: int) -> Tensor:
         outside = torch.ones(len(self.buffers[k]), dtype=torch.bool)
@@ -216,14 +234,17 @@ def close(a: Tensor, b: Tensor, old: Tensor) -> Tensor:
 
 def compare(case: Case, ours: Run, truth: Run, before: list[dict[str, Tensor]], step: int, exact: bool) -> None:
     for k, spec in enumerate(case.specs):
-        mine, theirs = ours.arrays(k), truth.arrays(k)
+        mine, theirs, old_arrays = ours.arrays(k), ours.like_mine(k, truth.arrays(k)), ours.like_mine(k, before[k])
         assert mine.keys() == theirs.keys(), f"step {step} parameter {k}: states {sorted(mine)} instead of {sorted(theirs)}"
         if not exact and "remainder" in mine:  # the two halves are one number
+            if mine["remainder"].shape != mine["param"].shape:
+                mine["param"], theirs["param"] = (compact.take(x["param"], ours.params[k], ours.index(ours.params[k])) for x in (mine, theirs))
             both = [(x.pop("param").view(torch.int16).int() << 16) + x.pop("remainder").int() for x in (mine, theirs)]
             mine["param"], theirs["param"] = (x.view(F) for x in both)
         for name in mine:
             a, b = mine[name], theirs[name]
-            old = before[k].get(name, torch.zeros(()))
+            old = old_arrays.get(name, torch.zeros(()))
+            old = old if old.shape == a.shape else torch.zeros(())
             same = ordered(a) == ordered(b) if exact else close(a, b, old.to(a.dtype).expand_as(a))
             if not bool(same.all()):
                 at = (~same).nonzero()[0].tolist()
@@ -240,15 +261,16 @@ def compare(case: Case, ours: Run, truth: Run, before: list[dict[str, Tensor]], 
 def sync(ours: Run, truth: Run) -> None:
     for k in range(len(ours.params)):
         mine = ours.arrays(k)
-        for name, t in truth.arrays(k).items():
+        for name, t in ours.like_mine(k, truth.arrays(k)).items():
             mine[name].copy_(t)
 
 
 def check_norm(ours: Run, grads: list[Tensor | None], case: Case, scale: float) -> None:
     total = torch.zeros((), dtype=torch.float64)
     for p in ours.params:
-        if p.grad is not None:
-            total += (p.grad.float() / scale).double().square().sum()
+        g = p.grad if getattr(p, "compact_grad", None) is None else p.compact_grad
+        if g is not None:
+            total += (g.float() / scale).double().square().sum()
     torch.testing.assert_close(ours.opt.grad_norm, total.sqrt().float(), rtol=3e-7, atol=0, equal_nan=True)
 
 

@@ -113,7 +113,7 @@ class Fleet:
 
     def device_table(self):
         assert self.table.scan() == 0
-        desc = torch.frombuffer(bytearray(self.table.descriptors()), dtype=torch.int64).view(-1, 18)
+        desc = torch.frombuffer(bytearray(self.table.descriptors()), dtype=torch.int64).view(-1, 22)
         chunks = torch.frombuffer(bytearray(self.table.chunk_list(CHUNK)), dtype=torch.int64).view(-1, 2)
         rows = []
         for number, (_, state) in enumerate(self.tensors):
@@ -203,7 +203,7 @@ SCALED = dict(grad_scale=torch.tensor(3.0), clip=torch.tensor(0.7), found_inf=to
 def test_registry_is_the_core_s():
     assert [(name, rule.states, rule.stored) for name, rule in RULES.items()] == _core.RULES
     assert tuple(common.ROW_FIELDS) == _core.ROW_FIELDS and common.WORDS.value == _core.DESC_WORDS
-    for field in set(common.ROW_FIELDS) - {"spare0", "spare1", "spare2"}:
+    for field in set(common.ROW_FIELDS) - {"spare1", "spare2"}:
         assert getattr(common, field.upper()).value == common.ROW_FIELDS.index(field)
 
 

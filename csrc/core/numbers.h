@@ -37,6 +37,7 @@ FA_HD void common_row(const Hyper& h, const Clock& c, Row& r) {
   r.sign = float(h.sign);
   r.l2 = float(h.l2);
   r.decay = float(1.0 - h.lr * h.decoupled - h.fixed);
+  r.pull = float(h.lr * h.decoupled + h.fixed);
   r.step = float(c.step);
   r.step_size = float(h.lr);
   r.beta1 = float(h.beta1);

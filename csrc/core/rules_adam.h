@@ -201,7 +201,7 @@ struct ADOPT {
     common_row(h, c, r);
     const bool first = c.step == 1.0;
     r.mode = first ? kNoStep : kAdaptive;
-    if (first) r.decay = 1.f;
+    if (first) r.decay = 1.f, r.pull = 0.f;
     // clip: bound given by the host; 0 = the default k^(1/4), k = earlier calls
     r.clip = float(h.clip > 0.0 ? h.clip : sqrt(sqrt(c.step - 1.0)));
   }

@@ -8,7 +8,10 @@ namespace fa {
 
 constexpr int kMaxStates = 4;
 
-// One tensor: eighteen 64-bit words, so that Triton can read it as int64[18] (kernels/common.py names the words).
+// One tensor: twenty-two 64-bit words, so that Triton can read it as int64[22] (kernels/common.py names the words).
+//
+// Compact entries (index != null) hold `numel` chosen elements of a larger parameter: element i of states, extra and anchor belongs to
+// element index[i] of param and grad. A parameter is one such entry per cohort (elements that joined together), each with its own step.
 struct TensorDesc {
   void* param;
   const void* grad;
@@ -23,8 +26,12 @@ struct TensorDesc {
   uint8_t param_dtype, grad_dtype, state_dtype[kMaxStates], extra_dtype, aligned;  // aligned: every address a multiple of 16
   int64_t ordinal;        // position of the parameter in the optimizer: keys the random numbers
   int64_t index_base, index_inner, index_outer;  // local element i is global element base + (i / inner) * outer + i % inner
+  const void* index;      // positions in the parameter's memory, in no order; null = dense, element i is element i
+  const void* anchor;     // decay and L2 pull towards these values; null = towards zero
+  int64_t grad_numel;     // elements of grad that count in the gradient norm (all of them, whatever the mask says)
+  uint8_t index_dtype, anchor_dtype, compact_grad, spare[5];  // compact_grad: grad has numel elements, in the order of the index
 };
-static_assert(sizeof(TensorDesc) == 18 * 8, "kernels/common.py reads this as int64[18]");
+static_assert(sizeof(TensorDesc) == 22 * 8, "kernels/common.py reads this as int64[22]");
 
 // One piece of one tensor, the unit of work: a launch walks a flat list of these, so 1 tensor or 10,000 cost one launch.
 struct Chunk {
@@ -42,10 +49,10 @@ struct Chunk {
 
 // Scalars of one group at one step, computed in double and rounded once (1 - 0.999f in fp32 is already 1e-5 off).
 // clang-format off
-// sign, l2 and decay are applied by the sweep; the rest belongs to the rule. kernels/common.py repeats the list.
+// sign, l2, decay and pull (1 - decay, towards an anchor) are applied by the sweep; the rest belongs to the rule. kernels/common.py repeats the list.
 #define FA_ROW_FIELDS(X)                                                                                                           \
   X(sign) X(l2) X(decay) X(step) X(step_size) X(beta1) X(alpha1) X(beta2) X(alpha2) X(beta3) X(alpha3) X(eps) X(eps_state) X(mix)  \
-  X(wd) X(clip) X(corr1) X(corr2) X(pow1) X(pow2) X(mode) X(spare0) X(spare1) X(spare2)
+  X(wd) X(clip) X(corr1) X(corr2) X(pow1) X(pow2) X(mode) X(pull) X(spare1) X(spare2)
 // clang-format on
 
 struct Hyper {

@@ -67,10 +67,12 @@ void prefetch_array(const TensorDesc& t, const void* base, int dtype, int64_t of
   for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(p + line, 0, 2);
 }
 
-void prefetch_gradient(const TensorDesc& t, int64_t offset) { prefetch_array(t, t.grad, t.grad_dtype, offset); }
+void prefetch_gradient(const TensorDesc& t, int64_t offset) {
+  if (!t.index || t.compact_grad) prefetch_array(t, t.grad, t.grad_dtype, offset);
+}
 
 void prefetch(const TensorDesc& t, int64_t offset, int states) {
-  prefetch_array(t, t.param, t.param_dtype, offset);
+  if (!t.index) prefetch_array(t, t.param, t.param_dtype, offset);
   prefetch_gradient(t, offset);
   for (int k = 0; k < states; ++k) prefetch_array(t, t.state[k], t.state_dtype[k], offset);
   prefetch_array(t, t.extra, t.extra_dtype, offset);
@@ -125,10 +127,10 @@ void Rows::commit(const std::vector<TensorDesc>& tensors) const {
   }
 }
 
-std::vector<Chunk> make_chunks(const std::vector<TensorDesc>& tensors, int64_t chunk) {
+std::vector<Chunk> make_chunks(const std::vector<TensorDesc>& tensors, int64_t chunk, bool by_gradient) {
   std::vector<Chunk> out;
   for (size_t i = 0; i < tensors.size(); ++i)
-    for (int64_t o = 0; o < tensors[i].numel; o += chunk) out.push_back({int64_t(i), o});
+    for (int64_t o = 0, n = by_gradient ? tensors[i].grad_numel : tensors[i].numel; o < n; o += chunk) out.push_back({int64_t(i), o});
   return out;
 }
 
@@ -140,7 +142,7 @@ std::vector<double> squares(const std::vector<TensorDesc>& tensors, const std::v
       if (c + 2 < last) prefetch_gradient(tensors[chunks[c + 2].tensor], chunks[c + 2].offset);
       const TensorDesc& t = tensors[chunks[c].tensor];
       const bool ends = c + 1 == int64_t(chunks.size()) || chunks[c + 1].tensor != chunks[c].tensor;
-      part[c] = k.squares(t, chunks[c].offset, ends ? t.numel : chunks[c + 1].offset, scale);
+      part[c] = k.squares(t, chunks[c].offset, ends ? t.grad_numel : chunks[c + 1].offset, scale);
     }
   });
   for (size_t c = 0; c < chunks.size(); ++c) out[chunks[c].tensor] += part[c];
@@ -158,7 +160,8 @@ void sweep(int rule, const std::vector<TensorDesc>& tensors, const std::vector<C
       const TensorDesc& t = tensors[chunks[c].tensor];
       const bool ends = c + 1 == int64_t(chunks.size()) || chunks[c + 1].tensor != chunks[c].tensor;
       const int64_t end = ends ? t.numel : chunks[c + 1].offset;
-      update({&t, &rows.rows[t.row], chunks[c].offset, end, scale, clip, globals.seed, globals.stochastic != 0});
+      const Piece piece{&t, &rows.rows[t.row], chunks[c].offset, end, scale, clip, globals.seed, globals.stochastic != 0};
+      t.index ? update_compact(update, piece) : update(piece);
     }
   });
 }

@@ -29,6 +29,8 @@ extern const Kernels kernels_base;
 #if defined(__x86_64__)
 extern const Kernels kernels_avx2, kernels_avx512;
 #endif
+// A piece of a compact entry: its elements gathered block by block, updated by the ordinary `update`, scattered back.
+void update_compact(UpdateFn update, const Piece& piece);
 const Kernels& kernels();                  // the best set this processor has, or the one chosen by use_isa
 bool use_isa(const char* name);            // "base", "avx2", "avx512"; false when this processor or build lacks it
 

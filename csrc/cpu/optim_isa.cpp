@@ -76,13 +76,19 @@ void store_tile(void* base, int dtype, int64_t offset, int n, const float* tile,
   if (dtype == kF16) narrow_half(out, tile, keep, n);
 }
 
-// Philox for `blocks` consecutive counters, eight random halves each, in arrays so that the rounds vectorise.
-void random_blocks(uint32_t* out, uint64_t seed, uint64_t first, int blocks, uint32_t tensor, uint32_t step) {
-  constexpr int kBlocks = kTile / 8;
-  alignas(64) uint32_t c0[kBlocks], c1[kBlocks], c2[kBlocks], c3[kBlocks];
+// Philox for many counters, in arrays so that the rounds vectorise.
+constexpr int kBlocks = kTile / 8;
+struct alignas(64) Counters {
+  uint32_t c0[kBlocks], c1[kBlocks], c2[kBlocks], c3[kBlocks];
+};
+
+template <class CounterOf>
+void random_rounds(Counters& counters, uint64_t seed, uint32_t tensor, uint32_t step, CounterOf counter) {
+  auto& [c0, c1, c2, c3] = counters;
   for (int b = 0; b < kBlocks; ++b) {
-    c0[b] = uint32_t(first + b);
-    c1[b] = uint32_t((first + b) >> 32);
+    const uint64_t c = counter(b);
+    c0[b] = uint32_t(c);
+    c1[b] = uint32_t(c >> 32);
     c2[b] = tensor;
     c3[b] = step;
   }
@@ -95,8 +101,14 @@ void random_blocks(uint32_t* out, uint64_t seed, uint64_t first, int blocks, uin
       c1[b] = uint32_t(y);
       c3[b] = uint32_t(x);
     }
+}
+
+// Consecutive blocks, eight random halves each.
+void random_blocks(uint32_t* out, uint64_t seed, uint64_t first, int blocks, uint32_t tensor, uint32_t step) {
+  Counters c;
+  random_rounds(c, seed, tensor, step, [&](int b) { return first + uint64_t(b); });
   for (int b = 0; b < blocks; ++b) {
-    const uint32_t words[4] = {c0[b], c1[b], c2[b], c3[b]};
+    const uint32_t words[4] = {c.c0[b], c.c1[b], c.c2[b], c.c3[b]};
     for (int k = 0; k < 4; ++k) {
       out[8 * b + 2 * k] = words[k] & 0xffffu;
       out[8 * b + 2 * k + 1] = words[k] >> 16;
@@ -109,10 +121,25 @@ void random_tile(uint32_t* out, const Piece& w, int64_t offset, int n) {
   const TensorDesc& t = *w.tensor;
   const uint32_t tensor = uint32_t(t.ordinal), step = uint32_t(w.row->step);
   const uint64_t inner = uint64_t(t.index_inner), first = uint64_t(t.index_base + offset);
-  if (inner == uint64_t(t.numel) && first % 8 == 0) return random_blocks(out, w.seed, first / 8, (n + 7) / 8, tensor, step);
-  for (int i = 0; i < n; ++i) {  // a shard whose rows lie apart in the global tensor
-    const uint64_t local = uint64_t(offset + i);
-    out[i] = random16(w.seed, uint64_t(t.index_base) + local / inner * uint64_t(t.index_outer) + local % inner, tensor, step);
+  if (!t.index && inner == uint64_t(t.numel) && first % 8 == 0) return random_blocks(out, w.seed, first / 8, (n + 7) / 8, tensor, step);
+  // A shard whose rows lie apart in the global tensor, or scattered elements.
+  const auto element = [&](int i) {
+    const int64_t at = offset + i;
+    const auto local = uint64_t(!t.index                ? at
+                                : t.index_dtype == kI64 ? static_cast<const int64_t*>(t.index)[at]
+                                                        : static_cast<const int32_t*>(t.index)[at]);
+    return uint64_t(t.index_base) + (local < inner ? local : local / inner * uint64_t(t.index_outer) + local % inner);
+  };
+  for (int i = 0; i < n; i += kBlocks) {
+    Counters c;
+    const int m = n - i < kBlocks ? n - i : kBlocks;
+    uint64_t elements[kBlocks];
+    for (int b = 0; b < kBlocks; ++b) elements[b] = element(i + (b < m ? b : m - 1));
+    random_rounds(c, w.seed, tensor, step, [&](int b) { return elements[b] >> 3; });
+    for (int b = 0; b < m; ++b) {
+      const uint32_t low = elements[b] & 2 ? c.c1[b] : c.c0[b], high = elements[b] & 2 ? c.c3[b] : c.c2[b];
+      out[i + b] = (elements[b] & 4 ? high : low) >> (elements[b] & 1 ? 16 : 0) & 0xffffu;
+    }
   }
 }
 
@@ -168,15 +195,26 @@ Kept expand_mask(const uint32_t* mask, int64_t offset, int n, Keep* keep) {
   return any == 0 ? Kept::kNone : all == ~0u ? Kept::kAll : Kept::kSome;
 }
 
-// Gradient as the rule sees it: unscaled, clipped, negated for maximize, with the coupled decay added.
-float* prepare_gradient(const Piece& w, const Row& r, const float* g, const float* p, int n, float* buffer) {
+// Gradient as the rule sees it: unscaled, clipped, negated for maximize, with the coupled decay added (towards the anchor `a`, if any).
+float* prepare_gradient(const Piece& w, const Row& r, const float* g, const float* p, const float* a, int n, float* buffer) {
   if (w.scale == 1.f && w.clip == 1.f && r.sign == 1.f && r.l2 == 0.f) return const_cast<float*>(g);
   const float scale = w.scale, factor = w.clip, sign = r.sign, l2 = r.l2;
   if (l2 == 0.f)
     for (int i = 0; i < n; ++i) buffer[i] = g[i] / scale * factor * sign;
+  else if (a)
+    for (int i = 0; i < n; ++i) buffer[i] = g[i] / scale * factor * sign + l2 * (p[i] - a[i]);
   else
     for (int i = 0; i < n; ++i) buffer[i] = g[i] / scale * factor * sign + l2 * p[i];
   return buffer;
+}
+
+// Decoupled decay towards the anchor, where p lies (frozen elements keep their bits): the rule's own factor is 1 then.
+void decay_to_anchor(float* __restrict p, const float* __restrict a, const Keep* keep, float share, int n) {
+  if (share == 0.f) return;
+  for (int i = 0; i < n; ++i) {
+    const float moved = p[i] - share * (p[i] - a[i]);
+    p[i] = keep ? choose(keep[i], moved, p[i]) : moved;
+  }
 }
 
 template <class Rule, bool kMasked>
@@ -257,7 +295,7 @@ int64_t update_bf16(const Piece& w, const Row& r) {
 }
 
 bool all_are(DType dtype, const TensorDesc& t, int states) {
-  bool same = t.param_dtype == dtype && t.grad_dtype == dtype && !t.extra;
+  bool same = t.param_dtype == dtype && t.grad_dtype == dtype && !t.extra && !t.anchor;
   for (int k = 0; k < states; ++k) same &= t.state_dtype[k] == dtype;
   return same;
 }
@@ -275,8 +313,8 @@ template <class Rule>
 void update(const Piece& w) {
   const int64_t rest = direct_bf16(w, *w.row, Rule::kStates) ? update_bf16<Rule>(w, *w.row) : w.begin;
   const TensorDesc& t = *w.tensor;
-  const Row r = *w.row;
-  alignas(64) float pb[kTile], gb[kTile], ub[kTile], sb[kMaxStates][kTile];
+  Row r = *w.row;
+  alignas(64) float pb[kTile], gb[kTile], ub[kTile], ab[kTile], sb[kMaxStates][kTile];
   alignas(64) Keep kb[kTile];
   const int64_t tile = in_place(w, r, Rule::kStates) ? w.end - w.begin : kTile;
   for (int64_t offset = rest; offset < w.end; offset += tile) {
@@ -286,7 +324,12 @@ void update(const Piece& w) {
     const Keep* keep = kept == Kept::kSome ? kb : nullptr;
     float* p = load_param(t, offset, n, pb);
     const float* g = load_tile(const_cast<void*>(t.grad), t.grad_dtype, offset, n, gb);
-    g = prepare_gradient(w, r, g, p, n, ub);
+    const float* a = t.anchor ? load_tile(const_cast<void*>(t.anchor), t.anchor_dtype, offset, n, ab) : nullptr;
+    g = prepare_gradient(w, *w.row, g, p, a, n, ub);
+    if (a) {
+      decay_to_anchor(p, a, keep, w.row->pull, n);
+      r.decay = 1.f;
+    }
     float* s[kMaxStates] = {};
     for (int k = 0; k < Rule::kStates; ++k) s[k] = load_tile(t.state[k], t.state_dtype[k], offset, n, sb[k]);
     if (keep)

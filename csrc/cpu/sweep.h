@@ -25,7 +25,8 @@ struct Rows {
   void commit(const std::vector<TensorDesc>& tensors) const;
 };
 
-std::vector<Chunk> make_chunks(const std::vector<TensorDesc>& tensors, int64_t chunk);
+// `by_gradient`: over the elements that count in the gradient norm.
+std::vector<Chunk> make_chunks(const std::vector<TensorDesc>& tensors, int64_t chunk, bool by_gradient);
 // Sum of squares of every tensor's gradient / scale: partial sums per chunk, added in order.
 std::vector<double> squares(const std::vector<TensorDesc>& tensors, const std::vector<Chunk>& chunks, float scale, int threads);
 void sweep(int rule, const std::vector<TensorDesc>& tensors, const std::vector<Chunk>& chunks, const Rows& rows, const Globals& globals,

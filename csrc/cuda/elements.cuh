@@ -131,7 +131,8 @@ FA_DEVICE void store_raw(void* base, bool wide, const Eight& e, unsigned keep, R
   if (wide) vec_store(p + 16, r.b);
 }
 
-FA_DEVICE void store(void* base, int dtype, const Eight& e, unsigned keep, const float (&f)[kEach]) {
+// Rounded once, one element per word.
+FA_DEVICE Raw narrow(int dtype, const float (&f)[kEach]) {
   Raw r;
   FA_UNROLL
   for (int j = 0; j < kEach; ++j) r[j] = as_bits(f[j]);
@@ -142,7 +143,34 @@ FA_DEVICE void store(void* base, int dtype, const Eight& e, unsigned keep, const
     FA_UNROLL
     for (int j = 0; j < kEach; ++j) r[j] = float_to_half(as_float(r[j]));
   }
-  store_raw(base, dtype == kF32, e, keep, r);
+  return r;
+}
+
+FA_DEVICE void store(void* base, int dtype, const Eight& e, unsigned keep, const float (&f)[kEach]) {
+  store_raw(base, dtype == kF32, e, keep, narrow(dtype, f));
+}
+
+// Elements that lie anywhere: `at` are their positions.
+template <class T>
+FA_DEVICE void load_at(Raw& r, const void* base, const int64_t* at, unsigned wanted) {
+  const T* p = in_global(static_cast<const T*>(base));
+  FA_UNROLL
+  for (int j = 0; j < kEach; ++j) r[j] = wanted >> j & 1u ? uint32_t(vec_load<T>(p + at[j])) : 0u;
+}
+
+FA_DEVICE void load_at(Raw& r, const void* base, bool wide, const int64_t* at, unsigned wanted) {
+  wide ? load_at<uint32_t>(r, base, at, wanted) : load_at<uint16_t>(r, base, at, wanted);
+}
+
+FA_DEVICE void store_at(void* base, bool wide, const int64_t* at, unsigned keep, const Raw& r) {
+  FA_UNROLL
+  for (int j = 0; j < kEach; ++j)
+    if (keep >> j & 1u) {
+      if (wide)
+        vec_store<uint32_t>(in_global(static_cast<uint32_t*>(base) + at[j]), r[j]);
+      else
+        vec_store<uint16_t>(in_global(static_cast<uint16_t*>(base) + at[j]), uint16_t(r[j]));
+    }
 }
 
 }  // namespace fa::cuda

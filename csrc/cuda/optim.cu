@@ -3,91 +3,12 @@
 //
 // Templates: the rule only. Types, masks, master weights and stochastic rounding are switches that are the same for a whole block
 // (all combinations as templates would be thousands of kernels). Equal bits with csrc/cpu/optim_isa.cpp: same functors, -fmad=false.
-#include "../core/philox.h"
 #include "../core/rules.h"
-#include "elements.cuh"
 #include "optim.h"
-
-#if defined(__CUDACC__)
-#define FA_NO_UNROLL _Pragma("unroll 1")
-#else
-#define FA_NO_UNROLL
-#endif
+#include "optim_parts.cuh"
 
 namespace fa::cuda {
 namespace {
-
-// What a turn needs beside the eight elements; the same for a whole block. `t` is a copy: through the pointer every store might change it,
-// and it would be read again and again. What only some options need is read through the pointers, so that it holds no register meanwhile.
-struct Job {
-  TensorDesc t;
-  const TensorDesc* source;
-  const Row* row;
-  bool masked, plain_gradient;
-};
-
-FA_DEVICE float value_or_1(const float* p) { return p ? *p : 1.f; }
-
-FA_DEVICE unsigned trainable(const Job& w, const Eight& e) {
-  if (!w.masked || !e.valid) return e.valid;
-  const uint32_t* mask = in_global(w.source->mask);
-  if (e.vector) return mask[e.first >> 5] >> (e.first & 31) & 0xffu;
-  unsigned keep = 0;
-  FA_UNROLL
-  for (int j = 0; j < kEach; ++j) {
-    const int64_t i = e.first + j * kThreads;
-    if (e.valid >> j & 1u) keep |= (mask[i >> 5] >> (i & 31) & 1u) << j;
-  }
-  return keep;
-}
-
-// Sixteen random bits per element, two elements a word. One Philox block serves eight neighbours.
-FA_DEVICE Philox4 random_bits(const Job& w, const Eight& e, uint64_t seed) {
-  const uint32_t step = uint32_t(w.row->step);
-  const TensorDesc& t = *w.source;
-  const bool identity = t.index_inner == t.numel;
-  if (identity && e.vector && t.index_base % kEach == 0)
-    return philox(seed, uint64_t(t.index_base + e.first) >> 3, uint32_t(t.ordinal), step);
-  Philox4 out{};
-  FA_NO_UNROLL
-  for (int j = 0; j < kEach; ++j) {
-    const uint64_t local = uint64_t(index(e, j)), inner = uint64_t(t.index_inner);
-    const uint64_t element = identity ? t.index_base + local : t.index_base + local / inner * t.index_outer + local % inner;
-    // Shifting in from above and selecting, instead of indexing, keeps the words in registers.
-    out.v[0] = out.v[0] >> 16 | out.v[1] << 16;
-    out.v[1] = out.v[1] >> 16 | out.v[2] << 16;
-    out.v[2] = out.v[2] >> 16 | out.v[3] << 16;
-    const Philox4 r = philox(seed, element >> 3, uint32_t(t.ordinal), step);
-    const uint32_t low = element & 2 ? r.v[1] : r.v[0], high = element & 2 ? r.v[3] : r.v[2], word = element & 4 ? high : low;
-    out.v[3] = out.v[3] >> 16 | (element & 1 ? word & 0xffff0000u : word << 16);
-  }
-  return out;
-}
-
-FA_DEVICE void store_param(const Job& w, const Globals& globals, const Eight& e, unsigned keep, const float (&p)[kEach]) {
-  const TensorDesc& t = w.t;
-  if (t.extra_dtype == kI16) {
-    Raw high, low;
-    FA_UNROLL
-    for (int j = 0; j < kEach; ++j) {
-      uint16_t h;
-      int16_t l;
-      split(p[j], &h, &l);
-      high[j] = h;
-      low[j] = uint16_t(l);
-    }
-    store_raw(t.param, false, e, keep, high);
-    store_raw(w.source->extra, false, e, keep, low);
-    return;
-  }
-  if (t.extra_dtype == kF32) store(w.source->extra, kF32, e, keep, p);
-  if (!globals.stochastic || t.param_dtype != kBF16) return store(t.param, t.param_dtype, e, keep, p);
-  const Philox4 random = random_bits(w, e, globals.seed);
-  Raw r;
-  FA_UNROLL
-  for (int j = 0; j < kEach; ++j) r[j] = float_to_bf16_stochastic(p[j], random.v[j / 2] >> (j & 1 ? 16 : 0));
-  store_raw(t.param, false, e, keep, r);
-}
 
 template <class Rule>
 FA_DEVICE void update(const Job& w, const Globals& globals, const Row& r, const Eight& e) {
@@ -135,15 +56,8 @@ FA_DEVICE void update(const Job& w, const Globals& globals, const Row& r, const 
   }
   FA_UNROLL
   for (int k = 0; k < Rule::kStored; ++k) store(t.state[k], t.state_dtype[k], e, keep, s[k]);
-  store_param(w, globals, e, keep, p);
+  store_param<false>(w, globals, e, keep, p, nullptr);
 }
-
-FA_DEVICE int64_t chunk_end(const TensorDesc& t, int64_t offset, int32_t chunk) {
-  return t.numel - offset < chunk ? t.numel : offset + chunk;
-}
-
-// Two blocks per SM: at most 128 registers and no spills. At three (80 registers) Adam, RMSprop and all larger rules spill.
-constexpr int kBlocks = 2;
 
 template <class Rule>
 __global__ void __launch_bounds__(kThreads, kBlocks)
@@ -159,7 +73,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
     w.masked = w.t.mask != nullptr;
     const Row r = *w.row;
     w.plain_gradient = plain && r.sign == 1.f && r.l2 == 0.f;
-    const Walk walk(piece.offset, chunk_end(w.t, piece.offset, g.chunk), w.t.aligned != 0);
+    const Walk walk(piece.offset, chunk_end(w.t.numel, piece.offset, g.chunk), w.t.aligned != 0);
     for (int64_t at = piece.offset; at < walk.end; at = walk.next(at)) update<Rule>(w, g, r, walk.eight(at));
   }
 }
@@ -184,7 +98,7 @@ __global__ void __launch_bounds__(kThreads) squares_kernel(const TensorDesc* ten
   for (int64_t c = blockIdx.x; c < n_chunks; c += gridDim.x) {
     const Chunk piece = chunks[c];
     const TensorDesc t = tensors[piece.tensor];
-    const Walk walk(piece.offset, chunk_end(t, piece.offset, chunk), uintptr_t(t.grad) % 16 == 0);
+    const Walk walk(piece.offset, chunk_end(t.grad_numel, piece.offset, chunk), uintptr_t(t.grad) % 16 == 0);
     double sum[2] = {};
     for (int64_t at = piece.offset; at < walk.end; at = walk.next(at)) {
       const Eight e = walk.eight(at);
@@ -241,32 +155,6 @@ __global__ void __launch_bounds__(kThreads)
     if (t.aux[1]) *t.aux[1] = clocks[i].aux[1];
   }
 }
-
-class DeviceGuard {
- public:
-  DeviceGuard(int device, const char* what) {
-    check(cudaGetDevice(&previous_), what);
-    if (previous_ == device) return;
-    check(cudaSetDevice(device), what);
-    moved_ = true;
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-  ~DeviceGuard() {
-    if (moved_) cudaSetDevice(previous_);
-  }
-
- private:
-  int previous_ = 0;
-  bool moved_ = false;
-};
-
-#if defined(FA_EMULATE)
-constexpr int64_t kMaxGrid = 64;  // small, so that tests see blocks that take several chunks
-#else
-constexpr int64_t kMaxGrid = 0x7fffffff;
-#endif
-unsigned grid_for(int64_t n_chunks) { return unsigned(n_chunks < kMaxGrid ? n_chunks : kMaxGrid); }
 
 using SweepFn = void (*)(const TensorDesc*, const Chunk*, int64_t, const Row*, Globals);
 const SweepFn kSweeps[] = {

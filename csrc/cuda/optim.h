@@ -21,7 +21,11 @@ void prologue(int rule, const TensorDesc* tensors, int64_t n, const Hyper* hyper
 // partial[c]: sum of (gradient / *grad_scale)^2 over chunk c, in a fixed order.
 void squares(const TensorDesc* tensors, const Chunk* chunks, int64_t n_chunks, int32_t chunk, double* partial, const float* grad_scale,
              Place place);
+// Dense entries that decay towards zero.
 void sweep(int rule, const TensorDesc* tensors, const Chunk* chunks, int64_t n_chunks, const Row* rows, const Globals& globals,
            Place place);
+// Any entries: compact ones and those with an anchor, too.
+void sweep_scattered(int rule, const TensorDesc* tensors, const Chunk* chunks, int64_t n_chunks, const Row* rows, const Globals& globals,
+                     Place place);
 
 }  // namespace fa::cuda

@@ -49,7 +49,7 @@ def index_map(p: DTensor) -> tuple[int, int, int]:
 def sum_squares(plan: Plan, squares: Tensor) -> Tensor:
     """The sum over all shards: copies are counted once."""
     totals: dict[tuple[Any, tuple[int, ...]], Tensor] = {}
-    for e, value in zip(plan.active_entries(), squares, strict=True):
+    for e, value in zip(plan.owners(), squares, strict=True):
         key = (e.param.device_mesh, _sharded_dims(e.param)) if isinstance(e.param, DTensor) else (None, ())
         totals[key] = totals[key] + value if key in totals else value.clone()
     total = torch.zeros((), dtype=torch.float64, device=plan.device)

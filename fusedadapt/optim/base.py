@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from .. import dispatch
+from . import compact
 from . import state as states
 from .plans import CpuPlan, Entry, Plan, ReferencePlan, Scalars, on
 from .plans_device import PLANS, DevicePlan
@@ -54,8 +55,13 @@ class FusedOptimizer(Optimizer):
     - ``master_weights``: ``"fp32"`` keeps an fp32 copy of each 16-bit parameter in the state; ``"split"`` keeps the low 16 bits of it beside a
       bf16 parameter (2 bytes, exact).
     - ``masks``: ``{param: bool tensor}``, True = trainable. Frozen elements keep parameter and state bit for bit, also under weight decay.
-      ``mask_state="dense"`` and ``decay_to="zero"`` are the only choices so far.
+    - ``mask_state``: ``"dense"`` keeps states of the parameter's shape; ``"compact"`` keeps states, master weights and an index list for the
+      trainable elements of each masked parameter only, and gives the same bits. With it a parameter's attribute ``compact_grad`` replaces ``.grad``:
+      [nnz], in the order of ``state["index"]`` (rising flat positions in memory, until `fusedadapt.sparse.grow_prune` changes the mask).
+    - ``decay_to``: what weight decay pulls towards: ``"zero"``, or ``"init"``: the values the parameter had when its state was made, kept as
+      ``anchor``. Decoupled: p -= (1 - factor) (p - anchor); coupled: g += weight_decay (p - anchor).
     - ``max_grad_norm``: clip to this global L2 norm of the unscaled gradients, inside the step; ``opt.grad_norm`` holds the norm (0-d tensor).
+      Frozen elements' gradients count, as without masks; of a compact gradient its own elements.
     - ``backend``: ``"cpp"``, ``"cuda"``, ``"triton"`` or ``"reference"``; raises if it cannot run. ``None`` chooses (see ``fusedadapt.explain``).
     - ``foreach``, ``fused``: accepted and ignored (every step is fused); ``differentiable=True`` is refused.
 
@@ -75,6 +81,7 @@ class FusedOptimizer(Optimizer):
             raise TypeError(f"{type(self).__name__}: unexpected arguments {sorted(unknown)}; see FusedOptimizer for the shared options")
         self._take_extras(extras)
         shared = {"maximize": False, "foreach": None, "capturable": False, "differentiable": False, "fused": None, "seed": 0}
+        compact.check_options(self, extras.get("masks") or {})
         super().__init__(params, defaults | {k: extras.get(k, v) for k, v in shared.items()})  # type: ignore[arg-type]
         self._masks = states.pack_masks(self, extras.get("masks") or {})
 
@@ -84,8 +91,9 @@ class FusedOptimizer(Optimizer):
             raise ValueError(f"{name}: expected differentiable=False; a fused step has no autograd graph; use torch.optim for that")
         self.state_dtype = states.one_of(name, "state_dtype", extras.get("state_dtype"), (None, *STATE_DTYPES))
         self.master_weights = states.one_of(name, "master_weights", extras.get("master_weights"), (None, "fp32", "split"))
-        states.one_of(name, "mask_state", extras.get("mask_state", "dense"), ("dense",))
-        states.one_of(name, "decay_to", extras.get("decay_to", "zero"), ("zero",))
+        self.mask_state = states.one_of(name, "mask_state", extras.get("mask_state", "dense"), ("dense", "compact"))
+        self.decay_to = states.one_of(name, "decay_to", extras.get("decay_to", "zero"), ("zero", "init"))
+        self._masks: dict[Tensor, Tensor] = {}
         self.stochastic_rounding = bool(extras.get("stochastic_rounding", False))
         self.max_grad_norm = extras.get("max_grad_norm")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:
@@ -328,6 +336,15 @@ class FusedOptimizer(Optimizer):
     def last_step_skipped(self) -> bool:
         """Whether GradScaler's found_inf made the last step change nothing (waits for the device)."""
         return self._found_inf is not None and bool(self._found_inf.item())
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """torch's; compact gradients go the same way."""
+        super().zero_grad(set_to_none)
+        if self.mask_state == "compact":
+            for p in self._masks:
+                given = getattr(p, "compact_grad", None)
+                if given is not None:
+                    p.compact_grad = None if set_to_none else given.zero_()  # type: ignore[attr-defined]
 
     def state_dict(self) -> dict[str, Any]:
         """torch's format and names; states keep their dtypes. Loads into torch's optimizer of the same name, and the other way round."""

@@ -41,8 +41,8 @@ def to_torch(optimizer: FusedOptimizer) -> torch.optim.Optimizer:
     cls = getattr(torch.optim, type(optimizer).__name__, None)
     if cls is None:
         raise TypeError(f"to_torch: torch has no {type(optimizer).__name__}")
-    if any("mask" in s or "master" in s or "remainder" in s for s in optimizer.state.values()):
-        raise ValueError(f"to_torch: expected a {type(optimizer).__name__} without masks and master weights; torch cannot carry them on")
+    if any({"mask", "master", "remainder", "anchor"} & s.keys() for s in optimizer.state.values()) or optimizer.decay_to != "zero":
+        raise ValueError(f"to_torch: expected a {type(optimizer).__name__} without masks, master weights and anchors; torch cannot carry them on")
     known = set(inspect.signature(cls.__init__).parameters)
     groups = [{k: v for k, v in g.items() if k in known or k == "params"} for g in optimizer.param_groups]
     theirs = cls(groups)

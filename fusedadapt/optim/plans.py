@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..reference import optim as reference
+from . import compact
 from . import shim as shims
 from . import table as tables
 from .spec import HYPER_FIELDS, RULES
@@ -62,7 +63,7 @@ class Plan:
         if (shim := shims.shim()) is not None:
             self.table.use_shim(shim)
         for e in entries:
-            self.table.add(e.param, opt._state_of(e.param), e.group, e.ordinal, *opt._index_map(e.param))
+            self.table.add(e.param, opt._state_of(e.param), e.group, e.ordinal, *opt._index_map(e.param), compact.wanted(opt, e.param))
 
     def prepare(self) -> None:
         """Reads every tensor and checks it. Writes nothing but missing states."""
@@ -95,6 +96,10 @@ class Plan:
     def active_entries(self) -> list[Entry]:
         return [self.entries[i] for i in self.table.active]
 
+    def owners(self) -> list[Entry]:
+        """The entry of each tensor of the table: a parameter with cohorts has several."""
+        return [self.entries[i] for i in self.table.owners]
+
     def set_hypers(self, hypers: list[list[float]]) -> None:
         self.hypers = hypers
 
@@ -107,7 +112,7 @@ class Plan:
             torch.autograd.graph.increment_version([tables.local(p) for p in params if hasattr(p, "_local_tensor")])
 
     def squares(self, scalars: Scalars) -> Tensor:
-        """fp64 [active]: sum of squares of each unscaled gradient."""
+        """fp64, one per `owners`: sum of squares of each unscaled gradient (all its elements, whatever the mask says)."""
         raise NotImplementedError
 
     def run(self, scalars: Scalars) -> None:
@@ -145,27 +150,34 @@ class ReferencePlan(Plan):
         self.active: list[Entry] = []
 
     def prepare(self) -> None:
-        self.active = [e for e in self.entries if e.param.grad is not None]
+        self.active = [e for e in self.entries if self._gradient(e)[0] is not None]
         missing = [e for e in self.active if any(self.opt._state_of(e.param).get(k) is None for k in (*self.spec.states, *self.spec.aux, "step"))]
         if missing:
             self.opt._init_states(missing, self.rule)
         for e in self.active:
             self._check(e)
 
+    def _gradient(self, e: Entry) -> tuple[Any, bool]:
+        g, packed = compact.gradient(e.param, compact.wanted(self.opt, e.param))
+        return None if g is None else tables.local(g), packed
+
     def _check(self, e: Entry) -> None:
-        p, g, state = tables.local(e.param), tables.local(e.param.grad), self.opt._state_of(e.param)
+        p, (g, packed), state = tables.local(e.param), self._gradient(e), self.opt._state_of(e.param)
+        chosen = state["index"].shape if compact.wanted(self.opt, e.param) else p.shape
         bad = ""
         if g.layout != torch.strided:
             bad = "read:grad"
         elif p.device != g.device:
             bad = "device:grad"
-        elif p.shape != g.shape:
+        elif packed and g.shape != chosen:
+            bad = "compact:compact_grad"
+        elif not packed and p.shape != g.shape:
             bad = "shape:grad"
         elif not tables.is_dense(p) and p.numel():
             bad = "strides:param"
         for k in self.spec.states:
-            if tables.local(state[k]).shape != p.shape:
-                bad = f"shape:{k}"
+            if tables.local(state[k]).shape != chosen:
+                bad = f"shape:{k}" if chosen == p.shape else f"compact:{k}"
             elif state[k].device != p.device:
                 bad = f"device:{k}"
         if bad:
@@ -174,10 +186,13 @@ class ReferencePlan(Plan):
     def active_entries(self) -> list[Entry]:
         return self.active
 
+    def owners(self) -> list[Entry]:
+        return self.active
+
     def squares(self, scalars: Scalars) -> Tensor:
         out = []
         for e in self.active:
-            g = tables.local(e.param.grad)
+            g = self._gradient(e)[0]
             g = g if g.dtype == torch.float64 else g.float()
             g = g if scalars.grad_scale is None else g / scalars.grad_scale
             out.append(g.double().square().sum())
@@ -190,31 +205,43 @@ class ReferencePlan(Plan):
         commits = []
         for e in self.active:
             state = self.opt._state_of(e.param)
-            aux = [float(state[k]) for k in self.spec.aux]
-            key = (e.group, float(state["step"]), *aux)
-            if key not in rows:
-                fields = {k: torch.tensor(v, dtype=torch.float64) for k, v in zip(HYPER_FIELDS, self.hypers[e.group], strict=True)}
-                step = torch.tensor(key[1] + 1.0, dtype=torch.float64)
-                row, after = reference.make_rows(self.rule, fields, step, [torch.tensor(a, dtype=torch.float64) for a in aux])
-                rows[key] = reference.scalar_row(row), float(step), [float(a) for a in after]
-            self._update(e, state, rows[key][0], scalars)
-            commits.append((state, *rows[key][1:]))
-        for state, step, after in commits:
-            state["step"].fill_(step)
+            for c, first, end in compact.cohorts(state) if "index" in state else [(0, 0, -1)]:
+                aux = [float(state[k].view(-1)[c]) for k in self.spec.aux]
+                key = (e.group, float(state["step"].view(-1)[c]), *aux)
+                if key not in rows:
+                    rows[key] = self._row(*key)
+                self._update(e, state, rows[key][0], scalars, slice(first, end) if end >= 0 else None)
+                commits.append((state, c, *rows[key][1:]))
+        for state, c, step, after in commits:
+            state["step"].view(-1)[c] = step
             for k, a in zip(self.spec.aux, after, strict=True):
-                state[k].fill_(a)
+                state[k].view(-1)[c] = a
 
-    def _update(self, e: Entry, state: dict[str, Any], row: Any, scalars: Scalars) -> None:
-        p = tables.local(e.param)
+    def _row(self, group: int, step: float, *aux: float) -> tuple[Any, float, list[float]]:
+        """The row of a group at the step after ``step``; that step, and the scalars after it."""
+        fields = {k: torch.tensor(v, dtype=torch.float64) for k, v in zip(HYPER_FIELDS, self.hypers[group], strict=True)}
+        now = torch.tensor(step + 1.0, dtype=torch.float64)
+        row, after = reference.make_rows(self.rule, fields, now, [torch.tensor(a, dtype=torch.float64) for a in aux])
+        return reference.scalar_row(row), float(now), [float(a) for a in after]
+
+    @torch.no_grad()
+    def _update(self, e: Entry, state: dict[str, Any], row: Any, scalars: Scalars, part: slice | None) -> None:
+        """One parameter, or the elements ``part`` of its compact arrays: gathered, updated, put back."""
+        p, (g, packed), opt = tables.local(e.param), self._gradient(e), self.opt
+        cut = lambda t: None if t is None else tables.local(t) if part is None else t[part]
+        index = None if part is None else state["index"][part].long()
         keep = random = None
-        if state.get("mask") is not None:
-            keep = self.opt._unpack_mask(state["mask"], p)
-        if scalars.stochastic and p.dtype == torch.bfloat16 and self.opt.master_weights != "split":
-            element = self.opt._global_index(e.param)
-            random = reference.random16(scalars.seed, element, e.ordinal, int(row.step)).view(p.shape)
-        extra = state.get(self.opt._extra_key)
-        with torch.no_grad():
-            reference.step_(
-                self.rule, p, tables.local(e.param.grad), [tables.local(state[k]) for k in self.spec.states], row, stored=self.spec.stored,
-                grad_scale=scalars.grad_scale, clip=scalars.clip, keep=keep, extra=None if extra is None else tables.local(extra), random=random,
-            )  # fmt: skip
+        if index is None and state.get("mask") is not None:
+            keep = opt._unpack_mask(state["mask"], p)
+        if scalars.stochastic and p.dtype == torch.bfloat16 and opt.master_weights != "split":
+            element = opt._global_index(e.param, index)
+            random = reference.random16(scalars.seed, element, e.ordinal, int(row.step)).view(p.shape if index is None else index.shape)
+        here = p if index is None else compact.flat(p)[index]
+        if index is not None:
+            g = g[part] if packed else compact.in_order(g, p)[index]
+        reference.step_(
+            self.rule, here, g, [cut(state[k]) for k in self.spec.states], row, stored=self.spec.stored, grad_scale=scalars.grad_scale,
+            clip=scalars.clip, keep=keep, extra=cut(state.get(opt._extra_key)), random=random, anchor=cut(state.get("anchor")),
+        )  # fmt: skip
+        if index is not None:
+            compact.flat(p)[index] = here

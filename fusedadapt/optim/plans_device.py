@@ -16,6 +16,7 @@ from .. import dispatch
 from ..reference import optim as reference
 from .plans import Plan, Scalars, address
 from .spec import HYPER_FIELDS, ROW_FIELDS
+from .table import ANCHOR, INDEX, WORDS
 
 ROW_WIDTH = len(ROW_FIELDS)
 
@@ -26,10 +27,10 @@ class DevicePlan(Plan):
     def __init__(self, *args: Any):
         super().__init__(*args)
         self._version = self._structure = -1
-        self._desc = self._chunks = self._rows = self._clocks = torch.empty(0)
+        self._desc = self._chunks = self._scattered = self._gradient_chunks = self._rows = self._clocks = torch.empty(0)
         self._spare: list[Tensor] = []
         self._captured: list[Tensor] = []
-        self._chunk = 0
+        self._chunk = self._gradient_chunk = 0
 
     def _upload(self, data: bytes | Tensor, dtype: torch.dtype, width: int) -> Tensor:
         host = data if isinstance(data, Tensor) else torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
@@ -42,7 +43,7 @@ class DevicePlan(Plan):
         reads this very memory at each replay, and pinning is not allowed: a buffer set aside earlier is used up and kept for good."""
         if not torch.cuda.is_current_stream_capturing():
             while len(self._spare) < 8:
-                self._spare.append(torch.empty(18 * len(self.entries) + 2 * 65536, dtype=torch.int64).pin_memory())
+                self._spare.append(torch.empty(WORDS * max(len(self.entries), len(self.table.owners)) + 2 * 65536, dtype=torch.int64).pin_memory())
             return host.pin_memory()
         raw = host.view(torch.int64)
         if not self._spare or len(raw) > len(self._spare[-1]):
@@ -60,15 +61,29 @@ class DevicePlan(Plan):
         if self._version == self.table.version:
             return
         self._version = self.table.version
-        self._desc = self._upload(self.table.descriptors(True), torch.int64, 18)
+        described = self.table.descriptors(True)
+        self._desc = self._upload(described, torch.int64, WORDS)
         if self._structure != self.table.structure:
             self._structure = self.table.structure
             workers = torch.cuda.get_device_properties(self.device).multi_processor_count if self.device.type == "cuda" else 132
-            self._chunk = self.table.chunk_for(workers)
-            self._chunks = self._upload(self.table.chunk_list(self._chunk), torch.int64, 2)
+            self._chunk, self._gradient_chunk = self.table.chunk_for(workers), self.table.chunk_for(workers, True)
+            self._split(described)
             n = len(self._desc)
             self._rows = torch.zeros(n, ROW_WIDTH, dtype=torch.float32, device=self.device)
             self._clocks = torch.zeros(n, 3, dtype=torch.float64, device=self.device)
+
+    def _split(self, described: bytes) -> None:
+        """The chunks of the plain sweep, of the one for compact entries and anchors, and of the gradient norm."""
+        chunks = self.table.chunk_list(self._chunk)
+        if self.opt.mask_state == "dense" and self.opt.decay_to == "zero":
+            self._chunks = self._gradient_chunks = self._upload(chunks, torch.int64, 2)
+            self._scattered = self._chunks[:0]
+            return
+        words = torch.frombuffer(bytearray(described), dtype=torch.int64).view(-1, WORDS) if described else torch.empty(0, WORDS, dtype=torch.int64)
+        pieces = torch.frombuffer(bytearray(chunks), dtype=torch.int64).view(-1, 2) if chunks else torch.empty(0, 2, dtype=torch.int64)
+        special = ((words[:, INDEX] != 0) | (words[:, ANCHOR] != 0))[pieces[:, 0]]
+        self._chunks, self._scattered = (self._upload(pieces[part].contiguous(), torch.int64, 2) for part in (~special, special))
+        self._gradient_chunks = self._upload(self.table.chunk_list(self._gradient_chunk, True), torch.int64, 2)
 
     def set_hypers(self, hypers: list[list[float]]) -> None:
         super().set_hypers(hypers)
@@ -79,8 +94,8 @@ class DevicePlan(Plan):
         self._hypers[group, HYPER_FIELDS.index("lr")].copy_(lr)
 
     def squares(self, scalars: Scalars) -> Tensor:
-        partial = torch.zeros(len(self._chunks), dtype=torch.float64, device=self.device)
-        if len(self._chunks):
+        partial = torch.zeros(len(self._gradient_chunks), dtype=torch.float64, device=self.device)
+        if len(partial):
             self._squares(partial, scalars)
         out = torch.zeros(len(self._desc), dtype=torch.float64, device=self.device)
         return self._per_tensor(partial, out)
@@ -90,7 +105,7 @@ class DevicePlan(Plan):
         an infinite norm into NaN."""
         if not len(partial):
             return out
-        owner = self._chunks[:, 0].contiguous()
+        owner = self._gradient_chunks[:, 0].contiguous()
         index = torch.arange(len(out), device=self.device)
         lengths = torch.searchsorted(owner, index, right=True) - torch.searchsorted(owner, index)
         return torch.segment_reduce(partial, "sum", lengths=lengths, unsafe=True)
@@ -100,7 +115,9 @@ class DevicePlan(Plan):
             return
         self._prologue(scalars)
         if len(self._chunks):
-            self._sweep(scalars)
+            self._sweep(scalars, self._chunks, False)
+        if len(self._scattered):
+            self._sweep(scalars, self._scattered, True)
         self.bump_versions()
 
     def _squares(self, partial: Tensor, scalars: Scalars) -> None:
@@ -109,7 +126,7 @@ class DevicePlan(Plan):
     def _prologue(self, scalars: Scalars) -> None:
         raise NotImplementedError
 
-    def _sweep(self, scalars: Scalars) -> None:
+    def _sweep(self, scalars: Scalars, chunks: Tensor, scattered: bool) -> None:
         raise NotImplementedError
 
 
@@ -129,17 +146,19 @@ class CudaPlan(DevicePlan):
         return self.device.index or 0, torch.cuda.current_stream(self.device).cuda_stream
 
     def _squares(self, partial: Tensor, scalars: Scalars) -> None:
-        self._core.cuda_squares(self._desc.data_ptr(), self._chunks.data_ptr(), len(self._chunks), self._chunk, partial.data_ptr(),
+        chunks = self._gradient_chunks
+        self._core.cuda_squares(self._desc.data_ptr(), chunks.data_ptr(), len(chunks), self._gradient_chunk, partial.data_ptr(),
                                 address(scalars.grad_scale), *self._where())  # fmt: skip
 
     def _prologue(self, scalars: Scalars) -> None:
         self._core.cuda_prologue(self._index, self._desc.data_ptr(), len(self._desc), self._hypers.data_ptr(), self._rows.data_ptr(),
                                  self._clocks.data_ptr(), address(scalars.found_inf), *self._where())  # fmt: skip
 
-    def _sweep(self, scalars: Scalars) -> None:
+    def _sweep(self, scalars: Scalars, chunks: Tensor, scattered: bool) -> None:
         scale, found, clip, seed, stochastic = scalars
-        self._core.cuda_sweep(self._index, self._desc.data_ptr(), len(self._desc), self._chunks.data_ptr(), len(self._chunks), self._chunk,
-                              self._rows.data_ptr(), address(scale), address(found), address(clip), seed, stochastic, *self._where())  # fmt: skip
+        self._core.cuda_sweep(self._index, self._desc.data_ptr(), len(self._desc), chunks.data_ptr(), len(chunks), self._chunk,
+                              self._rows.data_ptr(), address(scale), address(found), address(clip), seed, stochastic, *self._where(),
+                              scattered)  # fmt: skip
 
 
 class TritonPlan(DevicePlan):
@@ -155,11 +174,11 @@ class TritonPlan(DevicePlan):
         before = self._structure
         super().prepare()
         if before != self._structure:
-            groups = torch.tensor([e.group for e in self.active_entries()], dtype=torch.int64)
+            groups = torch.tensor([e.group for e in self.owners()], dtype=torch.int64)
             self._groups = groups.to(self.device)
 
     def _squares(self, partial: Tensor, scalars: Scalars) -> None:
-        partial.copy_(self._kernels.squares(self._desc, self._chunks, chunk=self._chunk, grad_scale=scalars.grad_scale))
+        partial.copy_(self._kernels.squares(self._desc, self._gradient_chunks, chunk=self._gradient_chunk, grad_scale=scalars.grad_scale))
 
     def _prologue(self, scalars: Scalars) -> None:
         clocks = self._clocks_module.read_clocks(self._desc)  # fp64 [n, 3]: step, aux0, aux1
@@ -173,10 +192,10 @@ class TritonPlan(DevicePlan):
             after = torch.where(scalars.found_inf != 0, clocks, after)
         self._clocks_module.write_clocks(self._desc, after)
 
-    def _sweep(self, scalars: Scalars) -> None:
+    def _sweep(self, scalars: Scalars, chunks: Tensor, scattered: bool) -> None:
         scale, found, clip, seed, stochastic = scalars
-        self._kernels.step_(self._desc, self._chunks, self._rows, self.rule, chunk=self._chunk, grad_scale=scale, found_inf=found, clip=clip,
-                            seed=seed, stochastic=stochastic)  # fmt: skip
+        self._kernels.step_(self._desc, chunks, self._rows, self.rule, chunk=self._chunk, grad_scale=scale, found_inf=found, clip=clip,
+                            seed=seed, stochastic=stochastic, scattered=scattered)  # fmt: skip
 
 
 PLANS = {"triton": TritonPlan, "cuda": CudaPlan, "emulated": CudaPlan}

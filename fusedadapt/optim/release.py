@@ -34,6 +34,8 @@ def release_gradients(optimizer: FusedOptimizer) -> GradientRelease:
     def hook(p: Tensor) -> None:
         optimizer.step_one_(p)
         p.grad = None
+        if getattr(p, "compact_grad", None) is not None:
+            p.compact_grad = None  # type: ignore[attr-defined]
 
     if isinstance(optimizer, AdaHessian):
         raise ValueError("release_gradients: expected a rule that needs its own gradient only; AdaHessian estimates the Hessian from all of them")

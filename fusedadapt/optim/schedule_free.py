@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from . import compact
 from .base import Extras, FusedOptimizer, Params
 
 
@@ -60,8 +61,12 @@ class ScheduleFreeAdamW(FusedOptimizer):
                 state = self.state.get(p, {})
                 if "z" in state:
                     wide = torch.float64 if p.dtype == torch.float64 else torch.float32
-                    master = state.get("master", p)
+                    index = state.get("index")
+                    master = state.get("master", p if index is None else compact.take(p, p, index))
                     moved = master.to(wide).lerp(state["z"].to(wide), weight)
                     master.copy_(moved)
-                    p.copy_(moved)
+                    if index is None:
+                        p.copy_(moved)
+                    else:
+                        compact.flat(p)[index.long()] = moved.to(p.dtype)
             group["train_mode"] = training

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from . import compact
 from .base import Extras, FusedOptimizer, Params
 from .table import local
 
@@ -42,7 +43,10 @@ class SophiaG(FusedOptimizer):
             plan.prepare()
             for e in plan.active_entries():
                 beta2 = self.param_groups[e.group]["betas"][1]
-                h, g = local(self.state[e.param]["hessian"]), local(e.param.grad)
+                h, index = local(self.state[e.param]["hessian"]), compact.fresh_index(self, e.param)
+                g, packed = compact.gradient(e.param, index is not None)
+                assert g is not None
+                g = local(g) if packed else compact.take(local(g), e.param, index)
                 wide = h.dtype if h.dtype == torch.float64 else torch.float32
                 h.copy_(h.to(wide) * beta2 + (1 - beta2) * g.to(wide).square())
 
@@ -88,7 +92,7 @@ class AdaHessian(FusedOptimizer):
                     del p.hessian_diag
 
     def _estimate(self) -> None:
-        params = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
+        params = [p for g in self.param_groups for p in g["params"] if compact.gradient(p, compact.wanted(self, p))[0] is not None]
         needed = [p for p in params if not hasattr(p, "hessian_diag")]
         without = next((p for p in needed if p.grad is None or not p.grad.requires_grad), None)
         if without is not None:
@@ -103,7 +107,9 @@ class AdaHessian(FusedOptimizer):
                 p.hessian_diag = average_diagonal(torch.zeros_like(p) if hv is None else (hv * v).detach())  # type: ignore[attr-defined]
         for p in params:
             given = p.hessian_diag.detach()  # type: ignore[attr-defined]
-            self.state[p]["hessian_diag"] = torch.empty_like(p, dtype=given.dtype).copy_(given.expand_as(p))
+            full = torch.empty_like(p, dtype=given.dtype).copy_(given.expand_as(p))
+            index = compact.fresh_index(self, p)
+            self.state[p]["hessian_diag"] = full if index is None else compact.take(full, p, index)
 
     def _initial(self, name: str, p: Tensor, group: dict[str, Any]) -> Tensor | float:
         return self.state[p]["hessian_diag"] if name == "hessian_diag" else 0.0

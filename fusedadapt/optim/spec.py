@@ -14,7 +14,7 @@ HYPER_FIELDS = (
 )  # fmt: skip
 ROW_FIELDS = (
     "sign", "l2", "decay", "step", "step_size", "beta1", "alpha1", "beta2", "alpha2", "beta3", "alpha3", "eps", "eps_state", "mix", "wd", "clip",
-    "corr1", "corr2", "pow1", "pow2", "mode", "spare0", "spare1", "spare2",
+    "corr1", "corr2", "pow1", "pow2", "mode", "pull", "spare1", "spare2",
 )  # fmt: skip
 
 DTYPE_CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.int16: 4, torch.float64: 5, torch.uint8: 6, torch.int8: 7,

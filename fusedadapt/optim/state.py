@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import compact
 from .plans import Entry
 from .spec import RULES, STATE_DTYPES, Rule
 from .table import is_dense, local, memory_order
@@ -93,20 +94,27 @@ def fresh_states(opt: FusedOptimizer, entries: list[Entry], rule: Rule) -> list[
         p, group = e.param.detach(), opt.param_groups[e.group]
         dtype = state_dtype(opt, p)
         new: dict[str, Tensor] = {"step": steps[local(p).device][k]}
+        index = compact.fresh_index(opt, e.param)
         for name in rule.states:
             start = opt._initial(name, e.param, group)
             if isinstance(start, Tensor):
-                new[name] = start.detach().to(dtype, copy=True)
+                new[name] = compact.take(start.detach(), p, index if start.shape == p.shape else None).to(dtype)
+            elif index is not None:
+                new[name] = torch.full(index.shape, start, dtype=dtype, device=p.device)
             else:
                 new[name] = torch.full_like(p, start, dtype=dtype, memory_format=torch.preserve_format)
         for name, value in rule.aux.items():
             new[name] = torch.tensor(value, dtype=torch.float64, device=local(p).device)
         if opt.master_weights == "fp32" and p.dtype in (torch.bfloat16, torch.float16):
-            new["master"] = p.float()
+            new["master"] = p.float() if index is None else compact.take(p, p, index).float()
         if opt.master_weights == "split" and p.dtype == torch.bfloat16:
-            new["remainder"] = torch.zeros_like(p, dtype=torch.int16, memory_format=torch.preserve_format)
+            new["remainder"] = torch.zeros_like(p if index is None else index, dtype=torch.int16, memory_format=torch.preserve_format)
         if e.param in opt._masks:
             new["mask"] = opt._masks[e.param]
+        if index is not None:
+            new["index"] = index
+        if opt.decay_to == "init":
+            new["anchor"] = compact.take(p, p, index)
         out.append(new)
     return out
 
@@ -163,12 +171,15 @@ def index_map(p: Tensor) -> tuple[int, int, int]:
     return distributed().index_map(p)
 
 
-def global_index(p: Tensor) -> np.ndarray:
-    """uint64 global element number of each element of the local tensor, in the order of its memory, arranged as the local tensor is."""
+def global_index(p: Tensor, index: Tensor | None = None) -> np.ndarray:
+    """uint64 global element number of each element of the local tensor, in the order of its memory, arranged as the local tensor is; with ``index``,
+    of these positions in its memory."""
     base, inner, outer = index_map(p)
     t = local(p.detach())
-    i = torch.arange(t.numel())
+    i = torch.arange(t.numel()) if index is None else index.cpu()
     element = base + i if inner <= 0 else base + i // inner * outer + i % inner
+    if index is not None:
+        return element.numpy().astype(np.uint64)
     return element.as_strided(t.shape, t.stride()).contiguous().view(-1).numpy().astype(np.uint64) if t.numel() else element.numpy().astype(np.uint64)
 
 
@@ -220,15 +231,18 @@ def _convert(opt: FusedOptimizer, label: str, p: Tensor, group: dict[str, Any], 
         raise ValueError(f"{op}: expected {lacking} in the state of {label}; got {sorted(map(str, saved))}; another rule or other options saved it")
     device = local(p.detach()).device
     out: dict[str, Any] = {}
+    packed = "index" in saved
+    if packed:
+        compact.check_saved(op, label, p, saved, rule)
     for k, v in saved.items():
-        if k == "step":
-            v = torch.as_tensor(float(v), dtype=torch.float32, device=device)
-        elif k in rule.aux:
-            v = torch.as_tensor(float(v), dtype=torch.float64, device=device)
+        if k == "step" or k in rule.aux:
+            v = torch.as_tensor(v if packed else float(v), dtype=torch.float32 if k == "step" else torch.float64).to(device, copy=True)
+        elif k == "cohorts":
+            v = v.cpu().clone()
         elif isinstance(v, Tensor):
-            if k in rule.states and v.shape != p.shape:
+            if k in rule.states and v.shape != p.shape and not packed:
                 raise ValueError(f"{op}: expected {k} of {label} with shape {tuple(p.shape)}; got {tuple(v.shape)}; it belongs to other parameters")
-            v = _place(v, p, k in (*rule.states, "master", "remainder"))
+            v = _place(v, p, not packed and k in (*rule.states, "master", "remainder", "anchor"))
         else:
             v = copy.deepcopy(v)
         if v is not None:
@@ -239,10 +253,11 @@ def _convert(opt: FusedOptimizer, label: str, p: Tensor, group: dict[str, Any], 
         out.setdefault(k, torch.tensor(start, dtype=torch.float64, device=device))
     if p in opt._masks:
         out.setdefault("mask", opt._masks[p])
+    out = compact.convert(opt, label, p, group, out)
     key = opt._extra_key
     if opt.master_weights and key not in out and p.dtype in (torch.bfloat16, torch.float16):
-        fp32 = p.detach().float()
-        out[key] = fp32 if key == "master" else torch.zeros_like(p, dtype=torch.int16)
+        fp32 = compact.take(p.detach(), p, out.get("index")).float()
+        out[key] = fp32 if key == "master" else torch.zeros_like(fp32, dtype=torch.int16)
     return out
 
 

@@ -13,6 +13,8 @@ from .spec import DTYPE_CODES
 KEPT, MISSING_STATE, STRIDED_GRADIENT = 0, 1, 2
 DEVICE_TYPES = {"cpu": 1, "cuda": 2}
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16)
+# Words of a descriptor (csrc/core/table.h, TensorDesc).
+WORDS, NUMEL, INDEX, ANCHOR, GRAD_NUMEL = 22, 11, 18, 19, 20
 
 
 class TableError(ValueError):
@@ -61,10 +63,13 @@ class Table:
         self.active: list[int] = []
         self.active_params: list[Tensor] = []
         self.tensors: list[tuple[Any, ...]] = []
+        self.owners: list[int] = []
         self.version = self.structure = self.placement = 0
 
-    def add(self, param: Tensor, state: dict[str, Any], group: int, ordinal: int, base: int, inner: int, outer: int) -> None:
-        self._entries.append((param, state, group, ordinal, base, inner, outer))
+    def add(
+        self, param: Tensor, state: dict[str, Any], group: int, ordinal: int, base: int, inner: int, outer: int, compact: bool = False
+    ) -> None:
+        self._entries.append((param, state, group, ordinal, base, inner, outer, compact))
 
     def use_gradient(self, entry: int, grad: Tensor) -> None:
         self._override[entry] = grad
@@ -73,67 +78,109 @@ class Table:
         return False
 
     def scan(self, threads: int = 1) -> int:
-        self.missing, self.strided, active, tensors = [], [], [], []
+        self.missing, self.strided, active, owners, tensors = [], [], [], [], []
         for i, entry in enumerate(self._entries):
-            grad = self._override.pop(i, entry[0].grad)
-            if grad is not None and (words := self._scan_entry(i, entry, grad)):
+            grad, packed = gradient(entry[0], entry[7])
+            if grad is not None and (words := self._scan_entry(i, entry, self._override.pop(i, grad), packed)):
                 active.append(i)
-                tensors.append(words)
+                owners += [i] * len(words)
+                tensors += words
         if self.missing or self.strided:
             return MISSING_STATE if self.missing else STRIDED_GRADIENT
         if tensors != self.tensors or not self.version:
             self.version += 1
             self.placement = self.version
-            if active != self.active or [t[11] for t in tensors] != [t[11] for t in self.tensors]:
+            sizes = lambda owner, entries: [(i, t[NUMEL], t[GRAD_NUMEL]) for i, t in zip(owner, entries, strict=True)]
+            if sizes(owners, tensors) != sizes(self.owners, self.tensors):
                 self.structure = self.version
-            self.active, self.tensors = active, tensors
+            self.active, self.owners, self.tensors = active, owners, tensors
             self.active_params = [self._entries[i][0] for i in active]
         return KEPT
 
-    def _scan_entry(self, i: int, entry: tuple[Any, ...], grad: Tensor) -> tuple[Any, ...] | None:
-        param, state, group, ordinal, base, inner, outer = entry
+    def _scan_entry(self, i: int, entry: tuple[Any, ...], grad: Tensor, packed: bool) -> list[tuple[Any, ...]]:
+        param, state, group, ordinal, base, inner, outer, compact = entry
         p, g = local(param.detach()), local(grad)
-        required = [*self._keys, *self._aux, "step"]
+        required = [*self._keys, *self._aux, "step", *(["index"] if compact else [])]
         if any(state.get(k) is None for k in required):
             self.missing.append(i)
-            return None
-        found = {k: local(state[k]) for k in (*required, self._extra, "mask") if state.get(k) is not None}
-        _validate(i, p, g, found, self._keys, self._extra, self._device)
-        if not same_order(p, g) and p.numel():
+            return []
+        known = (*required, self._extra, "mask", "anchor", *(["cohorts"] if compact else []))
+        found = {k: local(state[k]) for k in known if state.get(k) is not None}
+        _validate(i, p, g, found, self._keys, self._extra, self._device, packed)
+        if not packed and not same_order(p, g) and p.numel():
             self.strided.append(i)
-            return None
-        states = [found[k] for k in self._keys]
-        extra, mask = found.get(self._extra), found.get("mask")
+            return []
+        place = (group, ordinal, base, inner if inner > 0 else p.numel(), outer)
+        if not compact:
+            return [self._words(p, g, found, place, None, 0, False)]
+        index, starts = found["index"], found["cohorts"].tolist() if "cohorts" in found else [0]
+        ends = [*starts[1:], index.numel()]
+        return [self._words(p, g, found, place, slice(a, b), c, packed) for c, (a, b) in enumerate(zip(starts, ends, strict=True))]
+
+    def _words(
+        self, p: Tensor, g: Tensor, found: dict[str, Tensor], place: tuple[int, ...], part: slice | None, cohort: int, packed: bool
+    ) -> tuple[Any, ...]:
+        """One descriptor; ``part``: the elements of a cohort of a compact entry."""
+        cut = lambda t: t if part is None or t is None else t[part]
+        states, extra, anchor, index = [cut(found[k]) for k in self._keys], *(cut(found.get(k)) for k in (self._extra, "anchor", "index"))
+        mask = found.get("mask") if part is None else None
+        step, *aux = (found[k].view(-1)[cohort:] for k in ("step", *self._aux))
+        grad = cut(g) if packed else g
+        counted = grad.numel() if part is None or packed or cohort == 0 else 0
         pad = [0] * (4 - len(states))
-        aux = [found[k].data_ptr() for k in self._aux] + [0] * (2 - len(self._aux))
-        codes = [DTYPE_CODES[t.dtype] for t in (p, g, *states)] + pad + [DTYPE_CODES[extra.dtype] if extra is not None else 0]
-        addresses = [p.data_ptr(), g.data_ptr(), *(s.data_ptr() for s in states), *pad, extra.data_ptr() if extra is not None else 0]
-        codes.append(int(all(a % 16 == 0 for a in addresses)))
-        return (*addresses, mask.data_ptr() if mask is not None else 0, found["step"].data_ptr(), *aux, p.numel(), group,
-                struct.unpack("<q", bytes(codes))[0], ordinal, base, inner if inner > 0 else p.numel(), outer)  # fmt: skip
+        codes = [*map(_code, (p, g, *states)), *pad, _code(extra)]
+        addresses = [p.data_ptr(), grad.data_ptr(), *map(_address, states), *pad, _address(extra)]
+        mine = [*(addresses[:2] if part is None else addresses[1:2] if packed else []), *addresses[2:], _address(anchor), _address(index)]
+        codes.append(int(all(a % 16 == 0 for a in mine)))
+        numel = p.numel() if part is None else part.stop - part.start
+        kinds = [_code(index), _code(anchor), int(packed), 0, 0, 0, 0, 0]
+        return (*addresses, _address(mask), step.data_ptr(), *map(_address, aux), *[0] * (2 - len(aux)), numel, place[0], _word(codes), *place[1:],
+                _address(index), _address(anchor), counted, _word(kinds))  # fmt: skip
 
     def check_overlap(self) -> None:
         sizes = {1: 4, 2: 2, 3: 2}
-        spans = sorted((t[0], t[0] + t[11] * sizes[t[13] & 0xFF], i) for t, i in zip(self.tensors, self.active, strict=True) if t[11])
+        whole = {i: (local(self._entries[i][0].detach()), t[13] & 0xFF) for t, i in zip(self.tensors, self.owners, strict=True)}
+        spans = sorted((p.data_ptr(), p.data_ptr() + p.numel() * sizes[code], i) for i, (p, code) in whole.items() if p.numel())
         for (_, end, other), (start, _, i) in zip(spans, spans[1:], strict=False):
             if start < end:
                 raise TableError(i, f"overlap:{other}")
 
-    def chunk_for(self, workers: int) -> int:
-        total, chunk = sum(t[11] for t in self.tensors), 2048
+    def chunk_for(self, workers: int, by_gradient: bool = False) -> int:
+        total, chunk = sum(t[GRAD_NUMEL if by_gradient else NUMEL] for t in self.tensors), 2048
         while chunk < 65536 and chunk * workers * 8 < total:
             chunk *= 2
         return chunk
 
-    def chunk_list(self, chunk: int) -> bytes:
-        return b"".join(struct.pack("<qq", k, o) for k, t in enumerate(self.tensors) for o in range(0, t[11], chunk))
+    def chunk_list(self, chunk: int, by_gradient: bool = False) -> bytes:
+        length = GRAD_NUMEL if by_gradient else NUMEL
+        return b"".join(struct.pack("<qq", k, o) for k, t in enumerate(self.tensors) for o in range(0, t[length], chunk))
 
     def descriptors(self, row_per_tensor: bool = False) -> bytes:
         rows = range(len(self.tensors)) if row_per_tensor else [0] * len(self.tensors)
-        return b"".join(struct.pack("<18q", *t[:12], r | t[12] << 32, *t[13:]) for r, t in zip(rows, self.tensors, strict=True))
+        return b"".join(struct.pack(f"<{WORDS}q", *t[:12], r | t[12] << 32, *t[13:]) for r, t in zip(rows, self.tensors, strict=True))
 
 
-def _validate(i: int, p: Tensor, g: Tensor, found: dict[str, Tensor], states: list[str], extra: str, device: tuple[int, int]) -> None:
+def gradient(p: Tensor, compact: bool) -> tuple[Any, bool]:
+    """The gradient a step uses, and whether it is compact (the attribute ``compact_grad``)."""
+    given = getattr(p, "compact_grad", None) if compact else None
+    return (p.grad, False) if given is None else (given, True)
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _code(t: Tensor | None) -> int:
+    return 0 if t is None else DTYPE_CODES[t.dtype]
+
+
+def _word(values: list[int]) -> int:
+    return int(struct.unpack("<q", bytes(values))[0])
+
+
+def _validate(
+    i: int, p: Tensor, g: Tensor, found: dict[str, Tensor], states: list[str], extra: str, device: tuple[int, int], packed: bool
+) -> None:
     def refuse(bad: bool, code: str) -> None:
         if bad:
             raise TableError(i, code)
@@ -146,17 +193,40 @@ def _validate(i: int, p: Tensor, g: Tensor, found: dict[str, Tensor], states: li
         refuse(elsewhere(t), f"device:{name}")
         refuse(t.dtype not in _FLOATING, f"dtype:{name}")
     refuse(not is_dense(p) and p.numel() > 0, "strides:param")
-    refuse(p.shape != g.shape, "shape:grad")
+    refuse(not packed and p.shape != g.shape, "shape:grad")
+    index = found.get("index")
+    count = found["cohorts"].numel() if "cohorts" in found else 1
+    if index is not None:
+        _validate_compact(refuse, p, g, found, index, packed)
     for name, t in found.items():
-        refuse(elsewhere(t), f"device:{name}")
-        if name in states or name == extra:
-            refuse(t.shape != p.shape, f"shape:{name}")
-            refuse(not same_order(p, t) and p.numel() > 0, f"strides:{name}")
+        refuse(name != "cohorts" and elsewhere(t), f"device:{name}")
+        if name in ("index", "cohorts"):
+            continue
+        if name in states or name in (extra, "anchor"):
+            refuse(index is None and t.shape != p.shape, f"shape:{name}")
+            refuse(index is None and not same_order(p, t) and p.numel() > 0, f"strides:{name}")
+            refuse(index is not None and not _vector(t, index.numel()), f"compact:{name}")
             refuse(t.dtype not in ((torch.float32, torch.int16) if name == extra else _FLOATING), f"dtype:{name}")
         elif name == "mask":
             refuse(t.dtype != torch.int32 or t.numel() != (p.numel() + 31) // 32, "shape:mask")
         else:
-            refuse(t.numel() != 1 or t.dtype != (torch.float32 if name == "step" else torch.float64), f"dtype:{name}")
+            refuse(t.numel() != count or t.dtype != (torch.float32 if name == "step" else torch.float64), f"dtype:{name}")
+
+
+def _vector(t: Tensor, n: int) -> bool:
+    return t.shape == (n,) and (n <= 1 or t.stride() == (1,))
+
+
+def _validate_compact(refuse: Any, p: Tensor, g: Tensor, found: dict[str, Tensor], index: Tensor, packed: bool) -> None:
+    refuse(index.dtype not in (torch.int32, torch.int64), "dtype:index")
+    refuse(not _vector(index, index.numel()) or index.numel() > p.numel(), "compact:index")
+    refuse(packed and not _vector(g, index.numel()), "compact:compact_grad")
+    if (starts := found.get("cohorts")) is not None:
+        good = starts.dtype == torch.int64 and starts.device.type == "cpu" and _vector(starts, starts.numel()) and starts.numel() > 0
+        order = starts.tolist() if good else [-1]
+        refuse(order[0] != 0 or order != sorted(order) or order[-1] > index.numel(), "compact:cohorts")
+    if index.device.type == "cpu" and index.numel():
+        refuse(int(index.min()) < 0 or int(index.max()) >= p.numel(), "compact:index")
 
 
 def _describe(t: Any) -> str:
@@ -176,6 +246,10 @@ _EXPECTED = {
     ),
     "shape": ("the parameter's shape", "gradient and states must have been made for this parameter"),
     "null": ("memory behind the tensor", "the tensor was freed or lives in a subclass that hides its data"),
+    "compact": (
+        "vectors as long as the index of the chosen elements (a step and scalars per cohort), positions inside the parameter",
+        "give compact_grad one contiguous value per entry of state['index']; change masks with fusedadapt.sparse.grow_prune",
+    ),
     "overlap": ("parameters in separate memory", "two parameters share storage: pass one of them, or clone one"),
 }
 
@@ -186,7 +260,7 @@ def refusal(op: str, name: str, code: str, param: Tensor, state: dict[str, Any],
     expected, fix = _EXPECTED[kind]
     if kind == "overlap":
         return ValueError(f"{op}: expected {expected}; {name} overlaps {other}; {fix}. Nothing was changed.")
-    tensor = param if what == "param" else param.grad if what == "grad" else state.get(what)
+    tensor = param if what == "param" else param.grad if what == "grad" else state.get(what, getattr(param, what, None))
     return ValueError(
         f"{op}: expected {expected}; got {what} of {name} with {_describe(tensor)} (parameter: {_describe(param)}); {fix}. Nothing was changed."
     )

@@ -1,6 +1,7 @@
 """One optimizer step of one tensor in pure PyTorch: what every sweep does, in the order every sweep does it.
 
 unscale -> clip -> negate (maximize) -> L2 -> decoupled decay -> rule -> mask -> one rounding per stored array.
+Both decays pull towards zero, or towards an anchor.
 fp64 parameters compute in fp64; everything else in fp32.
 """
 
@@ -64,11 +65,12 @@ def step_(
     keep: Tensor | None = None,
     extra: Tensor | None = None,
     random: Tensor | None = None,
+    anchor: Tensor | None = None,
 ) -> None:
     """Updates ``param``, ``states`` and ``extra`` in place. All arrays have the parameter's shape.
 
     ``row``: Python floats. ``keep``: bool, True = trainable. ``extra``: fp32 master weight, or int16 remainder of a bf16 parameter.
-    ``random``: 16 random bits per element (int32) to round a bf16 parameter stochastically.
+    ``random``: 16 random bits per element (int32) to round a bf16 parameter stochastically. ``anchor``: what decay and L2 pull towards (None: zero).
     """
     compute = torch.float64 if param.dtype == torch.float64 else torch.float32
     if extra is None:
@@ -81,10 +83,15 @@ def step_(
     if clip is not None:
         g = g * clip.to(compute)
     g = g * row.sign
+    a = None if anchor is None else anchor.to(compute)
     if row.l2:
-        g = g + row.l2 * p
+        g = g + row.l2 * (p if a is None else p - a)
     s = [x.to(compute) for x in states]
-    p = RULES[rule].step(p * row.decay, g, s, row)
+    if a is None:
+        p = p * row.decay
+    elif row.pull:
+        p = p - row.pull * (p - a)
+    p = RULES[rule].step(p, g, s, row)
 
     def store(out: Tensor, value: Tensor) -> None:
         out.copy_(value.to(out.dtype) if keep is None else torch.where(keep, value.to(out.dtype), out))

@@ -69,8 +69,8 @@ def max_nan(a: Tensor, b: Tensor) -> Tensor:
 
 def common_row(h: Row, c: Row) -> Row:
     return Row(
-        sign=h.sign, l2=h.l2, decay=1.0 - h.lr * h.decoupled - h.fixed, step=c.step, step_size=h.lr, eps=h.eps, mode=torch.zeros_like(h.lr),
-        beta1=h.beta1, alpha1=1.0 - h.beta1, beta2=h.beta2, alpha2=1.0 - h.beta2,
+        sign=h.sign, l2=h.l2, decay=1.0 - h.lr * h.decoupled - h.fixed, pull=h.lr * h.decoupled + h.fixed, step=c.step, step_size=h.lr,
+        eps=h.eps, mode=torch.zeros_like(h.lr), beta1=h.beta1, alpha1=1.0 - h.beta1, beta2=h.beta2, alpha2=1.0 - h.beta2,
     )  # fmt: skip
 
 

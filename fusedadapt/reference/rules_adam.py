@@ -168,7 +168,7 @@ def ademamix_slow(p, g, s, r):
 
 def adopt_row(h, c):
     r, first = common_row(h, c), c.step == 1.0
-    r.mode, r.decay = where(first, NO_STEP, ADAPTIVE), where(first, 1.0, r.decay)
+    r.mode, r.decay, r.pull = where(first, NO_STEP, ADAPTIVE), where(first, 1.0, r.decay), where(first, 0.0, r.pull)
     r.clip = where(h.clip > 0, h.clip, sqrt(sqrt(c.step - 1.0)))
     return r
 

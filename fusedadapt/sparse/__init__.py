@@ -4,6 +4,7 @@ from .delta import SparseDelta as SparseDelta
 from .density import EnergyHistogram as EnergyHistogram
 from .density import densities as densities
 from .density import energy_histogram as energy_histogram
+from .grow import grow_prune as grow_prune
 from .layers import MaskedLinear as MaskedLinear
 from .layers import SparseDeltaLinear as SparseDeltaLinear
 from .layers import masked_wgrad as masked_wgrad

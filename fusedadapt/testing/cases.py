@@ -129,6 +129,16 @@ def _shared(name: str, draw: random.Random, dtypes: tuple[torch.dtype, ...]) -> 
     return out
 
 
+def _masking(case: Case) -> Options:
+    """The form of masked states and what decay pulls towards; drawn apart, so that older seeds keep their cases."""
+    draw, out = random.Random(f"masking {case.seed}"), Options()
+    if any(t.masked for t in case.tensors) and draw.random() < 0.5:
+        out["mask_state"] = "compact"
+    if case.optimizer != "ScheduleFreeAdamW" and draw.random() < 0.25:
+        out["decay_to"] = "init"
+    return out
+
+
 def fuzz_case(seed: int, optimizer: str | None = None) -> Case:
     """The case of this seed; without a name the seed also chooses the optimizer. Small: at most 6 tensors of 2,100 elements, 5 steps."""
     draw = random.Random(seed)
@@ -148,7 +158,7 @@ def fuzz_case(seed: int, optimizer: str | None = None) -> Case:
     case = Case(seed, name, groups, _shared(name, draw, dtypes), tensors, steps)
     if draw.random() < 0.2:
         case = replace(case, grad_scale=draw.choice([1024.0, 3.0]), found_inf=frozenset({draw.randrange(steps)}))
-    return case
+    return replace(case, shared=case.shared | _masking(case))
 
 
 def fuzz_cases(seed: int, n: int, optimizer: str | None = None) -> Iterator[Case]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..optim import OPTIMIZERS, RULES
+from ..optim import OPTIMIZERS, RULES, compact
 from ..optim.state import state_dtype
 from ..reference.optim import join_split
 from . import data
@@ -61,7 +61,11 @@ class Ours:
         optimizer.step()
 
     def states(self, optimizer: Any, p: Tensor) -> Mapping[str, Any]:
-        return optimizer.state.get(p, {})
+        state = optimizer.state.get(p, {})
+        if "index" not in state:
+            return state
+        group = next(g for g in optimizer.param_groups if any(p is q for q in g["params"]))
+        return compact.spread(optimizer, "", p, group, state, RULES[optimizer._rule(group)])
 
 
 def wide(t: Tensor) -> Tensor:
@@ -101,7 +105,8 @@ class Truth:
         self.case = case
         self.params = [torch.nn.Parameter(data.parameter(case, i, CPU).double().contiguous()) for i in range(len(case.tensors))]
         masks = {p: m for i, p in enumerate(self.params) if (m := data.mask(case, i)) is not None}
-        extras = {k: v for k, v in case.shared.items() if k == "max_grad_norm"}
+        extras = {k: v for k, v in case.shared.items() if k in ("max_grad_norm", "decay_to")}
+        self.anchors = [p.detach().clone() for p in self.params]
         cls: Any = OPTIMIZERS[case.optimizer]
         self.opt = cls(data.groups(case, self.params), **extras, masks=masks)
         if hasattr(self.opt, "train"):
@@ -133,6 +138,8 @@ class Truth:
             state.update({k: torch.tensor(v, dtype=torch.float64) for k, v in given.clock.items() if k != "step"})
             if q in self.opt._masks:
                 state["mask"] = self.opt._masks[q]
+            if self.opt.decay_to == "init":
+                state["anchor"] = self.anchors[i]
             if "hessian_diag" in RULES[self.rules[i]].states and q.grad is not None:
                 q.hessian_diag = data.hessian(self.case, i, step).double()  # type: ignore[attr-defined]
         scale_for(self.case, self.opt, step)
