@@ -132,8 +132,7 @@ class Case:
         self.tensor_lr = [r.choice([None, None, None, F, torch.float64]) for _ in range(groups)]
         self.specs = [self._spec(half, k % groups) for k in range(max(groups, r.randint(1, 2 if small else 4)))]
         self.start = [values(r.choice(("normal", "normal", "tiny", "zero", "special")), s["shape"], self.g) for s in self.specs]
-        # drawn apart, so that older seeds keep their cases
-        apart = random.Random(f"masking {seed}")
+        apart = random.Random(f"masking {seed}")  # so that older seeds keep their cases
         self.mask_state, self.compact_grads = apart.choice(("dense", "compact")), apart.random() < 0.4
         if self.cls.__name__ != "ScheduleFreeAdamW" and apart.random() < 0.2:
             self.extras["decay_to"] = "init"
@@ -191,21 +190,17 @@ class Run:
             if case.cls.__name__ == "AdaHessian":
                 p.hessian_diag = diagonal.to(spec["dtype"])  # type: ignore[attr-defined]
             if case.compact_grads and compact.wanted(self.opt, p):
-                p.compact_grad, p.grad = compact.take(p.grad, p, self.index(p)), None  # type: ignore[attr-defined]
+                p.compact_grad, p.grad = compact.take(p.grad, p, compact.fresh_index(self.opt, p)), None  # type: ignore[attr-defined]
 
     def arrays(self, k: int) -> dict[str, Tensor]:
         """What the step may change of parameter ``k``; a split pair is one fp32 number."""
         p, state = self.params[k], self.opt.state.get(self.params[k], {})
         return {"param": p.detach(), **{n: t for n, t in state.items() if isinstance(t, Tensor) and n not in ("mask", "index")}}
 
-    def index(self, p: Tensor) -> Tensor | None:
-        return compact.fresh_index(self.opt, p)
-
-    def like_mine(self, k: int, arrays: dict[str, Tensor]) -> dict[str, Tensor]:
+    def like_mine(self, k: int, arrays: dict[str, Tensor], always: tuple[str, ...] = ("param", "step")) -> dict[str, Tensor]:
         """Arrays of a run with dense states as this one keeps them."""
-        p, index = self.params[k], self.index(self.params[k])
-        cut = lambda n, t: t if index is None or n == "param" or t.shape != p.shape or n in ("step",) else compact.take(t, p, index)
-        return {n: cut(n, t) for n, t in arrays.items()}
+        p, index = self.params[k], compact.fresh_index(self.opt, self.params[k])
+        return {n: t if index is None or n in always or t.shape != p.shape else compact.take(t, p, index) for n, t in arrays.items()}
 
     def guards(self, case: Case, k: int) -> Tensor:
         outside = torch.ones(len(self.buffers[k]), dtype=torch.bool)
@@ -237,14 +232,12 @@ def compare(case: Case, ours: Run, truth: Run, before: list[dict[str, Tensor]], 
         mine, theirs, old_arrays = ours.arrays(k), ours.like_mine(k, truth.arrays(k)), ours.like_mine(k, before[k])
         assert mine.keys() == theirs.keys(), f"step {step} parameter {k}: states {sorted(mine)} instead of {sorted(theirs)}"
         if not exact and "remainder" in mine:  # the two halves are one number
-            if mine["remainder"].shape != mine["param"].shape:
-                mine["param"], theirs["param"] = (compact.take(x["param"], ours.params[k], ours.index(ours.params[k])) for x in (mine, theirs))
+            mine, theirs = (x | ours.like_mine(k, {"param": x["param"]}, ()) for x in (mine, theirs))
             both = [(x.pop("param").view(torch.int16).int() << 16) + x.pop("remainder").int() for x in (mine, theirs)]
             mine["param"], theirs["param"] = (x.view(F) for x in both)
         for name in mine:
             a, b = mine[name], theirs[name]
-            old = old_arrays.get(name, torch.zeros(()))
-            old = old if old.shape == a.shape else torch.zeros(())
+            old = old_arrays[name] if name in old_arrays and old_arrays[name].shape == a.shape else torch.zeros(())
             same = ordered(a) == ordered(b) if exact else close(a, b, old.to(a.dtype).expand_as(a))
             if not bool(same.all()):
                 at = (~same).nonzero()[0].tolist()
@@ -268,9 +261,8 @@ def sync(ours: Run, truth: Run) -> None:
 def check_norm(ours: Run, grads: list[Tensor | None], case: Case, scale: float) -> None:
     total = torch.zeros((), dtype=torch.float64)
     for p in ours.params:
-        g = p.grad if getattr(p, "compact_grad", None) is None else p.compact_grad
-        if g is not None:
-            total += (g.float() / scale).double().square().sum()
+        for g in (p.grad, p.compact_grad):
+            total += 0.0 if g is None else (g.float() / scale).double().square().sum()
     torch.testing.assert_close(ours.opt.grad_norm, total.sqrt().float(), rtol=3e-7, atol=0, equal_nan=True)
 
 

@@ -25,18 +25,18 @@ POINTERS = {"desc": "*i64", "chunks": "*i64", "rows": "*fp32", "grad_scale": "*f
 
 
 def compile_one(job: str) -> tuple[str, dict]:
-    """job: kernel/sm_arch; a kernel is a rule, a rule with "+stochastic" or "+fused" (must fail the gate), or "square_sums"."""
+    """job: kernel/sm_arch; a kernel is a rule, a rule with "+scattered", "+stochastic" or "+fused" (must fail the gate), or "square_sums"."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from fusedadapt.kernels import optim
+    from fusedadapt.kernels import optim, optim_scattered
 
     kernel, arch = job.split("/sm_")
     rule, _, variant = kernel.partition("+")
     fn, constants = optim.square_sums, {"BLOCK": optim.BLOCK}
     if rule != "square_sums":
-        fn, record = optim.sweep, optim.RULES[rule]
+        fn, record = optim_scattered.sweep if variant == "scattered" else optim.sweep, optim.RULES[rule]
         constants.update(RULE=record.fn, STATES=record.states, STORED=record.stored, STOCHASTIC=variant == "stochastic")
     loose = [p.name for p in fn.params if not p.is_constexpr and not p.do_not_specialize]
     assert not loose, f"{kernel}: arguments whose value would force a new compilation: {loose}"
@@ -95,7 +95,8 @@ def rules() -> list[str]:
 @pytest.fixture(scope="module")
 def built():
     jobs = [f"{rule}/sm_{arch}" for rule in rules() for arch in ARCHS if arch == 90 or rule in EVERYWHERE]
-    return compile_all([*jobs, "adam+stochastic/sm_90", "adam+fused/sm_90", "square_sums/sm_90"])
+    apart = [f"{rule}+scattered/sm_90" for rule in EVERYWHERE]
+    return compile_all([*jobs, *apart, "adam+stochastic/sm_90", "adam+fused/sm_90", "square_sums/sm_90"])
 
 
 @pytest.mark.slow
@@ -108,7 +109,7 @@ def test_no_spill_and_no_generic_access(built):
 def test_arithmetic_is_ieee(built):
     for job, result in built.items():
         kernel = job.split("/")[0]
-        if kernel not in LIBRARY_MATH and not kernel.endswith("+fused"):
+        if kernel.partition("+")[0] not in LIBRARY_MATH and not kernel.endswith("+fused"):
             assert (result["fused"], result["approximate"], result["unrounded"]) == (0, 0, 0), (job, result)
     assert built["adam+fused/sm_90"]["fused"] > 0, "the gate sees no fma even where there must be some"
 
@@ -147,7 +148,8 @@ def main() -> None:
     elif sys.argv[1] == "--write":
         import triton
 
-        jobs = [f"{kernel}/sm_{arch}" for kernel in (*rules(), "adam+stochastic", "square_sums") for arch in ARCHS]
+        scattered = [f"{rule}+scattered" for rule in rules()]
+        jobs = [f"{kernel}/sm_{arch}" for kernel in (*rules(), *scattered, "adam+stochastic", "square_sums") for arch in ARCHS]
         kernels = {job: result for job, result in sorted(compile_all(jobs).items())}
         TABLE.parent.mkdir(parents=True, exist_ok=True)
         lines = ",\n".join(f'    "{job}": {json.dumps(result)}' for job, result in kernels.items())

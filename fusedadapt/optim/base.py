@@ -83,7 +83,7 @@ class FusedOptimizer(Optimizer):
         shared = {"maximize": False, "foreach": None, "capturable": False, "differentiable": False, "fused": None, "seed": 0}
         compact.check_options(self, extras.get("masks") or {})
         super().__init__(params, defaults | {k: extras.get(k, v) for k, v in shared.items()})  # type: ignore[arg-type]
-        self._masks = states.pack_masks(self, extras.get("masks") or {})
+        self._masks: dict[Tensor, Tensor] = states.pack_masks(self, extras.get("masks") or {})
 
     def _take_extras(self, extras: Extras) -> None:
         name = type(self).__name__
@@ -93,7 +93,6 @@ class FusedOptimizer(Optimizer):
         self.master_weights = states.one_of(name, "master_weights", extras.get("master_weights"), (None, "fp32", "split"))
         self.mask_state = states.one_of(name, "mask_state", extras.get("mask_state", "dense"), ("dense", "compact"))
         self.decay_to = states.one_of(name, "decay_to", extras.get("decay_to", "zero"), ("zero", "init"))
-        self._masks: dict[Tensor, Tensor] = {}
         self.stochastic_rounding = bool(extras.get("stochastic_rounding", False))
         self.max_grad_norm = extras.get("max_grad_norm")
         if self.max_grad_norm is not None and not self.max_grad_norm > 0:

@@ -201,7 +201,7 @@ class ReferencePlan(Plan):
     def run(self, scalars: Scalars) -> None:
         if scalars.found_inf is not None and scalars.found_inf.item() != 0:
             return
-        rows: dict[tuple[float, ...], tuple[Any, ...]] = {}
+        rows: dict[tuple[Any, ...], tuple[Any, ...]] = {}
         commits = []
         for e in self.active:
             state = self.opt._state_of(e.param)
@@ -209,7 +209,7 @@ class ReferencePlan(Plan):
                 aux = [float(state[k].view(-1)[c]) for k in self.spec.aux]
                 key = (e.group, float(state["step"].view(-1)[c]), *aux)
                 if key not in rows:
-                    rows[key] = self._row(*key)
+                    rows[key] = self._row(e.group, *key[1:])
                 self._update(e, state, rows[key][0], scalars, slice(first, end) if end >= 0 else None)
                 commits.append((state, c, *rows[key][1:]))
         for state, c, step, after in commits:
@@ -228,8 +228,12 @@ class ReferencePlan(Plan):
     def _update(self, e: Entry, state: dict[str, Any], row: Any, scalars: Scalars, part: slice | None) -> None:
         """One parameter, or the elements ``part`` of its compact arrays: gathered, updated, put back."""
         p, (g, packed), opt = tables.local(e.param), self._gradient(e), self.opt
-        cut = lambda t: None if t is None else tables.local(t) if part is None else t[part]
         index = None if part is None else state["index"][part].long()
+
+        def cut(name: str) -> Any:
+            v = state.get(name)
+            return None if v is None else tables.local(v) if part is None else v[part]
+
         keep = random = None
         if index is None and state.get("mask") is not None:
             keep = opt._unpack_mask(state["mask"], p)
@@ -240,8 +244,8 @@ class ReferencePlan(Plan):
         if index is not None:
             g = g[part] if packed else compact.in_order(g, p)[index]
         reference.step_(
-            self.rule, here, g, [cut(state[k]) for k in self.spec.states], row, stored=self.spec.stored, grad_scale=scalars.grad_scale,
-            clip=scalars.clip, keep=keep, extra=cut(state.get(opt._extra_key)), random=random, anchor=cut(state.get("anchor")),
+            self.rule, here, g, [cut(k) for k in self.spec.states], row, stored=self.spec.stored, grad_scale=scalars.grad_scale,
+            clip=scalars.clip, keep=keep, extra=cut(opt._extra_key), random=random, anchor=cut("anchor"),
         )  # fmt: skip
         if index is not None:
             compact.flat(p)[index] = here

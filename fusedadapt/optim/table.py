@@ -90,8 +90,7 @@ class Table:
         if tensors != self.tensors or not self.version:
             self.version += 1
             self.placement = self.version
-            sizes = lambda owner, entries: [(i, t[NUMEL], t[GRAD_NUMEL]) for i, t in zip(owner, entries, strict=True)]
-            if sizes(owners, tensors) != sizes(self.owners, self.tensors):
+            if _sizes(owners, tensors) != _sizes(self.owners, self.tensors):
                 self.structure = self.version
             self.active, self.owners, self.tensors = active, owners, tensors
             self.active_params = [self._entries[i][0] for i in active]
@@ -121,11 +120,11 @@ class Table:
         self, p: Tensor, g: Tensor, found: dict[str, Tensor], place: tuple[int, ...], part: slice | None, cohort: int, packed: bool
     ) -> tuple[Any, ...]:
         """One descriptor; ``part``: the elements of a cohort of a compact entry."""
-        cut = lambda t: t if part is None or t is None else t[part]
-        states, extra, anchor, index = [cut(found[k]) for k in self._keys], *(cut(found.get(k)) for k in (self._extra, "anchor", "index"))
+        arrays = {k: t if part is None else t[part] for k, t in found.items() if k in (*self._keys, self._extra, "anchor", "index")}
+        states, extra, anchor, index = [arrays[k] for k in self._keys], *(arrays.get(k) for k in (self._extra, "anchor", "index"))
         mask = found.get("mask") if part is None else None
         step, *aux = (found[k].view(-1)[cohort:] for k in ("step", *self._aux))
-        grad = cut(g) if packed else g
+        grad = g[part] if packed else g
         counted = grad.numel() if part is None or packed or cohort == 0 else 0
         pad = [0] * (4 - len(states))
         codes = [*map(_code, (p, g, *states)), *pad, _code(extra)]
@@ -164,6 +163,10 @@ def gradient(p: Tensor, compact: bool) -> tuple[Any, bool]:
     """The gradient a step uses, and whether it is compact (the attribute ``compact_grad``)."""
     given = getattr(p, "compact_grad", None) if compact else None
     return (p.grad, False) if given is None else (given, True)
+
+
+def _sizes(owners: list[int], tensors: list[tuple[Any, ...]]) -> list[tuple[int, ...]]:
+    return [(i, t[NUMEL], t[GRAD_NUMEL]) for i, t in zip(owners, tensors, strict=True)]
 
 
 def _address(t: Tensor | None) -> int:

@@ -171,7 +171,7 @@ def _momentum(optimizer: FusedOptimizer, param: Tensor) -> Tensor:
 
 def _apply(optimizer: FusedOptimizer, param: Tensor, held: dict[str, Any], change: _Change, new_value: float | None, seeded: bool) -> None:
     p = param.detach()
-    words = held.get("mask", optimizer._masks.get(param))
+    words = held["mask"] if "mask" in held else optimizer._masks[param]
     dropped = states.flat(memory(unpack_mask(words, p), p)) & ~change.kept
     now = change.kept.clone()
     now[change.grown] = True

@@ -123,6 +123,7 @@ struct Tensor {
     static const int64_t places[4][3] = {
         {0, 0, 0}, {48, 0, 0}, {5, 0, 0}, {(int64_t(1) << 33) + 3, 7, 20}};  // how a shard lies in its whole
     const int64_t* place = places[c.number / 2 % 4];
+    desc.grad_numel = c.n;
     desc.param = arrays[0].data();
     desc.grad = arrays[1].data();
     uintptr_t all = uintptr_t(desc.param) | uintptr_t(desc.grad);

@@ -1,0 +1,74 @@
+// Compact entries of the table: what must hold of them, and the descriptors of their cohorts.
+#include <algorithm>
+
+#include "core/dtypes.h"
+#include "table_host.h"
+
+namespace fa {
+
+// The entry of one cohort: elements [first, end) of the compact arrays, with a step and scalars of its own.
+TensorDesc Table::cohort(const Entry& e, size_t number) const {
+  TensorDesc d = e.desc;
+  const int64_t first = e.cohorts[number], end = number + 1 < e.cohorts.size() ? e.cohorts[number + 1] : e.desc.numel;
+  const auto shift = [&](auto*& base, int dtype, int64_t by) {
+    using Pointer = std::remove_reference_t<decltype(base)>;
+    if (base) base = reinterpret_cast<Pointer>(uintptr_t(base) + uintptr_t(by * dtype_size(dtype)));
+  };
+  uintptr_t bits = 0;
+  for (size_t k = 0; k < n_states_; ++k) {
+    shift(d.state[k], d.state_dtype[k], first);
+    bits |= uintptr_t(d.state[k]);
+  }
+  shift(d.extra, d.extra_dtype, first);
+  shift(d.anchor, d.anchor_dtype, first);
+  shift(d.index, d.index_dtype, first);
+  shift(d.step, kF32, int64_t(number));
+  for (size_t k = 0; k < n_aux_; ++k) shift(d.aux[k], kF64, int64_t(number));
+  if (d.compact_grad) shift(d.grad, d.grad_dtype, first);
+  bits |= uintptr_t(d.extra) | uintptr_t(d.anchor) | uintptr_t(d.index) | (d.compact_grad ? uintptr_t(d.grad) : 0);
+  d.aligned = bits % 16 == 0;
+  d.numel = end - first;
+  d.grad_numel = d.compact_grad ? d.numel : number ? 0 : d.grad_numel;
+  return d;
+}
+
+// Every compact array is a gap-free vector as long as the index; a position beyond the parameter would be a write into foreign memory.
+void Table::validate_compact(int64_t number, Entry& e) {
+  const auto require = [&](bool good, const std::string& what) {
+    if (good) return;
+    e.p = e.g = Layout{};  // validate again next time
+    throw TableError(number, what);
+  };
+  const auto vector = [](const Layout& l, int64_t n) { return l.dims.size() == 2 && l.dims[0] == n && (n <= 1 || l.dims[1] == 1); };
+  const Layout &index = e.layouts[optional(kIndex)], &starts = e.layouts[optional(kCohorts)];
+  const int64_t n = index.numel;
+  require(index.dtype == kI32 || index.dtype == kI64, "dtype:index");
+  require(vector(index, n) && n <= e.p.numel, "compact:index");
+  require(index.device.type == device_type_ && index.device.id == device_id_, "device:index");
+  if (e.compact_grad) require(vector(e.g, n), "compact:compact_grad");
+  for (size_t k = 0; k < slots_.size(); ++k)
+    if (e.objects[k] && like_param(k)) require(vector(e.layouts[k], n), std::string("compact:") + PyUnicode_AsUTF8(slots_[k].key.ptr()));
+  if (e.objects[optional(kCohorts)]) {
+    require(starts.dtype == kI64 && starts.device.type == dlpack::kCPU && vector(starts, starts.numel) && starts.numel > 0,
+            "compact:cohorts");
+    const auto* first = static_cast<const int64_t*>(starts.data);
+    e.cohorts.assign(first, first + starts.numel);
+    for (size_t c = 0; c < e.cohorts.size(); ++c)
+      require(c ? e.cohorts[c] >= e.cohorts[c - 1] && e.cohorts[c] <= n : e.cohorts[c] == 0, "compact:cohorts");
+  }
+  const auto count = int64_t(std::max<size_t>(e.cohorts.size(), 1));
+  for (size_t k = n_states_; k < optional(kExtra); ++k)
+    require(count == 1 ? e.layouts[k].numel == 1 : vector(e.layouts[k], count),
+            std::string("compact:") + PyUnicode_AsUTF8(slots_[k].key.ptr()));
+  if (device_type_ != dlpack::kCPU) return;  // reading it there would wait for the device
+  const auto inside = [&](auto* at) {
+    const auto size = uint64_t(e.p.numel);
+    bool good = true;
+    for (int64_t i = 0; i < n; ++i) good &= uint64_t(int64_t(at[i])) < size;
+    return good;
+  };
+  require(index.dtype == kI32 ? inside(static_cast<const int32_t*>(index.data)) : inside(static_cast<const int64_t*>(index.data)),
+          "compact:index");
+}
+
+}  // namespace fa
