@@ -112,7 +112,7 @@ MUTANTS = (
     Mutant(MID, "d_token = (d * active).sum(1)", "d_token = (dv * active).sum(1)", f"{DERIVATIVES}[everything]"),
     Mutant(MID, "d_rank = (d * u).sum(0)", "d_rank = (d * gated).sum(0)", f"{DERIVATIVES}[rank gate]"),
     Mutant(MID, "aten.gelu_backward(d, u, approximate=\"tanh\")", "aten.gelu_backward(d, u)", f"{DERIVATIVES}[gelu_tanh]"),
-    Mutant(MID, "return v * mid.scaling", "return v", f"{DERIVATIVES}[everything]"),
+    Mutant(MID, "== 1.0 else v * mid.scaling", "== 1.0 else v", f"{DERIVATIVES}[everything]"),
     # low-rank: the autograd function, its checks, the ops
     Mutant(FUNCTION, "x if needs_x else None, col_scale", "x, col_scale", "test_lowrank_memory.py::test_saved_bytes_without_gradients_of_a"),
     Mutant(FUNCTION, "is not None and output.scale_bias else db", "is not None else db", f"{DERIVATIVES}[row scale and bias]"),

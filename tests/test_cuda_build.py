@@ -45,7 +45,8 @@ def run(*command: str) -> str:
 
 
 def short(mangled: str) -> str:
-    """sweep<Adam> from _ZN2fa4cuda...12sweep_kernelINS_4AdamEEEvPK...; template arguments of RMSprop as digits. Likewise scattered<Adam>."""
+    """sweep<Adam> from _ZN2fa4cuda...12sweep_kernelINS_4AdamEEEvPK...; template arguments of RMSprop as digits. Likewise scattered<Adam>; move<2>
+    from a template over numbers, set<l> from one over types."""
     kernel = re.search(r"\d+(\w+?)_kernel", mangled)
     assert kernel, mangled
     rule = re.search(r"_kernelI(.*?)EEv", mangled)
@@ -54,7 +55,10 @@ def short(mangled: str) -> str:
         return what
     name = re.search(r"\d+([A-Z][A-Za-z]+?)(?:I|E|$)(.*)", rule[1] + "E")
     plain = re.match(r"NS_(\d+)(.*)", rule[1])
-    assert name and plain, mangled
+    if not plain:
+        numbers = re.findall(r"E(\d+)|Lb([01])", rule[1] + "E")
+        return f"{re.sub(r'.*[0-9]', '', kernel[1])}<{','.join(a or b for a, b in numbers) or rule[1]}>"
+    assert name, mangled
     word, rest = plain[2][: int(plain[1])], plain[2][int(plain[1]) :]
     flags = "".join(re.findall(r"Lb([01])", rest))
     return f"{what}<{word}{'_' + flags if flags else ''}>"
@@ -136,9 +140,24 @@ def test_aligned_accesses_are_128_bits_and_global(built):
         assert not re.findall(r"\b(?:LDL|STL)\b", body), f"{rule}: local memory"
 
 
-def test_arithmetic_is_ieee(built):
+@pytest.mark.parametrize("kernel", ["histogram<0>", "histogram<1>", "packed_histogram", "mark<0>", "mark<1>", "nm"])
+def test_selection_reads_128_bits(built, kernel):
+    tool = cuobjdump()
+    if tool is None:
+        pytest.skip("needs a missing tool: cuobjdump (CUDA toolkit or Triton's wheel)")
+    source = {"nm": "sparse_mask", "mark<0>": "sparse_mark", "mark<1>": "sparse_mark"}.get(kernel, "sparse_select")
+    functions = re.split(r"Function : ", run(tool, "-sass", f"{built[0]}/{source}.sm_90"))[1:]
+    body = {short(f.split()[0]): f for f in functions}[kernel]
+    # bf16 takes one access, fp32 two; of a score's second operand again. `mark` reads two runs at a time, twice.
+    wanted = {"histogram<0>": 2, "mark<0>": 8, "mark<1>": 16}.get(kernel, 4)
+    assert len(re.findall(r"\bLDG\.E\.128", body)) >= wanted
+    assert not re.findall(r"\b(?:LDL|STL)\b", body), "local memory"
+
+
+@pytest.mark.parametrize("source", ["optim", "sparse_select", "sparse_mark", "sparse_mask", "sparse_move"])
+def test_arithmetic_is_ieee(built, source):
     """In PTX, because ptxas expands div.rn and sqrt.rn into exactly rounding fma sequences."""
-    functions = re.split(r"\.entry ", (built[0] / "optim.ptx").read_text(encoding="utf-8"))[1:]
+    functions = re.split(r"\.entry ", (built[0] / f"{source}.ptx").read_text(encoding="utf-8"))[1:]
     for text in functions:
         name, text = short(re.match(r"\w+", text)[0]), text[: text.index("\n}")]
         approximate = re.findall(r"(?:div|sqrt|rcp|rsqrt)\.(?:approx|full)\S*|\S+\.ftz\S*", text)

@@ -1,0 +1,303 @@
+"""The primitives of the sparse family on a GPU in CUDA C++ (`csrc/cuda/sparse*.cu`): the functions of `reference.sparse_parts`, bit for bit. On CPU
+tensors the same kernels run in the emulator (tests only).
+
+Tensors are contiguous, on one device, in float32, bfloat16 or float16, of any size and alignment; words are int32. Anything else is a ValueError
+before something is written. Nothing waits for the device except where a result's size or a check of positions needs it: both are remembered per
+tensor, so that the second call with the same mask or positions does not wait. Scratch of a selection: 0.5 MiB + 8 bytes per 8,192 elements.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from ..reference.sparse import SCORES
+from . import sparse_checks as checks
+from .sparse_checks import Item
+
+LEVELS = ((16, 16), (0, 16))
+LEVELS16 = ((16, 16),)
+_TIES = ("lowest_index", "inclusive", "exclusive")
+_MOVES = ("gather", "scatter", "add", "swap")
+_SEARCH = ("prefix", "left", "above", "same", "threshold", "equal")  # csrc/cuda/sparse.h, Search
+# Tests: less than the device has, as if it were a smaller one.
+_shared_limit = 0
+
+
+def _core(device: torch.device) -> Any:
+    module = dispatch.core() if device.type == "cuda" else dispatch.core_emulated()
+    if module is None or not dispatch.has_cuda(module):
+        raise RuntimeError(f"fusedadapt sparse: expected a core with CUDA kernels for tensors on {device}; there is none; use another backend")
+    return module.sparse_cuda
+
+
+def _place(device: torch.device) -> tuple[int, int]:
+    """What every kernel ends with: device number and stream."""
+    if device.type != "cuda":
+        return 0, 0
+    return device.index or 0, torch.cuda.current_stream(device).cuda_stream
+
+
+# ---- selection
+
+
+class _List:
+    """A list of items as the kernels take it. Only tensors with elements: the others have no words."""
+
+    def __init__(self, op: str, items: Sequence[Item], score: str, nan: str, words: bool = False):
+        self.device, self.words, rows = checks.listed(op, items, score, nan, words)
+        self.core, self.place = _core(self.device), _place(self.device)
+        self.elements, self.tiles = sum(row[3] for row in rows), 0
+        for row in rows:
+            row[5] = self.tiles
+            self.tiles += (row[3] + self.core.TILE - 1) // self.core.TILE
+        # bf16 and fp16 |x| of their own width: a single level, a single read
+        types = {x.dtype for x, _ in items}
+        self.native = checks.CODES[types.pop()] if score == "abs" and len(types) == 1 and torch.float32 not in types else 0
+        self.table = checks.table(rows or [[0] * 9], self.device)
+        self.given = (self.table.data_ptr(), len(rows), self.tiles, SCORES.index(score), nan == "lowest")
+
+    def empty(self, n: int) -> Tensor:
+        return torch.empty(n, dtype=torch.int64, device=self.device)
+
+
+def histogram(items: Sequence[Item], score: str, nan: str, shift: int, bits: int, prefix: Tensor | None) -> Tensor:
+    """Counts by `bits` bits (at most 16) of the key from `shift` up, among the keys whose higher bits are `prefix` (int64 [1]; None: all): int64
+    [2^bits]."""
+    if not 0 < bits <= 16 or shift < 0 or shift + bits > 32:
+        checks.refuse("histogram", "0 < bits <= 16 and shift + bits <= 32", f"shift {shift}, bits {bits}", "use LEVELS")
+    given = _List("histogram", items, score, nan)
+    of = None if prefix is None else prefix.to(given.device)
+    native = given.native if given.native == checks.CODES[torch.bfloat16] and (shift, bits, prefix) == (16, 16, None) else 0
+    out = given.empty(1 << bits)
+    given.core.histogram(*given.given, shift, bits, 0 if of is None else of.data_ptr(), native, out.data_ptr(), _shared_limit, *given.place)
+    return out
+
+
+def _search(given: _List, k: int, ties: str) -> Tensor:
+    """The k-th largest key, found on the device: int64, `_SEARCH`."""
+    counts, found = given.empty(1 << 16), given.empty(len(_SEARCH))
+    native = given.native
+    levels = LEVELS16 if native else LEVELS
+    for number, (shift, bits) in enumerate(levels):
+        prefix = found.data_ptr() if number else 0
+        given.core.histogram(*given.given, shift, bits, prefix, native, counts.data_ptr(), _shared_limit, *given.place)
+        last = number == len(levels) - 1
+        given.core.find_bin(counts.data_ptr(), shift, bits, native, k, number == 0, last, _TIES.index(ties), found.data_ptr(), *given.place)
+    return found
+
+
+def select(items: Sequence[Item], score: str, nan: str, k: int, ties: str = "lowest_index") -> list[Tensor]:
+    """Words of the k largest keys over all tensors together, k in 0..n: search and mask in one go, the host waits for nothing."""
+    given = _List("select", items, score, nan, words=True)
+    if ties not in _TIES or not 0 <= k <= given.elements:
+        checks.refuse("select", f"k in 0..{given.elements} and ties of {', '.join(_TIES)}", f"{k}, {ties!r}", "choose among these")
+    if k == 0:
+        return [w.zero_() for w in given.words]
+    found = _search(given, k, ties)
+    _mark(given, *(found.data_ptr() + 8 * _SEARCH.index(name) for name in ("threshold", "equal", "same")))
+    return given.words
+
+
+def kth_key(items: Sequence[Item], score: str, nan: str, k: int) -> tuple[int, int, int]:
+    """(the k-th largest key, how many are above it, how many equal it); k in 1..n. Waits for the device once; `select` does not."""
+    given = _List("kth_key", items, score, nan)
+    if not 0 < k <= given.elements:
+        checks.refuse("kth_key", f"0 < k <= {given.elements}", k, "pass a k in range")
+    found = dict(zip(_SEARCH, _search(given, k, "inclusive").tolist(), strict=True))
+    return found["threshold"], found["above"], found["same"]
+
+
+def _mark(given: _List, threshold: int, equal: int, same: int) -> None:
+    scratch = given.empty(given.tiles + 1)
+    given.core.mark(*given.given, threshold, equal, same, scratch.data_ptr(), *given.place)
+
+
+def mark(items: Sequence[Item], score: str, nan: str, threshold: Tensor, equal: Tensor) -> list[Tensor]:
+    """Words of the keys above `threshold` (int64 [1]) and of the first `equal` (int64 [1]) that are equal to it, in order through the list."""
+    given = _List("mark", items, score, nan, words=True)
+    at, room = (t.to(given.device, torch.int64) for t in (threshold, equal))
+    _mark(given, at.data_ptr(), room.data_ptr(), 0)
+    return given.words
+
+
+def nm(x: Tensor, other: Tensor | None, score: str, nan: str, n: int, m: int) -> Tensor:
+    """Words that keep n of every m neighbours of a row (last dimension, a multiple of m); ties: lowest index."""
+    if m <= 0 or (x.numel() and x.shape[-1] % m):
+        checks.refuse("nm", f"rows of a multiple of {m} elements", tuple(x.shape), "pad them or choose another m")
+    given = _List("nm", [(x, other)], score, nan, words=True)
+    table, _, *rest = given.given
+    given.core.nm(table, *rest, n, m, *given.place)
+    return given.words[0]
+
+
+# ---- masks
+
+
+def pack(mask: Tensor) -> Tensor:
+    """bool, any shape, contiguous -> words."""
+    words = checks.empty_words(checks.flat("pack", "mask", mask, (torch.bool,)).numel(), mask.device)
+    _core(mask.device).pack(mask.data_ptr(), mask.numel(), words.data_ptr(), *_place(mask.device))
+    return words
+
+
+def unpack(words: Tensor, n: int) -> Tensor:
+    """bool [n]."""
+    mask = torch.empty(n, dtype=torch.bool, device=words.device)
+    _core(words.device).unpack(checks.words("unpack", words, n, words.device).data_ptr(), n, mask.data_ptr(), *_place(words.device))
+    return mask
+
+
+def prefix(words: Tensor) -> Tensor:
+    """Exclusive popcounts per 32 words (1,024 elements), the total last: int64 [ceil(words / 32) + 1]."""
+    core, n = _core(words.device), checks.flat("prefix", "words", words, (torch.int32,)).numel()
+    out = torch.empty((n + 31) // 32 + 1, dtype=torch.int64, device=words.device)
+    scratch = torch.empty(core.prefix_scratch(n), dtype=torch.int64, device=words.device)
+    core.prefix(words.data_ptr(), n, out.data_ptr(), scratch.data_ptr(), *_place(words.device))
+    return out
+
+
+def _total(prefix: Tensor) -> int:
+    return int(checks.known(prefix, ("total",), lambda: int(prefix[-1])))
+
+
+def indices(words: Tensor, n: int) -> Tensor:
+    """Sorted flat positions of the set bits: int32 below 2^31 elements, else int64. Waits for the device: for how many they are."""
+    before = prefix(checks.words("indices", words, n, words.device))
+    out = torch.empty(int(before[-1]), dtype=torch.int64 if n >> 31 else torch.int32, device=words.device)
+    wide = out.element_size() == 8
+    _core(words.device).indices(words.data_ptr(), words.numel(), before.data_ptr(), out.data_ptr(), wide, *_place(words.device))
+    return out
+
+
+def _check_index(op: str, index: Tensor, n: int, ordered: bool, device: torch.device) -> None:
+    def find() -> bool:
+        bad = torch.empty(1, dtype=torch.int32, device=device)
+        wide = index.element_size() == 8
+        _core(device).check_indices(index.data_ptr(), index.numel(), wide, n, ordered, bad.data_ptr(), *_place(device))
+        return not int(bad)
+
+    checks.positions(op, index, n, ordered, device, find)
+
+
+def from_indices(index: Tensor, n: int) -> Tensor:
+    """Words with these bits set; `index`: int32 or int64, sorted, without repeats, in [0, n)."""
+    _check_index("from_indices", index, n, True, index.device)
+    words = checks.empty_words(n, index.device).zero_()
+    wide = index.element_size() == 8
+    _core(index.device).set_indices(index.data_ptr(), index.numel(), wide, words.numel(), words.data_ptr(), *_place(index.device))
+    return words
+
+
+# ---- between a dense tensor and its chosen elements
+
+
+def _move(op: str, rows: list[list[int]], device: torch.device, alpha: float = 1.0) -> None:
+    """rows: MoveItem of csrc/cuda/sparse.h, one a tensor, in one launch."""
+    groups, some = 0, []
+    core = _core(device)
+    for row in rows:
+        if row[4]:
+            size = 32 if row[3] else core.MOVE_GROUP
+            row[5] = groups
+            groups += (row[4] + size - 1) // size
+            some.append(row)
+    if some:
+        table = checks.table(some, device)
+        core.move(_MOVES.index(op), table.data_ptr(), len(some), groups, alpha, *_place(device))
+
+
+def _written(*tensors: Tensor) -> None:
+    torch.autograd.graph.increment_version(tensors)
+
+
+def _codes(x: Tensor, values: Tensor, wide: bool = False) -> int:
+    return checks.CODES[x.dtype] | checks.CODES[values.dtype] << 8 | wide << 16
+
+
+def _by_words(op: str, x: Tensor, words: Tensor, prefix: Tensor, values: Tensor, alpha: float = 1.0) -> None:
+    checks.words(op, words, checks.flat(op, "x", x).numel(), x.device)
+    checks.flat(op, "values", values, device=x.device)
+    checks.flat(op, "prefix", prefix, (torch.int64,), x.device)
+    if prefix.numel() != (words.numel() + 31) // 32 + 1:
+        checks.refuse(op, f"a prefix of {(words.numel() + 31) // 32 + 1} counts", prefix.numel(), "pass prefix(words)")
+    if values.numel() != _total(prefix):
+        checks.refuse(op, f"{_total(prefix)} values, one per chosen element", values.numel(), "pass the values of this mask")
+    row = [x.data_ptr(), values.data_ptr(), words.data_ptr(), prefix.data_ptr(), words.numel(), 0, _codes(x, values), x.numel()]
+    _move(op, [row], x.device, alpha)
+
+
+def _swappable(op: str, x: Tensor, values: Tensor) -> None:
+    if x.dtype != values.dtype:
+        checks.refuse(op, f"values of x's dtype {x.dtype}", values.dtype, "an exchange must lose nothing")
+
+
+def gather(x: Tensor, words: Tensor, prefix: Tensor) -> Tensor:
+    """The chosen elements of a flat x, in order, in x's dtype."""
+    values = torch.empty(_total(prefix), dtype=x.dtype, device=x.device)
+    _by_words("gather", x, words, prefix, values)
+    return values
+
+
+def scatter_(x: Tensor, words: Tensor, prefix: Tensor, values: Tensor) -> None:
+    """x[chosen] = values, rounded to x's dtype."""
+    _by_words("scatter", x, words, prefix, values)
+    _written(x)
+
+
+def add_(x: Tensor, words: Tensor, prefix: Tensor, values: Tensor, alpha: float) -> None:
+    """x[chosen] += alpha * values in fp32, rounded once."""
+    _by_words("add", x, words, prefix, values, alpha)
+    _written(x)
+
+
+def swap_(x: Tensor, words: Tensor, prefix: Tensor, values: Tensor) -> None:
+    """Exchanges x[chosen] and values (of x's dtype), bit for bit: again, and nothing has happened."""
+    _swappable("swap", x, values)
+    _by_words("swap", x, words, prefix, values)
+    _written(x, values)
+
+
+def move_all(op: str, jobs: Sequence[tuple[Tensor, Tensor, Tensor]], alpha: float = 1.0) -> None:
+    """gather, scatter, add or swap for any number of (x, positions, values) in one launch. Positions of what is written: sorted, no repeats."""
+    rows = []
+    for x, index, values in jobs:
+        device = jobs[0][0].device
+        checks.flat(op, "x", x, device=device)
+        checks.flat(op, "values", values, device=device)
+        _check_index(op, index, x.numel(), op != "gather", device)
+        if values.numel() != index.numel():
+            checks.refuse(op, f"{index.numel()} values, one per position", values.numel(), "pass the values of these positions")
+        if op in ("swap", "gather"):
+            _swappable(op, x, values)
+        wide = _codes(x, values, index.element_size() == 8)
+        rows.append([x.data_ptr(), values.data_ptr(), index.data_ptr(), 0, index.numel(), 0, wide, x.numel()])
+    if rows:
+        _move(op, rows, jobs[0][0].device, alpha)
+        _written(*(t for x, _, values in jobs for t in {"gather": [values], "swap": [x, values]}.get(op, [x])))
+
+
+def gather_at(x: Tensor, index: Tensor) -> Tensor:
+    """x[index] of a flat x, in x's dtype; `index`: int32 or int64, any order."""
+    values = torch.empty(index.numel(), dtype=x.dtype, device=x.device)
+    move_all("gather", [(x, index, values)])
+    return values
+
+
+def scatter_at_(x: Tensor, index: Tensor, values: Tensor) -> None:
+    """x[index] = values, rounded to x's dtype; `index`: int32 or int64, sorted, without repeats."""
+    move_all("scatter", [(x, index, values)])
+
+
+def add_at_(x: Tensor, index: Tensor, values: Tensor, alpha: float) -> None:
+    """x[index] += alpha * values in fp32, rounded once; `index`: int32 or int64, sorted, without repeats."""
+    move_all("add", [(x, index, values)], alpha)
+
+
+def swap_at_(x: Tensor, index: Tensor, values: Tensor) -> None:
+    """Exchanges x[index] and values (of x's dtype), bit for bit; `index`: int32 or int64, sorted, without repeats."""
+    move_all("swap", [(x, index, values)])

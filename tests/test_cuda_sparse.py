@@ -1,0 +1,264 @@
+"""The CUDA kernels of the sparse family, run by the emulator, against `reference.sparse_parts`: equal bits, in any order of threads and blocks."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from fusedadapt.ops import sparse_cuda as gpu
+from fusedadapt.reference import sparse as truth
+from fusedadapt.reference import sparse_parts as ref
+
+try:
+    from fusedadapt import _core_emulated as core
+except ImportError as error:
+    raise ImportError(f"tests/test_cuda_sparse.py: fusedadapt._core_emulated is missing ({error}); run: python setup.py build_emulated") from error
+
+SIZES = (0, 1, 31, 32, 33, 1023, 1024, 1025)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KINDS = ("normal", "ties", "equal", "zero", "special")
+SHAPES = [(7, 5), (0,), (1,), (33,), (9, 1025), (3, 0), (2, 3, 16), (1024,)]
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch):
+    """New tensors are full of ones: what a kernel forgets to write is seen."""
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        out = empty(*args, **kwargs)
+        if out.numel():
+            out.view(torch.uint8).fill_(1 if out.dtype == torch.bool else 0xFF)
+        return out
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def kind(name: str, n: int, dtype: torch.dtype, seed: int = 0, aligned: bool = False) -> Tensor:
+    """n elements, at an address that is 16-byte aligned or one element past that."""
+    g = generator(seed + n)
+    x = torch.randn(n, generator=g)
+    if name == "ties":
+        x = torch.randint(-3, 4, (n,), generator=g).float()
+    elif name == "equal":
+        x = torch.full((n,), -0.5)
+    elif name == "zero":
+        x = torch.where(torch.rand(n, generator=g) < 0.5, 0.0, -0.0)
+    elif name == "special":
+        values = torch.tensor([0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1e-45, -1e-42, 1.2e-38, 3e-6, -1.0, 1.0, 65504.0])
+        x = values[torch.randint(len(values), (n,), generator=g)]
+        x = torch.where(torch.rand(n, generator=g) < 0.1, torch.randn(n, generator=g), x)
+    room = torch.zeros(n + 17, dtype=dtype)
+    start = -room.data_ptr() % 16 // room.element_size() + (not aligned)
+    return room[start : start + n].copy_(x)
+
+
+def item(name: str, shape: tuple[int, ...], score: str, dtype: torch.dtype, other: torch.dtype = torch.float32, seed: int = 0) -> ref.Item:
+    aligned, n = seed % 2 == 0, int(torch.tensor(shape).prod())
+    x = kind(name, n, dtype, seed, aligned).view(shape)
+    if score in ("abs", "given"):
+        return x, None
+    if score == "abs_scaled":
+        return x, kind("normal", shape[-1], torch.float32, seed + 7)
+    return x, kind(name, n, other, seed + 7, aligned).view(shape)
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(a, b))
+
+
+def threshold_of(keys: list[Tensor], k: int) -> tuple[Tensor, Tensor]:
+    key, above, _ = truth.kth_key(keys, k)
+    return torch.tensor([key]), torch.tensor([k - above])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", KINDS)
+def test_selection_of_every_size(name, dtype):
+    for n in SIZES:
+        core.emulator_seed(n)
+        items = [item(name, (n,), "abs", dtype, seed=n)]
+        for nan in ("highest", "lowest") if name == "special" else ("highest",):
+            keys = [ref._keys(items[0], "abs", nan)]
+            for k in sorted({0, n // 3, n} if n > 33 else {0, min(1, n), n // 3, n}):
+                assert same(gpu.select(items, "abs", nan, k), [truth.pack(m) for m in truth.topk(keys, k)]), (n, k)
+                if k:
+                    expected = [truth.pack(m) for m in truth.topk(keys, k)]
+                    assert same(gpu.mark(items, "abs", nan, *threshold_of(keys, k)), expected), (n, k)
+                    assert gpu.kth_key(items, "abs", nan, k) == truth.kth_key(keys, k)
+        for threshold, all_of_them in ((truth.TOP, False), (truth.TOP + 1, False), (-1, True)):
+            got = gpu.mark(items, "abs", "highest", torch.tensor([threshold]), torch.tensor([0]))
+            if threshold >= 0 or name != "special":
+                assert same(got, [truth.pack(torch.full((n,), all_of_them))])
+
+
+@pytest.mark.parametrize("score", truth.SCORES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_lists_of_mixed_sizes_and_every_score(score, dtype):
+    shift = truth.SCORES.index(score) + DTYPES.index(dtype)
+    for turn in range(2):
+        name = KINDS[(2 * shift + turn) % 5]
+        core.emulator_seed(shift + turn)
+        others = DTYPES[turn:] if score in ("abs_diff", "abs_product") else (torch.float32,)
+        for other in others:
+            items = [item(name, s, score, dtype, other, seed) for seed, s in enumerate(SHAPES)]
+            keys = [ref._keys(i, score, "lowest") for i in items]
+            n = sum(x.numel() for x, _ in items)
+            for k, ties in ((1, "exclusive"), (n // 2, "inclusive"), (n // 2, "lowest_index")):
+                assert same(gpu.select(items, score, "lowest", k, ties), [truth.pack(m) for m in truth.topk(keys, k, ties)]), (name, k, ties)
+
+
+@pytest.mark.parametrize("score", ["abs", "given"])
+def test_lists_of_mixed_types(score):
+    items = [item("ties", (n,), score, dtype, seed=n) for n, dtype in ((3000, torch.bfloat16), (5000, torch.float16), (8193, torch.float32))]
+    keys = [ref._keys(i, score, "highest") for i in items]
+    for k in (1, 5000, 16000):
+        assert same(gpu.select(items, score, "highest", k), [truth.pack(m) for m in truth.topk(keys, k)])
+
+
+@pytest.mark.parametrize("limit", [0, 4096])
+def test_histograms(monkeypatch, limit):
+    """Every level and kind of counters; with little shared memory the list is read in several passes."""
+    monkeypatch.setattr(gpu, "_shared_limit", limit)
+    for score, dtype in (("given", torch.float32), ("abs", torch.bfloat16), ("abs", torch.float16), ("abs_scaled", torch.float32)):
+        items = [item("special", (500, 20), score, dtype, seed=2), item("normal", (333,), score, dtype, seed=3)]
+        levels = ((16, 16, None), (0, 16, 0xBF80), (21, 11, None), (0, 10, None), (20, 4, 1 << 7), (0, 8, 0xBF8000))
+        for shift, bits, prefix in levels if limit == 0 else levels[:3]:
+            for nan in ("highest", "lowest") if shift == 16 else ("highest",):
+                level = (items, score, nan, shift, bits, None if prefix is None else torch.tensor([prefix]))
+                assert same([gpu.histogram(*level)], [ref.histogram(*level)]), (score, dtype, shift)
+
+
+@pytest.mark.parametrize("name", ["equal", "ties", "special"])
+def test_full_counters_are_emptied_in_time(name):
+    """More equal elements in a block than a 16-bit counter holds."""
+    items = [item(name, (300_000,), "given", torch.float32, seed=2)]
+    for level in ((16, 16, None), (0, 16, torch.tensor([0x4100]))):  # the upper half of the key of -0.5
+        assert same([gpu.histogram(items, "given", "highest", *level)], [ref.histogram(items, "given", "highest", *level)])
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_ties_cross_tiles_and_tensors(seed):
+    """The look-back, whatever the order in which blocks begin."""
+    core.emulator_seed(seed)
+    items = [(torch.full((n,), 0.25).to(torch.bfloat16), None) for n in (20000, 31, 100001, 0, 13000)]
+    items[2][0][50000] = 1.0
+    keys = [ref._keys(i, "abs", "highest") for i in items]
+    at = truth.key_of(torch.tensor([0.25]))
+    for k in (0, 20031, 52799, 133031):
+        equal = torch.tensor([k])
+        assert same(gpu.mark(items, "abs", "highest", at, equal), [truth.pack(m) for m in truth.mark(keys, int(at), k)]), k
+
+
+@pytest.mark.parametrize("n, m", [(0, 4), (1, 2), (2, 4), (4, 8), (8, 16), (3, 5), (5, 32), (20, 40), (4, 4)])
+def test_nm(n, m):
+    for seed, name in enumerate(KINDS):
+        for score, nan in (("abs_product", "highest"), ("abs_scaled", "lowest")):
+            x, other = item(name, (37, 3 * m), score, torch.bfloat16, torch.float16, seed)
+            assert same([gpu.nm(x, other, score, nan, n, m)], [ref.nm(x, other, score, nan, n, m)]), name
+
+
+@pytest.mark.parametrize("density", [0.0, 0.02, 0.5, 1.0])
+def test_masks(density):
+    for n in (*SIZES, 300001):
+        for start in (0, 1):
+            mask = (torch.rand(n + start, generator=generator(n)) < density)[start:]
+            words = gpu.pack(mask)
+            assert same([words], [ref.pack(mask)])
+        assert same([gpu.unpack(words, n)], [mask])
+        assert same([gpu.prefix(words)], [ref.prefix(words)])
+        index = ref.indices(words, n)
+        assert same([gpu.indices(words, n)], [index])
+        for wide in (index, index.long()):
+            assert same([gpu.from_indices(wide, n)], [words])
+
+
+def test_prefix_of_many_groups():
+    words = torch.randint(-(2**31), 2**31 - 1, (32 * 4096 * 2 + 77,), generator=generator(1)).int()
+    assert same([gpu.prefix(words)], [ref.prefix(words)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("values_dtype", DTYPES)
+def test_moves(dtype, values_dtype):
+    for n, density in ((0, 0.5), (1, 1.0), (33, 0.5), (1025, 1.0), (20000, 0.01), (20000, 0.6)):
+        mask = torch.rand(n, generator=generator(n)) < density
+        words, x = truth.pack(mask), kind("normal", n, dtype)
+        prefix, index = ref.prefix(words), mask.nonzero().reshape(-1)
+        values = kind("normal", index.numel(), values_dtype, 5)
+        assert same([gpu.gather(x, words, prefix), gpu.gather_at(x, index.flip(0))], [x[mask], x[index.flip(0)]])
+        for name in ("scatter", "add"):
+            alpha = (0.3,) if name == "add" else ()
+            expected = x.clone()
+            getattr(ref, f"{name}_")(expected, words, prefix, values, *alpha)
+            a, b = x.clone(), x.clone()
+            version = a._version
+            getattr(gpu, f"{name}_")(a, words, prefix, values, *alpha)
+            getattr(gpu, f"{name}_at_")(b, index.int(), values, *alpha)
+            assert same([a, b], [expected, expected]) and a._version > version
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_swap_undoes_itself_bit_by_bit(dtype):
+    n, bits = 5000, torch.int32 if dtype == torch.float32 else torch.int16
+    info = torch.iinfo(bits)
+    x, values = (torch.randint(info.min, info.max, (size,), generator=generator(size), dtype=bits) for size in (n, 1700))
+    mask = torch.zeros(n).bool()
+    mask[torch.randperm(n, generator=generator(1))[:1700]] = True
+    words, index = truth.pack(mask), mask.nonzero().reshape(-1)
+    was, values_were, prefix = x.clone(), values.clone(), ref.prefix(words)
+    # NaN of every payload are among these bits.
+    for swap in (lambda: gpu.swap_(x.view(dtype), words, prefix, values.view(dtype)), lambda: gpu.swap_at_(x.view(dtype), index, values.view(dtype))):
+        swap()
+        assert torch.equal(x[mask], values_were) and torch.equal(values, was[mask]) and torch.equal(x[~mask], was[~mask])
+        swap()
+        assert torch.equal(x, was) and torch.equal(values, values_were)
+
+
+def test_many_tensors_in_one_launch():
+    xs = [kind("normal", n, DTYPES[n % 3], n) for n in (0, 50, 3000, 1, 999)]
+    at = [torch.randperm(x.numel(), generator=generator(3))[: x.numel() // 3].sort().values for x in xs]
+    values = [kind("ties", i.numel(), x.dtype, 9) for x, i in zip(xs, at)]
+    old, old_values = [x.clone() for x in xs], [v.clone() for v in values]
+    gpu.move_all("swap", list(zip(xs, at, values)))
+    assert same([x[i] for x, i in zip(xs, at)], old_values) and same(values, [x[i] for x, i in zip(old, at)])
+    gpu.move_all("swap", list(zip(xs, at, values)))
+    assert same(xs, old) and same(values, old_values)
+
+
+def test_positions_are_checked_again_after_a_change():
+    x, index = torch.randn(100), torch.tensor([1, 5, 7])
+    gpu.gather_at(x, index)
+    index[2] = 100
+    with pytest.raises(ValueError, match=r"positions in \[0, 100\)"):
+        gpu.gather_at(x, index)
+
+
+def test_refusals():
+    x, mask = torch.randn(100), torch.ones(100).bool()
+    words = truth.pack(mask)
+    prefix = ref.prefix(words)
+    for index in ([3, 3], [4, 2], [-1, 4], [5, 100]):
+        for dtype in (torch.int32, torch.int64):
+            with pytest.raises(ValueError, match="sorted positions"):
+                gpu.from_indices(torch.tensor(index, dtype=dtype), 100)
+            with pytest.raises(ValueError, match="sorted positions"):
+                gpu.scatter_at_(x, torch.tensor(index, dtype=dtype), torch.zeros(2))
+    for match, call in (
+        ("100 values", lambda: gpu.scatter_(x, words, prefix, torch.zeros(99))),
+        ("4 words", lambda: gpu.gather(x, words[:3], prefix)),
+        ("x's dtype", lambda: gpu.swap_(x, words, prefix, torch.zeros(100, dtype=torch.bfloat16))),
+        ("contiguous", lambda: gpu.histogram([(torch.randn(4, 4).t(), None)], "abs", "highest", 16, 16, None)),
+        ("bits <= 16", lambda: gpu.histogram([(x, None)], "abs", "highest", 12, 20, None)),
+        ("contiguous", lambda: gpu.pack(mask[::2])),
+        ("factor per column", lambda: gpu.select([(torch.randn(3, 4), torch.randn(3))], "abs_scaled", "highest", 1)),
+        ("shape", lambda: gpu.select([(torch.randn(3, 4), torch.randn(4, 3))], "abs_diff", "highest", 1)),
+        ("rows of a multiple of 3", lambda: gpu.nm(torch.randn(3, 4), None, "abs", "highest", 1, 3)),
+        ("a score of", lambda: gpu.select([(x, x)], "square", "highest", 1)),
+        (r"k in 0\.\.100", lambda: gpu.select([(x, None)], "abs", "highest", 101)),
+    ):
+        with pytest.raises(ValueError, match=match):
+            call()

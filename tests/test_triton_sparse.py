@@ -1,0 +1,200 @@
+"""The sparse Triton kernels, interpreted, against the pure PyTorch truth: equal bits."""
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+
+from fusedadapt.kernels import sparse as gpu
+from fusedadapt.reference import merge as merging
+from fusedadapt.reference import sparse as truth
+from fusedadapt.reference import sparse_parts as ref
+from fusedadapt.reference.merge import Cut, Part, Recipe
+
+SIZES = (0, 1, 31, 32, 33, 1023, 1024, 1025)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+KINDS = ("normal", "ties", "equal", "zero", "special")
+SHAPES = [(7, 5), (0,), (1,), (33,), (5, 1025), (3, 0), (2, 3, 16), (1024,)]
+pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.usefixtures("quick_calls")]
+
+
+def test_runs_interpreted():
+    assert triton.knobs.runtime.interpret, "set TRITON_INTERPRET=1 before triton is imported (tests/conftest.py does)"
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def kind(name: str, n: int, dtype: torch.dtype, seed: int = 0, aligned: bool = False) -> Tensor:
+    """n elements, at an address that is 16-byte aligned or one element past that."""
+    g = generator(seed + n)
+    x = torch.randn(n, generator=g)
+    if name == "ties":
+        x = torch.randint(-3, 4, (n,), generator=g).float()
+    elif name == "equal":
+        x = torch.full((n,), -0.5)
+    elif name == "zero":
+        x = torch.where(torch.rand(n, generator=g) < 0.5, 0.0, -0.0)
+    elif name == "special":
+        values = torch.tensor([0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1e-45, -1e-42, 1.2e-38, 3e-6, -1.0, 1.0, 65504.0])
+        x = values[torch.randint(len(values), (n,), generator=g)]
+    room = torch.zeros(n + 17, dtype=dtype)
+    start = -room.data_ptr() % 16 // room.element_size() + (not aligned)
+    return room[start : start + n].copy_(x)
+
+
+def item(name: str, shape: tuple[int, ...], score: str, dtype: torch.dtype, seed: int = 0) -> ref.Item:
+    aligned, n = seed % 2 == 0, int(torch.tensor(shape).prod())
+    x = kind(name, n, dtype, seed, aligned).view(shape)
+    if score in ("abs", "given"):
+        return x, None
+    if score == "abs_scaled":
+        return x, kind("normal", shape[-1], torch.float32, seed + 7)
+    return x, kind(name, n, torch.bfloat16, seed + 7, aligned).view(shape)
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(a, b))
+
+
+def selected(items: list[ref.Item], score: str, nan: str, keys: list[Tensor], k: int) -> list[Tensor]:
+    key, above, _ = truth.kth_key(keys, k)
+    return gpu.mark(items, score, nan, torch.tensor([key]), torch.tensor([k - above]))
+
+
+def check_levels(items: list[ref.Item], score: str, nan: str, keys: list[Tensor], k: int) -> None:
+    """The histograms on the way to the k-th key."""
+    key = truth.kth_key(keys, k)[0]
+    for shift, bits in gpu.LEVELS:
+        prefix = torch.tensor([key >> (shift + bits)]) if shift + bits < 32 else None
+        assert same([gpu.histogram(items, score, nan, shift, bits, prefix)], [ref.histogram(items, score, nan, shift, bits, prefix)]), shift
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_selection_of_every_size(name):
+    for n, dtype in zip(SIZES, (*DTYPES, *DTYPES, *DTYPES)):
+        items, nan = [item(name, (n,), "abs", dtype, n)], "lowest" if n % 3 == 1 else "highest"
+        keys = [ref._keys(items[0], "abs", nan)]
+        for k in sorted({1, n // 3, n} - {0}) if n else []:
+            assert same(selected(items, "abs", nan, keys, k), [truth.pack(m) for m in truth.topk(keys, k)]), (n, k)
+        if n >= 1023:
+            check_levels(items, "abs", nan, keys, n // 3)
+        got = gpu.mark(items, "abs", nan, torch.tensor([truth.TOP + 1]), torch.tensor([0]))
+        assert same(got, [truth.pack(torch.zeros(n, dtype=torch.bool))])
+
+
+@pytest.mark.parametrize("score", truth.SCORES)
+def test_lists_of_mixed_sizes_and_every_score(score):
+    for turn, name in enumerate(KINDS[truth.SCORES.index(score) % 3 :][:3]):
+        items = [item(name, s, score, DTYPES[(turn + seed) % 3], seed) for seed, s in enumerate(SHAPES)]
+        keys = [ref._keys(i, score, "highest") for i in items]
+        k = sum(x.numel() for x, _ in items) // 2
+        assert same(selected(items, score, "highest", keys, k), [truth.pack(m) for m in truth.topk(keys, k)]), name
+        check_levels(items, score, "highest", keys, k)
+
+
+def test_ties_cross_chunks_and_tensors():
+    items = [(torch.full((n,), 0.25), None) for n in (10000, 31, 20001, 0, 9000)]
+    keys = [ref._keys(i, "abs", "highest") for i in items]
+    for k in (0, 9999, 10031, 25000, 39032):
+        got = gpu.mark(items, "abs", "highest", truth.key_of(torch.tensor([0.25])), torch.tensor([k]))
+        assert same(got, [truth.pack(m) for m in truth.mark(keys, int(truth.key_of(torch.tensor(0.25))), k)]), k
+
+
+@pytest.mark.parametrize("n, m", [(0, 4), (1, 2), (2, 4), (4, 8), (3, 5), (5, 16)])
+def test_nm(n, m):
+    for seed, name in enumerate(KINDS):
+        x, other = item(name, (37, 8 * m), "abs_product", DTYPES[seed % 3], seed)
+        assert same([gpu.nm(x, other, "abs_product", "highest", n, m)], [ref.nm(x, other, "abs_product", "highest", n, m)]), name
+
+
+@pytest.mark.parametrize("density", [0.0, 0.3, 1.0])
+def test_masks(density):
+    for n in (*SIZES, 20001):
+        for start in (0, 1):
+            mask = (torch.rand(n + start, generator=generator(n)) < density)[start:]
+            words = gpu.pack(mask)
+            assert same([words, gpu.unpack(words, n), gpu.prefix(words)], [ref.pack(mask), mask, ref.prefix(words)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("values_dtype", DTYPES)
+def test_moves(dtype, values_dtype):
+    for n, density in ((0, 0.5), (1, 1.0), (5000, 0.3)):
+        mask = torch.rand(n, generator=generator(n)) < density
+        x, index = kind("normal", n, dtype), mask.nonzero().reshape(-1)
+        values, words = kind("normal", index.numel(), values_dtype, 5), truth.pack(mask)
+        assert same([gpu.gather_at(x, index.flip(0))], [x[index.flip(0)]])
+        for at in (index, index.int()):
+            a, b, c, d = (x.clone() for _ in range(4))
+            gpu.scatter_at_(a, at, values)
+            b[index] = values.to(dtype)
+            gpu.add_at_(c, at, values, 0.3)
+            ref.add_(d, words, ref.prefix(words), values, 0.3)
+            assert same([a, c], [b, d])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_swap_undoes_itself_bit_by_bit(dtype):
+    bits = torch.int32 if dtype == torch.float32 else torch.int16
+    info = torch.iinfo(bits)
+    x, values = (torch.randint(info.min, info.max, (n,), generator=generator(n), dtype=bits) for n in (5000, 1700))
+    index = torch.randperm(5000, generator=generator(1))[:1700].sort().values
+    was, values_were = x.clone(), values.clone()
+    gpu.swap_at_(x.view(dtype), index, values.view(dtype))  # NaN of every payload are among these bits
+    assert torch.equal(x[index], values_were) and torch.equal(values, was[index])
+    gpu.swap_at_(x.view(dtype), index, values.view(dtype))
+    assert torch.equal(x, was) and torch.equal(values, values_were)
+
+
+@pytest.mark.parametrize("combine", merging.COMBINE)
+def test_merge(combine):
+    """Words, cuts, chance, factors, no base, results over a model and over the base."""
+    for number, n in enumerate((0, 1, 33, 1100)):
+        aligned = number % 2 == 1
+        models = [kind("special" if n == 33 else "ties", n, dtype, i, aligned) for i, dtype in enumerate((*DTYPES, torch.bfloat16))]
+        base = kind("ties", n, torch.bfloat16, 9, aligned) if number % 3 else None
+        words = truth.pack(torch.rand(n, generator=generator(1)) < 0.6)
+        recipe = Recipe(combine, 0.6 if number % 2 else 1.0, number > 1, -1 if number == 3 else 1, 2**63 + 77, merging.stream_of("a.b"))
+        parts = [
+            Part(models[0], 0.7, 1.3, words=words),
+            Part(models[1], -1.2, chance=30000, model=1),
+            Part(models[2], 2.0, cut=Cut(int(truth.key_of(torch.tensor(1.0))), n // 2), model=2),
+            Part(models[3], 1.0, 1.5, words=words, chance=50000, model=7),
+        ]
+        for dtype in DTYPES if n == 1100 else DTYPES[:1]:
+            got, expected = torch.empty(n, dtype=dtype), torch.empty(n, dtype=dtype)
+            gpu.merge_(got, base, parts, recipe)
+            merging.merge_(expected, base, parts, recipe)
+            assert ((got == expected) | (got.isnan() & expected.isnan())).all(), (n, dtype)
+        assert n == 33 or n == 0 or gpu.votes(base, parts, recipe) == merging.votes(base, parts, recipe)
+        over = models[1].clone()
+        gpu.merge_(over, base, [Part(over, 0.5), Part(models[0], 0.5)], recipe)
+        fresh = torch.empty_like(over)
+        merging.merge_(fresh, base, [Part(models[1], 0.5), Part(models[0], 0.5)], recipe)
+        assert ((over == fresh) | (over.isnan() & fresh.isnan())).all()
+
+
+def test_norms_add_up_in_the_order_of_the_reference():
+    x, base = kind("normal", 65600, torch.float32, 1), kind("normal", 65600, torch.bfloat16, 2)
+    part, recipe = Part(x, factor=1.5, chance=20000, model=3), Recipe(seed=5, stream=9)
+    assert gpu.norms(base, part, recipe) == merging.norms(base, part, recipe)
+    assert gpu.norms(None, Part(x[:700]), recipe) == merging.norms(None, Part(x[:700]), recipe)
+
+
+def test_refusals():
+    x = torch.randn(100)
+    for match, call in (
+        ("sorted positions", lambda: gpu.scatter_at_(x, torch.tensor([3, 3]), torch.zeros(2))),
+        (r"positions in \[0, 100\)", lambda: gpu.gather_at(x, torch.tensor([100]))),
+        ("x's dtype", lambda: gpu.swap_at_(x, torch.tensor([3]), torch.zeros(1).half())),
+        ("2 values", lambda: gpu.scatter_at_(x, torch.tensor([3, 4]), torch.zeros(3))),
+        ("bits <= 12", lambda: gpu.histogram([(x, None)], "abs", "highest", 16, 16, None)),
+        ("rows of a multiple of 3", lambda: gpu.nm(torch.randn(3, 4), None, "abs", "highest", 1, 3)),
+        ("contiguous", lambda: gpu.merge_(x, None, [Part(torch.randn(200)[::2])], Recipe())),
+        ("of 100 elements", lambda: gpu.merge_(x, None, [Part(torch.randn(99))], Recipe())),
+        ("at least one part", lambda: gpu.merge_(x, None, [], Recipe())),
+    ):
+        with pytest.raises(ValueError, match=match):
+            call()
