@@ -1,0 +1,148 @@
+"""Merging from files into files: out of core, atomic, within its memory."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import merge_cases as cases
+import pytest
+import torch
+from merge_cases import EVERY, ROOT, assert_same, call
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import fusedadapt as fa
+from fusedadapt.sparse import merge
+from fusedadapt.sparse import weights as files
+
+# fixtures
+base, tuned, one_torch_thread = cases.base, cases.tuned, cases.one_torch_thread
+
+
+# ---- files
+
+
+def sharded(folder: Path, state: dict[str, Tensor]) -> Path:
+    folder.mkdir()
+    names = list(state)
+    parts = {"model-00001-of-00002.safetensors": names[:2], "model-00002-of-00002.safetensors": names[2:]}
+    for file, inside in parts.items():
+        save_file({n: state[n] for n in inside}, folder / file)
+    mapping = ", ".join(f'"{n}": "{file}"' for file, inside in parts.items() for n in inside)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {' + mapping + "}}")
+    return folder
+
+
+@pytest.fixture
+def on_disk(tmp_path, base, tuned) -> tuple[Path, list[Path]]:
+    return sharded(tmp_path / "base", base), [sharded(tmp_path / f"m{i}", m) for i, m in enumerate(tuned)]
+
+
+def read(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.parametrize("method, compat", EVERY)
+def test_out_of_core_equals_in_memory(on_disk, tmp_path, base, tuned, method, compat):
+    start, models = on_disk
+    expected = call(method, compat, base, tuned)
+    out = call(method, compat, start, models, out=tmp_path / "out")
+    assert out == tmp_path / "out"
+    written = read(out)
+    assert_same({n: written[n] for n in expected}, expected)
+    if method != "linear":  # which is laid out as its first model, alike
+        assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in start.iterdir())
+    single = call(method, compat, start, models, out=tmp_path / "one.safetensors")
+    assert_same({n: load_file(single)[n] for n in expected}, expected)
+
+
+def test_out_must_be_elsewhere(on_disk, tmp_path):
+    start, models = on_disk
+    with pytest.raises(ValueError, match="none of the inputs"):
+        merge(start, models, density=0.5, out=start)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="suffix"):
+        merge(start, models, density=0.5, out=tmp_path / "file")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "model-00001-of-00009.safetensors").write_text("")
+    with pytest.raises(ValueError, match="other weights"):
+        merge(start, models, density=0.5, out=tmp_path / "used")
+
+
+def test_full_disk_leaves_nothing(on_disk, tmp_path, monkeypatch):
+    start, models = on_disk
+    calls = []
+
+    def failing(tensor):
+        calls.append(tensor)
+        if len(calls) == 4:
+            raise OSError(28, "No space left on device")
+        return original(tensor)
+
+    original = files.tensor_bytes
+    monkeypatch.setattr(files, "tensor_bytes", failing)
+    with pytest.raises(OSError, match="No space"):
+        merge(start, models, density=0.5, out=tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def in_subprocess(code: str, *arguments: object) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_killed_while_writing(on_disk, tmp_path):
+    start, models = on_disk
+    before = {p: p.read_bytes() for folder in (start, *models) for p in folder.iterdir()}
+    code = """
+        import os, signal, sys
+        from fusedadapt.sparse import merge, weights
+        left = iter(range(4))
+        original = weights.tensor_bytes
+        def dying(tensor):
+            if next(left, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(tensor)
+        weights.tensor_bytes = dying
+        merge(sys.argv[1], sys.argv[3:], density=0.5, out=sys.argv[2])
+    """
+    out = tmp_path / "out"
+    done = in_subprocess(code, start, out, *models)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert {p.suffix for p in out.iterdir()} == {".tmp"}  # hidden, and swept up by the next run
+    assert all(p.read_bytes() == content for p, content in before.items())
+    merge(start, models, density=0.5, out=out)
+    assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in start.iterdir())
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's peak memory")
+@pytest.mark.skipif(fa.dispatch.core() is None, reason="the reference needs several times a tensor's size")
+def test_memory_is_that_of_one_tensor(tmp_path):
+    """Models of 104 MiB each; at most the tensors of one name (4 x 8 MiB) and 64 MiB more are ever in memory."""
+    elements, count = 4 << 20, 13
+    noise = torch.randn(elements // 16).bfloat16().repeat(16)
+    for i in range(3):
+        save_file({f"t{j}": (noise.roll(j) * (1 + i / 8)).view(2048, -1) for j in range(count)}, tmp_path / f"{i}.safetensors")
+    code = """
+        import pathlib, sys
+        import torch
+        from fusedadapt.sparse import merge
+        torch.set_num_threads(2)
+        folder = sys.argv[1]
+        kib = lambda key: int(next(l for l in open("/proc/self/status") if l.startswith(key)).split()[1])
+        small = {"x": torch.randn(70000)}
+        for method, compat in (("ties", "paper"), ("ties", "peft"), ("dare_ties", "mergekit")):
+            merge(small, [small, small], method, density=0.2, compat=compat)
+            pathlib.Path("/proc/self/clear_refs").write_text("5")
+            before = kib("VmRSS")
+            models = [f"{folder}/{i}.safetensors" for i in range(3)]
+            merge(models[0], models[1:], method, density=0.2, compat=compat, out=f"{folder}/out.safetensors")
+            print((kib("VmHWM") - before) / 1024)
+    """
+    done = in_subprocess(code, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert max(map(float, done.stdout.split())) < 4 * 8 + 64, done.stdout

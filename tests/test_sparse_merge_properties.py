@@ -1,0 +1,192 @@
+"""What holds of every merge, and what merging refuses."""
+
+
+import merge_cases as cases
+import pytest
+import torch
+from merge_cases import EVERY, SEED, SHAPES, WEIGHTS, assert_same, call, hashes, model, options_of
+
+import fusedadapt as fa
+from fusedadapt.ops import sparse as ops
+from fusedadapt.sparse import merge
+from fusedadapt.sparse import merge_methods as methods
+
+# fixtures
+base, tuned, one_torch_thread = cases.base, cases.tuned, cases.one_torch_thread
+
+
+@pytest.mark.parametrize("method, compat", EVERY)
+def test_whole_change_of_one_model_is_that_model(base, tuned, method, compat):
+    """Density 1 and weight 1 return it, to the rounding of theta_0 + (theta - theta_0); PCB scales changes whatever the density."""
+    if method == "pcb":
+        return
+    full = {"density": 1.0} if options_of(method) else {}
+    merged = call(method, compat, base, tuned[:1], **full)
+    for name in SHAPES:
+        torch.testing.assert_close(merged[name], tuned[0][name], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("method, compat", [pair for pair in EVERY if pair[0] != "linear"])
+def test_lambda_zero_is_the_base(base, tuned, method, compat):
+    start = {n: v.clone() for n, v in base.items()}
+    start["a.weight"][0, :3] = torch.tensor([-0.0, float("inf"), 1e-42])
+    merged = call(method, compat, start, tuned, lambda_=0.0)
+    for name in SHAPES:
+        assert torch.equal(merged[name].view(torch.int32), start[name].view(torch.int32)), name
+
+
+def test_order_of_models_changes_only_rounding(base, tuned):
+    for compat in methods.COMPAT:
+        one = merge(base, tuned, "ties", weights=WEIGHTS, density=0.4, compat=compat)
+        two = merge(base, tuned[::-1], "ties", weights=WEIGHTS[::-1], density=0.4, compat=compat)
+        for name in SHAPES:
+            torch.testing.assert_close(one[name], two[name], rtol=1e-5, atol=1e-6)
+
+
+def test_dare_keeps_the_change_on_average():
+    base, tuned = {"w": torch.zeros(512, 400)}, {"w": torch.full((512, 400), 0.5)}
+    merged = merge(base, [tuned], "dare_linear", density=0.1)["w"]
+    assert abs(float(merged.double().mean()) - 0.5) < 5 * 0.5 * (9 / merged.numel()) ** 0.5
+    assert abs(float((merged != 0).double().mean()) - 0.1) < 0.004
+
+
+@pytest.mark.parametrize("method, compat", EVERY)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_are_the_wide_result_rounded_once(method, compat, dtype):
+    base, tuned = model(0, dtype), [model(i, dtype) for i in (1, 2)]
+    wide = [{n: v.float() if n in SHAPES else v for n, v in m.items()} for m in (base, *tuned)]
+    merged, expected = call(method, compat, base, tuned), call(method, compat, wide[0], wide[1:])
+    for name in SHAPES:
+        assert torch.equal(merged[name], expected[name].to(dtype)), name
+        assert merged[name].dtype == dtype
+
+
+@pytest.mark.parametrize("method, compat", EVERY)
+def test_fp64_and_other_output_dtypes(base, tuned, method, compat):
+    double = [{n: v.double() if n in SHAPES else v for n, v in m.items()} for m in (base, *tuned)]
+    narrow = call(method, compat, base, tuned)
+    for source, dtype in ((double, None), (double, torch.float32), ([base, *tuned], torch.float64)):
+        merged = call(method, compat, source[0], source[1:], dtype=dtype)
+        for name in SHAPES:
+            assert merged[name].dtype == (torch.float64 if dtype is None else dtype)
+            torch.testing.assert_close(merged[name].float(), narrow[name], rtol=1e-3 if method == "pcb" else 1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method, compat", EVERY)
+def test_backends_and_strides_do_not_matter(base, tuned, method, compat):
+    expected = call(method, compat, base, tuned)
+    with fa.backend("reference"):
+        assert_same(call(method, compat, base, tuned), expected)
+    strided = [{n: v.t().contiguous().t() if v.dim() == 2 else v for n, v in m.items()} for m in (base, *tuned)]
+    before = [hashes(m) for m in strided]
+    assert_same(call(method, compat, strided[0], strided[1:]), expected)
+    assert [hashes(m) for m in strided] == before
+
+
+def test_random_drop_depends_on_name_model_and_element_alone(base, tuned):
+    """Not on the other tensors, their order, or how the work is divided."""
+    every = merge(base, tuned, "dare_linear", density=0.5, seed=SEED)
+    names = ["c", "a.weight"]
+    pick = lambda state: {name: state[name] for name in names}
+    some = merge(pick(base), [pick(m) for m in tuned], "dare_linear", density=0.5, seed=SEED)
+    assert all(torch.equal(some[name], every[name]) for name in names)
+    other = merge(base, tuned, "dare_linear", density=0.5, seed=SEED + 1)
+    assert not torch.equal(other["a.weight"], every["a.weight"])
+
+
+@pytest.mark.parametrize("method, compat", [pair for pair in EVERY if pair[0] != "pcb"])
+def test_nan_and_infinity_stay_where_they_are(base, tuned, method, compat):
+    broken = {n: v.clone() for n, v in tuned[1].items()}
+    broken["a.weight"][0, 0], broken["a.weight"][3, 7] = float("nan"), float("inf")
+    merged = call(method, compat, base, [tuned[0], broken])
+    assert all(merged[name].isfinite().all() for name in ("b.bias", "c"))
+    if compat != "mergekit" or not methods.METHODS[method].drop:  # its rescaling takes the norm of the tensor, which is NaN then
+        assert int((~merged["a.weight"].isfinite()).sum()) <= 2
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"method": "tyes"}, "tyes"),
+        ({"compat": "other"}, "other"),
+        ({}, "density"),
+        ({"density": 1.5}, "1.5"),
+        ({"density": [0.1, 0.2]}, "3 of them"),
+        ({"density": 0.5, "weights": [1.0]}, "3 finite weights"),
+        ({"density": 0.5, "weights": 1.0}, "pass a list"),
+        ({"density": 0.5, "weights": [1.0, float("nan"), 1.0]}, "finite"),
+        ({"density": 0.5, "lambda_": float("inf")}, "lambda_"),
+        ({"density": 0.5, "dtype": torch.int8}, "int8"),
+        ({"density": 0.5, "t": 0.5}, "slerp"),
+        ({"density": 0.5, "q": 0.5}, "darex"),
+        ({"density": 0.5, "epsilon": 0.1}, "epsilon="),
+        ({"density": 0.5, "fishers": []}, "fisher"),
+        ({"method": "task_arithmetic", "density": 0.5}, "density="),
+        ({"method": "slerp", "t": 0.5}, "one model"),
+        ({"method": "fisher"}, "fishers="),
+        ({"method": "breadcrumbs", "density": 0.5, "gamma": 2.0}, "gamma"),
+        ({"method": "della", "density": 0.9, "epsilon": 0.2}, "epsilon"),
+        ({"method": "dare_linear", "density": 0.0}, "above 0"),
+        ({"method": "darex", "density": 0.0}, "above 0"),
+        ({"method": "linear", "lambda_": 0.5}, "lambda_"),
+        ({"method": "pcb", "compat": "peft"}, "pcb"),
+    ],
+)
+def test_arguments_that_do_not_fit(base, tuned, options, words):
+    before = [hashes(m) for m in (base, *tuned)]
+    with pytest.raises(ValueError, match=words):
+        merge(base, tuned, **options)
+    assert [hashes(m) for m in (base, *tuned)] == before
+
+
+def test_all_differences_are_listed_at_once(base, tuned, tmp_path):
+    odd = dict(tuned[1])
+    odd["a.weight"], odd["extra"] = odd["a.weight"].half(), torch.zeros(1)
+    del odd["c"]
+    longer = tuned[2] | {"b.bias": torch.zeros(46)}
+    with pytest.raises(ValueError, match="4 differ") as error:
+        merge(base, [tuned[0], odd, longer], density=0.5, out=tmp_path / "new" / "x.safetensors")
+    for part in ("model 1: c is missing", "model 1: extra is not in base", "torch.float16", "model 2: b.bias", "(46,)"):
+        assert part in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_models_that_are_none(base, tuned):
+    with pytest.raises(ValueError, match="at least one"):
+        merge(base, [], density=0.5)
+    with pytest.raises(ValueError, match="pass \\[model"):
+        merge(base, tuned[0], density=0.5)
+    with pytest.raises(ValueError, match="base"):
+        merge(None, tuned, density=0.5)
+    with pytest.raises(ValueError, match="ids"):
+        merge(base | {"ids": 3}, tuned, density=0.5)
+    eight = {n: v.to(torch.float8_e4m3fn) if n == "c" else v for n, v in base.items()}
+    with pytest.raises(ValueError, match="float8"):
+        merge(eight, [eight], "task_arithmetic")
+
+
+def test_unreadable_files(base, tmp_path):
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(b"not a model")
+    with pytest.raises(ValueError, match="safetensors"):
+        merge(base, [path], density=0.5)
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        merge(base, [tmp_path / "nowhere"], density=0.5)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="weight_map"):
+        merge(base, [folder], density=0.5)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
+    with pytest.raises(FileNotFoundError, match="gone"):
+        merge(base, [folder], density=0.5)
+
+
+def test_merging_runs_in_cpp(base):
+    if fa.dispatch.core() is None:
+        pytest.skip("no compiled core")
+    for op in ("merge_", "votes", "norms", "cuts"):
+        assert ops.choose(op, "cpu").backend == "cpp"
