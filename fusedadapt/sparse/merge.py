@@ -73,39 +73,54 @@ def merge(
     Peak memory: the inputs' tensors of one name, the result, and 64 MiB (della sorts whole rows). float64 and backends without kernels of their own
     go through the reference, which needs a few times a tensor's size.
     """
-    if method not in METHODS and method not in SPECIAL:
-        raise ValueError(f"merge: expected a method among {', '.join([*METHODS, *SPECIAL])}; got {method!r}")
-    if compat not in COMPAT:
-        raise ValueError(f"merge: expected compat to be one of {', '.join(COMPAT)}; got {compat!r}")
-    if dtype is not None and dtype not in MERGED:
-        raise ValueError(f"merge: expected dtype to be float32, bfloat16, float16 or float64; got {dtype}")
+    _check_words(method, compat, dtype)
     opened, first = _open(base, models, method, device)
     job = _job(method, None if base is None else opened[0], opened if base is None else opened[1:], weights, density, compat, normalize)
     job.lambda_, job.seed, job.gamma, job.q = float(lambda_), int(seed), float(gamma), q
     job.epsilon = epsilon if epsilon is not None else 0.15 if compat == "mergekit" else 0.05
     _check_options(job, t, fishers)
     _check_unused(method, weights, density, normalize, epsilon)
-    chosen = set(floating(first))
-    about = {n: ((dtype if dtype is not None and n in chosen else d), s) for n, (d, s) in first.about.items()}
+    about = {n: ((dtype if dtype is not None and d in MERGED else d), s) for n, (d, s) in first.about.items()}
     writer = None if out is None else Writer(Path(out), first, about, opened)
     with torch.no_grad(), _bar(len(about), method, progress) as advance:
-        compute = _computer(job, t, fishers, device)
-
-        def tensor(name: str) -> Tensor:
-            kind, shape = about[name]
-            if name in chosen:
-                result = torch.empty(shape, dtype=kind, device=first.device_of(name))
-                if result.numel():
-                    compute(name, result.view(-1), shape)
-            else:
-                result = job.models[0][name].clone()
-            advance()
-            return result
-
+        tensor = _tensors(job, first, about, _computer(job, t, fishers, device), advance)
         if writer is None:
             return {name: tensor(name) for name in about}
         writer.write(tensor)
         return writer.out
+
+
+def _check_words(method: str, compat: str, dtype: torch.dtype | None) -> None:
+    if method not in METHODS and method not in SPECIAL:
+        raise ValueError(f"merge: expected a method among {', '.join([*METHODS, *SPECIAL])}; got {method!r}")
+    if compat not in COMPAT:
+        raise ValueError(f"merge: expected compat to be one of {', '.join(COMPAT)}; got {compat!r}")
+    if dtype is not None and dtype not in MERGED:
+        raise ValueError(f"merge: expected dtype to be float32, bfloat16, float16 or float64; got {dtype}")
+
+
+def _tensors(
+    job: Job,
+    first: Model,
+    about: dict[str, tuple[torch.dtype, tuple[int, ...]]],
+    compute: Callable[[str, Tensor, tuple[int, ...]], None],
+    advance: Callable[[], None],
+) -> Callable[[str], Tensor]:
+    """name -> the merged tensor, or a copy of the first model's where it is not floating-point."""
+    chosen = set(floating(first))
+
+    def tensor(name: str) -> Tensor:
+        kind, shape = about[name]
+        if name in chosen:
+            result = torch.empty(shape, dtype=kind, device=first.device_of(name))
+            if result.numel():
+                compute(name, result.view(-1), shape)
+        else:
+            result = job.models[0][name].clone()
+        advance()
+        return result
+
+    return tensor
 
 
 def _open(base: Source | None, models: Sequence[Source], method: str, device: torch.device | str | None) -> tuple[list[Model], Model]:
