@@ -1,4 +1,8 @@
-"""Merging fine-tuned models in one streaming pass per tensor: nothing of a model's size is held beside inputs and output."""
+"""Merging fine-tuned models in one streaming pass per tensor: nothing of a model's size is held beside inputs and output.
+
+Peak memory: the inputs' tensors of one name, the result, and 64 MiB (della sorts whole rows). float64 and backends without kernels of their own go
+through the reference, which needs a few times a tensor's size.
+"""
 
 from __future__ import annotations
 
@@ -66,12 +70,7 @@ def merge(
 
     Raises:
         ValueError: unknown method or compat, arguments that do not fit it, models that differ in names, shapes or dtypes (all listed), files that
-            are no models, an `out` that is one of the inputs.
-        FileNotFoundError: no model at a path.
-        OSError: while writing; `out` is as before then.
-
-    Peak memory: the inputs' tensors of one name, the result, and 64 MiB (della sorts whole rows). float64 and backends without kernels of their own
-    go through the reference, which needs a few times a tensor's size.
+            are no models, an `out` that is one of the inputs. FileNotFoundError. OSError while writing; `out` is as before then.
     """
     _check_words(method, compat, dtype)
     opened, first = _open(base, models, method, device)
