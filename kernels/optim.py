@@ -323,11 +323,11 @@ def step_(
     device = desc.device
     seed &= 2**64 - 1
     with torch.cuda.device_of(desc):  # Triton launches on the current device
-        kernel = optim_scattered.sweep if scattered else sweep
+        kernel, block = (optim_scattered.sweep, optim_scattered.BLOCK) if scattered else (sweep, BLOCK)
         kernel[(chunks.shape[0],)](
             desc, chunks, rows, _scalar(grad_scale, 1, device), _scalar(found_inf, 0, device), _scalar(clip, 1, device),
             seed - (seed >> 63 << 64), chunk,
-            entry.fn, entry.states, entry.stored, bool(stochastic), BLOCK, **OPTIONS,
+            entry.fn, entry.states, entry.stored, bool(stochastic), block, **OPTIONS,
         )  # fmt: skip
 
 

@@ -50,6 +50,9 @@ from .common import (
 )
 from .optim import _NOT_SPECIALIZED, code_of, load_state, piece, store_state
 
+# Four elements per thread: with eight, positions and anchor beside four states spill.
+BLOCK = 512
+
 
 @triton.jit
 def positions(entry, kinds, start, lane, valid):

@@ -307,3 +307,13 @@ def test_damaged_compact_state_is_refused() -> None:
         broken["state"][2][key] = value
         with pytest.raises(ValueError, match="in the compact state of parameter 0 of group 1"):
             run.opt.load_state_dict(broken)
+
+
+def test_the_sign_of_nan_is_zero(backend: str) -> None:
+    """A stale build once gave NaN: Lion of a NaN gradient must not move the parameter, dense or compact."""
+    for kind in ("dense", "compact"):
+        p = torch.nn.Parameter(torch.ones(9))
+        opt = OPTIMIZERS["Lion"]([p], lr=0.1, masks={p: torch.ones(9, dtype=torch.bool)}, mask_state=kind, weight_decay=0.0, backend=backend)
+        p.grad = torch.full((9,), float("nan"))
+        opt.step()
+        assert torch.equal(p, torch.ones(9))

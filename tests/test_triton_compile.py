@@ -36,7 +36,8 @@ def compile_one(job: str) -> tuple[str, dict]:
     rule, _, variant = kernel.partition("+")
     fn, constants = optim.square_sums, {"BLOCK": optim.BLOCK}
     if rule != "square_sums":
-        fn, record = optim_scattered.sweep if variant == "scattered" else optim.sweep, optim.RULES[rule]
+        home, record = optim_scattered if variant == "scattered" else optim, optim.RULES[rule]
+        fn, constants = home.sweep, {"BLOCK": home.BLOCK}
         constants.update(RULE=record.fn, STATES=record.states, STORED=record.stored, STOCHASTIC=variant == "stochastic")
     loose = [p.name for p in fn.params if not p.is_constexpr and not p.do_not_specialize]
     assert not loose, f"{kernel}: arguments whose value would force a new compilation: {loose}"
