@@ -20,6 +20,7 @@ TABLE = ROOT / "bench" / "results" / "registers_cuda.json"
 ARCHS = ("sm_80", "sm_90", "sm_100")
 FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-I", str(ROOT / "csrc")]  # as CMakeLists.txt
 LIMIT = 128  # registers per thread for two blocks of 256 threads on an SM
+SCATTERED = 255  # compact entries: one block; their positions and anchors leave 128 too few for three states
 WIDE = ("Adam", "Lion", "AdaBelief", "SGDMomentum")
 LIBM = ("DiffGrad", "AdaHessian")  # expf and powf: fma inside, not promised bit for bit
 
@@ -114,7 +115,8 @@ def test_nothing_spills(built):
     expected = 2 * len(re.findall(r"X\(\w+, \w+\)", rules[rules.index("#define FA_RULES") :])) + 2  # two sweeps per rule, squares, prologue
     for arch, found in kernels.items():
         assert len(found) >= expected, f"{arch}: {sorted(found)}"
-        assert {k: v for k, v in found.items() if v[1] or v[0] > LIMIT} == {}, f"{arch}: spills or more than {LIMIT} registers (registers, bytes)"
+        over = {k: v for k, v in found.items() if v[1] or v[0] > (SCATTERED if k.startswith("scattered") else LIMIT)}
+        assert over == {}, f"{arch}: spills or more than {LIMIT} registers (registers, bytes)"
 
 
 def test_register_table_is_current(built):

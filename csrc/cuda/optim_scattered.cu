@@ -97,8 +97,9 @@ FA_DEVICE void update(const Job& w, const Globals& globals, const Eight& e) {
   store_param<true>(w, globals, e, keep, p, at);
 }
 
+// One block asked for, not two: in 128 registers the rules with three states spill on sm_100.
 template <class Rule>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+__global__ void __launch_bounds__(kThreads, 1)
     scattered_kernel(const TensorDesc* tensors, const Chunk* chunks, int64_t n_chunks, const Row* rows, Globals g) {
   if (g.found_inf && *g.found_inf != 0.f) return;
   const bool plain = value_or_1(g.grad_scale) == 1.f && value_or_1(g.clip) == 1.f;
