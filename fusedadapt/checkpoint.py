@@ -29,19 +29,13 @@ from typing import Any, BinaryIO
 
 import torch
 
+from .files import CODES, DTYPES, tensor_bytes, write_safetensors
+
 __all__ = ["CheckpointError", "load", "load_tree", "save", "save_tree"]
 
 VERSION = 1
 _META_KEY = "fusedadapt"
 _MAX_HEADER = 100_000_000  # the safetensors format's own bound
-
-_CODES: dict[torch.dtype, str] = {
-    torch.bool: "BOOL", torch.uint8: "U8", torch.int8: "I8", torch.int16: "I16", torch.uint16: "U16", torch.int32: "I32", torch.uint32:
-    "U32",
-    torch.int64: "I64", torch.uint64: "U64", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-}  # fmt: skip
-_DTYPES = {code: dtype for dtype, code in _CODES.items()}
 
 
 class CheckpointError(RuntimeError):
@@ -97,21 +91,10 @@ def save_tree(path: str | os.PathLike[str], tree: Any) -> None:
     path = Path(path)
     tensors: dict[str, torch.Tensor] = {}
     encoded = _encode(tree, "", tensors)
-    table = {name: [_CODES[t.dtype], list(t.shape), _hash(t)] for name, t in tensors.items()}
+    table = {name: [CODES[t.dtype], list(t.shape), _hash(t)] for name, t in tensors.items()}
     body = json.dumps({"version": VERSION, "tree": encoded, "tensors": table}, separators=(",", ":"), allow_nan=False)
     digest = hashlib.blake2b(body.encode(), digest_size=16).hexdigest()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            _write(file, digest + body, tensors, table)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _fsync_folder(path.parent)
+    write_safetensors(path, tensors, {_META_KEY: digest + body})
 
 
 def load_tree(path: str | os.PathLike[str]) -> Any:
@@ -173,7 +156,7 @@ def _decode(node: Any, tensors: dict[str, torch.Tensor]) -> Any:
 
 def _plain(tensor: torch.Tensor, name: str) -> torch.Tensor:
     """Contiguous CPU tensor that owns its whole storage. Step counters may all be views of one buffer, which safetensors refuses."""
-    if tensor.layout != torch.strided or tensor.dtype not in _CODES or tensor.is_meta:
+    if tensor.layout != torch.strided or tensor.dtype not in CODES or tensor.is_meta:
         raise CheckpointError(
             f"checkpoint.save: expected a dense tensor of a plain dtype; {name} is {tensor.layout} {tensor.dtype} on {tensor.device}; "
             f"convert it before saving (DTensor: to_local or full_tensor)"
@@ -184,13 +167,8 @@ def _plain(tensor: torch.Tensor, name: str) -> torch.Tensor:
     return plain if whole and plain.data_ptr() != tensor.data_ptr() else plain.clone()
 
 
-def _bytes(tensor: torch.Tensor) -> Any:
-    """The tensor's own memory as a buffer."""
-    return tensor.reshape(-1).view(torch.uint8).numpy()
-
-
 def _hash(tensor: torch.Tensor) -> str:
-    return hashlib.blake2b(_bytes(tensor), digest_size=16).hexdigest()
+    return hashlib.blake2b(tensor_bytes(tensor), digest_size=16).hexdigest()
 
 
 # --- the file --------------------------------------------------------------------------------------------------------------
@@ -221,7 +199,7 @@ def _read_header(path: Any, file: BinaryIO) -> tuple[dict[str, Any], dict[str, t
         raise CheckpointError(f"checkpoint.load: expected format version {VERSION}; {path} has {body['version']}; use the release that wrote it")
     offsets, start, end = {}, 8 + length, 8 + length
     for name, (code, shape, _) in body["tensors"].items():
-        nbytes = math.prod(shape) * _DTYPES[code].itemsize
+        nbytes = math.prod(shape) * DTYPES[code].itemsize
         entry = header.pop(name, None)
         span = entry.get("data_offsets") if isinstance(entry, dict) else None
         if span is None or entry != {"dtype": code, "shape": shape, "data_offsets": [span[0], span[0] + nbytes]}:
@@ -245,51 +223,8 @@ def _read_tensor(path: Any, file: BinaryIO, name: str, entry: list[Any], span: t
     if hashlib.blake2b(data, digest_size=16).hexdigest() != expected:
         raise _damaged(path, f"tensor {name} ({code} {shape}) does not match its hash")
     if not data:
-        return torch.empty(shape, dtype=_DTYPES[code])
-    return torch.frombuffer(data, dtype=_DTYPES[code]).reshape(shape)
-
-
-def _write(file: BinaryIO, meta: str, tensors: dict[str, torch.Tensor], table: dict[str, list[Any]]) -> None:
-    """The safetensors format, by hand: its own writer goes through a second temporary file, which a kill leaves behind for good."""
-    header: dict[str, Any] = {"__metadata__": {_META_KEY: meta}}
-    order = sorted(tensors, key=lambda name: -tensors[name].element_size())  # wide types first keeps every tensor aligned
-    position = 0
-    for name in order:
-        code, shape, _ = table[name]
-        end = position + tensors[name].numel() * tensors[name].element_size()
-        header[name] = {"dtype": code, "shape": shape, "data_offsets": [position, end]}
-        position = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(struct.pack("<Q", len(text)) + text)
-    for name in order:
-        file.write(_bytes(tensors[name]))
-
-
-def _fsync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove_stale(path: Path) -> None:
-    """Delete temporary files of processes that were killed while saving: each is as large as a checkpoint."""
-    for stale in path.parent.glob(f".{path.name}.*.tmp"):
-        pid = stale.name.split(".")[-2]
-        if pid.isdigit() and int(pid) != os.getpid() and not _alive(int(pid)):
-            stale.unlink(missing_ok=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        return torch.empty(shape, dtype=DTYPES[code])
+    return torch.frombuffer(data, dtype=DTYPES[code]).reshape(shape)
 
 
 # --- models, optimizers, random state --------------------------------------------------------------------------------------

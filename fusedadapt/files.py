@@ -21,14 +21,18 @@ CODES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.int64: "I64",
+    torch.uint64: "U64",
     torch.int32: "I32",
+    torch.uint32: "U32",
     torch.int16: "I16",
+    torch.uint16: "U16",
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
 }
+DTYPES = {code: dtype for dtype, code in CODES.items()}
 
 
 @contextmanager

@@ -378,7 +378,7 @@ def test_failed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.Monk
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("fusedadapt.checkpoint._hash", lambda tensor: "0" * 32)
-    monkeypatch.setattr("fusedadapt.checkpoint._bytes", full)
+    monkeypatch.setattr("fusedadapt.files.tensor_bytes", full)
     with pytest.raises(OSError, match="No space left"):
         save_tree(tmp_path / "c", {"x": torch.zeros(3)})
     assert os.listdir(tmp_path) == ["c"]

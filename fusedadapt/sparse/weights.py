@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..files import CODES, atomic_open, header, tensor_bytes
+from ..files import DTYPES, atomic_open, header, tensor_bytes
 
 Source = str | Path | Mapping[str, Tensor]
 
@@ -45,10 +45,10 @@ class Model:
                 part = handle.get_slice(name)
                 if name in self.shards:
                     raise ValueError(f"merge: expected each tensor once; {name} is in {self.shards[name].name} and {file.name}; remove one")
-                if part.get_dtype() not in _DTYPES:
+                if part.get_dtype() not in DTYPES:
                     raise ValueError(f"merge: expected known dtypes; {name} in {file} is {part.get_dtype()}; convert it")
                 self.shards[name] = file
-                self.about[name] = (_DTYPES[part.get_dtype()], tuple(part.get_shape()))
+                self.about[name] = (DTYPES[part.get_dtype()], tuple(part.get_shape()))
 
     def __getitem__(self, name: str) -> Tensor:
         if self._tensors is not None:
@@ -69,7 +69,6 @@ class Model:
 #: dtypes that are merged, and those that are copied from the first model
 MERGED = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 COPIED = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
-_DTYPES = {code: dtype for dtype, code in CODES.items()}
 
 
 @contextmanager
