@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from . import lowrank as lowrank
     from . import optim as optim
+    from . import quant as quant
     from . import sparse as sparse
     from .config import backend as backend
     from .config import strict as strict
@@ -24,12 +25,15 @@ if TYPE_CHECKING:
     from .integrations.peft import unpatch as unpatch
     from .lowrank.functional import lora_linear as lora_linear
     from .lowrank.layer import LoRALinear as LoRALinear
+    from .quant.tensor import QuantizedTensor as QuantizedTensor
+    from .quant.tensor import quantize as quantize
     from .sparse.layers import MaskedLinear as MaskedLinear
 
 __version__ = "0.1.0"
 __all__ = [
     "LoRALinear",
     "MaskedLinear",
+    "QuantizedTensor",
     "__version__",
     "backend",
     "explain",
@@ -37,6 +41,8 @@ __all__ = [
     "lowrank",
     "optim",
     "patch",
+    "quant",
+    "quantize",
     "sparse",
     "strict",
     "testing",
@@ -46,6 +52,7 @@ __all__ = [
 # public name -> (submodule, attribute); no attribute means the submodule itself
 _LAZY: dict[str, tuple[str, str]] = {
     "LoRALinear": ("lowrank.layer", "LoRALinear"),
+    "QuantizedTensor": ("quant.tensor", "QuantizedTensor"),
     "MaskedLinear": ("sparse.layers", "MaskedLinear"),
     "backend": ("config", "backend"),
     "explain": ("dispatch", "explain"),
@@ -53,6 +60,8 @@ _LAZY: dict[str, tuple[str, str]] = {
     "lowrank": ("lowrank", ""),
     "optim": ("optim", ""),
     "patch": ("integrations.peft", "patch"),
+    "quant": ("quant", ""),
+    "quantize": ("quant.tensor", "quantize"),
     "sparse": ("sparse", ""),
     "strict": ("config", "strict"),
     "testing": ("testing", ""),

@@ -30,9 +30,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=f"commands:\n{listing}\n\n`python -m fusedadapt <command> --help` tells more.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "command", nargs="?", choices=COMMANDS, metavar="command", help="one of those below; everything after it goes to the command"
-    )
+    parser.add_argument("command", nargs="?", choices=COMMANDS, metavar="command", help="one of those below; everything after it goes to the command")
     parser.add_argument("--version", action="version", version=f"fusedadapt {__version__}")
     return parser
 

@@ -64,9 +64,7 @@ def _section(title: str, rows: Sequence[tuple[str, str]]) -> None:
 def versions() -> list[tuple[str, str]]:
     """Rows (package, version) of what matters to a bug report."""
     rows = [("python", f"{platform.python_version()} ({platform.python_implementation()})")]
-    rows.append(
-        ("system", f"{platform.system()} {platform.release()} {platform.machine()}, {platform.libc_ver()[0]} {platform.libc_ver()[1]}")
-    )
+    rows.append(("system", f"{platform.system()} {platform.release()} {platform.machine()}, {platform.libc_ver()[0]} {platform.libc_ver()[1]}"))
     for name in ("torch", "triton", "numpy", "safetensors", "tokenizers"):
         try:
             rows.append((name, metadata.version(name)))

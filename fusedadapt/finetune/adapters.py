@@ -1,7 +1,7 @@
 """`--adapter`: low-rank adapters on every linear of the encoder's layers, what they cost, and what becomes of them at the end.
 
-    lora, rslora, dora, adalora, vera, ssf    query, key, value and output of the attention, both layers of the feed-forward part
-    ia3                                       key, value, and the input of the second feed-forward layer, as in its paper (arXiv 2205.05638)
+lora, rslora, dora, adalora, vera, ssf    query, key, value and output of the attention, both layers of the feed-forward part
+ia3                                       key, value, and the input of the second feed-forward layer, as in its paper (arXiv 2205.05638)
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def index_map(p: DTensor) -> tuple[int, int, int]:
     if len(dims) > 1 or any(type(placement) is not Shard for placement in cut):
         raise ValueError(
             f"stochastic_rounding: expected a parameter cut along one dimension; got placements {p.placements}; "
-            "use master_weights=\"split\", which needs no random numbers"
+            'use master_weights="split", which needs no random numbers'
         )
     (d,) = dims
     shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)

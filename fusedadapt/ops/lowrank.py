@@ -14,18 +14,15 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.library import Library
-from torch.utils.flop_counter import register_flop_formula
 
 from .. import config, dispatch
 from ..reference import lowrank as reference
+from .register import op
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FP64 = {"cpp": "float64 tensors", "triton": "float64 tensors"}
 _NO_KERNEL = {"cuda": "this op's GPU kernels are Triton's", "emulated": "this op's GPU kernels are Triton's"}
 _MODULES = {"reference": "reference.lowrank", "cpp": "ops.lowrank_cpp", "triton": "kernels.lowrank"}
-
-_lib = Library("fusedadapt", "FRAGMENT")
 
 
 @functools.cache
@@ -119,32 +116,6 @@ def _fp32(t: Tensor, rows: Any, columns: Any = None) -> Tensor:
     return t.new_empty((rows,) if columns is None else (rows, columns), dtype=reference.wide(t.dtype))
 
 
-def _op(
-    schema: str, check: Callable[..., Any], fake: Callable[..., Any], flops: Callable[..., int] | None
-) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Defines fusedadapt::<schema>; the decorated function is what runs, `check` comes before it, and before `fake`."""
-
-    def register(run: Callable[..., Any]) -> Callable[..., Any]:
-        name = schema.split("(")[0]
-        _lib.define(schema, tags=(torch.Tag.needs_fixed_stride_order, torch.Tag.pt2_compliant_tag))
-
-        def checked(*args: Any) -> Any:
-            check(*args)
-            return run(*args)
-
-        def faked(*args: Any) -> Any:
-            check(*args)
-            return fake(*args)
-
-        _lib.impl(name, checked, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"fusedadapt::{name}", faked, lib=_lib)
-        if flops is not None:
-            register_flop_formula(getattr(torch.ops.fusedadapt, name))(flops)
-        return run
-
-    return register
-
-
 def _check_shrink(x: Tensor, a: Tensor, seed: Tensor | None, p: Tensor | None, ranks: Sequence[int]) -> None:
     _matrix("shrink", "x", x)
     _matrix("shrink", "a", a, columns=x.shape[1], like=x)
@@ -155,7 +126,7 @@ def _flops_shrink(x: Any, a: Any, *_: Any, **__: Any) -> int:
     return 2 * x[0] * x[1] * a[0]
 
 
-@_op(
+@op(
     "lr_shrink(Tensor x, Tensor a, Tensor? seed, Tensor? p, SymInt[] ranks) -> Tensor",
     _check_shrink,
     lambda x, a, seed, p, ranks: _fp32(x, x.shape[0], a.shape[0]),
@@ -177,7 +148,7 @@ def _flops_bwd_x(x: Any, u: Any, *_: Any, **__: Any) -> int:
     return 2 * x[0] * x[1] * u[1]
 
 
-@_op(
+@op(
     "lr_bwd_x(Tensor x, Tensor u, Tensor? seed, Tensor? p, SymInt[] ranks) -> Tensor",
     _check_bwd_x,
     lambda x, u, seed, p, ranks: _fp32(x, u.shape[1], x.shape[1]),
@@ -200,7 +171,7 @@ def _flops_add(y: Any, u: Any, *_: Any, **__: Any) -> int:
     return 2 * y[0] * y[1] * u[1]
 
 
-@_op(
+@op(
     "lr_add_(Tensor(a!) y, Tensor u, Tensor a, Tensor? seed, Tensor? p, SymInt[] ranks) -> ()",
     _check_add,
     lambda y, u, a, seed, p, ranks: None,
@@ -226,7 +197,7 @@ def _flops_scale_add(y0: Any, v: Any, *_: Any, **__: Any) -> int:
     return 2 * y0[0] * y0[1] * v[1] if v is not None else 0
 
 
-@_op(
+@op(
     "lr_scale_add_(Tensor(a!) y0, Tensor? v, Tensor? a, Tensor row_scale, Tensor? bias) -> Tensor",
     _check_scale_add,
     lambda y0, v, a, row_scale, bias: y0.new_empty(y0.shape),
@@ -265,7 +236,7 @@ def _flops_bwd_dy(dy: Any, v: Any, b: Any, *_: Any, **__: Any) -> int:
     return 2 * dy[0] * dy[1] * ((v[1] if v is not None else 0) + (b[1] if b is not None else 0))
 
 
-@_op(
+@op(
     "lr_bwd_dy(Tensor dy, Tensor? v, Tensor? b, Tensor? row_scale, Tensor? y0, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _check_bwd_dy,
     _fake_bwd_dy,
@@ -284,7 +255,7 @@ def _check_dropout(x: Tensor, seed: Tensor, p: Tensor) -> None:
     _segments("dropout", seed, p, [1], 1, x)
 
 
-@_op("lr_dropout(Tensor x, Tensor seed, Tensor p) -> Tensor", _check_dropout, lambda x, seed, p: x.new_empty(x.shape), None)
+@op("lr_dropout(Tensor x, Tensor seed, Tensor p) -> Tensor", _check_dropout, lambda x, seed, p: x.new_empty(x.shape), None)
 def _dropout(x: Tensor, seed: Tensor, p: Tensor) -> Tensor:
     if x.numel() == 0:
         return x.new_empty(x.shape)
@@ -297,7 +268,7 @@ def _check_skinny_w(w: Tensor, a: Tensor) -> None:
     _matrix("skinny_w", "a", a, columns=w.shape[1], like=w)
 
 
-@_op(
+@op(
     "lr_skinny_w(Tensor w, Tensor a) -> (Tensor, Tensor)",
     _check_skinny_w,
     lambda w, a: (_fp32(w, w.shape[0], a.shape[0]), _fp32(w, w.shape[0])),
@@ -317,7 +288,7 @@ def _check_merge(w: Tensor, v: Tensor, a: Tensor, row_scale: Tensor | None) -> N
     _vector("merge_", "row_scale", row_scale, w.shape[0], w)
 
 
-@_op(
+@op(
     "lr_merge_(Tensor(a!) w, Tensor v, Tensor a, Tensor? row_scale) -> Tensor",
     _check_merge,
     lambda w, v, a, row_scale: torch.empty(2, dtype=torch.float64, device="cpu"),

@@ -269,4 +269,3 @@ def _place(v: Tensor, p: Tensor, like_param: bool) -> Tensor:
     if v.shape == t.shape and t.numel():
         return torch.empty_strided(t.shape, t.stride(), dtype=v.dtype, device=t.device).copy_(v.detach())
     return v.detach().to(t.device, copy=True)
-

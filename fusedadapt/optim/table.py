@@ -66,9 +66,7 @@ class Table:
         self.owners: list[int] = []
         self.version = self.structure = self.placement = 0
 
-    def add(
-        self, param: Tensor, state: dict[str, Any], group: int, ordinal: int, base: int, inner: int, outer: int, compact: bool = False
-    ) -> None:
+    def add(self, param: Tensor, state: dict[str, Any], group: int, ordinal: int, base: int, inner: int, outer: int, compact: bool = False) -> None:
         self._entries.append((param, state, group, ordinal, base, inner, outer, compact))
 
     def use_gradient(self, entry: int, grad: Tensor) -> None:
@@ -181,9 +179,7 @@ def _word(values: list[int]) -> int:
     return int(struct.unpack("<q", bytes(values))[0])
 
 
-def _validate(
-    i: int, p: Tensor, g: Tensor, found: dict[str, Tensor], states: list[str], extra: str, device: tuple[int, int], packed: bool
-) -> None:
+def _validate(i: int, p: Tensor, g: Tensor, found: dict[str, Tensor], states: list[str], extra: str, device: tuple[int, int], packed: bool) -> None:
     def refuse(bad: bool, code: str) -> None:
         if bad:
             raise TableError(i, code)

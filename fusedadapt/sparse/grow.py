@@ -121,9 +121,7 @@ def _keep(p: Tensor, active: Tensor, n: int, score: str | Tensor) -> Tensor:
     return kept
 
 
-def _grow(
-    optimizer: FusedOptimizer, param: Tensor, kept: Tensor, n: int, grow: str, gradient: Candidates | None, state: str, seed: int
-) -> _Change:
+def _grow(optimizer: FusedOptimizer, param: Tensor, kept: Tensor, n: int, grow: str, gradient: Candidates | None, state: str, seed: int) -> _Change:
     p = param.detach()
     given = None if grow != "gradient" and state != "seed" else _dense_gradient(param, gradient)
     if grow == "random":

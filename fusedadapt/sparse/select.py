@@ -114,9 +114,7 @@ def topk_mask(
     return _as(w, names, masks)
 
 
-def _items(
-    op: str, w: Tensors, score: str, other: Tensors | None, ties: str, nan: str, group: Any = None
-) -> tuple[list[str] | None, list[Item]]:
+def _items(op: str, w: Tensors, score: str, other: Tensors | None, ties: str, nan: str, group: Any = None) -> tuple[list[str] | None, list[Item]]:
     for name, value, choices in (("score", score, SCORES), ("ties", ties, TIES), ("nan", nan, NAN)):
         if value not in choices:
             raise ValueError(f"{op}: expected {name} to be one of {', '.join(choices)}; got {value!r}")

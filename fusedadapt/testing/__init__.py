@@ -1,7 +1,7 @@
 """The parity toolkit: how far a result is from the truth, and the inputs most likely to show it.
 
-    for case in fuzz_cases(seed=0, n=100):
-        assert not [f for f in compare_case(case, Ours("cpp")) if f.mismatches], case.repro
+for case in fuzz_cases(seed=0, n=100):
+    assert not [f for f in compare_case(case, Ours("cpp")) if f.mismatches], case.repro
 """
 
 from .cases import Case, TensorSpec, fuzz_case, fuzz_cases

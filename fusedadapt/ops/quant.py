@@ -1,0 +1,257 @@
+"""The quant family's ops, torch.ops.fusedadapt.q_*: thin over the backends, which all have the functions of `reference.quant`.
+
+A format travels as its text (`QFormat.spec`). Weights are 2-D, N x K. Products take a backend's own kernel while it is the faster one (`small` says
+so); beyond, a bounded piece of W is dequantized at a time and multiplied by the library's GEMM, so no shape falls off.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+from types import ModuleType
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from .. import config, dispatch
+from ..quant.formats import NESTED_BLOCK, QFormat
+from ..reference.quant import Parts
+from ..reference.quant_rules import RULES, Found
+from . import dense
+from .register import op
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_MODULES = {"reference": "reference.quant", "cpp": "ops.quant_cpp", "triton": "kernels.quant", "cuda": "ops.quant_cuda", "emulated": "ops.quant_cuda"}
+_FP64 = {name: "float64 tensors" for name in ("cpp", "triton", "cuda", "emulated")}
+#: bytes of W dequantized at a time: on a CPU a piece stays in the cache, on a GPU it must be large enough to fill the GEMM
+_SCRATCH = {"cpu": 4 << 20}
+_SCRATCH_GPU = 64 << 20
+
+
+@functools.cache
+def _module(backend: str) -> ModuleType | None:
+    name = f"fusedadapt.{_MODULES[backend]}"
+    return importlib.import_module(name) if importlib.util.find_spec(name) else None
+
+
+@functools.cache
+def _lacks(name: str, function: str) -> str:
+    module = _module(name)
+    return "" if module is not None and hasattr(module, function) else f"has no kernel for {function}"
+
+
+@functools.lru_cache(maxsize=256)
+def _choose(function: str, device_type: str, fp64: bool, wish: str | None, strict: bool) -> dispatch.Choice:
+    unfit = dict(_FP64) if fp64 else {}
+    for name in config.BACKENDS:
+        # A backend that cannot run here is not imported to find out what it has.
+        if name not in unfit and not dispatch.available_backends(device_type)[name] and (why := _lacks(name, function)):
+            unfit[name] = why
+    return dispatch.pick(f"quant.{function}", device_type, unfit=unfit)
+
+
+def choose(function: str, device_type: str, dtype: torch.dtype) -> dispatch.Choice:
+    """The backend of one function of this family for tensors of this device and dtype, and why."""
+    return _choose(function, device_type, dtype == torch.float64, config.current_backend(), config.is_strict())
+
+
+def run(function: str, t: Tensor) -> Any:
+    """The function of the chosen backend for tensors like ``t``."""
+    return getattr(_module(choose(function, t.device.type, t.dtype).backend), function)
+
+
+def _refuse(name: str, expected: str, got: object, fix: str) -> NoReturn:
+    raise ValueError(f"fusedadapt.q_{name}: expected {expected}; got {got}; {fix}")
+
+
+def _check_matrix(name: str, what: str, t: Tensor, columns: Any = None) -> None:
+    if t.dim() != 2 or (columns is not None and t.shape[1] != columns):
+        _refuse(name, f"{what} of shape (any, {'any' if columns is None else columns})", tuple(t.shape), "pass matching shapes")
+    if t.dtype not in DTYPES:
+        _refuse(name, f"{what} in float32, bfloat16, float16 or float64", t.dtype, "convert it")
+
+
+def _check_parts(name: str, like: Tensor | None, parts: Parts, spec: str, n: Any, k: Any) -> None:
+    fmt = QFormat.parse(spec)
+    if parts.qdata.numel() * parts.qdata.element_size() != fmt.packed(n, k)[0] * fmt.packed(n, k)[1]:
+        _refuse(name, f"qdata of {fmt.packed(n, k)} bytes for a weight of {n} x {k} in {fmt.name}", tuple(parts.qdata.shape), "pass matching shapes")
+    groups = 1
+    for side in fmt.grid(n, k):
+        groups *= side
+    sizes = {"scale": groups, "zero": groups if fmt.zero else None}
+    sizes["super"] = {"nested": -(-groups // NESTED_BLOCK), "e4m3": 1}.get(fmt.scale)
+    sizes["offset"] = 1 if fmt.scale == "nested" else None
+    for part, size in sizes.items():
+        t = getattr(parts, part)
+        if (t is None) != (size is None) or (t is not None and t.numel() != size):
+            got = None if t is None else tuple(t.shape)
+            _refuse(name, f"{part}: {'none' if size is None else f'{size} elements'} for {fmt.spec}, {n} x {k}", got, "pass the parts of one weight")
+    dtypes = {"scale": fmt.scale_dtype, "zero": {"uint8": torch.uint8, "fp32": torch.float32}.get(fmt.zero)}
+    for part in Parts._fields:
+        t = getattr(parts, part)
+        if t is None:
+            continue
+        if not t.is_contiguous():
+            _refuse(name, f"{part}: contiguous", t.stride(), "call .contiguous()")
+        if part != "qdata" and t.dtype != dtypes.get(part, torch.float32):
+            _refuse(name, f"{part} in {dtypes.get(part, torch.float32)}", t.dtype, "pass the parts of one weight")
+        if like is not None and t.device != like.device:
+            _refuse(name, f"{part} on {like.device}", t.device, "move it there")
+
+
+def _check_quantize(w: Tensor, spec: str) -> None:
+    _check_matrix("quantize", "w", w)
+    QFormat.parse(spec)
+
+
+def _empty_parts(w: Tensor, spec: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    fmt, (n, k) = QFormat.parse(spec), w.shape
+    grid = fmt.grid(n, k)
+    above = -(-grid[0] // NESTED_BLOCK) if fmt.scale == "nested" else 0
+    single = w.new_empty((), dtype=torch.float32)
+    return (
+        w.new_empty(fmt.packed(n, k), dtype=torch.uint8),
+        w.new_empty(grid, dtype=fmt.scale_dtype),
+        w.new_empty(grid if fmt.zero else 0, dtype=torch.uint8 if fmt.zero == "uint8" else torch.float32),
+        single if fmt.scale == "e4m3" else w.new_empty(above, dtype=torch.float32),
+        single.clone() if fmt.scale == "nested" else w.new_empty(0, dtype=torch.float32),
+    )
+
+
+@op("q_quantize(Tensor w, str spec) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", _check_quantize, _empty_parts, None)
+def _quantize(w: Tensor, spec: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Absent parts have no elements: an op returns tensors only."""
+    fmt, none = QFormat.parse(spec), w.new_empty(0, dtype=torch.float32)
+    if w.numel() == 0:
+        a, b, c, d, e = (t.zero_() for t in _empty_parts(w, spec))
+        return a, b, c, d, e
+    w = w.float().contiguous() if w.dtype == torch.float64 else w.contiguous()
+    lo, hi = run("stats", w)(w, fmt)
+    found = RULES[fmt.rule](w, lo, hi, fmt)
+    encode = run("encode", w)
+    zero = None if found.zero is None else found.zero.float()
+    if fmt.compat and w.numel() % fmt.block[1]:
+        qdata = _with_divided_tail(encode, w, found, fmt)
+    else:
+        qdata = encode(w, found.factor, zero, fmt)
+    rest = [none if t is None else t for t in (found.zero, found.super, found.offset)]
+    return qdata, found.scale, rest[0], rest[1], rest[2]
+
+
+def _with_divided_tail(encode: Any, w: Tensor, found: Found, fmt: QFormat) -> Tensor:
+    """bitsandbytes' CPU code multiplies whole blocks by 1 / absmax and divides the short one at the end by absmax, at least 1e-38."""
+    flat, whole = w.view(1, -1), w.numel() // fmt.block[1] * fmt.block[1]
+    last = (1.0 / found.factor[-1:]).nan_to_num(0.0, 0.0).clamp(min=1e-38)
+    tail = encode(flat[:, whole:], last, None, dataclasses.replace(fmt, divide=True))
+    return torch.cat([encode(flat[:, :whole], found.factor[:-1], None, fmt), tail]) if whole else tail
+
+
+def _check_dequantize(qdata: Any, scale: Any, zero: Any, sup: Any, offset: Any, spec: str, n: Any, k: Any, row0: Any, row1: Any, dtype: Any) -> None:
+    _check_parts("dequantize", qdata, Parts(qdata, scale, zero, sup, offset), spec, n, k)
+    if dtype not in DTYPES:
+        _refuse("dequantize", "dtype float32, bfloat16, float16 or float64", dtype, "choose one of them")
+    if not 0 <= row0 <= row1 <= n:
+        _refuse("dequantize", f"rows within 0..{n}", (row0, row1), "choose rows of the weight")
+
+
+@op(
+    "q_dequantize(Tensor qdata, Tensor scale, Tensor? zero, Tensor? super, Tensor? offset, str spec, SymInt n, SymInt k, SymInt row0, SymInt row1, "
+    "ScalarType dtype) -> Tensor",
+    _check_dequantize,
+    lambda qdata, scale, zero, sup, offset, spec, n, k, row0, row1, dtype: qdata.new_empty(row1 - row0, k, dtype=dtype),
+    None,
+)
+def _dequantize(*args: Any) -> Tensor:
+    *tensors, spec, n, k, row0, row1, dtype = args
+    if row0 == row1 or k == 0:
+        return tensors[0].new_empty(row1 - row0, k, dtype=dtype)
+    fp64, parts, fmt = dtype == torch.float64, Parts(*tensors), QFormat.parse(spec)
+    w: Tensor = run("dequantize", parts.qdata)(parts, fmt, n, k, row0, row1, torch.float32 if fp64 else dtype)
+    return w.double() if fp64 else w
+
+
+def _check_linear(x: Tensor, *args: Any) -> None:
+    *tensors, bias, spec, n = args
+    _check_matrix("linear", "x", x)
+    _check_parts("linear", x, Parts(*tensors), spec, n, x.shape[1])
+    if bias is not None and (bias.shape != (n,) or bias.device != x.device):
+        _refuse("linear", f"bias of shape ({n},) on {x.device}", f"{tuple(bias.shape)} on {bias.device}", "pass one number per output")
+
+
+def _takes(module: Any, t: int, n: int, k: int, dtype: torch.dtype, fmt: QFormat, transposed: bool) -> bool:
+    """Whether the backend's own product is the faster one here; the reference's is the only one it has."""
+    return not hasattr(module, "small") or module.small(t, n, k, dtype, fmt, transposed)
+
+
+def _pieces(n: int, k: int, x: Tensor, wide: torch.dtype) -> range:
+    rows = max(16, _SCRATCH.get(x.device.type, _SCRATCH_GPU) // max(1, k * wide.itemsize))
+    return range(0, n, rows)
+
+
+@op(
+    "q_linear(Tensor x, Tensor qdata, Tensor scale, Tensor? zero, Tensor? super, Tensor? offset, Tensor? bias, str spec, SymInt n) -> Tensor",
+    _check_linear,
+    lambda x, *rest: x.new_empty(x.shape[0], rest[-1]),
+    lambda x, *rest, **_: 2 * x[0] * x[1] * rest[-1],
+)
+def _linear(x: Tensor, *args: Any) -> Tensor:
+    *tensors, bias, spec, n = args
+    parts, fmt, (t, k) = Parts(*tensors), QFormat.parse(spec), x.shape
+    if t == 0 or n == 0 or k == 0:
+        y = x.new_zeros(t, n)
+        return y if bias is None else y + bias.to(x.dtype)
+    x = x if x.stride(1) == 1 and x.stride(0) >= k else x.contiguous()
+    module = _module(choose("linear", x.device.type, x.dtype).backend)
+    if _takes(module, t, n, k, x.dtype, fmt, False):
+        out: Tensor = module.linear(x, parts, fmt, n, bias)  # type: ignore[union-attr]
+        return out
+    dequantize = run("dequantize", x)
+    wide = torch.float32 if dense.widens(x) else x.dtype
+    xs, y, pieces = x.to(wide), x.new_empty(t, n), _pieces(n, k, x, wide)
+    for row in pieces:
+        end = min(n, row + pieces.step)
+        w = dequantize(parts, fmt, n, k, row, end, wide).t()
+        y[:, row:end] = xs @ w if bias is None else torch.addmm(bias[row:end].to(wide), xs, w)
+    return y
+
+
+def _check_linear_dx(dy: Tensor, *args: Any) -> None:
+    *tensors, spec, n, k = args
+    _check_matrix("linear_dx", "dy", dy, n)
+    _check_parts("linear_dx", dy, Parts(*tensors), spec, n, k)
+
+
+@op(
+    "q_linear_dx(Tensor dy, Tensor qdata, Tensor scale, Tensor? zero, Tensor? super, Tensor? offset, str spec, SymInt n, SymInt k) -> Tensor",
+    _check_linear_dx,
+    lambda dy, *rest: dy.new_empty(dy.shape[0], rest[-1]),
+    lambda dy, *rest, **_: 2 * dy[0] * dy[1] * rest[-1],
+)
+def _linear_dx(dy: Tensor, *args: Any) -> Tensor:
+    *tensors, spec, n, k = args
+    parts, fmt, t = Parts(*tensors), QFormat.parse(spec), dy.shape[0]
+    if t == 0 or n == 0 or k == 0:
+        return dy.new_zeros(t, k)
+    dy = dy if dy.stride(1) == 1 and dy.stride(0) >= n else dy.contiguous()
+    module = _module(choose("linear_dx", dy.device.type, dy.dtype).backend)
+    if _takes(module, t, n, k, dy.dtype, fmt, True):
+        out: Tensor = module.linear_dx(dy, parts, fmt, n, k)  # type: ignore[union-attr]
+        return out
+    dequantize = run("dequantize", dy)
+    wide = torch.float32 if dense.widens(dy) else dy.dtype
+    dys, pieces = dy.to(wide), _pieces(n, k, dy, wide)
+    total: Tensor | None = None  # fp32 over several pieces: a 16-bit sum would be rounded at each
+    for row in pieces:
+        end = min(n, row + pieces.step)
+        w = dequantize(parts, fmt, n, k, row, end, wide)
+        if total is None:
+            total = dys[:, row:end] @ w
+            total = total.float() if len(pieces) > 1 else total
+        elif wide == total.dtype:
+            total.addmm_(dys[:, row:end], w)
+        else:
+            total += dys[:, row:end] @ w
+    assert total is not None
+    return total.to(dy.dtype)

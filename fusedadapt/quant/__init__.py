@@ -1,0 +1,6 @@
+"""Low-bit weights: one table of formats, exact bytes, products and gradients from the packed weight."""
+
+from .formats import FORMATS, QFormat, format_of
+from .tensor import QuantizedTensor, quantize
+
+__all__ = ["FORMATS", "QFormat", "QuantizedTensor", "format_of", "quantize"]

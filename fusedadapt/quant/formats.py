@@ -1,0 +1,297 @@
+"""Formats as data. One equation covers them all:
+
+    w[n, k] = (value[code[n, k]] - zero[g]) * S[g]        in fp32, then one rounding
+
+`QFormat` says what a code is worth, which elements share a group g, how scales are stored and by which rule they are found. Quantizing, dequantizing,
+products, checkpoints and tests read these records; a new format is one of them and, if its scales are found in a new way, a rule in
+`fusedadapt.reference.quant`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
+
+import torch
+
+from .tables import Table, table
+
+#: a block side that spans the whole dimension
+WHOLE = 0
+_SCALES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "e8m0": torch.uint8, "e4m3": torch.uint8, "nested": torch.uint8}
+SCALE_RULES = ("floor", "ceil", "even", "rceil")
+NESTED_BLOCK = 256
+
+
+@dataclass(frozen=True)
+class QFormat:
+    """How a weight [N, K] is stored. Immutable and hashable; `spec` is its text form, `QFormat.parse` the way back.
+
+    ``bits`` of a code. ``table``: name in `fusedadapt.quant.tables`, or "" for integers: value = code - ``bias``, codes from ``low`` to ``high``
+    (``signed``: the byte is two's complement). ``flat``: groups are runs of ``block[1]`` elements in row-major order, crossing rows; otherwise they
+    are tiles of ``block`` = (rows, columns), `WHOLE` standing for all of them. ``scale``: "fp32" | "fp16" | "bf16" | "e8m0" | "e4m3" | "nested".
+    ``zero``: "" | "uint8" | "fp32". ``rule``: how scales are found, a name in `fusedadapt.reference.quant_rules.RULES`;
+    ``scale_rule``: which E8M0 exponent.
+    ``divide``: codes come from w / s instead of w * (1 / s). ``high_first``: the first element is in the high nibble.
+    """
+
+    name: str
+    bits: int
+    rule: str
+    block: tuple[int, int]
+    table: str = ""
+    bias: int = 0
+    low: int = 0
+    high: int = 0
+    signed: bool = False
+    flat: bool = False
+    scale: str = "fp32"
+    zero: str = ""
+    scale_rule: str = ""
+    divide: bool = False
+    high_first: bool = False
+    compat: str = ""
+
+    @functools.cached_property
+    def spec(self) -> str:
+        """The name and whatever differs from the record of that name, e.g. "int4,block=1x64,scale=fp16"."""
+        return _spec(self)
+
+    @staticmethod
+    def parse(spec: str) -> QFormat:
+        """The format of a `spec` text. ValueError if it is none."""
+        return _parse(spec)
+
+    @property
+    def codes(self) -> Table | None:
+        """The code table; None for integers."""
+        return table(self.table) if self.table else None
+
+    @property
+    def values(self) -> tuple[float, ...]:
+        """What each of the 2^bits codes is worth, before zero and scale."""
+        return _values(self)
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """Of the stored scale tensor; E8M0, E4M3 and nested scales are bytes."""
+        return _SCALES[self.scale]
+
+    @property
+    def group_size(self) -> int:
+        """Elements along a group's long side; -1 for a whole row, column or tensor."""
+        side = self.block[0] if self.block[1] == 1 else self.block[1]
+        return side or -1
+
+    def sides(self, n: int, k: int) -> tuple[int, int]:
+        """(rows, columns) of a group of a grid format, for a weight of n x k."""
+        return self.block[0] or max(n, 1), self.block[1] or max(k, 1)
+
+    def grid(self, n: int, k: int) -> tuple[int, ...]:
+        """Shape of the scales of a weight of n x k: (groups,) if flat, else (rows of tiles, columns of tiles)."""
+        if self.flat:
+            return (-(-n * k // self.block[1]),)
+        rows, columns = self.sides(n, k)
+        return -(-n // rows), -(-k // columns)
+
+    def row_bytes(self, k: int) -> int:
+        """Bytes of one packed row of a grid format."""
+        return -(-k * self.bits // 8)
+
+    def packed(self, n: int, k: int) -> tuple[int, int]:
+        """Shape of the packed bytes of a weight of n x k."""
+        if self.flat and self.bits < 8:
+            return -(-n * k * self.bits // 8), 1
+        return n, self.row_bytes(k)
+
+    @property
+    def storage_dtype(self) -> torch.dtype:
+        """What `QuantizedTensor.qdata` is typed as: the byte's own type where torch has one, else uint8 (packed codes)."""
+        if self.table in ("e4m3", "e5m2"):
+            return torch.float8_e4m3fn if self.table == "e4m3" else torch.float8_e5m2
+        return torch.int8 if self.signed else torch.uint8
+
+    def bits_per_weight(self, n: int, k: int) -> float:
+        """Everything stored, in bits, over n * k."""
+        groups = 1
+        for side in self.grid(n, k):
+            groups *= side
+        packed = self.packed(n, k)
+        extra = {"nested": 4 * -(-groups // NESTED_BLOCK) + 4, "e4m3": 4}.get(self.scale, 0)
+        size = packed[0] * packed[1] + groups * self.scale_dtype.itemsize + extra
+        size += groups * {"": 0, "uint8": 1, "fp32": 4}[self.zero]
+        return 8.0 * size / max(n * k, 1)
+
+
+@functools.cache
+def _values(fmt: QFormat) -> tuple[float, ...]:
+    if fmt.table:
+        return table(fmt.table).values
+    codes = range(1 << fmt.bits)
+    if fmt.signed:
+        return tuple(float(c - (1 << fmt.bits) if c >> (fmt.bits - 1) else c) for c in codes)
+    return tuple(float(c - fmt.bias) for c in codes)
+
+
+def _int(bits: int, group: int = 128, **changes: Any) -> QFormat:
+    return QFormat(f"int{bits}", bits, "affine", (1, group), low=0, high=(1 << bits) - 1, zero="uint8", divide=True, **changes)
+
+
+def _minifloat(name: str, code: str, bits: int, block: tuple[int, int], scale: str, rule: str, **changes: Any) -> QFormat:
+    return QFormat(name, bits, rule, block, table=code, scale=scale, **changes)
+
+
+_RECORDS = (
+    QFormat("int8", 8, "absmax_int", (1, WHOLE), low=-127, high=127, signed=True),
+    *(_int(bits) for bits in (2, 3, 4)),
+    QFormat("hqq4", 4, "hqq", (1, 64), low=0, high=15, zero="fp32"),
+    QFormat("nf4", 4, "absmax", (1, 64), table="nf4", flat=True, high_first=True),
+    QFormat("fp4", 4, "absmax", (1, 64), table="fp4", flat=True, high_first=True),
+    QFormat("dynamic8", 8, "absmax", (1, 256), table="dynamic", flat=True),
+    QFormat("dynamic8_unsigned", 8, "absmax", (1, 256), table="dynamic_unsigned", flat=True),
+    _minifloat("fp8_e4m3", "e4m3", 8, (1, WHOLE), "fp32", "absmax_float"),
+    _minifloat("fp8_e5m2", "e5m2", 8, (1, WHOLE), "fp32", "absmax_float"),
+    _minifloat("mxfp8_e4m3", "e4m3", 8, (1, 32), "e8m0", "mx", scale_rule="floor"),
+    _minifloat("mxfp8_e5m2", "e5m2", 8, (1, 32), "e8m0", "mx", scale_rule="floor"),
+    _minifloat("mxfp4", "e2m1", 4, (1, 32), "e8m0", "mx", scale_rule="floor"),
+    _minifloat("nvfp4", "e2m1", 4, (1, 16), "e4m3", "nvfp4"),
+    QFormat("ternary", 2, "absmean", (WHOLE, WHOLE), bias=1, low=0, high=2, divide=True),
+)
+#: name -> record with the format's own defaults
+FORMATS: dict[str, QFormat] = {record.name: record for record in _RECORDS}
+_FIXED_GROUP = ("mxfp8_e4m3", "mxfp8_e5m2", "mxfp4", "nvfp4", "ternary")
+_OPTIONS = ("double_quant", "compat", "scale_rule", "symmetric", "group_axis", "scale_dtype")
+
+
+def _refuse(expected: str, got: object, fix: str) -> NoReturn:
+    raise ValueError(f"quantize: expected {expected}; got {got}; {fix}")
+
+
+def format_of(name: str | QFormat, group_size: int | None = None, **options: Any) -> QFormat:
+    """The record of a format with a group size and options of its own.
+
+    Args:
+        name: a key of `FORMATS`, or a `QFormat`.
+        group_size: elements that share a scale; None is the format's own, -1 a whole row (column with ``group_axis="n"``).
+        options: ``double_quant`` (nf4, fp4: 8-bit scales of scales), ``compat="bnb_cpu"`` (nf4, fp4: cuts and ties of bitsandbytes' CPU code),
+            ``scale_rule`` (MX: "floor" | "ceil" | "even" | "rceil"), ``symmetric`` (integers: without or with a zero point; default True for int8,
+            False for int2, int3 and int4), ``group_axis`` ("k": inside an output row; "n": inside an input column, AdaDim; "row", "tensor",
+            "block": 128 x 128), ``scale_dtype`` (torch.float32, float16 or bfloat16, where scales are not coded).
+
+    Raises:
+        ValueError: unknown format or option, or an option or group size that the format does not have.
+    """
+    if isinstance(name, QFormat):
+        fmt = name
+    elif name in FORMATS:
+        fmt = FORMATS[name]
+    else:
+        _refuse(f"one of the formats {', '.join(FORMATS)}", repr(name), "choose one of them")
+    if unknown := set(options) - set(_OPTIONS):
+        _refuse(f"options among {', '.join(_OPTIONS)}", ", ".join(sorted(unknown)), "leave the others out")
+    for option, value in options.items():
+        if value is not None and value is not False or option == "symmetric" and value is False:
+            fmt = _APPLY[option](fmt, value)
+    if options.get("double_quant") is False and fmt.scale == "nested":
+        fmt = replace(fmt, scale="fp32")
+    return fmt if group_size is None else _grouped(fmt, group_size)
+
+
+def _grouped(fmt: QFormat, size: int) -> QFormat:
+    if size == fmt.group_size:
+        return fmt
+    if fmt.name in _FIXED_GROUP:
+        _refuse(f"group_size={fmt.group_size} or None with {fmt.name}", size, "leave group_size out")
+    if isinstance(size, bool) or not isinstance(size, int) or size == 0 or size < -1:
+        _refuse("group_size: a positive number of elements, -1 or None", repr(size), "pass one of these")
+    if fmt.flat:
+        if size < 32 or size & (size - 1) or size > 4096:
+            _refuse(f"group_size of {fmt.name}: a power of two from 32 to 4096", size, "choose one")
+        return replace(fmt, block=(1, size))
+    if fmt.block[0] not in (WHOLE, 1) and fmt.block[1] != 1:
+        _refuse('no group_size with group_axis="block"', size, "its tiles are 128 x 128")
+    side = WHOLE if size == -1 else size
+    return replace(fmt, block=(side, 1) if fmt.block[1] == 1 else (1, side))
+
+
+def _nested(fmt: QFormat, value: Any) -> QFormat:
+    if fmt.table not in ("nf4", "fp4", "nf4_cpu", "fp4_cpu"):
+        _refuse("double_quant with nf4 or fp4", fmt.name, "leave it out")
+    return replace(fmt, scale="nested")
+
+
+def _compat(fmt: QFormat, value: Any) -> QFormat:
+    if value != "bnb_cpu" or fmt.name not in ("nf4", "fp4"):
+        _refuse('compat="bnb_cpu" with nf4 or fp4', f"{value!r} with {fmt.name}", "leave it out")
+    return replace(fmt, table=f"{fmt.name}_cpu", compat="bnb_cpu")
+
+
+def _scale_rule(fmt: QFormat, value: Any) -> QFormat:
+    if value not in SCALE_RULES or fmt.scale != "e8m0":
+        _refuse(f"scale_rule among {', '.join(SCALE_RULES)}, with an MX format", f"{value!r} with {fmt.name}", "choose one of them")
+    return replace(fmt, scale_rule=value)
+
+
+def _symmetric(fmt: QFormat, value: Any) -> QFormat:
+    if fmt.rule not in ("affine", "affine_sym", "absmax_int"):
+        _refuse("symmetric= with an integer format", fmt.name, "leave it out")
+    if fmt.bits == 8:
+        return fmt if value == fmt.signed else replace(fmt, rule="affine", low=0, high=255, signed=False, zero="uint8", divide=True)
+    return replace(fmt, rule="affine_sym", zero="", bias=1 << (fmt.bits - 1)) if value else fmt
+
+
+def _axis(fmt: QFormat, value: Any) -> QFormat:
+    if fmt.flat or fmt.name in _FIXED_GROUP:
+        _refuse("group_axis with an integer or fp8 format", fmt.name, "leave it out")
+    size = fmt.block[1]
+    blocks = {"k": (1, size), "n": (size, 1), "row": (1, WHOLE), "tensor": (WHOLE, WHOLE), "block": (128, 128)}
+    if value not in blocks:
+        _refuse(f"group_axis among {', '.join(blocks)}", repr(value), "choose one of them")
+    return replace(fmt, block=blocks[value])
+
+
+def _scale_dtype(fmt: QFormat, value: Any) -> QFormat:
+    names = {dtype: name for name, dtype in _SCALES.items() if name in ("fp32", "fp16", "bf16")}
+    if value not in names or fmt.scale not in names.values():
+        _refuse("scale_dtype: torch.float32, float16 or bfloat16, in a format whose scales are not coded", f"{value} with {fmt.name}", "leave it out")
+    return replace(fmt, scale=names[value])
+
+
+_APPLY: dict[str, Callable[[QFormat, Any], QFormat]] = {
+    "double_quant": _nested,
+    "compat": _compat,
+    "scale_rule": _scale_rule,
+    "symmetric": _symmetric,
+    "group_axis": _axis,
+    "scale_dtype": _scale_dtype,
+}
+
+
+@functools.cache
+def _spec(fmt: QFormat) -> str:
+    own = FORMATS.get(fmt.name)
+    if own is None:
+        raise ValueError(f"QFormat.spec: expected a format of FORMATS; got {fmt.name!r}; register the record there")
+    parts = [fmt.name]
+    for field in fmt.__dataclass_fields__:
+        value = getattr(fmt, field)
+        if field != "name" and value != getattr(own, field):
+            parts.append(f"{field}={'x'.join(map(str, value)) if field == 'block' else int(value) if isinstance(value, bool) else value}")
+    return ",".join(parts)
+
+
+@functools.cache
+def _parse(spec: str) -> QFormat:
+    name, *changes = spec.split(",")
+    if name not in FORMATS:
+        _refuse(f"one of the formats {', '.join(FORMATS)}", repr(name), "choose one of them")
+    own, found = FORMATS[name], {}
+    for change in changes:
+        field, _, text = change.partition("=")
+        if field not in own.__dataclass_fields__ or field == "name":
+            _refuse("a format's text form, as QFormat.spec writes it", repr(spec), "take it from there")
+        value = getattr(own, field)
+        found[field] = tuple(map(int, text.split("x"))) if field == "block" else type(value)(int(text)) if isinstance(value, int) else text
+    return replace(own, **found)  # type: ignore[arg-type]
