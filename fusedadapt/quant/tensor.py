@@ -19,8 +19,8 @@ from .formats import QFormat, format_of
 class QuantizedTensor:
     """A weight stored in few bits; w = (value - zero) * S, see `fusedadapt.quant.formats`.
 
-    ``qdata``: the packed codes, in the bytes the format's other users read (bitsandbytes, OCP MX, ...); ``scale``, ``zero``, ``super``, ``offset``: what
-    the format stores beside them; ``shape`` and ``dtype``: the weight's own. A weight of d dimensions is stored as a matrix of prod(shape[:-1]) rows.
+    ``qdata``: the packed codes, in the bytes the format's other users read (bitsandbytes, OCP MX, ...); ``scale``, ``zero``, ``super``, ``offset``:
+    what the format stores beside them; ``shape`` and ``dtype``: the weight's own. A weight of d dimensions is stored as prod(shape[:-1]) rows.
     """
 
     qdata: Tensor

@@ -3,7 +3,7 @@
     w[n, k] = (value[code[n, k]] - zero[g]) * S[g]        fp32, one rounding to the wanted dtype
 
 Quantizing is three steps: `stats` of every group, the format's rule (`fusedadapt.reference.quant_rules`), which turns them into stored scales
-and factors, and `encode`. Every backend has `stats`, `encode`, `dequantize`, `linear` and `linear_dx` with these signatures; bytes are equal on all of them.
+and factors, and `encode`. Every backend has `stats`, `encode`, `dequantize`, `linear` and `linear_dx` with these signatures, and writes equal bytes.
 """
 
 from __future__ import annotations
