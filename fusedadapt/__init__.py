@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from .integrations.peft import unpatch as unpatch
     from .lowrank.functional import lora_linear as lora_linear
     from .lowrank.layer import LoRALinear as LoRALinear
+    from .quant.layer import QuantizedLinear as QuantizedLinear
+    from .quant.linear import quantized_linear as quantized_linear
     from .quant.tensor import QuantizedTensor as QuantizedTensor
     from .quant.tensor import quantize as quantize
     from .sparse.layers import MaskedLinear as MaskedLinear
@@ -33,6 +35,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LoRALinear",
     "MaskedLinear",
+    "QuantizedLinear",
     "QuantizedTensor",
     "__version__",
     "backend",
@@ -43,6 +46,7 @@ __all__ = [
     "patch",
     "quant",
     "quantize",
+    "quantized_linear",
     "sparse",
     "strict",
     "testing",
@@ -52,6 +56,7 @@ __all__ = [
 # public name -> (submodule, attribute); no attribute means the submodule itself
 _LAZY: dict[str, tuple[str, str]] = {
     "LoRALinear": ("lowrank.layer", "LoRALinear"),
+    "QuantizedLinear": ("quant.layer", "QuantizedLinear"),
     "QuantizedTensor": ("quant.tensor", "QuantizedTensor"),
     "MaskedLinear": ("sparse.layers", "MaskedLinear"),
     "backend": ("config", "backend"),
@@ -61,6 +66,7 @@ _LAZY: dict[str, tuple[str, str]] = {
     "optim": ("optim", ""),
     "patch": ("integrations.peft", "patch"),
     "quant": ("quant", ""),
+    "quantized_linear": ("quant.linear", "quantized_linear"),
     "quantize": ("quant.tensor", "quantize"),
     "sparse": ("sparse", ""),
     "strict": ("config", "strict"),

@@ -1,0 +1,117 @@
+"""`QuantizedLinear`: a frozen nn.Linear whose weight is packed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import quant as ops
+from .formats import QFormat
+from .linear import quantized_linear
+from .tensor import QuantizedTensor, quantize
+
+_BUFFERS = ("scale", "zero", "super", "offset")
+
+
+class QuantizedLinear(nn.Linear):
+    """x W^T + b with W in few bits: drop-in for a frozen nn.Linear, and a base layer for adapters (QLoRA, arXiv:2305.14314).
+
+    ``weight``: the packed codes, a uint8 Parameter that is never trained; ``weight_scale``, ``weight_zero``, ``weight_super``, ``weight_offset``:
+    buffers (None where the format has none). The bias stays an ordinary parameter. ``.to(dtype)`` and ``.half()`` change the bias only. The state dict
+    holds the bytes and the format; loading another format into the layer is refused. Made by `from_linear` and `from_quantized`.
+
+    Attributes:
+        format: the `QFormat`. quantized: the weight as a `QuantizedTensor` that shares its memory. in_features, out_features: K and N.
+    """
+
+    def __init__(self, qw: QuantizedTensor, bias: Tensor | None = None) -> None:
+        if not isinstance(qw, QuantizedTensor) or len(qw.shape) != 2:
+            got = f"shape {tuple(qw.shape)}" if isinstance(qw, QuantizedTensor) else type(qw).__name__
+            raise TypeError(f"QuantizedLinear: expected a QuantizedTensor of two dimensions; got {got}; make one with fusedadapt.quantize")
+        if bias is not None and bias.shape != (qw.rows,):
+            raise ValueError(f"QuantizedLinear: expected a bias of shape ({qw.rows},); got {tuple(bias.shape)}; pass one number per output")
+        super().__init__(qw.columns, qw.rows, bias=False, device="meta")
+        self.format, self.weight_dtype = qw.format, qw.dtype
+        self.weight = nn.Parameter(qw.parts.qdata, requires_grad=False)
+        for name in _BUFFERS:
+            self.register_buffer(f"weight_{name}", getattr(qw, name))
+        if bias is not None:
+            self.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, format: str | QFormat = "nf4", group_size: int | None = None, **options: Any) -> QuantizedLinear:
+        """The layer with its weight quantized; its bias is shared. Arguments and errors as `fusedadapt.quantize`."""
+        if not isinstance(linear, nn.Linear) or isinstance(linear, QuantizedLinear):
+            raise TypeError(f"QuantizedLinear.from_linear: expected a torch.nn.Linear; got {type(linear).__name__}; pass the layer to quantize")
+        return cls(quantize(linear.weight, format, group_size, **options), linear.bias).train(linear.training)
+
+    @classmethod
+    def from_quantized(cls, qw: QuantizedTensor, bias: Tensor | None = None) -> QuantizedLinear:
+        """A layer around a quantized weight, whose memory it shares."""
+        return cls(qw, bias)
+
+    @property
+    def quantized(self) -> QuantizedTensor:
+        """The weight; shares memory with the layer."""
+        shape = torch.Size((self.out_features, self.in_features))
+        qdata = self.weight.detach().view(self.format.storage_dtype)
+        scale, zero, above, offset = (getattr(self, f"weight_{name}") for name in _BUFFERS)
+        return QuantizedTensor(qdata, scale, zero, above, offset, self.format, shape, self.weight_dtype)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight in ``dtype`` (default: the one it was quantized from)."""
+        return self.quantized.dequantize(dtype)
+
+    def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """A plain nn.Linear with the dequantized weight; this layer is left as it is."""
+        plain = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        plain.weight = nn.Parameter(self.dequantize(dtype), requires_grad=False)
+        if self.bias is not None:
+            plain.bias = nn.Parameter(self.bias.detach().to(plain.weight.dtype), requires_grad=False)
+        return plain.train(self.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return quantized_linear(input, self.quantized, self.bias)
+
+    def reset_parameters(self) -> None:
+        """Nothing to draw: the weight is given."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        kept = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in kept.items():  # a scale is part of the bytes: it moves between devices, but .to(dtype) must not round it
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
+
+    def get_extra_state(self) -> Tensor:
+        """The format and the weight's dtype as text, in bytes."""
+        text = f"{self.format.spec};{str(self.weight_dtype).removeprefix('torch.')}"
+        return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).clone()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Refuses (RuntimeError) a state of another format."""
+        spec, _, dtype = bytes(state.tolist()).decode().partition(";")
+        if spec != self.format.spec:
+            raise RuntimeError(f"QuantizedLinear: expected a state in {self.format.spec}; got {spec}; quantize the layer to that format first")
+        self.weight_dtype = getattr(torch, dtype)
+
+    def extra_repr(self) -> str:
+        """nn.Linear's, and the format."""
+        return f"{super().extra_repr()}, {self.format.spec}"
+
+    def __fusedadapt_explain__(self) -> list[tuple[str, str, str]]:
+        device = self.weight.device.type
+        choice = ops.choose("linear", device, torch.float32)
+        what = f"QuantizedLinear[{self.format.spec}] {self.out_features}x{self.in_features} {self.weight.device}"
+        return [
+            (
+                what,
+                choice.backend,
+                f"{choice.reason}; many tokens: dequantized in pieces by {ops.choose('dequantize', device, torch.float32).backend}, torch's GEMM",
+            )
+        ]
