@@ -14,6 +14,7 @@ import fusedadapt as fa
 from fusedadapt import dispatch
 from fusedadapt.lowrank import lora_linear
 from fusedadapt.lowrank.dora import DoraDropout, dora_linear_peft, dora_scale
+from fusedadapt.ops.base import Base
 from fusedadapt.reference.lowrank import dropout_mask, threshold_of
 from fusedadapt.testing.saved import SavedBytes
 
@@ -89,7 +90,11 @@ def test_gradcheck_with_dropout() -> None:
     seed, scalars = torch.tensor([11]), torch.tensor([[1.5, 0.4]], dtype=torch.float64)
     g = (magnitude / 3).detach().requires_grad_()
     few = x[:4].detach().requires_grad_()
-    assert torch.autograd.gradcheck(lambda *t: DoraDropout.apply(*t, seed, scalars), (few, w, bias, a, b, g))
+
+    def call(x: torch.Tensor, w: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        return DoraDropout.apply(x, *rest, seed, scalars, *Base(w))
+
+    assert torch.autograd.gradcheck(call, (few, w, bias, a, b, g))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.35])

@@ -21,6 +21,7 @@ from torch.library import Library
 from .. import config, dispatch
 from ..ops import lowrank
 from . import peft_layers as layers
+from . import peft_quantized
 
 _live: weakref.WeakValueDictionary[int, FusedForward] = weakref.WeakValueDictionary()
 _keys = itertools.count(1)
@@ -256,3 +257,6 @@ def explain_layers(model: Any) -> list[tuple[str, str, str]]:
             path, reason = "peft", "not patched: call fusedadapt.patch(model)"
         rows.append((name or _label(layer), path, f"{_label(layer)}, {reason}"))
     return rows
+
+
+peft_quantized.register()

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from ..lowrank.dora import dora_linear_peft, dora_scale
 from ..lowrank.functional import Output, Segment, lora_linear, lora_linear_group
+from ..quant.tensor import QuantizedTensor
+from . import packed
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PLAIN = (Tensor, nn.Parameter)
@@ -52,8 +54,10 @@ def idle(layer: Any, kind: Kind) -> str:
 def structural(layer: Any) -> str:
     """What rules the layer out for good: its base. "" if nothing does."""
     base = layer.base_layer
+    if packed.is_packed(base):
+        return packed.why_not(base)
     if getattr(layer, "quantization_backend", None) is not None or _is_quantized(base):
-        return f"quantized base layer ({type(base).__name__}): not yet on the fast path"
+        return f"quantized base layer ({type(base).__name__}): no fused form"
     if hasattr(base, "base_layer"):
         return "the base layer is itself an adapter layer"
     if not (_is_linear(base) or is_conv1d(base)):
@@ -76,8 +80,10 @@ def is_conv1d(module: Any) -> bool:
     return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils" and "forward" not in vars(module)
 
 
-def weight_of(base: Any) -> Tensor:
+def weight_of(base: Any) -> Tensor | QuantizedTensor:
     """N x K."""
+    if packed.is_packed(base):
+        return packed.weight_of(base)
     weight: Tensor = base.weight
     return weight.t() if is_conv1d(base) else weight
 
@@ -85,6 +91,8 @@ def weight_of(base: Any) -> Tensor:
 def base_reason(layer: Any) -> str:
     """What keeps this call off the fast path, on the side of the base layer."""
     base = layer.base_layer
+    if packed.is_packed(base):
+        return packed.why_not(base) or _hooked("base layer", base)
     if not (_is_linear(base) or is_conv1d(base)):
         return f"base layer is a {type(base).__name__} or has a forward of its own"
     if type(base.weight) not in _PLAIN:
@@ -125,7 +133,7 @@ def input_reason(layer: Any, x: Tensor) -> str:
         return f"input is a {type(x).__name__} of {x.dtype}"
     if x.device != weight.device or x.device.type == "meta":
         return f"input on {x.device}, base weight on {weight.device}"
-    if x.dtype == weight.dtype or autocasting(x):
+    if x.dtype == weight.dtype or autocasting(x) or packed.is_packed(layer.base_layer):
         return ""
     return f"{x.dtype} input to a {weight.dtype} base layer outside autocast"
 
@@ -172,7 +180,7 @@ def _lora_why_not(layer: Any, names: Sequence[str]) -> str:
         like = layer.base_layer.weight
         reason = _hooked("lora_A", a) or _hooked("lora_B", b) or _dropout_reason(layer.lora_dropout[name])
         reason = reason or _factor_reason(a.weight, like) or _factor_reason(b.weight, like)
-        if not reason and not layer.cast_input_dtype_enabled and a.weight.dtype != like.dtype:
+        if not reason and not layer.cast_input_dtype_enabled and a.weight.dtype != like.dtype and not packed.is_packed(layer.base_layer):
             reason = f"casting of the input is disabled, and the adapter is {a.weight.dtype}"
         if reason:
             return reason
@@ -239,7 +247,7 @@ def _adalora_why_not(layer: Any, names: Sequence[str]) -> str:
         reasons = [_dropout_reason(layer.lora_dropout[name]), *(_factor_reason(part, like) for part in parts)]
         if reason := next(filter(None, reasons), ""):
             return reason
-        if not layer.cast_input_dtype_enabled and a.dtype != like.dtype:
+        if not layer.cast_input_dtype_enabled and a.dtype != like.dtype and not packed.is_packed(layer.base_layer):
             return f"casting of the input is disabled, and the adapter is {a.dtype}"
     return ""
 
@@ -305,6 +313,14 @@ KINDS = {
     "vera": Kind("peft.tuners.vera.layer", "Linear", "VeRA", "vera_lambda_d", "vera_dropout", _vera_why_not, _vera_run),
     "ia3": Kind("peft.tuners.ia3.layer", "Linear", "IA3", "ia3_l", "", _ia3_why_not, _ia3_run),
 }
+# PEFT has classes of their own for bitsandbytes' layers, and we one for QuantizedLinear (it merges); what they compute is the same.
+_ON_PACKED = {
+    "lora": (("peft.tuners.lora.bnb", "Linear4bit"), ("fusedadapt.integrations.peft_quantized", "Linear")),
+    "adalora": (("peft.tuners.adalora.bnb", "SVDLinear4bit"),),
+    "vera": (("peft.tuners.vera.bnb", "Linear4bit"),),
+    "ia3": (("peft.tuners.ia3.bnb", "Linear4bit"),),
+}
+KINDS |= {f"{method} in {home}": KINDS[method]._replace(home=home, cls=cls) for method, places in _ON_PACKED.items() for home, cls in places}
 
 
 def why_not(layer: Any, kind: Kind) -> str:

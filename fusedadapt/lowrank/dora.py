@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops import dense
+from ..ops import base as base_ops
 from ..ops import lowrank as _ops  # noqa: F401 - defines torch.ops.fusedadapt.lr_*
+from ..ops.base import Base
+from ..quant.tensor import QuantizedTensor
 from ..reference.lowrank import wide
 from .function import _no_autocast
 from .functional import Output, Segment, _cast, _check_dtypes, _check_outputs, _scalars, _seed, lora_linear
@@ -25,14 +27,16 @@ def _error(op: str, expected: str, got: object, fix: str) -> ValueError:
     return ValueError(f"fusedadapt.{op}: expected {expected}; got {got}; {fix}")
 
 
-def dora_scale(weight: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor, magnitude: Tensor, rowsq: Tensor | None = None) -> Tensor:
+def dora_scale(
+    weight: Tensor | QuantizedTensor, A: Tensor, B: Tensor, scaling: float | Tensor, magnitude: Tensor, rowsq: Tensor | None = None
+) -> Tensor:
     """magnitude / ||W + s B A||_row, from one read of W and without the dense B A. Only ``magnitude`` gets a gradient.
 
     The squared norm is w2 + 2 s C.B + s^2 (B A A^T).B with C = W A^T, in fp32. What falls below the rounding error of those three terms (W close to
     -s B A) is raised to it: a norm that is all noise must not become a huge scale.
 
     Args:
-        weight: [N, K]. A: [R, K]. B: [N, R]. magnitude: [N]. Any of fp32, bf16, fp16 (all fp64: computed in fp64).
+        weight: [N, K], or a `QuantizedTensor`. A: [R, K]. B: [N, R]. magnitude: [N]. Any of fp32, bf16, fp16 (all fp64: computed in fp64).
         scaling: s, a number or a 0-d tensor.
         rowsq: [N], the squared norms of W's rows as `torch.ops.fusedadapt.lr_skinny_w` gives them, for callers that know W has not changed (same
             data_ptr and _version, and nobody writes through .data).
@@ -43,23 +47,23 @@ def dora_scale(weight: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor, ma
     Raises:
         ValueError: shapes that do not fit.
     """
-    if weight.dim() != 2 or A.dim() != 2 or A.shape[1] != weight.shape[1] or tuple(B.shape) != (weight.shape[0], A.shape[0]):
+    if len(weight.shape) != 2 or A.dim() != 2 or A.shape[1] != weight.shape[1] or tuple(B.shape) != (weight.shape[0], A.shape[0]):
         shapes = f"{tuple(weight.shape)}, {tuple(A.shape)}, {tuple(B.shape)}"
         raise _error("dora_scale", "weight (N, K), A (R, K), B (N, R)", shapes, "pass one adapter's matrices and the weight they adapt")
     for name, vector in (("magnitude", magnitude), ("rowsq", rowsq)):
         if vector is not None and tuple(vector.shape) != (weight.shape[0],):
             raise _error("dora_scale", f"{name} of shape ({weight.shape[0]},)", tuple(vector.shape), "give one number per row of W")
     with torch.no_grad():
-        norm = _row_norm(weight, A, B, scaling, rowsq)
+        norm = _row_norm(Output(weight).base, A, B, scaling, rowsq)
     return magnitude.to(norm.dtype) / norm
 
 
-def _row_norm(weight: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor, rowsq: Tensor | None) -> Tensor:
+def _row_norm(base: Base, A: Tensor, B: Tensor, scaling: float | Tensor, rowsq: Tensor | None) -> Tensor:
     rank = [A.shape[0]]
-    if rowsq is None:
-        c, rowsq = ops.lr_skinny_w(weight, A)
+    if rowsq is None or base.spec:
+        c, rowsq = base_ops.skinny_w(base, A)
     else:
-        c = ops.lr_shrink(weight, A, None, None, rank)
+        c = ops.lr_shrink(base.weight, A, None, None, rank)
     # These products, too, by lr_shrink: torch's would follow autocast and TF32 down to three digits.
     gram = ops.lr_shrink(A, A, None, None, rank)
     mixed = ops.lr_shrink(B, gram, None, None, rank)
@@ -71,33 +75,35 @@ def _row_norm(weight: Tensor, A: Tensor, B: Tensor, scaling: float | Tensor, row
 
 
 class DoraDropout(torch.autograd.Function):
-    """PEFT's form with a mask. (x [T, K], weight, bias | None, A, B, row_scale [N], seed, scalars fp64 CPU [1, 2]: scaling and p) -> y [T, N].
+    """PEFT's form with a mask. (x [T, K], bias | None, A, B, row_scale [N], seed, scalars fp64 CPU [1, 2]: scaling and p, *base) -> y [T, N].
 
-    Saves x by reference, U (T x R), the seed, and x_d W^T where the scale is trained; not x_d.
+    ``base``: the fields of a `Base`. Saves x by reference, U (T x R), the seed, and x_d W^T where the scale is trained; not x_d.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, row_scale: Tensor, seed: Tensor, scalars: Tensor
+        ctx: Any, x: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, row_scale: Tensor, seed: Tensor, scalars: Tensor, *fields: Any
     ) -> Tensor:
+        base = Base(*fields)
         with _no_autocast(x.device.type):
             s, p = scalars[0, 0], scalars[:, 1]
-            y = dense.linear(x, weight, bias)
-            z = dense.linear(ops.lr_dropout(x, seed, p), weight)
+            y = base_ops.linear(x, base, bias)
+            z = base_ops.linear(ops.lr_dropout(x, seed, p), base)
             u = ops.lr_shrink(x, A, seed, p, [A.shape[0]])
             # In fp32 until the last rounding: y takes two corrections, and rounding after each would cost more than eager does.
             total = y.to(wide(y.dtype))
             total.addcmul_(z.to(total.dtype), (row_scale - 1).to(total.dtype))
             ops.lr_add_(total, u * s, _scaled(B, row_scale).t(), None, None, [A.shape[0]])
             need = ctx.needs_input_grad
-            ctx.save_for_backward(x if need[1] or need[3] else None, weight, A, B, row_scale, seed, scalars, u, z if need[5] else None)
-            ctx.bias_dtype = None if bias is None else bias.dtype
+            ctx.save_for_backward(x if need[2] or need[7] else None, A, B, row_scale, seed, scalars, u, z if need[4] else None, *base.parts)
+            ctx.bias_dtype, ctx.shape = None if bias is None else bias.dtype, (base.spec, base.n, base.k)
             return total.to(y.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, A, B, row_scale, seed, scalars, u, z = ctx.saved_tensors
-        want_x, want_w, want_bias, want_a, want_b, want_g, _, _ = ctx.needs_input_grad
+        x, A, B, row_scale, seed, scalars, u, z, *packed = ctx.saved_tensors
+        base = Base(*packed, *ctx.shape)
+        want_x, want_bias, want_a, want_b, want_g, _, _, want_w, *_ = ctx.needs_input_grad
         with _no_autocast(dy.device.type):
             s, p, rank = scalars[0, 0], scalars[:, 1], [A.shape[0]]
             v = u * s if want_b or want_g else None
@@ -114,12 +120,12 @@ class DoraDropout(torch.autograd.Function):
             if want_x or want_w:
                 dz = (dy * (row_scale - 1)).to(dy.dtype)
                 if want_x:
-                    branch = dense.linear_dx(dz, weight)
+                    branch = base_ops.linear_dx(dz, base)
                     ops.lr_add_(branch, d_u, A, None, None, rank)
-                    d_x = dense.linear_dx(dy, weight).add_(ops.lr_dropout(branch, seed, p))
+                    d_x = base_ops.linear_dx(dy, base).add_(ops.lr_dropout(branch, seed, p))
                 if want_w:
-                    d_w = (dy.t() @ x + dz.t() @ ops.lr_dropout(x, seed, p)).to(weight.dtype)
-            return d_x, d_w, db.to(ctx.bias_dtype) if want_bias else None, d_a, d_b, d_g, None, None
+                    d_w = (dy.t() @ x + dz.t() @ ops.lr_dropout(x, seed, p)).to(base.weight.dtype)
+            return d_x, db.to(ctx.bias_dtype) if want_bias else None, d_a, d_b, d_g, None, None, d_w, *([None] * (len(Base._fields) - 1))
 
 
 def _scaled(B: Tensor, row_scale: Tensor) -> Tensor:
@@ -133,7 +139,7 @@ _apply: Any = DoraDropout.apply
 
 def dora_linear_peft(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedTensor,
     A: Tensor,
     B: Tensor,
     magnitude: Tensor,
@@ -173,5 +179,5 @@ def dora_linear_peft(
     _check_dtypes(x, (output,))
     x2 = x.reshape(-1, x.shape[-1])
     scalars, _ = _scalars(output.segments, training)
-    y: Tensor = _apply(x2, output.weight, output.bias, A, B, scale, _seed(seed, x2), scalars)
+    y: Tensor = _apply(x2, output.bias, A, B, scale, _seed(seed, x2), scalars, *output.base)
     return y.reshape(*x.shape[:-1], weight.shape[0])

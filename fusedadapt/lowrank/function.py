@@ -14,16 +14,19 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..ops import dense
+from ..ops import base as base_ops
+from ..ops.base import Base
 from ..ops.lowrank import is_direct, ops_for
 from . import mid as middle
 from .mid import Mid
 
 #: tensors of an output and of a segment, in the order in which `LowRankLinear` takes them
-OUTPUT = ("weight", "bias", "row_scale")
+OUTPUT = ("weight", "bias", "row_scale", "scale", "zero", "super", "offset")
 SEGMENT = ("A", "B", "rank_gate", "token_gate", "core")
-#: (activation of each segment, scale_bias) of each output: hashable, so that a compiled graph can be guarded by it
-Plan = tuple[tuple[tuple[str | None, ...], bool], ...]
+#: (activation of each segment, scale_bias, format of a packed weight or "", its N, its K) of each output: hashable, so that a compiled graph can be
+#: guarded by it
+Entry = tuple[tuple[str | None, ...], bool, str, int, int]
+Plan = tuple[Entry, ...]
 
 
 def _no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
@@ -42,15 +45,15 @@ def _stack(parts: Sequence[Tensor], dim: int) -> Tensor:
 class _Output:
     """One output's tensors and those of its segments; `at`: where in the argument list each stands."""
 
-    def __init__(self, tensors: Sequence[Tensor | None], start: int, plan: tuple[tuple[str | None, ...], bool], scales: Any, first: int) -> None:
-        self.activations, self.scale_bias = plan
-        self.start, self.first = start, first
-        weight, self.bias, self.row_scale = tensors[start : start + 3]
+    def __init__(self, tensors: Sequence[Tensor | None], start: int, plan: Entry, scales: Any, first: int) -> None:
+        self.activations, self.scale_bias, spec, n, k = plan
+        self.start, self.first, self.segments = start, first, start + len(OUTPUT)
+        weight, self.bias, self.row_scale, scale, zero, above, offset = tensors[start : self.segments]
         assert weight is not None
-        self.weight = weight
+        self.base = Base(weight, scale, zero, above, offset, spec, n, k)
         self.A, self.B, self.mids = [], [], []
         for j, activation in enumerate(self.activations):
-            at = start + 3 + 5 * j
+            at = self.segments + len(SEGMENT) * j
             a, b, rank_gate, token_gate, core = tensors[at : at + 5]
             assert a is not None and b is not None
             self.A.append(a)
@@ -64,7 +67,7 @@ class _Output:
     def needs(self, wanted: Sequence[bool]) -> dict[str, Any]:
         """``wanted``: needs_input_grad of the tensors. By name: of the output's own; of the segments a list."""
         own = {name: wanted[self.start + i] for i, name in enumerate(OUTPUT)}
-        starts = [self.start + 3 + 5 * j for j in range(len(self.A))]
+        starts = [self.segments + len(SEGMENT) * j for j in range(len(self.A))]
         return own | {name: [wanted[s + i] for s in starts] for i, name in enumerate(SEGMENT)}
 
 
@@ -101,7 +104,7 @@ class LowRankLinear(torch.autograd.Function):
             results, kept, column = [], [], 0
             for output in outputs:
                 bias_first = output.row_scale is None or output.scale_bias
-                y = dense.linear(xs, output.weight, output.bias if bias_first else None)
+                y = base_ops.linear(xs, output.base, output.bias if bias_first else None)
                 v = b = None
                 if output.A:
                     assert u is not None
@@ -142,9 +145,9 @@ class LowRankLinear(torch.autograd.Function):
                     dy0, du = _through_output(ops, output, dy, y0, u, column, wanted, found, into_x)
                     dus.append(du)
                     if wanted[output.start]:
-                        found[output.start] = (dy0.t() @ xs).to(output.weight.dtype)
+                        found[output.start] = (dy0.t() @ xs).to(output.base.weight.dtype)
                     if into_x:
-                        dx = dense.linear_dx(dy0, output.weight) if dx is None else dx.add_(dense.linear_dx(dy0, output.weight))
+                        dx = base_ops.linear_dx(dy0, output.base) if dx is None else dx.add_(base_ops.linear_dx(dy0, output.base))
                 column += width
             dx = _through_x(ops, outputs, xs, seed, p, dus, wanted, found, dx)
             d_col = None
@@ -196,7 +199,7 @@ def _through_output(
         found[output.start + 2] = dg.to(output.row_scale.dtype)
     dus, r, r2 = [], 0, 0
     for j, (b_j, mid) in enumerate(zip(output.B, output.mids, strict=True)):
-        at, inner, rank = output.start + 3 + 5 * j, b_j.shape[1], output.A[j].shape[0]
+        at, inner, rank = output.segments + len(SEGMENT) * j, b_j.shape[1], output.A[j].shape[0]
         if needs["B"][j]:
             found[at + 1] = mb[:, r2 : r2 + inner].to(b_j.dtype)
         if upstream:
@@ -233,7 +236,7 @@ def _through_x(
         ma, row = ops.lr_bwd_x(xs, du, seed, p, ranks), 0
         for output in outputs:
             for j, a in enumerate(output.A):
-                at = output.start + 3 + 5 * j
+                at = output.segments + len(SEGMENT) * j
                 if wanted[at]:
                     found[at] = ma[row : row + a.shape[0]].to(a.dtype)
                 row += a.shape[0]

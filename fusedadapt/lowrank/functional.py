@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.base import Base
 from ..ops.lowrank import DTYPES
+from ..quant.tensor import QuantizedTensor
 from ..reference.lowrank import ACTIVATIONS, wide
 from .function import LowRankLinear
 
@@ -39,19 +41,26 @@ class Segment:
 class Output:
     """One linear output of a shared x: row_scale * (x W^T + segments) + bias, or row_scale * (... + bias) with ``scale_bias``.
 
-    ``weight``: N x K; ``bias``, ``row_scale``: N.
+    ``weight``: N x K, a tensor or a `QuantizedTensor`; ``bias``, ``row_scale``: N.
     """
 
-    weight: Tensor
+    weight: Tensor | QuantizedTensor
     bias: Tensor | None = None
     segments: Sequence[Segment] = field(default_factory=tuple)
     row_scale: Tensor | None = None
     scale_bias: bool = False
 
+    @property
+    def base(self) -> Base:
+        """The weight as the products take it."""
+        if isinstance(self.weight, Tensor):
+            return Base(self.weight)
+        return Base(*self.weight.parts, self.weight.format.spec, self.weight.rows, self.weight.columns)
+
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedTensor,
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     *,
@@ -77,7 +86,7 @@ def lora_linear(
 
     Args:
         x: [..., K] in fp32, bf16, fp16 or fp64, any strides, any number of tokens, none included.
-        weight: [N, K] in x's dtype (under autocast: any).
+        weight: [N, K] in x's dtype (under autocast: any), or a `QuantizedTensor`, frozen, beside any dtype of x (QLoRA).
         lora_A, lora_B: [R, K] and [N, R], any R >= 1; in x's dtype or a wider one: fp32 adapters on a 16-bit x get fp32-grade gradients. Both None:
             no low-rank branch (IA3, SSF).
         bias: [N].
@@ -129,10 +138,11 @@ def lora_linear_group(
     scalars, dropping = _scalars(segments, training)
     flat: list[Tensor | None] = []
     for output in outputs:
-        flat += [output.weight, output.bias, output.row_scale]
+        base = output.base
+        flat += [base.weight, output.bias, output.row_scale, *base.parts[1:]]
         for s in output.segments:
             flat += [s.A, s.B, s.rank_gate, _token_gate(s, x2), s.core]
-    plan = tuple((tuple(s.activation for s in output.segments), output.scale_bias) for output in outputs)
+    plan = tuple((tuple(s.activation for s in o.segments), o.scale_bias, o.base.spec, o.base.n, o.base.k) for o in outputs)
     results = _apply(plan, x2, col_scale, _seed(seed, x2) if dropping else None, scalars, *flat)
     return [y.reshape(*lead, y.shape[-1]) for y in results]
 
@@ -188,7 +198,8 @@ def _check_seed(seed: int | Tensor | None, x: Tensor) -> None:
 
 def _cast(output: Output, dtype: torch.dtype) -> Output:
     bias = None if output.bias is None else output.bias.to(dtype)
-    return Output(output.weight.to(dtype), bias, output.segments, output.row_scale, output.scale_bias)
+    weight = output.weight.to(dtype) if isinstance(output.weight, Tensor) else output.weight
+    return Output(weight, bias, output.segments, output.row_scale, output.scale_bias)
 
 
 def _error(expected: str, got: str, fix: str) -> ValueError:
@@ -204,15 +215,25 @@ def _check_outputs(x: Tensor, outputs: Sequence[Output], col_scale: Tensor | Non
     k, tokens = x.shape[-1], x.numel() // x.shape[-1]
     _check("col_scale", col_scale, (k,), x)
     for output in outputs:
-        _check_tensor("weight", output.weight)
-        if output.weight.dim() != 2:
-            raise _error(f"weight of shape (N, {k})", str(tuple(output.weight.shape)), "pass a matrix")
-        n = output.weight.shape[0]
-        _check("weight", output.weight, (n, k), x)
+        n = _check_weight(output.weight, x, k)
         _check("bias", output.bias, (n,), x)
         _check("row_scale", output.row_scale, (n,), x)
         for s in output.segments:
             _check_segment(s, x, n, k, tokens)
+
+
+def _check_weight(weight: Tensor | QuantizedTensor, x: Tensor, k: int) -> int:
+    """N."""
+    if not isinstance(weight, QuantizedTensor):
+        _check_tensor("weight", weight)
+    if len(weight.shape) != 2:
+        raise _error(f"weight of shape (N, {k})", str(tuple(weight.shape)), "pass a matrix")
+    n = weight.shape[0]
+    if weight.shape[1] != k:
+        raise _error(f"weight of shape {(n, k)}", str(tuple(weight.shape)), f"make it fit x of shape {tuple(x.shape)} and the other arguments")
+    if weight.device != x.device:
+        raise _error(f"weight on {x.device}, where x is", str(weight.device), "move one of them")
+    return n
 
 
 def _check_segment(s: Segment, x: Tensor, n: int, k: int, tokens: int) -> None:
@@ -271,6 +292,7 @@ def _check_dtypes(x: Tensor, outputs: Sequence[Output]) -> None:
     for output in outputs:
         # A bias that comes last, after a row scale, is added in fp32 by our own kernel: it may be wider (SSF's shift).
         own_kernel = output.row_scale is not None and not output.scale_bias
-        for name, t in (("weight", output.weight), ("bias", None if own_kernel else output.bias)):
-            if t is not None and t.dtype != x.dtype:
+        packed = isinstance(output.weight, QuantizedTensor)  # multiplies in any dtype, and adds the bias in fp32
+        for name, t in (("weight", output.weight), ("bias", None if own_kernel or packed else output.bias)):
+            if isinstance(t, Tensor) and t.dtype != x.dtype:
                 raise _error(f"{name} in x's dtype {x.dtype}", str(t.dtype), f"convert one of them (x.to({t.dtype})), or use torch.autocast")

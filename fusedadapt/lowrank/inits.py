@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import lowrank as _ops  # noqa: F401 - defines torch.ops.fusedadapt.lr_*
+from ..quant.tensor import quantize
 from ..reference.lowrank import wide
 
 if TYPE_CHECKING:
@@ -132,7 +133,8 @@ def _factors(weight: Tensor, a: Tensor, b: Tensor, scaling: float, dtype: torch.
 
 def initialise(layer: LoRALinear, init: Init) -> None:
     """Fills ``layer``'s lora_A and lora_B, and rewrites its weight where the initialisation says so. Called under no_grad."""
-    A, B, weight = layer.lora_A, layer.lora_B, layer.weight
+    A, B = layer.lora_A, layer.lora_B
+    weight = layer.weight if layer.format is None else layer.dequantize(torch.float32)
     if isinstance(init, Tensor):
         _check_shape("init", init, A)
         A.copy_(init)
@@ -155,7 +157,10 @@ def initialise(layer: LoRALinear, init: Init) -> None:
         _check_shape(what, new, own)
     A.copy_(init.A)
     B.copy_(init.B)
-    weight.copy_(init.residual)
+    if layer.format is None:
+        weight.copy_(init.residual)
+    else:
+        layer.write(quantize(init.residual, layer.format))
 
 
 def _check_shape(name: str, new: Tensor, own: Tensor) -> None:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import lowrank as ops
+from ..quant.layer import PackedWeight, QuantizedLinear
+from ..quant.tensor import QuantizedTensor
 from ..reference.lowrank import wide
 from . import inits, merge
 from .functional import lora_linear
@@ -18,7 +20,7 @@ from .methods import METHODS, Method, VeraProjection
 Init = bool | str | Tensor | Factors
 
 
-class LoRALinear(nn.Linear):
+class LoRALinear(PackedWeight):
     """A frozen linear layer with a trained adapter, fused forward and backward: LoRA (arXiv 2106.09685) and its relatives.
 
     ``method`` names a record of `fusedadapt.lowrank.METHODS`. Trained parameters:
@@ -92,6 +94,8 @@ class LoRALinear(nn.Linear):
     ) -> LoRALinear:
         """The same layer with an adapter. Shares ``linear``'s weight and bias, which are frozen from here on; ``init`` and `merge` write to them.
 
+        A `QuantizedLinear` stays packed (QLoRA); `merge` then quantizes the sum anew, and `unmerge` brings the former bytes back.
+
         Arguments and errors as the class; TypeError if ``linear`` is not a plain nn.Linear.
         """
         if not isinstance(linear, nn.Linear) or isinstance(linear, LoRALinear):
@@ -99,6 +103,8 @@ class LoRALinear(nn.Linear):
         record = _checked(method, r, lora_dropout, options)
         self = cls.__new__(cls)
         nn.Linear.__init__(self, linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        if isinstance(linear, QuantizedLinear):
+            self._hold(linear.quantized)
         self.weight, self.bias = linear.weight, linear.bias
         self._adapt(record, r, lora_alpha, lora_dropout, init, adapter_dtype, options)
         return self.train(linear.training)
@@ -108,7 +114,7 @@ class LoRALinear(nn.Linear):
     ) -> None:
         self.method, self.r, self.lora_alpha = record.name, r if record.ranked else 0, alpha
         self.options = dict(record.options) | options
-        base = self.weight.dtype if self.weight.dtype.is_floating_point else torch.float32
+        base = self.weight.dtype if self.format is None else torch.float32
         self.adapter_dtype = adapter_dtype or wide(base)
         # neither parameters nor buffers: .to() must leave them on the CPU in fp64, where a compiled graph reads them anew at each call
         self.lora_scaling = torch.tensor(record.law(alpha, max(r, 1)), dtype=torch.float64)
@@ -146,6 +152,11 @@ class LoRALinear(nn.Linear):
         if "method" in self.__dict__:
             self.reset_adapter()
 
+    @property
+    def base_weight(self) -> Tensor | QuantizedTensor:
+        """The weight as `lora_linear` takes it."""
+        return self.weight if self.format is None else self.quantized
+
     # --- run-time values ---------------------------------------------------------------------------------------------------------------
 
     @property
@@ -180,13 +191,13 @@ class LoRALinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """[..., K] -> [..., N], in x's dtype. Errors: as `lora_linear`."""
         if self.merged:
-            return lora_linear(x, self.weight, None, None, bias=self.bias)
+            return lora_linear(x, self.base_weight, None, None, bias=self.bias)
         record = METHODS[self.method]
         if record.call is not None and (y := record.call(self, x)) is not None:
             return y
-        a = record.arguments(self, self.weight.dtype)
+        a = record.arguments(self, self.weight.dtype if self.format is None else self.weight_dtype)
         return lora_linear(
-            x, self.weight, a.A, a.B,
+            x, self.base_weight, a.A, a.B,
             bias=a.bias, scaling=self.scaling_argument(), dropout_p=self.dropout_argument(), training=self.training,
             rank_gate=a.rank_gate, row_scale=a.row_scale, scale_bias=a.scale_bias, col_scale=a.col_scale,
         )  # fmt: skip
@@ -259,11 +270,12 @@ class LoRALinear(nn.Linear):
         return f"{super().extra_repr()}, method={self.method}{rank}{', merged' if self.merged else ''}"
 
     def __fusedadapt_explain__(self) -> list[tuple[str, str, str]]:
-        what = f"{type(self).__name__}[{self.method}] {self.weight.dtype} {self.weight.device}".replace("torch.", "")
+        held = self.weight.dtype if self.format is None else self.format.spec
+        what = f"{type(self).__name__}[{self.method}] {held} {self.weight.device}".replace("torch.", "")
         if self.merged:
             return [(what, "torch", "merged: one dense product")]
-        choice = ops.choose("shrink", self.weight.device.type, self.weight.dtype)
-        note = "; dense product: torch's GEMM"
+        choice = ops.choose("shrink", self.weight.device.type, self.weight.dtype if self.format is None else self.weight_dtype)
+        note = "; dense product: torch's GEMM" if self.format is None else "; product with W: from the packed bytes"
         if METHODS[self.method].call is not None and self.options.get("dropout_form") == "peft":
             note += "; dropout_form='peft': a second dense product while training with dropout"
         return [(what, choice.backend, choice.reason + note)]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.lowrank import DTYPES
+from ..quant.tensor import QuantizedTensor, quantize
 from ..reference.lowrank import wide
 from .methods import METHODS
 
@@ -39,7 +40,7 @@ class Change(NamedTuple):
 class Before:
     """What unmerge needs: the weight as it was, or the change to take back; the bias as it was."""
 
-    weight: Tensor | None
+    weight: Tensor | QuantizedTensor | None
     change: Change
     bias: Tensor | None
 
@@ -92,11 +93,12 @@ def merge_layer(layer: LoRALinear, backup: bool, name: str) -> MergeReport:
     if layer.merged:
         raise RuntimeError(f"{label}: merge expected an unmerged layer; it is merged already; unmerge it first")
     change = _change(layer, backup, name)
+    backup = backup or layer.format is not None  # of packed bytes: small, and there is no other way back
     # fp16 may overflow, which only the result shows: the copy makes that undoable
-    kept = layer.weight.detach().clone() if backup or layer.weight.dtype == torch.float16 else None
+    kept = _copy(layer) if backup or layer.weight.dtype == torch.float16 else None
     old_bias = None if layer.bias is None else layer.bias.detach().clone()
-    retained = _apply(layer.weight, change)
-    if layer.weight.dtype == torch.float16 and kept is not None and not torch.isfinite(layer.weight).all():
+    retained = _apply(layer.weight, change) if layer.format is None else _requantize(layer, change)
+    if layer.weight.dtype == torch.float16 and isinstance(kept, Tensor) and not torch.isfinite(layer.weight).all():
         layer.weight.copy_(kept)
         raise ValueError(f"{label}: merge expected a result within fp16's range; got an overflow; nothing was changed; merge in bf16 or fp32")
     if layer.bias is not None and change.bias is not None:
@@ -114,8 +116,10 @@ def unmerge_layer(layer: LoRALinear, name: str) -> MergeReport:
     if before is None:
         raise RuntimeError(f"{label}: unmerge expected the weight of before the merge; a state dict holds the merged one only; load an unmerged one")
     retained = 1.0
-    if before.weight is not None:
+    if isinstance(before.weight, Tensor):
         layer.weight.copy_(before.weight)
+    elif before.weight is not None:
+        layer.write(before.weight)
     else:
         retained = _apply(layer.weight, _inverse(before.change))
     if layer.bias is not None and before.bias is not None:
@@ -127,7 +131,7 @@ def unmerge_layer(layer: LoRALinear, name: str) -> MergeReport:
 @torch.no_grad()
 def merged_linear(layer: LoRALinear) -> nn.Linear:
     """`LoRALinear.to_linear`."""
-    weight = layer.weight.detach().clone()
+    weight = layer.weight.detach().clone() if layer.format is None else layer.dequantize()
     bias: Tensor | None = None if layer.bias is None else layer.bias.detach().clone()
     if not layer.merged:
         change = _change(layer, True, "", bias=False)
@@ -139,12 +143,30 @@ def merged_linear(layer: LoRALinear) -> nn.Linear:
     return plain.train(layer.training)
 
 
+def _copy(layer: LoRALinear) -> Tensor | QuantizedTensor:
+    return layer.weight.detach().clone() if layer.format is None else layer.quantized.clone()
+
+
+def _requantize(layer: LoRALinear, change: Change) -> float:
+    """Quantizes the changed weight; returns the share of the change that is there afterwards."""
+    assert layer.format is not None
+    old = layer.dequantize(torch.float32)
+    new = old.clone()
+    _apply(new, change)
+    layer.write(quantize(new, layer.format))
+    wanted = (new - old).double()
+    kept, total = (wanted * (layer.dequantize(torch.float32) - old)).sum().item(), wanted.square().sum().item()
+    return kept / total if total > 0 else 1.0
+
+
 def _label(layer: LoRALinear, name: str) -> str:
     return f"{name or 'layer'} ({type(layer).__name__}[{layer.method}])"
 
 
 def _check(layer: LoRALinear, name: str) -> None:
     weight, shape = layer.weight, (layer.out_features, layer.in_features)
+    if layer.format is not None:
+        return
     if weight.dtype not in DTYPES or tuple(weight.shape) != shape or weight.device.type == "meta":
         raise ValueError(
             f"{_label(layer, name)}: merge expected a floating-point weight of shape {shape}; got {weight.dtype} {tuple(weight.shape)} on "
@@ -156,7 +178,7 @@ def _check(layer: LoRALinear, name: str) -> None:
 def _change(layer: LoRALinear, backup: bool, name: str, *, bias: bool = True) -> Change:
     """The change that merging means, checked. ``bias``: the layer itself must be able to hold a bias."""
     _check(layer, name)
-    dtype = wide(layer.weight.dtype)
+    dtype = wide(layer.weight.dtype if layer.format is None else torch.float32)
     args = METHODS[layer.method].arguments(layer, dtype)
     if args.A is not None and args.B is not None:
         v = args.B.to(dtype) * layer.scaling

@@ -93,13 +93,13 @@ def _lora(layer: LoRALinear, dtype: torch.dtype) -> Arguments:
 
 
 def _dora(layer: LoRALinear, dtype: torch.dtype) -> Arguments:
-    scale = dora_scale(layer.weight, layer.lora_A, layer.lora_B, layer.scaling_argument(), layer.lora_magnitude)
+    scale = dora_scale(layer.base_weight, layer.lora_A, layer.lora_B, layer.scaling_argument(), layer.lora_magnitude)
     return Arguments(layer.lora_A, layer.lora_B, layer.bias, row_scale=scale)
 
 
 def _dora_magnitude(layer: LoRALinear) -> None:
     """‖W + s B A‖ of each row, so that the layer starts as what it wraps."""
-    weight = layer.weight.to(wide(layer.weight.dtype))
+    weight = layer.weight.to(wide(layer.weight.dtype)) if layer.format is None else layer.dequantize(torch.float32)
     full = weight + layer.scaling * (layer.lora_B.to(weight.dtype) @ layer.lora_A.to(weight.dtype))
     layer.lora_magnitude.copy_(torch.linalg.vector_norm(full, dim=1))
 
@@ -108,7 +108,7 @@ def _dora_call(layer: LoRALinear, x: Tensor) -> Tensor | None:
     if layer.options["dropout_form"] != "peft" or not layer.training:
         return None
     y: Tensor = dora_linear_peft(
-        x, layer.weight, layer.lora_A, layer.lora_B, layer.lora_magnitude,
+        x, layer.base_weight, layer.lora_A, layer.lora_B, layer.lora_magnitude,
         bias=layer.bias, scaling=layer.scaling_argument(), dropout_p=layer.dropout_argument(), training=True, seed=None,
     )  # fmt: skip
     return y

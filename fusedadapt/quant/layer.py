@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,16 +18,64 @@ from .tensor import QuantizedTensor, quantize
 _BUFFERS = ("scale", "zero", "super", "offset")
 
 
-class QuantizedLinear(nn.Linear):
+class PackedWeight(nn.Linear):
+    """A linear layer whose ``weight`` may be packed bytes: then ``format`` says which, and buffers weight_* hold the rest of the quantized tensor."""
+
+    format: QFormat | None = None
+    weight_dtype: torch.dtype
+
+    def _hold(self, qw: QuantizedTensor) -> None:
+        self.format, self.weight_dtype = qw.format, qw.dtype
+        self.weight = nn.Parameter(qw.parts.qdata, requires_grad=False)
+        for name in _BUFFERS:
+            self.register_buffer(f"weight_{name}", getattr(qw, name))
+
+    @property
+    def quantized(self) -> QuantizedTensor:
+        """The weight; shares memory with the layer. TypeError if it is dense."""
+        if self.format is None:
+            raise TypeError(f"{type(self).__name__}.quantized: expected a packed weight; got a dense one; see QuantizedLinear.from_linear")
+        shape = torch.Size((self.out_features, self.in_features))
+        qdata = self.weight.detach().view(self.format.storage_dtype)
+        scale, zero, above, offset = (getattr(self, f"weight_{name}") for name in _BUFFERS)
+        return QuantizedTensor(qdata, scale, zero, above, offset, self.format, shape, self.weight_dtype)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight in ``dtype`` (default: the one it was quantized from)."""
+        return self.quantized.dequantize(dtype)
+
+    @torch.no_grad()
+    def write(self, qw: QuantizedTensor) -> None:
+        """Copies a weight of the same format and shape into the layer's own memory."""
+        own = self.quantized
+        if (qw.format, qw.shape) != (own.format, own.shape):
+            raise ValueError(f"{type(self).__name__}.write: expected {own!r}; got {qw!r}; quantize to the layer's format and shape")
+        for mine, new in zip(own.parts, qw.parts, strict=True):
+            if mine is not None and new is not None:
+                mine.copy_(new)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
+        kept = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in kept.items():  # a scale is part of the bytes: it moves between devices, but .to(dtype) must not round it
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype != old.dtype:
+                self._buffers[name] = old.to(new.device)
+        return self
+
+
+class QuantizedLinear(PackedWeight):
     """x W^T + b with W in few bits: drop-in for a frozen nn.Linear, and a base layer for adapters (QLoRA, arXiv:2305.14314).
 
     ``weight``: the packed codes, a uint8 Parameter that is never trained; ``weight_scale``, ``weight_zero``, ``weight_super``, ``weight_offset``:
-    buffers (None where the format has none). The bias stays an ordinary parameter. ``.to(dtype)`` and ``.half()`` change the bias only. The state dict
-    holds the bytes and the format; loading another format into the layer is refused. Made by `from_linear` and `from_quantized`.
+    buffers (None where the format has none). The bias stays an ordinary parameter. ``.to(dtype)`` and ``.half()`` change the bias only. The state
+    dict holds the bytes and the format; loading another format into the layer is refused. Made by `from_linear` and `from_quantized`.
 
     Attributes:
-        format: the `QFormat`. quantized: the weight as a `QuantizedTensor` that shares its memory. in_features, out_features: K and N.
+        format: the `QFormat`; quantized: the weight as a `QuantizedTensor` that shares its memory. in_features, out_features: K and N.
     """
+
+    format: QFormat
 
     def __init__(self, qw: QuantizedTensor, bias: Tensor | None = None) -> None:
         if not isinstance(qw, QuantizedTensor) or len(qw.shape) != 2:
@@ -34,10 +84,9 @@ class QuantizedLinear(nn.Linear):
         if bias is not None and bias.shape != (qw.rows,):
             raise ValueError(f"QuantizedLinear: expected a bias of shape ({qw.rows},); got {tuple(bias.shape)}; pass one number per output")
         super().__init__(qw.columns, qw.rows, bias=False, device="meta")
-        self.format, self.weight_dtype = qw.format, qw.dtype
-        self.weight = nn.Parameter(qw.parts.qdata, requires_grad=False)
-        for name in _BUFFERS:
-            self.register_buffer(f"weight_{name}", getattr(qw, name))
+        self._hold(qw)
+        if "peft" in sys.modules:  # its own class for linear layers cannot merge into packed bytes
+            importlib.import_module("fusedadapt.integrations.peft_quantized").register()
         if bias is not None:
             self.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias, requires_grad=False)
 
@@ -54,16 +103,9 @@ class QuantizedLinear(nn.Linear):
         return cls(qw, bias)
 
     @property
-    def quantized(self) -> QuantizedTensor:
-        """The weight; shares memory with the layer."""
-        shape = torch.Size((self.out_features, self.in_features))
-        qdata = self.weight.detach().view(self.format.storage_dtype)
-        scale, zero, above, offset = (getattr(self, f"weight_{name}") for name in _BUFFERS)
-        return QuantizedTensor(qdata, scale, zero, above, offset, self.format, shape, self.weight_dtype)
-
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight in ``dtype`` (default: the one it was quantized from)."""
-        return self.quantized.dequantize(dtype)
+    def W_q(self) -> Tensor:
+        """The packed weight. PEFT (DoRA, merging, initialisations) asks layers that have this name for `dequantize()` instead of reading ``weight``."""
+        return self.weight
 
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """A plain nn.Linear with the dequantized weight; this layer is left as it is."""
@@ -78,15 +120,6 @@ class QuantizedLinear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Nothing to draw: the weight is given."""
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
-        kept = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, old in kept.items():  # a scale is part of the bytes: it moves between devices, but .to(dtype) must not round it
-            new = self._buffers[name]
-            if old is not None and new is not None and new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
-        return self
 
     def get_extra_state(self) -> Tensor:
         """The format and the weight's dtype as text, in bytes."""

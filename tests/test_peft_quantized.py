@@ -1,0 +1,166 @@
+"""PEFT on quantized bases, ours and bitsandbytes': accepted, fused by `patch`, saved, merged and unmerged."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fusedadapt as fa
+from fusedadapt.testing.saved import SavedBytes
+
+peft = pytest.importorskip("peft")
+
+K, N = 64, 48
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(K, N), nn.Linear(N, K, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(x)))
+
+
+def ours(model: nn.Module, format: str = "nf4", **options: Any) -> nn.Module:
+    for name, child in list(model.named_children()):
+        setattr(model, name, fa.QuantizedLinear.from_linear(child, format, **options))
+    return model
+
+
+def bitsandbytes(model: nn.Module, kind: str, nested: bool) -> nn.Module:
+    bnb = pytest.importorskip("bitsandbytes")
+    for name, child in list(model.named_children()):
+        new = bnb.nn.Linear4bit(
+            child.in_features, child.out_features, child.bias is not None, torch.float32, compress_statistics=nested, quant_type=kind
+        )
+        new.load_state_dict(child.state_dict())
+        setattr(model, name, new.to("cpu"))
+    return model
+
+
+def adapted(model: nn.Module, **options: Any) -> Any:
+    torch.manual_seed(1)
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["first", "second"], init_lora_weights=False, **options)
+    return peft.get_peft_model(model, config)
+
+
+BASES: dict[str, Any] = {
+    "ours nf4": lambda: ours(Net()),
+    "ours nf4 nested": lambda: ours(Net(), double_quant=True),
+    "ours int4": lambda: ours(Net(), "int4", group_size=32),
+    "ours fp8": lambda: ours(Net(), "fp8_e4m3"),
+    "bitsandbytes nf4": lambda: bitsandbytes(Net(), "nf4", False),
+    "bitsandbytes nf4 nested": lambda: bitsandbytes(Net(), "nf4", True),
+    "bitsandbytes fp4": lambda: bitsandbytes(Net(), "fp4", False),
+}
+
+
+def run(model: Any, x: Tensor) -> list[Tensor]:
+    x = x.clone().requires_grad_()
+    model.zero_grad()
+    y = model(x)
+    y.float().square().sum().backward()
+    assert x.grad is not None
+    return [y.detach(), x.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("base", BASES)
+def test_patched_equals_unpatched(base: str, use_dora: bool) -> None:
+    model = adapted(BASES[base](), use_dora=use_dora)
+    x = torch.randn(9, K, generator=torch.Generator().manual_seed(2))
+    before = run(model, x)
+    report = fa.patch(model)
+    assert [layer.path for layer in report.layers] == ["fused", "fused"], str(report)
+    after = run(model, x)
+    assert len(before) == len(after) >= 6
+    for old, new in zip(before, after):
+        torch.testing.assert_close(new, old, rtol=1e-4, atol=1e-5 * float(old.abs().max()))
+    fa.unpatch(model)
+    assert all(torch.equal(a, b) for a, b in zip(before, run(model, x)))
+
+
+@pytest.mark.parametrize("base", ["ours nf4 nested", "bitsandbytes nf4 nested", "bitsandbytes fp4"])
+def test_patch_shares_the_bytes_and_saves_no_weight(base: str) -> None:
+    model = adapted(BASES[base]())
+    fa.patch(model)
+    x = torch.randn(5, K, requires_grad=True)
+    own = [x, *model.parameters(), *model.buffers()]
+    with SavedBytes(own) as saved:
+        model.base_model.model.first(x)
+    layer = fa.integrations.peft_layers.packed.weight_of(model.base_model.model.first.base_layer)
+    assert saved.total <= 5 * 4 * 4 + 64 + layer.nbytes  # bitsandbytes keeps its scales outside parameters and buffers
+    assert layer.qdata.data_ptr() == model.base_model.model.first.base_layer.weight.data_ptr()
+
+
+def test_merge_and_unmerge_restore_the_bytes() -> None:
+    model = adapted(BASES["ours int4"]())
+    layer = model.base_model.model.first
+    x = torch.randn(9, K)
+    before, bytes_before = model(x).detach(), layer.base_layer.quantized.clone()
+    model.merge_adapter(safe_merge=True)
+    assert layer.merged and not torch.equal(layer.base_layer.weight, bytes_before.qdata)
+    assert (model(x) - before).norm() < 0.3 * before.norm()
+    model.unmerge_adapter()
+    assert all(torch.equal(a, b) for a, b in zip(bytes_before.parts, layer.base_layer.quantized.parts) if a is not None)
+    assert torch.equal(model(x), before)
+
+
+def test_merging_broken_adapters_changes_nothing() -> None:
+    model = adapted(BASES["ours nf4"]())
+    layer = model.base_model.model.first
+    kept = layer.base_layer.quantized.clone()
+    layer.lora_A["default"].weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="nothing was changed"):
+        layer.merge()
+    assert not layer.merged and torch.equal(kept.qdata, layer.base_layer.quantized.qdata)
+
+
+def test_saved_adapters_load_onto_a_fresh_base(tmp_path: Path) -> None:
+    model = adapted(BASES["ours nf4"]())
+    x = torch.randn(3, K)
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(BASES["ours nf4"](), tmp_path)
+    assert torch.equal(model(x), again(x))
+    merged = again.merge_and_unload()
+    assert type(merged.first) is fa.QuantizedLinear
+
+
+def test_copies_and_pickles() -> None:
+    model = adapted(BASES["ours nf4"]())
+    fa.patch(model)
+    x = torch.randn(3, K)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(x), model(x))
+
+
+@pytest.mark.parametrize("kind", ["ia3", "vera", "adalora"])
+@pytest.mark.parametrize("base", ["ours nf4", "bitsandbytes nf4"])
+def test_other_adapters(base: str, kind: str) -> None:
+    configs = {
+        "ia3": lambda: peft.IA3Config(target_modules=["first", "second"], feedforward_modules=["second"]),
+        "vera": lambda: peft.VeraConfig(r=4, target_modules=["first"]),
+        "adalora": lambda: peft.AdaLoraConfig(target_modules=["first", "second"], init_r=4, total_step=10),
+    }
+    model = peft.get_peft_model(BASES[base](), configs[kind]())
+    x = torch.randn(9, K, generator=torch.Generator().manual_seed(2))
+    before = run(model, x)
+    assert all(layer.path == "fused" for layer in fa.patch(model).layers)
+    for old, new in zip(before, run(model, x)):
+        torch.testing.assert_close(new, old, rtol=1e-4, atol=1e-5 * float(old.abs().max()))
+
+
+def test_bf16_activations_on_a_packed_base() -> None:
+    model = adapted(BASES["ours nf4"]()).to(torch.bfloat16)
+    fa.patch(model)
+    assert model.base_model.model.first.base_layer.weight_scale.dtype == torch.float32
+    x = torch.randn(9, K).bfloat16()
+    assert model(x).dtype == torch.bfloat16
