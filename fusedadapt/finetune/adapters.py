@@ -100,8 +100,15 @@ class Adapter:
             self.allocator.load_state_dict(state)
 
     def merge(self) -> dict[str, float]:
-        """Puts the adapters into the weights; layer name -> share of the change that the weight's dtype kept."""
-        return {name: layer.merge(name=name).retained for name, layer in self.layers.items()}
+        """Puts the adapters into the weights; layer name -> share of the change that the weight's dtype kept.
+
+        Packed layers become dense ones (and are not in the result): quantizing anew would lose most of a small change.
+        """
+        packed = [name for name, layer in self.layers.items() if layer.format is not None]
+        for name in packed:
+            parent, _, child = name.rpartition(".")
+            setattr(self.model.get_submodule(parent), child, self.layers[name].to_linear())
+        return {name: layer.merge(name=name).retained for name, layer in self.layers.items() if name not in packed}
 
     def save(self, folder: Path) -> list[Path]:
         """adapter_model.safetensors under PEFT's names, and the adapter_config.json that `PeftModel.from_pretrained` reads (not for SSF, which PEFT

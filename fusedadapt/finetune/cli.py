@@ -15,6 +15,7 @@ from ..checkpoint import CheckpointError
 from . import report
 from .adapters import ADAPTERS, IN_PEFT, INITS
 from .errors import FinetuneError
+from .quantized import CHOICES
 from .sparse import SELECT
 from .train import CHECKPOINT, DTYPES, REPORT, Config, run, stored_config
 
@@ -55,6 +56,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--alpha", type=_positive(float), help=f"scaling times rank, as LoRA counts it (default {d.alpha:g})")
     p.add_argument("--dropout", type=_positive(float, zero=True), help=f"on the adapter's input (default {d.dropout})")
     p.add_argument("--init", choices=INITS, help="of lora_A and lora_B (default: the method's own)")
+    p.add_argument(
+        "--quant", choices=list(CHOICES), metavar="FORMAT", help="the linear layers in few bits, under an adapter: nf4, int4, fp8_e4m3, ..."
+    )
     p.add_argument("--sparse", type=_share, metavar="DENSITY", help="train that share of the weights and leave the rest's bits alone")
     p.add_argument("--select", choices=list(SELECT), help=f"which, with --sparse (default {d.select}: {SELECT[d.select]})")
     p.add_argument("--steps", type=_positive(int), help=f"default {d.steps}")
@@ -113,6 +117,12 @@ def _check_adapter(config: Config, typed: dict[str, Any]) -> None:
     own = sorted({"rank", "alpha", "dropout", "init"} & typed.keys())
     if config.adapter is None and own:
         raise FinetuneError(f"finetune: expected --adapter with --{own[0]}; got none; add --adapter lora or drop the option")
+    if config.quant is not None and config.adapter is None:
+        raise FinetuneError(
+            f"finetune: expected --adapter with --quant; got {config.quant} alone; add --adapter lora: packed weights are not trained"
+        )
+    if config.quant is not None and config.compare == "peft":
+        raise FinetuneError("finetune: expected no --compare peft with --quant; got both; drop one of them")
     if config.dropout >= 1:
         raise FinetuneError(f"finetune: expected --dropout below 1; got {config.dropout:g}; use a probability like 0.05")
     if config.compare == "peft" and config.adapter not in IN_PEFT:
@@ -161,7 +171,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(line, highlight=False)
     for path in paths:
         console.print(f"wrote {path}", highlight=False, soft_wrap=True)
-    name = config.optimizer + (f", {config.adapter}" if config.adapter else "") + (f", {config.sparse:g} of the weights" if config.sparse else "")
+    parts = [(", {}", config.adapter), (" on {}", config.quant), (", {:g} of the weights", config.sparse)]
+    name = config.optimizer + "".join(text.format(value) for text, value in parts if value)
     console.print(f"{name}: {result.seconds:.0f} s in all", highlight=False)
     return 0
 

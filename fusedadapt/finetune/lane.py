@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..quant.layer import PackedWeight
 from ..sparse import Mask
 from ..testing.saved import SavedBytes
 from .adapters import Adapter, AnyAdapter, plain_weights
@@ -112,15 +113,14 @@ class Lane:
 
     def kept_for_backward(self, pairs: list[Pair]) -> int:
         """Bytes that autograd keeps between the forward and the backward pass of this batch, weights not counted."""
-        with torch.random.fork_rng(), SavedBytes([*self.model.parameters(), *self.model.buffers()]) as saved:
-            parts = [self.embed([getattr(pair, side) for pair in pairs], side) for side in ("text", "code")]
-        del parts
-        return saved.total
+        return kept_for_backward(self.model, self.tokens, pairs)
 
     def parameters(self) -> tuple[int, int]:
         """(trained, all)."""
         sizes = [(p.numel(), p.requires_grad) for p in self.model.parameters()]
-        return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
+        packed = [m for m in self.model.modules() if isinstance(m, PackedWeight) and m.format is not None]
+        hidden = sum(m.in_features * m.out_features - m.weight.numel() for m in packed)
+        return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes) + hidden
 
     def save_adapter(self, folder: Path) -> None:
         """The adapter alone, for use; see `Adapter.save`."""
@@ -140,8 +140,17 @@ class Lane:
 
     def evaluate(self, pairs: list[Pair]) -> Quality:
         """Quality over ``pairs``; weights and optimizer are afterwards what they were, to the bit."""
-        with self._for_use(), torch.inference_mode():
-            return quality(*(self.embed([getattr(pair, side) for pair in pairs], side) for side in ("text", "code")))
+        with self._for_use():
+            return self.judge(self.model, pairs)
+
+    def judge(self, model: Encoder, pairs: list[Pair]) -> Quality:
+        """Quality of another model over ``pairs``."""
+        training = model.training
+        model.eval()
+        with torch.inference_mode():
+            found = quality(*(embed(model, self.tokens, [getattr(pair, side) for pair in pairs], side) for side in ("text", "code")))
+        model.train(training)
+        return found
 
     def final_weights(self) -> dict[str, Tensor]:
         """Weights for use, on the CPU."""
@@ -179,6 +188,14 @@ class Lane:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+
+def kept_for_backward(model: Encoder, tokens: Tokens, pairs: list[Pair]) -> int:
+    """Bytes that autograd keeps between the forward and the backward pass of this batch, weights not counted."""
+    with torch.random.fork_rng(), SavedBytes([*model.parameters(), *model.buffers()]) as saved:
+        parts = [embed(model, tokens, [getattr(pair, side) for pair in pairs], side) for side in ("text", "code")]
+    del parts
+    return saved.total
 
 
 def embed(model: Encoder, tokens: Tokens, texts: list[str], side: str) -> Tensor:

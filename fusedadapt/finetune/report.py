@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from .. import __version__
+from . import quantized
 from .lane import Lane
 from .metrics import Quality
 from .sparse import DELTA
@@ -104,6 +105,8 @@ def notes(result: Result) -> list[str]:
         )
         kept = f"; {min(adapted.retained.values()):.4%} of the change kept in the worst of {len(adapted.retained)} layers" if adapted.retained else ""
         lines.append(f"merged into the weights: MRR {adapted.merged.mrr:.4f} (apart {quality_of(result, lane).mrr:.4f}){kept}")
+    if result.quantized is not None:
+        lines += quantized.notes(result.quantized, result.before, result.after[0], result.adapted[0].kept_for_backward)
     if (s := result.sparse) is not None:
         lines.append(
             f"{s.trained:,} of {s.parameters:,} weights trained ({s.trained / s.parameters:.2%}), {s.frozen_changed} others changed; "
@@ -148,6 +151,7 @@ def as_json(result: Result) -> dict[str, Any]:
         "before": result.before.as_dict(),
         "lanes": lanes,
         "adapted": [asdict(adapted) for adapted in result.adapted],
+        "quantized": None if result.quantized is None else result.quantized.as_dict(),
         "sparse": None if result.sparse is None else asdict(result.sparse),
         "seconds": result.seconds,
     }

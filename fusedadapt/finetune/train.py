@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from .. import checkpoint
-from . import adapters, data, model, sparse
+from . import adapters, data, model, quantized, sparse
 from .errors import FinetuneError
 from .lane import History, Lane, gradients
 from .metrics import Quality
@@ -25,6 +25,8 @@ CHECKPOINT = "checkpoint.safetensors"
 REPORT = "report.json"
 HELD_OUT = 512
 QUICK_FILES, QUICK_HELD_OUT = 40, 32
+#: quality of the model as it came, and what quantizing did to it
+Start = tuple[Quality, quantized.Summary | None]
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Config:
     alpha: float = 16.0
     dropout: float = 0.05
     init: str | None = None
+    quant: str | None = None
     sparse: float | None = None
     select: str = "magnitude"
     quick: bool = False
@@ -87,6 +90,7 @@ class Result:
     seconds: float
     adapted: list[Adapted] = field(default_factory=list)
     sparse: sparse.Summary | None = None
+    quantized: quantized.Summary | None = None
 
 
 def run(config: Config, out: Path, watcher: Watcher, *, save_every: int, resume: bool) -> Result:
@@ -99,18 +103,17 @@ def run(config: Config, out: Path, watcher: Watcher, *, save_every: int, resume:
     digest = data.digest(train, held_out)
     watcher.say(f"{len(train)} training pairs and {len(held_out)} held-out pairs from the Python standard library")
     lanes = build_lanes(config, train, stored_masks(out / CHECKPOINT, config) if resume else None)
-    before, done = None, 0
+    batch = [train[i] for i in data.batch_indices(len(train), config.batch, config.seed, 0)]
     if resume:
-        before, done = restore(out / CHECKPOINT, config, lanes, digest)
+        before, packed, done = restore(out / CHECKPOINT, config, lanes, digest)
         watcher.say(f"resumed {out / CHECKPOINT} at step {done} of {config.steps}")
-    if before is None:
+    else:
         watcher.say("judging the model before training")
-        before = lanes[0].evaluate(held_out)
+        before, packed, done = *judge_start(config, lanes[0], held_out, batch), 0
 
     def keep(step: int) -> None:
-        store(out / CHECKPOINT, config, lanes, before, digest, step)
+        store(out / CHECKPOINT, config, lanes, (before, packed), digest, step)
 
-    batch = [train[i] for i in data.batch_indices(len(train), config.batch, config.seed, 0)]
     kept = [lane.kept_for_backward(batch) for lane in lanes] if config.adapter is not None else []
     train_steps(config, train, lanes, watcher, done, save_every, keep)
     watcher.say("judging the model after training")
@@ -119,7 +122,17 @@ def run(config: Config, out: Path, watcher: Watcher, *, save_every: int, resume:
     for lane, folder in zip(lanes, ("model", "model-compared"), strict=False):
         export(lane, out / folder, config)
     thinned = finish_sparse(config, lanes[0], out)
-    return Result(config, lanes, before, after, (len(train), len(held_out)), digest, time.perf_counter() - began, adapted, thinned)
+    return Result(config, lanes, before, after, (len(train), len(held_out)), digest, time.perf_counter() - began, adapted, thinned, packed)
+
+
+def judge_start(config: Config, lane: Lane, held_out: list[data.Pair], batch: list[data.Pair]) -> tuple[Quality, quantized.Summary | None]:
+    """Quality of the model as it came, and, with --quant, what quantizing it did."""
+    quality = lane.evaluate(held_out)
+    if config.quant is None:
+        return quality, None
+    encoder, tokens = _encoder(replace(config, quant=None))
+    summary = quantized.summarise(config.quant, encoder, lane.model, quality, tokens, batch)
+    return lane.judge(encoder, held_out), summary
 
 
 def finish_adapter(lane: Lane, kept: int, held_out: list[data.Pair], out: Path) -> Adapted:
@@ -170,7 +183,10 @@ def build_lanes(config: Config, train: list[data.Pair] | None = None, masks: spa
 def _encoder(config: Config) -> tuple[model.Encoder, Tokens]:
     encoder = model.tiny(config.seed) if config.quick else model.pretrained()
     tokens: Tokens = Hashed(model.TINY.vocab_size) if config.quick else Pretrained(model.pretrained_dir())
-    return encoder.to(config.device, DTYPES[config.dtype]), tokens
+    encoder = encoder.to(config.device, DTYPES[config.dtype])
+    if config.quant is not None:
+        quantized.apply(encoder, config.quant)
+    return encoder, tokens
 
 
 def _lane(config: Config, rule: Rule) -> Lane:
@@ -230,12 +246,13 @@ def train_steps(
 # --- keeping and resuming --------------------------------------------------------------------------------------------------
 
 
-def store(path: Path, config: Config, lanes: list[Lane], before: Quality, digest: str, step: int) -> None:
+def store(path: Path, config: Config, lanes: list[Lane], start: Start, digest: str, step: int) -> None:
     extra = {
         "step": step,
         "config": asdict(config),
         "data": digest,
-        "before": before.as_dict(),
+        "before": start[0].as_dict(),
+        "quantized": None if start[1] is None else start[1].as_dict(),
         "history": [lane.history.as_dict() for lane in lanes],
         "adapter": [lane.adapter.state() if lane.adapter is not None else None for lane in lanes],
         "masks": None if lanes[0].masks is None else sparse.packed(lanes[0].masks),
@@ -249,7 +266,7 @@ def store(path: Path, config: Config, lanes: list[Lane], before: Quality, digest
     )
 
 
-def restore(path: Path, config: Config, lanes: list[Lane], digest: str) -> tuple[Quality, int]:
+def restore(path: Path, config: Config, lanes: list[Lane], digest: str) -> tuple[Quality, quantized.Summary | None, int]:
     """Load ``path`` into the lanes; the caller has made ``config`` from the file's own (``stored_config``)."""
     names = [str(i) for i in range(len(lanes))]
     extra = checkpoint.load(
@@ -266,7 +283,8 @@ def restore(path: Path, config: Config, lanes: list[Lane], digest: str) -> tuple
     for lane, state in zip(lanes, extra.get("adapter", []), strict=False):  # files of before there were adapters have none
         if lane.adapter is not None:
             lane.adapter.load_state(state)
-    return Quality(**extra["before"]), int(extra["step"])
+    packed = extra.get("quantized")
+    return Quality(**extra["before"]), None if packed is None else quantized.Summary.from_dict(packed), int(extra["step"])
 
 
 def stored_config(path: Path) -> Config:
