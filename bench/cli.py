@@ -32,6 +32,11 @@ def family(name: str, device: str) -> Family:
 
         chosen = [row for row in sparse.ROWS if row.device == device]
         return Family(chosen, sparse_runner.measure, sparse_report.document, sparse_report.results_table, sparse_report.plots)
+    if name == "quant":
+        from . import quant, quant_report, quant_runner
+
+        chosen = [row for row in quant.ROWS if row.device == device]
+        return Family(chosen, quant_runner.measure, quant_report.document, quant_report.results_table, quant_report.plots)
     from . import lowrank, lowrank_report, lowrank_runner
 
     rows = [row for row in lowrank.ROWS if row.device == device]
@@ -43,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m fusedadapt bench",
         description="Times every row of the family's registry: contestants take turns in one process, medians are compared within the run.",
     )
-    parser.add_argument("family", choices=("optim", "lowrank", "sparse"), help="what to time")
+    parser.add_argument("family", choices=("optim", "lowrank", "quant", "sparse"), help="what to time")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=2, help="torch.set_num_threads; ours use as many (default 2)")
     parser.add_argument("--quick", action="store_true", help="smaller mixes and less time: a look, not a measurement")

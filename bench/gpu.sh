@@ -66,6 +66,8 @@ fi
 part bench 150 "$PYTHON" -m fusedadapt bench optim --device cuda --json "$OUT/optim.json"
 # 2 s a row; the 200 shapes of the grid take a twentieth of that each
 part lowrank 150 "$PYTHON" -m fusedadapt bench lowrank --device cuda --seconds 2 --json "$OUT/lowrank.json" --plots "$OUT"
+part quant 120 "$PYTHON" -m fusedadapt bench quant --device cuda --seconds 0.5 --json "$OUT/quant.json" --plots "$OUT"
+part sparse 100 "$PYTHON" -m fusedadapt bench sparse --device cuda --seconds 1 --json "$OUT/sparse.json" --plots "$OUT"
 
 cat "$OUT/summary.txt"
 echo "results in $OUT"
