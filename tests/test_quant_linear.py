@@ -1,0 +1,210 @@
+"""`quantized_linear` and `QuantizedLinear`: products and gradients against fp64, pieces, compilers, states, refusals."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fusedadapt as fa
+from fusedadapt import dispatch
+from fusedadapt.quant import FORMATS, QuantizedTensor, format_of
+from fusedadapt.testing.saved import SavedBytes
+
+BACKENDS = [name for name, reason in dispatch.available_backends("cpu").items() if name in ("reference", "cpp") and not reason]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+OPTIONS = {
+    "nf4 nested": ("nf4", None, {"double_quant": True}),
+    "nf4 of 256": ("nf4", 256, {}),
+    "int4 symmetric": ("int4", 32, {"symmetric": True}),
+    "int4 per input": ("int4", 16, {"group_axis": "n"}),
+    "int4 fp16 scales": ("int4", -1, {"scale_dtype": torch.float16}),
+    "int8 asymmetric": ("int8", 64, {"symmetric": False}),
+    "fp8 blocks": ("fp8_e4m3", None, {"group_axis": "block"}),
+    "fp8 tensor": ("fp8_e5m2", None, {"group_axis": "tensor"}),
+}
+CASES = {name: (name, None, {}) for name in FORMATS} | OPTIONS
+
+
+@pytest.fixture(params=BACKENDS, autouse=True)
+def on_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    with fa.backend(request.param):
+        yield request.param
+
+
+def new(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def packed(case: str, n: int, k: int) -> QuantizedTensor:
+    name, group, options = CASES[case]
+    return fa.quantize(new(n, k, seed=3), name, group, **options)
+
+
+def check(mine: Tensor, truth: Tensor, magnitude: Tensor, bound: float) -> None:
+    """Every element within its own bound: ``magnitude`` is the sum of the absolute products."""
+    assert ((mine.double() - truth).abs() <= bound * magnitude + 1e-30).all()
+
+
+# One rounding of the result, and of the weight where a 16-bit GEMM multiplies it; fp32 sums.
+BOUND = {torch.float64: 1e-14, torch.float32: 3e-6, torch.bfloat16: 3 * 2**-8, torch.float16: 3 * 2**-11}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_forward_and_gradients(case: str, dtype: torch.dtype) -> None:
+    for t, n, k in ((1, 33, 70), (3, 16, 256), (40, 130, 65)):
+        q, bias = packed(case, n, k), new(n, seed=4, dtype=dtype).requires_grad_()
+        x, dy = new(t, k, seed=5, dtype=dtype).requires_grad_(), new(t, n, seed=6, dtype=dtype)
+        y = fa.quantized_linear(x, q, bias)
+        dx, db = torch.autograd.grad(y, [x, bias], dy)
+        w, x64, dy64, b64 = q.dequantize(torch.float64), x.detach().double(), dy.double(), bias.detach().double()
+        assert y.dtype == dx.dtype == dtype and y.shape == (t, n)
+        check(y.detach(), x64 @ w.t() + b64, x64.abs() @ w.t().abs() + b64.abs(), BOUND[dtype])
+        check(dx, dy64 @ w, dy64.abs() @ w.abs(), BOUND[dtype])
+        check(db, dy64.sum(0), dy64.abs().sum(0), BOUND[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_tokens_go_through_bounded_pieces(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    q = packed("nf4 nested", 150, 96)
+    x, dy = new(300, 96, seed=5, dtype=dtype), new(300, 150, seed=6, dtype=dtype)
+    monkeypatch.setitem(fa.ops.quant._SCRATCH, "cpu", 16 * 96 * 4)
+    monkeypatch.setattr(fa.ops.quant, "_takes", lambda *args: False)
+    y = torch.ops.fusedadapt.q_linear(x, *q.parts, None, q.format.spec, 150)
+    dx = torch.ops.fusedadapt.q_linear_dx(dy, *q.parts, q.format.spec, 150, 96)
+    w = q.dequantize(torch.float64)
+    check(y, x.double() @ w.t(), x.double().abs() @ w.t().abs(), BOUND[dtype])
+    check(dx, dy.double() @ w, dy.double().abs() @ w.abs(), BOUND[dtype])
+
+
+@pytest.mark.parametrize("case", ["nf4", "int4", "int8", "mxfp4"])
+def test_results_repeat_bit_for_bit_and_do_not_depend_on_threads(case: str, on_backend: str) -> None:
+    if on_backend == "reference":  # the library's own product
+        return
+    q = packed(case, 96, 512)
+    found = []
+    for threads in (1, 2, 1):
+        torch.set_num_threads(threads)
+        found += [torch.ops.fusedadapt.q_linear(new(t, 512, seed=5), *q.parts, None, q.format.spec, 96) for t in (1, 2, 7)]
+    torch.set_num_threads(2)
+    for a, b, c in zip(found[:3], found[3:6], found[6:]):
+        assert torch.equal(a, b) and torch.equal(a, c)
+
+
+def test_shapes_of_x() -> None:
+    q = packed("nf4", 24, 64)
+    w = q.dequantize()
+    x = new(2, 3, 128, seed=5)[..., ::2]
+    assert not x.is_contiguous()
+    torch.testing.assert_close(fa.quantized_linear(x, q), x @ w.t())
+    torch.testing.assert_close(fa.quantized_linear(x[0, 0], q), w @ x[0, 0])
+    empty = torch.zeros(0, 64, requires_grad=True)
+    y = fa.quantized_linear(empty, q, torch.ones(24))
+    y.sum().backward()
+    assert y.shape == (0, 24) and empty.grad is not None and empty.grad.shape == (0, 64)
+    torch.testing.assert_close(fa.quantized_linear(x.transpose(0, 1), q), x.transpose(0, 1) @ w.t())
+
+
+def test_nothing_dequantized_is_saved() -> None:
+    layer = fa.QuantizedLinear.from_linear(nn.Linear(256, 128), "nf4", double_quant=True)
+    x = new(32, 256, seed=5).requires_grad_()
+    with SavedBytes([*layer.parameters(), *layer.buffers()]) as saved:
+        layer(x)
+    assert saved.total == 0
+
+
+def test_autocast() -> None:
+    layer = fa.QuantizedLinear.from_linear(nn.Linear(64, 24), "nf4")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(new(3, 64, seed=5)).dtype == torch.bfloat16
+        assert layer(new(3, 64, seed=5, dtype=torch.float64)).dtype == torch.float64
+
+
+def test_compiles_whole(on_backend: str) -> None:
+    layer = fa.QuantizedLinear.from_linear(nn.Linear(64, 24), "int4", 32)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for t in (5, 9):
+        x, x2 = (new(t, 64, seed=5).requires_grad_() for _ in range(2))
+        y, y2 = compiled(x), layer(x2)
+        assert torch.equal(y, y2)
+        y.sum().backward()
+        y2.sum().backward()
+        assert torch.equal(x.grad, x2.grad)
+
+
+def test_opcheck() -> None:
+    q = packed("nf4 nested", 12, 64)
+    args, spec = list(q.parts), q.format.spec
+    torch.library.opcheck(torch.ops.fusedadapt.q_quantize, (new(12, 64, seed=1), spec))
+    torch.library.opcheck(torch.ops.fusedadapt.q_dequantize, (*args, spec, 12, 64, 2, 9, torch.bfloat16))
+    torch.library.opcheck(torch.ops.fusedadapt.q_linear, (new(3, 64, seed=1), *args, None, spec, 12))
+    torch.library.opcheck(torch.ops.fusedadapt.q_linear_dx, (new(3, 12, seed=1), *args, spec, 12, 64))
+
+
+def test_flops_are_counted() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    q, x = packed("nf4", 24, 64), new(5, 64, seed=5).requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        fa.quantized_linear(x, q).sum().backward()
+    assert counter.get_total_flops() == 2 * 2 * 5 * 24 * 64
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_layer_state(case: str) -> None:
+    name, group, options = CASES[case]
+    layer = fa.QuantizedLinear.from_linear(nn.Linear(64, 24), name, group, **options)
+    x = new(3, 64, seed=5)
+    other = fa.QuantizedLinear.from_linear(nn.Linear(64, 24), name, group, **options)
+    assert not torch.equal(other(x), layer(x))
+    stored = io.BytesIO()
+    torch.save(layer.state_dict(), stored)
+    stored.seek(0)
+    other.load_state_dict(torch.load(stored, weights_only=True))
+    for twin in (other, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(twin(x), layer(x)) and twin.quantized.format == layer.format
+    half = copy.deepcopy(layer).to(torch.bfloat16)
+    assert half.bias.dtype == torch.bfloat16 and all(torch.equal(a, b) for a, b in zip(half.quantized.parts, layer.quantized.parts) if a is not None)
+    assert torch.equal(layer.to_linear().weight, layer.dequantize())
+
+
+def test_another_format_is_not_loaded() -> None:
+    a, b = (fa.QuantizedLinear.from_linear(nn.Linear(64, 24), name) for name in ("nf4", "fp4"))
+    with pytest.raises(RuntimeError, match="expected a state in fp4; got nf4"):
+        b.load_state_dict(a.state_dict())
+
+
+def test_refusals() -> None:
+    q, x = packed("nf4", 24, 64), new(3, 64, seed=5)
+    with pytest.raises(TypeError, match="expected a QuantizedTensor; got Tensor"):
+        fa.quantized_linear(x, q.dequantize())
+    with pytest.raises(ValueError, match=r"x of 64 columns.*got x \(3, 65\)"):
+        fa.quantized_linear(new(3, 65, seed=1), q)
+    with pytest.raises(ValueError, match="got torch.int32"):
+        fa.quantized_linear(x.int(), q)
+    with pytest.raises(ValueError, match=r"bias of shape \(24,\)"):
+        fa.quantized_linear(x, q, torch.zeros(25))
+    with pytest.raises(ValueError, match="qdata of"):
+        torch.ops.fusedadapt.q_linear(x, q.qdata[:-1], q.scale, None, None, None, None, "nf4", 24)
+    with pytest.raises(ValueError, match="scale: 24 elements"):
+        torch.ops.fusedadapt.q_linear(x, q.qdata, q.scale[:-1], None, None, None, None, "nf4", 24)
+    with pytest.raises(ValueError, match="zero: none"):
+        torch.ops.fusedadapt.q_linear(x, q.qdata, q.scale, q.scale, None, None, None, "nf4", 24)
+    with pytest.raises(ValueError, match="text form"):
+        torch.ops.fusedadapt.q_linear(x, *q.parts, None, "nf4,colour=3", 24)
+    with pytest.raises(TypeError, match="from_linear: expected a torch.nn.Linear"):
+        fa.QuantizedLinear.from_linear(nn.Conv1d(1, 1, 1))
+    with pytest.raises(ValueError, match="unknown|one of the formats"):
+        fa.quantize(x, "nf5")
+
+
+def test_spec_is_a_round_trip() -> None:
+    for name, group, options in CASES.values():
+        fmt = format_of(name, group, **options)
+        assert type(fmt).parse(fmt.spec) == fmt
