@@ -64,13 +64,13 @@ def results_table(results: Sequence[Result]) -> Any:
 
 
 def plots(document: dict[str, Any], folder: Path) -> list[Path]:
-    """speedup.png/.svg (subject over the others) and memory.png/.svg (peak beyond the inputs, MB)."""
+    """sparse-speedup.png/.svg (subject over the others) and sparse-memory.png/.svg (peak beyond the inputs, MB)."""
     folder.mkdir(parents=True, exist_ok=True)
     speed = [(f"{r['row']}  vs {t['name']}", t["ratio"]) for r in document["rows"] for t in r["timings"][1:]]
     timed = [(r, t) for r in document["rows"] for t in r["timings"] if t["extra"] is not None]
     extra = [(f"{r['row']}  {t['name']}", max(t["extra"] / MB, 0.01)) for r, t in timed]
     ours = {name for name, _ in extra if "  ours" in name}
     machine = where(document)
-    written = bars(speed, "times faster than the other (log scale)", machine, folder / "speedup", mark=1.0, log=True)
+    written = bars(speed, "times faster than the other (log scale)", machine, folder / "sparse-speedup", mark=1.0, log=True)
     label = "peak memory beyond the inputs, MB (log scale; ours green)"
-    return written + bars(extra, label, machine, folder / "memory", log=True, good=lambda name, value: name in ours)
+    return written + bars(extra, label, machine, folder / "sparse-memory", log=True, good=lambda name, value: name in ours)

@@ -115,7 +115,7 @@ def test_command_writes_json_and_plots(tmp_path, capsys, monkeypatch):
     document = json.loads((tmp_path / "out.json").read_text())
     assert document["kind"] == "sparse" and {"versions", "commit", "threads", "rows", "goals"} <= set(document)
     assert {f.name for f in dataclasses.fields(sparse_runner.Timing)} == set(document["rows"][0]["timings"][0])
-    assert {p.name for p in (tmp_path / "plots").iterdir()} >= {"memory.png", "memory.svg"}
+    assert {p.name for p in (tmp_path / "plots").iterdir()} >= {"sparse-memory.png", "sparse-memory.svg"}
     assert "extra" in capsys.readouterr().out
     assert bench.main(["sparse", "--list"]) == 0
     assert capsys.readouterr().out.splitlines() == [row.name]
