@@ -95,12 +95,21 @@ def row(op: str, item: Item, score: str, device: torch.device) -> list[int]:
     return [x.data_ptr(), address, 0, x.numel(), max(columns, 1), 0, CODES[x.dtype], code, aligned]
 
 
-def positions(op: str, index: Tensor, n: int, ordered: bool, device: torch.device, find: Callable[[], bool] | None = None) -> None:
-    """Refuses positions outside [0, n) or, if `ordered`, not sorted or with repeats. Waits for the device the first time it sees them.
-    find: whether they are good, computed otherwise than here."""
+def vector(op: str, index: Tensor, device: torch.device) -> None:
     flat(op, "positions", index, (torch.int32, torch.int64), device)
     if index.dim() != 1:
         refuse(op, "a vector of positions", tuple(index.shape), "flatten it")
+
+
+def bad_positions(op: str, n: int, ordered: bool) -> NoReturn:
+    how = "sorted positions without repeats" if ordered else "positions"
+    refuse(op, f"{how} in [0, {n})", "others", "sort them, drop repeats" if ordered else "drop those out of range")
+
+
+def positions(op: str, index: Tensor, n: int, ordered: bool, device: torch.device, find: Callable[[], bool] | None = None) -> None:
+    """Refuses positions outside [0, n) or, if `ordered`, not sorted or with repeats. Waits for the device the first time it sees them.
+    find: whether they are good, computed otherwise than here."""
+    vector(op, index, device)
 
     def good() -> bool:
         bad = (index < 0) | (index >= n)
@@ -109,5 +118,4 @@ def positions(op: str, index: Tensor, n: int, ordered: bool, device: torch.devic
         return not bool(bad.any())
 
     if not known(index, ("positions", n, ordered), find or good):
-        how = "sorted positions without repeats" if ordered else "positions"
-        refuse(op, f"{how} in [0, {n})", "others", "sort them, drop repeats" if ordered else "drop those out of range")
+        bad_positions(op, n, ordered)

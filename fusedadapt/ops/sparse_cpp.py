@@ -8,19 +8,18 @@ bit first. Anything else is a ValueError before something is written.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import dispatch
+from .sparse_checks import CODES, Item, bad_positions, empty_words, flat, refuse, row, vector
+from .sparse_checks import words as words_of
 
 LEVELS = ((16, 16), (0, 16))
 LEVELS16 = ((16, 16),)
-Item = tuple[Tensor, Tensor | None]
-# As DType in csrc/core/dtypes.h.
-_CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-_PLAIN = ("abs", "given")  # scores of x alone
+CPU = torch.device("cpu")
 
 
 def _core() -> Any:
@@ -30,45 +29,14 @@ def _core() -> Any:
     return module.sparse
 
 
-def _refuse(op: str, expected: str, got: object, fix: str) -> NoReturn:
-    raise ValueError(f"{op}: expected {expected}; got {got}; {fix}")
-
-
-def _flat(op: str, name: str, t: Tensor, dtypes: Sequence[torch.dtype] = tuple(_CODES)) -> Tensor:
-    if t.device.type != "cpu" or t.dtype not in dtypes or not t.is_contiguous():
-        kinds = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
-        got = f"{t.dtype} on {t.device}, shape {tuple(t.shape)}, strides {t.stride()}"
-        _refuse(op, f"{name} to be a contiguous CPU tensor of {kinds}", got, "convert it, call .contiguous()")
-    return t
-
-
-def _words(op: str, words: Tensor, n: int) -> Tensor:
-    _flat(op, "words", words, (torch.int32,))
-    if words.numel() != (n + 31) // 32:
-        _refuse(op, f"{(n + 31) // 32} words for {n} elements", words.numel(), "pass the mask of this tensor")
-    return words
-
-
 def _item(op: str, item: Item, score: str) -> tuple[int, int, int, int, int, int]:
     """(address, other's address, elements, columns, dtype, other's dtype) as the core takes it."""
-    x, other = item
-    _flat(op, "x", x)
-    columns = x.shape[-1] if x.dim() else 1
-    if score in _PLAIN:
-        return x.data_ptr(), 0, x.numel(), 1, _CODES[x.dtype], 0
-    if other is None:
-        _refuse(op, f"a second tensor for score '{score}'", None, "pass it")
-    if score == "abs_scaled":
-        _flat(op, "the factors", other, (torch.float32,))
-        if other.numel() != columns:
-            _refuse(op, f"one factor per column, {columns}", other.numel(), "its length is x.shape[-1]")
-    elif _flat(op, "other", other).shape != x.shape:
-        _refuse(op, f"other of x's shape {tuple(x.shape)}", tuple(other.shape), "pass one value per element")
-    return x.data_ptr(), other.data_ptr(), x.numel(), max(columns, 1), _CODES[x.dtype], _CODES[other.dtype]
+    x, other, _, n, columns, _, code, other_code, _ = row(op, item, score, CPU)
+    return x, other, n, columns, code, other_code
 
 
-def _empty_words(n: int) -> Tensor:
-    return torch.empty((n + 31) // 32, dtype=torch.int32)
+def _flat(op: str, name: str, t: Tensor, dtypes: Sequence[torch.dtype] = tuple(CODES)) -> Tensor:
+    return flat(op, name, t, dtypes, CPU)
 
 
 # ---- selection
@@ -78,7 +46,7 @@ def histogram(items: Sequence[Item], score: str, nan: str, shift: int, bits: int
     """Counts by `bits` bits (at most 20) of the key from `shift` up, among the keys whose higher bits are `prefix` (int64 [1]; None: all): int64
     [2^bits]. Scratch: 16 bytes per bin and thread."""
     if not 0 < bits <= 20 or shift < 0 or shift + bits > 32:
-        _refuse("histogram", "0 < bits <= 20 and shift + bits <= 32", f"shift {shift}, bits {bits}", "use LEVELS")
+        refuse("histogram", "0 < bits <= 20 and shift + bits <= 32", f"shift {shift}, bits {bits}", "use LEVELS")
     out = torch.empty(1 << bits, dtype=torch.int64)
     of = -1 if prefix is None else int(prefix)
     sources = [_item("histogram", item, score) for item in items]
@@ -90,14 +58,14 @@ def kth_key(items: Sequence[Item], score: str, nan: str, k: int) -> tuple[int, i
     """(the k-th largest key, how many are above it, how many equal it): all levels of `histogram` in one call; k in 1..n."""
     n = sum(x.numel() for x, _ in items)
     if not 0 < k <= n:
-        _refuse("kth_key", f"0 < k <= {n}", k, "pass a k in range")
+        refuse("kth_key", f"0 < k <= {n}", k, "pass a k in range")
     key, above, same = _core().kth_key([_item("kth_key", item, score) for item in items], score, nan, k, torch.get_num_threads())
     return key, above, same
 
 
 def mark(items: Sequence[Item], score: str, nan: str, threshold: Tensor, equal: Tensor) -> list[Tensor]:
     """Words of the keys above `threshold` (int64 [1]) and of the first `equal` (int64 [1]) that are equal to it, in order through the list."""
-    words = [_empty_words(x.numel()) for x, _ in items]
+    words = [empty_words(x.numel(), CPU) for x, _ in items]
     sources = [_item("mark", item, score) for item in items]
     _core().mark(sources, score, nan, int(threshold), int(equal), [w.data_ptr() for w in words], torch.get_num_threads())
     return words
@@ -107,9 +75,9 @@ def rows(x: Tensor, other: Tensor | None, score: str, nan: str, k: int, length: 
     """Words that keep the k largest of every run of `length` elements; aligned: each run starts on a new word."""
     source = _item("rows", (x, other), score)
     if length <= 0 or x.numel() % length:
-        _refuse("rows", f"a length that divides {x.numel()} elements", length, "pass whole runs")
+        refuse("rows", f"a length that divides {x.numel()} elements", length, "pass whole runs")
     n = x.numel() // length * ((length + 31) // 32 * 32) if aligned else x.numel()
-    words = _empty_words(n)
+    words = empty_words(n, CPU)
     _core().rows(source, score, nan, k, length, ties, aligned, words.data_ptr(), torch.get_num_threads())
     return words
 
@@ -117,7 +85,7 @@ def rows(x: Tensor, other: Tensor | None, score: str, nan: str, k: int, length: 
 def nm(x: Tensor, other: Tensor | None, score: str, nan: str, n: int, m: int) -> Tensor:
     """Words that keep n of every m neighbours of a row (last dimension, a multiple of m); ties: lowest index."""
     if m <= 0 or (x.numel() and x.shape[-1] % m):
-        _refuse("nm", f"rows of a multiple of {m} elements", tuple(x.shape), "pad them or choose another m")
+        refuse("nm", f"rows of a multiple of {m} elements", tuple(x.shape), "pad them or choose another m")
     return rows(x, other, score, nan, n, m, "lowest_index", False)
 
 
@@ -133,9 +101,9 @@ def energy(items: Sequence[Item], score: str) -> tuple[Tensor, Tensor, Tensor]:
 def colstat(x: Tensor) -> Tensor:
     """Sum of squares of each column of x [T, K], added in fp64 in an order that depends on the shape alone: fp32 [K]."""
     if _flat("colstat", "x", x).dim() != 2:
-        _refuse("colstat", "a matrix [T, K]", tuple(x.shape), "flatten it to rows")
+        refuse("colstat", "a matrix [T, K]", tuple(x.shape), "flatten it to rows")
     out = torch.empty(x.shape[1])
-    _core().colstat(x.data_ptr(), _CODES[x.dtype], x.shape[0], x.shape[1], out.data_ptr(), torch.get_num_threads())
+    _core().colstat(x.data_ptr(), CODES[x.dtype], x.shape[0], x.shape[1], out.data_ptr(), torch.get_num_threads())
     return out
 
 
@@ -144,7 +112,7 @@ def colstat(x: Tensor) -> Tensor:
 
 def pack(mask: Tensor) -> Tensor:
     """bool, any shape, contiguous -> words."""
-    words = _empty_words(_flat("pack", "mask", mask, (torch.bool,)).numel())
+    words = empty_words(_flat("pack", "mask", mask, (torch.bool,)).numel(), CPU)
     _core().pack(mask.data_ptr(), mask.numel(), words.data_ptr(), torch.get_num_threads())
     return words
 
@@ -152,7 +120,7 @@ def pack(mask: Tensor) -> Tensor:
 def unpack(words: Tensor, n: int) -> Tensor:
     """bool [n]."""
     mask = torch.empty(n, dtype=torch.bool)
-    _core().unpack(_words("unpack", words, n).data_ptr(), n, mask.data_ptr(), torch.get_num_threads())
+    _core().unpack(words_of("unpack", words, n, CPU).data_ptr(), n, mask.data_ptr(), torch.get_num_threads())
     return mask
 
 
@@ -165,25 +133,23 @@ def prefix(words: Tensor) -> Tensor:
 
 def indices(words: Tensor, n: int) -> Tensor:
     """Sorted flat positions of the set bits: int32 below 2^31 elements, else int64."""
-    before = prefix(_words("indices", words, n))
+    before = prefix(words_of("indices", words, n, CPU))
     out = torch.empty(int(before[-1]), dtype=torch.int64 if n >> 31 else torch.int32)
     _core().indices(words.data_ptr(), words.numel(), before.data_ptr(), out.data_ptr(), out.element_size() == 8, torch.get_num_threads())
     return out
 
 
 def _check_index(op: str, index: Tensor, n: int, ordered: bool) -> None:
-    _flat(op, "positions", index, (torch.int32, torch.int64))
-    if index.dim() != 1:
-        _refuse(op, "a vector of positions", tuple(index.shape), "flatten it")
+    """As `sparse_checks.positions`, but looked at every time: numpy may share the memory, and a bad position is a write anywhere."""
+    vector(op, index, CPU)
     if not _core().valid_indices(index.data_ptr(), index.numel(), index.element_size() == 8, n, ordered, torch.get_num_threads()):
-        how = "sorted positions without repeats" if ordered else "positions"
-        _refuse(op, f"{how} in [0, {n})", "others", "sort them, drop repeats" if ordered else "drop those out of range")
+        bad_positions(op, n, ordered)
 
 
 def from_indices(index: Tensor, n: int) -> Tensor:
     """Words with these bits set; `index`: int32 or int64, sorted, without repeats, in [0, n)."""
     _check_index("from_indices", index, n, True)
-    words = _empty_words(n)
+    words = empty_words(n, CPU)
     wide = index.element_size() == 8
     _core().set_indices(index.data_ptr(), index.numel(), wide, words.numel(), words.data_ptr(), torch.get_num_threads())
     return words
@@ -197,21 +163,21 @@ def _written(*tensors: Tensor) -> None:
 
 
 def _by_words(op: str, x: Tensor, words: Tensor, prefix: Tensor, values: Tensor, alpha: float = 1.0) -> None:
-    _words(op, words, _flat(op, "x", x).numel())
+    words_of(op, words, _flat(op, "x", x).numel(), CPU)
     _flat(op, "values", values)
     _flat(op, "prefix", prefix, (torch.int64,))
     if prefix.numel() != (words.numel() + 31) // 32 + 1:
-        _refuse(op, f"a prefix of {(words.numel() + 31) // 32 + 1} counts", prefix.numel(), "pass prefix(words)")
+        refuse(op, f"a prefix of {(words.numel() + 31) // 32 + 1} counts", prefix.numel(), "pass prefix(words)")
     if values.numel() != int(prefix[-1]):
-        _refuse(op, f"{int(prefix[-1])} values, one per chosen element", values.numel(), "pass the values of this mask")
+        refuse(op, f"{int(prefix[-1])} values, one per chosen element", values.numel(), "pass the values of this mask")
     threads = torch.get_num_threads()
-    x_type, v_type = _CODES[x.dtype], _CODES[values.dtype]
+    x_type, v_type = CODES[x.dtype], CODES[values.dtype]
     _core().move_words(op, x.data_ptr(), x_type, values.data_ptr(), v_type, alpha, words.data_ptr(), words.numel(), prefix.data_ptr(), threads)
 
 
 def _swappable(op: str, x: Tensor, values: Tensor) -> None:
     if x.dtype != values.dtype:
-        _refuse(op, f"values of x's dtype {x.dtype}", values.dtype, "an exchange must lose nothing")
+        refuse(op, f"values of x's dtype {x.dtype}", values.dtype, "an exchange must lose nothing")
 
 
 def gather(x: Tensor, words: Tensor, prefix: Tensor) -> Tensor:
@@ -246,9 +212,9 @@ def _by_index(op: str, x: Tensor, index: Tensor, values: Tensor, alpha: float = 
     # What is written must be written once: threads share the list. Reading may go in any order.
     _check_index(op, index, x.numel(), op != "gather")
     if values.numel() != index.numel():
-        _refuse(op, f"{index.numel()} values, one per position", values.numel(), "pass the values of these positions")
+        refuse(op, f"{index.numel()} values, one per position", values.numel(), "pass the values of these positions")
     threads = torch.get_num_threads()
-    wide, x_type, v_type = index.element_size() == 8, _CODES[x.dtype], _CODES[values.dtype]
+    wide, x_type, v_type = index.element_size() == 8, CODES[x.dtype], CODES[values.dtype]
     _core().move_indices(op, x.data_ptr(), x_type, values.data_ptr(), v_type, alpha, index.data_ptr(), index.numel(), wide, threads)
 
 
