@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 LEAST = 2.0**-120
-SIGNED_LEAST = 2.75e-7
 EXPAND_RANGE = 16.6147098
 _DECADES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
@@ -48,8 +47,9 @@ def _rows(signed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     cells = [_cells(e, signed) for e in range(7)]
     end = [d * (1.0 + 0.9 / n) for d, n in zip(_DECADES[:6], cells, strict=False)] + [1.0 - 0.225 / cells[6]]
     slope = [n / (0.9 * d) for d, n in zip(_DECADES, cells, strict=True)] + [0.0]
+    slope[0] = 1.0 / (0.5 * 0.55 * _DECADES[0]) if signed else 1.0 / (0.55 * _DECADES[0])  # cells that zero or a positive remainder stretches
     top = float(2 * cells[6])
-    return (torch.tensor(end), torch.tensor(slope), torch.tensor([*(n * 8.0 / 9.0 for n in cells), top]), torch.tensor([*(2.0 * n - 1.0 for n in cells), top]))
+    return (torch.tensor(end), torch.tensor(slope), torch.tensor([0.0 if signed else 2.0, *(n * 8.0 / 9.0 for n in cells[1:]), top]), torch.tensor([*(2.0 * n - 1.0 for n in cells), top]))
 
 
 def dynamic_code(x: Tensor, signed: bool) -> Tensor:
@@ -58,9 +58,9 @@ def dynamic_code(x: Tensor, signed: bool) -> Tensor:
     a = x.abs() if signed else x
     e = (a.unsqueeze(-1) > end).sum(-1)
     y = torch.minimum(a * slope[e] + offset[e], last[e])
+    m = torch.where(a > 0, y.int(), 0)
     if not signed:
-        return torch.where(a > 0, y.clamp(min=2.0).int() - 1, 0).to(torch.uint8)
-    m = torch.where(a > SIGNED_LEAST, y.int(), 0)
+        return torch.where(a > 0, m - 1, 0).to(torch.uint8)
     return torch.where(x < 0, 127 - m.clamp(max=127), 127 + m).to(torch.uint8)
 
 
