@@ -19,10 +19,6 @@ constexpr DynamicMap kMap = dynamic_map(kSigned);
 template <bool kSigned>
 constexpr Decades kDecades = decades(kSigned);
 
-#if defined(__AVX512F__)
-constexpr __mmask16 kAll = 0xffff;
-#endif
-
 uint32_t largest_key(const float* values, int n) {
   uint32_t key = 0;
   for (int i = 0; i < n; ++i) {
@@ -46,42 +42,8 @@ void decode_dynamic(const uint8_t* codes, int n, float scale, float* out) {
   for (; i < n; ++i) out[i] = map[codes[i]] * scale;
 }
 
-#if defined(__AVX512F__)
-// Rows twice: the permute reads sixteen lanes. The maskz forms, all lanes on: the plain ones make GCC 12 warn of an uninitialised vector.
-FA_HD __m512 row(const float* values) { return _mm512_maskz_broadcast_f32x8(kAll, _mm256_loadu_ps(values)); }
-
-template <bool kSigned>
-void encode_dynamic(const float* values, int n, float inverse, uint8_t* codes) {
-  const __m512 slopes = row(kDecades<kSigned>.slope), offsets = row(kDecades<kSigned>.offset), lasts = row(kDecades<kSigned>.last);
-  const __m512i one = _mm512_set1_epi32(1);
-  for (int i = 0; i < n; i += 16) {
-    const __m512 x = _mm512_maskz_mul_ps(kAll, _mm512_loadu_ps(values + i), _mm512_set1_ps(inverse));
-    const __m512i bits = _mm512_castps_si512(x);
-    const __m512 a = kSigned ? _mm512_castsi512_ps(_mm512_maskz_and_epi32(kAll, bits, _mm512_set1_epi32(0x7fffffff))) : x;
-    __m512i e = _mm512_setzero_si512();
-    for (int k = 0; k < 7; ++k) {
-      const __mmask16 above = _mm512_cmp_ps_mask(a, _mm512_set1_ps(kDecades<kSigned>.end[k]), _CMP_GT_OQ);
-      e = _mm512_mask_add_epi32(e, above, e, one);
-    }
-    const __m512 y = _mm512_maskz_add_ps(kAll, _mm512_maskz_mul_ps(kAll, a, _mm512_maskz_permutexvar_ps(kAll, e, slopes)),
-                                         _mm512_maskz_permutexvar_ps(kAll, e, offsets));
-    const __m512 m = _mm512_maskz_min_ps(kAll, y, _mm512_maskz_permutexvar_ps(kAll, e, lasts));
-    const __mmask16 some = _mm512_cmp_ps_mask(a, _mm512_setzero_ps(), _CMP_GT_OQ);
-    __m512i code = _mm512_maskz_cvttps_epi32(some, m);
-    if (kSigned) {
-      const __mmask16 negative = _mm512_cmplt_epi32_mask(bits, _mm512_setzero_si512());
-      code = _mm512_mask_min_epi32(code, negative, code, _mm512_set1_epi32(kSignedZero));
-      code = _mm512_mask_sub_epi32(code, negative, _mm512_setzero_si512(), code);
-      code = _mm512_maskz_add_epi32(kAll, code, _mm512_set1_epi32(kSignedZero));
-    } else {
-      code = _mm512_maskz_sub_epi32(some, code, one);
-    }
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i), _mm512_maskz_cvtepi32_epi8(kAll, code));
-  }
-}
-
-constexpr int kStep = 16;
-#elif defined(__AVX2__)
+// Also what the AVX-512 build runs: its registers are twice as wide, and the step waits for memory by then.
+#if defined(__AVX2__)
 // Two neighbouring powers of four hold one decade's end at most: the upper exponent bits of a choose a decade, one comparison corrects it.
 // Everything below 2^-31 has the code of 2^-31.
 constexpr float kLeastChosen = 0x1p-31f;
