@@ -9,9 +9,10 @@
   with c = sqrt(max min) and (\\|x\\| / c)^k scaled to 448, is this one after c has cancelled. k = log2(448² / 2) / log2(max / min nonzero), rounded
   down to a sixteenth, in [1/16, 8].
 
-A block with no magnitude of 2^-120 or more is a block of zeros (scale 0, k 1, codes of zero); one with an infinity or a NaN has the scale NaN (k 1)
-and codes of zero: all of it decodes to NaN. A positive element of an unsigned state never gets the code of zero, so that a root in a denominator is never of 0 where the exact
-one was not (AdaBelief's state never falls below its eps). Everything is + - x / in fp32: codes and values are equal bit for bit on every backend.
+A block with no magnitude of 2^-120 or more is a block of zeros (scale 0, k 1); one with an infinity or a NaN has the scale NaN (k 1) and codes of
+zero: all of it decodes to NaN. A positive element of an unsigned state never gets the code of zero, so that a root in a denominator is never of 0
+where the exact one was not (AdaBelief's state never falls below its eps). Everything is + - x / in fp32: codes and values are equal bit for bit on
+every backend. Near the middle between two values of the map either may be taken: within 1e-4 of their distance.
 """
 
 from __future__ import annotations
@@ -49,7 +50,9 @@ def _rows(signed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     slope = [n / (0.9 * d) for d, n in zip(_DECADES, cells, strict=True)] + [0.0]
     slope[0] = 1.0 / (0.5 * 0.55 * _DECADES[0]) if signed else 1.0 / (0.55 * _DECADES[0])  # cells that zero or a positive remainder stretches
     top = float(2 * cells[6])
-    return (torch.tensor(end), torch.tensor(slope), torch.tensor([0.0 if signed else 2.0, *(n * 8.0 / 9.0 for n in cells[1:]), top]), torch.tensor([*(2.0 * n - 1.0 for n in cells), top]))
+    offset = [0.0 if signed else 2.0, *(n * 8.0 / 9.0 for n in cells[1:]), top]
+    last = [*(2.0 * n - 1.0 for n in cells), top]
+    return torch.tensor(end), torch.tensor(slope), torch.tensor(offset), torch.tensor(last)
 
 
 def dynamic_code(x: Tensor, signed: bool) -> Tensor:
