@@ -9,11 +9,11 @@ import torch
 from fusedadapt import _core, checkpoint, dispatch
 from fusedadapt.optim import OPTIMIZERS, AdaBelief, AdamW, Lion, RMSprop, from_torch, to_torch
 from fusedadapt.optim import coded as states
-from fusedadapt.optim.spec import CODED, CODED_UNFIT, RULES, UNCODABLE
+from fusedadapt.optim.spec import CODED, CODED_UNFIT, RULES
 from fusedadapt.optim.table import flat
 from fusedadapt.reference import lowbit
 
-B, F = torch.bfloat16, torch.float32
+F = torch.float32
 KINDS = ("signed", "unsigned", "expanded")
 ISAS = [isa for isa in ("base", "avx2", "avx512") if _core.use_isa(isa)]
 CASES = [(name, k) for name, cls in OPTIMIZERS.items() for k, options in enumerate(cls.examples) if not options.get("centered")]
@@ -106,11 +106,9 @@ def test_expansion_is_capped():
 
 @pytest.mark.parametrize("backend", ["reference", *ISAS])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 0.0, 1e-37])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0, 1e-37])
 def test_odd_blocks(kind, bad, backend):
     """A NaN or an infinity takes its block along, all of it; other blocks and blocks of zeros are none of its business."""
-    if kind == "unsigned" and bad == -math.inf:
-        bad = math.inf
     opt_class, name = (Lion, "exp_avg") if kind != "unsigned" else (OPTIMIZERS["Adagrad"], "sum")
     if backend != "reference":
         _core.use_isa(backend)
@@ -129,8 +127,7 @@ def test_odd_blocks(kind, bad, backend):
         assert not full[256:512].any() and float(state[f"{name}_scale"].view(16, -1)[1, 0]) == 0.0
     else:
         assert bool(full[256:512].isnan().all())
-    zero = lowbit.zero_code(kind)
-    assert bool((state[name][256:512] == zero).all())
+    assert bool((state[name][256:512] == lowbit.zero_code(kind)).all())
 
 
 # --- every rule, every backend -----------------------------------------------------------------------------------------------------------
@@ -141,7 +138,7 @@ class Run:
 
     def __init__(self, name: str, options: dict, backend: str | None, **extras):
         gen = torch.Generator().manual_seed(3)
-        shapes, dtypes = ((70, 131), (4096,), (4095,), (5000,)), (F, F, F, B)
+        shapes, dtypes = ((70, 131), (4096,), (4095,), (5000,)), (F, F, F, torch.bfloat16)
         self.params = [torch.nn.Parameter(torch.randn(s, generator=gen).to(d)) for s, d in zip(shapes, dtypes)]
         base = self.params[0].data
         self.params[0].data = base.t().contiguous().t()
