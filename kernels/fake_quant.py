@@ -89,7 +89,7 @@ def passes(u, low, high, INSIDE: tl.constexpr):
 
 @triton.jit
 def place(block, lines, line, run, groups, LAYOUT: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr):
-    """Of the `block`-th run (column) and the next: where the first begins, where each begins from there on, its length, group, whether it is; the width of a row."""
+    """Of ROWS runs (columns) from `block` on: where the first begins, each from there on, lengths, groups, which there are; a row's width."""
     width = groups * run
     if LAYOUT == COLUMNS:
         c = block + tl.arange(0, ROWS)
@@ -250,7 +250,7 @@ def fake(x: Tensor, rule: Rule) -> Tensor:
 
 
 def fake_backward(dy: Tensor, x: Tensor, rule: Rule, ste: str, sums: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx in x's dtype, dscale [groups], doffset [groups]); without ``sums`` the last two have no elements. dy, x: contiguous, one shape and dtype."""
+    """(dx in x's dtype, dscale [groups], doffset [groups]), the last two empty without ``sums``. dy, x: contiguous, of one shape and dtype."""
     dx, launch = torch.empty_like(x), _Launch(x, rule, dy)
     partial = rule.scale.new_empty((2, launch.tiles, launch.outer) if sums else 1)
     with torch.cuda.device_of(x):

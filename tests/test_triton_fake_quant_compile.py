@@ -35,7 +35,7 @@ KERNELS = {
     "forward fp16 full": (FORWARD, "fp16", {**FULL, **RUN}),
     "forward bf16 groups": (FORWARD, "bf16", {**FULL, **GROUPS}),
     "forward fp32 narrow": (FORWARD, "fp32", {**FULL, **NARROW}),
-    "forward bf16 columns": (FORWARD, "bf16", {**FULL, **COLUMNS}),
+    "forward fp32 columns": (FORWARD, "fp32", {**FULL, **COLUMNS}),
     "backward fp32": (BACKWARD, "fp32", {**PLAIN, **RUN, **CLAMP}),
     "backward bf16": (BACKWARD, "bf16", {**PLAIN, **RUN, **ROUND}),
     "backward fp16 full": (BACKWARD, "fp16", {**FULL, **RUN, **ROUND}),
@@ -46,7 +46,9 @@ KERNELS = {
     "backward fp32 dx only": (BACKWARD, "fp32", {**PLAIN, **RUN, **CLAMP, "SUMS": False}),
 }
 EVERYWHERE = ("forward fp32", "backward bf16 groups", "backward bf16 columns")
-WIDE = {name: 1 if name.startswith("forward") else 2 for name, kernel in KERNELS.items() if kernel[2]["WIDE"]}  # 128-bit loads
+WIDE = {
+    name: 1 if name.startswith("forward") else 2 for name, kernel in KERNELS.items() if kernel[2]["WIDE"] and name != "backward bf16 columns"
+}  # 128-bit loads; four bf16 a thread are 64
 
 
 def compile_one(job: str) -> tuple[str, dict]:

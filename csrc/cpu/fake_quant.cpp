@@ -95,7 +95,8 @@ void add_up(int64_t outer, int64_t groups, int64_t inner, float* d_scale, float*
 void fake_quant(const FakeQuant& job, void* y, int threads) {
   const FakeKernels& k = fake_kernels();
   if (by_columns(job))
-    Blocks(job).each(threads, [&](int64_t, int64_t row0, int64_t row1, int64_t c0, int64_t c1) { k.forward_columns(job, y, row0, row1, c0, c1); });
+    Blocks(job).each(threads,
+                     [&](int64_t, int64_t row0, int64_t row1, int64_t c0, int64_t c1) { k.forward_columns(job, y, row0, row1, c0, c1); });
   else
     Pieces(job).each(threads, [&](int64_t, const Span& s) { k.forward(job, y, s.group, s.begin, s.end); });
 }
@@ -118,13 +119,11 @@ void fake_quant_backward(const FakeQuant& job, const void* dy, void* dx, float* 
   }
   const Pieces pieces(job);
   if (wanted) sums.resize(size_t(pieces.count));
-  pieces.each(threads, [&](int64_t i, const Span& s) {
-    k.backward(job, dy, dx, s.group, s.begin, s.end, wanted ? &sums[size_t(i)] : nullptr);
-  });
+  pieces.each(threads,
+              [&](int64_t i, const Span& s) { k.backward(job, dy, dx, s.group, s.begin, s.end, wanted ? &sums[size_t(i)] : nullptr); });
   if (wanted)
-    add_up(job.runs() / job.groups, job.groups, pieces.pieces, d_scale, d_offset, threads, [&](int64_t a, int64_t g, int64_t p) -> const FakeSums& {
-      return sums[size_t((a * job.groups + g) * pieces.pieces + p)];
-    });
+    add_up(job.runs() / job.groups, job.groups, pieces.pieces, d_scale, d_offset, threads,
+           [&](int64_t a, int64_t g, int64_t p) -> const FakeSums& { return sums[size_t((a * job.groups + g) * pieces.pieces + p)]; });
 }
 
 }  // namespace fa::cpu

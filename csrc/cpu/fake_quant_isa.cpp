@@ -119,7 +119,8 @@ void forward_run(const FakeQuant& job, void* out, int64_t group, int64_t begin, 
   const Group<F> g = everywhere(group_at(job, group));
   const int64_t n = end - begin;
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(y + i, Format::narrow(faked<kDivide, kOffset>(Format::widen(load<typename Format::V>(x + i)), g)));
+  for (; i + kLanes <= n; i += kLanes)
+    store(y + i, Format::narrow(faked<kDivide, kOffset>(Format::widen(load<typename Format::V>(x + i)), g)));
   if (i < n) narrow_at<Format>(y + i, faked<kDivide, kOffset>(widen_at<Format>(x + i, n - i), g), n - i);
 }
 
@@ -179,12 +180,13 @@ struct Columns {
     for (int64_t c = c0; c < c0 + kFakeColumns && c < c1 + kLanes; ++c) {
       const int i = int(c - c0);
       if (c < c1 && c / job.run != known) g = group_at(job, known = c / job.run);
-      of.step[i] = g.step, of.scale[i] = g.scale, of.low[i] = g.low, of.high[i] = g.high, of.offset[i] = g.offset, of.from[i] = g.from, of.to[i] = g.to;
+      of.step[i] = g.step, of.scale[i] = g.scale, of.low[i] = g.low, of.high[i] = g.high, of.offset[i] = g.offset, of.from[i] = g.from,
+      of.to[i] = g.to;
     }
   }
   FA_HD Group<F> at(int64_t i) const {
-    return {load<F>(of.step + i), load<F>(of.scale + i), load<F>(of.low + i), load<F>(of.high + i),
-            load<F>(of.offset + i), load<F>(of.from + i), load<F>(of.to + i)};
+    return {load<F>(of.step + i),   load<F>(of.scale + i), load<F>(of.low + i), load<F>(of.high + i),
+            load<F>(of.offset + i), load<F>(of.from + i),  load<F>(of.to + i)};
   }
 };
 
@@ -202,7 +204,8 @@ void forward_columns(const FakeQuant& job, void* out, int64_t row0, int64_t row1
 }
 
 template <class Format, bool kDivide, bool kSums>
-void backward_columns(const FakeQuant& job, const void* grad, void* out, int64_t row0, int64_t row1, int64_t c0, int64_t c1, FakeSums* sums) {
+void backward_columns(const FakeQuant& job, const void* grad, void* out, int64_t row0, int64_t row1, int64_t c0, int64_t c1,
+                      FakeSums* sums) {
   using E = typename Format::E;
   const Columns columns(job, c0, c1);
   const int64_t width = job.groups * job.run, n = c1 - c0;
@@ -268,7 +271,8 @@ void forward_by_columns(const FakeQuant& job, void* y, int64_t row0, int64_t row
   });
 }
 
-void backward_by_columns(const FakeQuant& job, const void* dy, void* dx, int64_t row0, int64_t row1, int64_t c0, int64_t c1, FakeSums* sums) {
+void backward_by_columns(const FakeQuant& job, const void* dy, void* dx, int64_t row0, int64_t row1, int64_t c0, int64_t c1,
+                         FakeSums* sums) {
   with_format(job.dtype, [&](auto format) {
     with_flags(job.divide, sums != nullptr, [&](auto divide, auto wanted) {
       backward_columns<decltype(format), decltype(divide)::value, decltype(wanted)::value>(job, dy, dx, row0, row1, c0, c1, sums);

@@ -20,9 +20,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MODULES = {"reference": "reference.fake_quant", "cpp": "ops.fake_quant_cpp", "triton": "kernels.fake_quant"}
 _FP64 = {"cpp": "float64 tensors", "triton": "float64 tensors"}
 _NO_KERNEL = {"cuda": "this op's GPU kernels are Triton's", "emulated": "this op's GPU kernels are Triton's"}
-_RULE = (
-    "Tensor scale, Tensor? zero, Tensor? offset, Tensor? bounds, SymInt quant_min, SymInt quant_max, SymInt line, SymInt run, bool divide"
-)
+_RULE = "Tensor scale, Tensor? zero, Tensor? offset, Tensor? bounds, SymInt quant_min, SymInt quant_max, SymInt line, SymInt run, bool divide"
 
 
 @functools.cache

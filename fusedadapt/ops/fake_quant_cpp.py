@@ -36,7 +36,7 @@ def fake(x: Tensor, rule: Rule) -> Tensor:
 
 
 def fake_backward(dy: Tensor, x: Tensor, rule: Rule, ste: str, sums: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx in x's dtype, dscale [groups], doffset [groups]); without ``sums`` the last two have no elements. dy, x: contiguous, one shape and dtype.
+    """(dx in x's dtype, dscale [groups], doffset [groups]), the last two empty without ``sums``. dy, x: contiguous, of one shape and dtype.
 
     Scratch: 16 bytes per run and 16,384 elements of it; where runs are below 16 elements, 16 bytes per column and 256 rows.
     """

@@ -88,11 +88,11 @@ class FakeQuantize(torch.autograd.Function):
 
 
 class _Groups(NamedTuple):
-    """How x is cut (`fusedadapt.reference.fake_quant.Rule`), how many numbers that takes, and how many elements share the last of a line's runs."""
+    """How x is cut (`fusedadapt.reference.fake_quant.Rule`), how many scales that takes, and how many elements share the last of a line's runs."""
 
     line: int
     run: int
-    count: int
+    scales: int
     last: int
 
 
@@ -143,11 +143,11 @@ def _grad_scale(given: str | float | Tensor | None, x: Tensor, quant_max: int | 
     if isinstance(quant_max, int) and quant_max < 1:
         ops.refuse('quant_max of at least 1 with grad_scale="lsq"', quant_max, "pass a number instead")
     if groups.last == groups.run:
-        count: Tensor | float = x.numel() / max(1, groups.count)
+        count: Tensor | float = x.numel() / max(1, groups.scales)
     else:
         sizes = torch.full((-(-groups.line // groups.run),), float(groups.run), dtype=wide(x.dtype), device=x.device)
         sizes[-1] = groups.last
-        count = sizes.repeat(groups.count // sizes.numel())
+        count = sizes.repeat(groups.scales // sizes.numel())
     total = max(1.0, count) * quant_max if isinstance(count, float) else count * quant_max
     if isinstance(total, Tensor):
         return total.to(x.device, wide(x.dtype)).rsqrt().reshape(-1)
@@ -209,7 +209,7 @@ def fake_quantize(
     groups = _groups(x, axis, group_size)
     s, z, o = _tensor(scale, x), _tensor(zero_point, x), _tensor(offset, x)
     assert s is not None
-    for name, t, sizes in (("scale", s, (groups.count,)), ("zero_point", z, (1, groups.count)), ("offset", o, (1, groups.count))):
+    for name, t, sizes in (("scale", s, (groups.scales,)), ("zero_point", z, (1, groups.scales)), ("offset", o, (1, groups.scales))):
         if t is not None and (t.numel() not in sizes or t.device != x.device):
             wanted = f"{name}: {' or '.join(str(n) for n in sizes)} elements on {x.device}"
             ops.refuse(wanted, f"{tuple(t.shape)} on {t.device}", "pass one number a scale, moved there")
@@ -219,5 +219,5 @@ def fake_quantize(
     low, high = (0, 1) if bounds is not None else (quant_min, quant_max)
     plan = _Plan(low, high, groups.line, groups.run, divide, ste, scale_min)  # type: ignore[arg-type]
     factor = _grad_scale(grad_scale, x, quant_max, groups)
-    y: Tensor = FakeQuantize.apply(plan, x, s, z, o, bounds, factor)
+    y: Tensor = FakeQuantize.apply(plan, x, s, z, o, bounds, factor)  # type: ignore[no-untyped-call]
     return y

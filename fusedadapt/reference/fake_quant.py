@@ -112,7 +112,7 @@ INSIDE: dict[str, Callable[[Levels], Tensor]] = {
 
 
 def fake_backward(dy: Tensor, x: Tensor, rule: Rule, ste: str, sums: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx in x's dtype, dscale [groups], doffset [groups]); without ``sums`` the last two have no elements. dy, x: contiguous, one shape and dtype."""
+    """(dx in x's dtype, dscale [groups], doffset [groups]), the last two empty without ``sums``. dy, x: contiguous, of one shape and dtype."""
     v = levels(x.view(-1, rule.line), rule)
     inside, grad = INSIDE[ste](v), dy.view(-1, rule.line)
     dx = torch.where(inside, grad, 0.0).to(x.dtype).view(x.shape)
