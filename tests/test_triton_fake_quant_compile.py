@@ -46,9 +46,8 @@ KERNELS = {
     "backward fp32 dx only": (BACKWARD, "fp32", {**PLAIN, **RUN, **CLAMP, "SUMS": False}),
 }
 EVERYWHERE = ("forward fp32", "backward bf16 groups", "backward bf16 columns")
-WIDE = {
-    name: 1 if name.startswith("forward") else 2 for name, kernel in KERNELS.items() if kernel[2]["WIDE"] and name != "backward bf16 columns"
-}  # 128-bit loads; four bf16 a thread are 64
+# 128-bit loads; four bf16 a thread are 64 bits
+WIDE = {name: 1 if name.startswith("forward") else 2 for name, kernel in KERNELS.items() if kernel[2]["WIDE"] and name != "backward bf16 columns"}
 
 
 def compile_one(job: str) -> tuple[str, dict]:
