@@ -22,6 +22,8 @@ LR_HOST, LR_CPU = "csrc/cpu/lowrank.cpp", "csrc/cpu/lowrank_isa.cpp"
 DERIVATIVES, CONTRACT = "test_lowrank_derivatives.py::test_derivatives", "test_lowrank_contract.py::test_"
 SELECT, MASK, DELTA, CODING = (f"fusedadapt/sparse/{name}.py" for name in ("select", "mask", "delta", "coding"))
 LAYERS, SPARSE_TRUTH = "fusedadapt/sparse/layers.py", "fusedadapt/reference/sparse.py"
+FAKE_TRUTH, FAKE_PUBLIC, FAKE = "fusedadapt/reference/fake_quant.py", "fusedadapt/quant/fake.py", "test_fake_quant.py::test_"
+FAKE_CPU, FAKE_GPU = "csrc/cpu/fake_quant_isa.cpp", "kernels/fake_quant.py"
 SWEEP, HOST, TABLE = "csrc/cpu/optim_isa.cpp", "csrc/cpu/optim.cpp", "csrc/table_host.cpp"
 LOWBIT, CODED = "csrc/core/lowbit.h", "test_optim_coded.py::test_same_bits_as_the_reference"
 
@@ -185,4 +187,17 @@ MUTANTS = (
         "test_sparse_layers.py::test_training_moves_the_chosen_elements_alone",
     ),
     Mutant(LAYERS, "dv if ctx.alpha == 1.0 else dv * ctx.alpha", "dv", "test_sparse_layers.py::test_gradcheck_with_alpha"),
+    # quant: fake quantization
+    Mutant(FAKE_TRUTH, "(v.low <= v.u.round()) & (v.u.round() <= v.high)", "(v.low <= v.u) & (v.u <= v.high)", f"{FAKE}masks_on_the_half_step_band"),
+    Mutant(FAKE_TRUTH, "scale.abs() < TINY", "scale.abs() < 0", f"{FAKE}special_values[reference]"),
+    Mutant(FAKE_PUBLIC, "grad(-rule[0] * outside, zero)", "grad(rule[0] * outside, zero)", f"{FAKE}a_zero_point_is_an_offset_in_steps"),
+    Mutant(FAKE_PUBLIC, "sizes[-1] = groups.last", "pass", f"{FAKE}lsq_factor_counts_the_elements_of_each_scale[reference]"),
+    Mutant(FAKE_CPU, "== out.high ? above : next_down(above)", "== out.high ? above : above", f"{FAKE}masks_on_the_half_step_band"),
+    Mutant(FAKE_CPU, "scale[i] = outside[i] = 0.f;", ";", f"{FAKE}cpp_is_the_reference"),
+    Mutant("csrc/cpu/fake_quant.cpp", "std::min(within + job.run, job.line)", "within + job.run", f"{FAKE}cpp_is_the_reference"),
+    Mutant(
+        FAKE_GPU, "by_scale += tl.where(valid, term, 0.0)", "by_scale = tl.where(valid, term, 0.0)",
+        "test_triton_fake_quant.py::test_unaligned_x_and_more_than_one_program",
+    ),
+    Mutant(FAKE_GPU, "clamped(u, low - 1.0, high + 1.0)", "clamped(u, low, high)", "test_triton_fake_quant.py"),
 )  # fmt: skip

@@ -20,7 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("fusedadapt", "kernels", "csrc", "tests", "CMakeLists.txt", "pyproject.toml")
 FLAGS = ["-std=c++17", "-O0", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-DFA_MODULE_NAME=_core"]
 # Only the baseline instruction set is compiled: the others' tables point to it.
-OTHER_SETS = """#include "cpu/lowrank.h"
+OTHER_SETS = """#include "cpu/fake_quant.h"
+#include "cpu/lowrank.h"
 #include "cpu/merge.h"
 #include "cpu/optim.h"
 #include "cpu/sparse.h"
@@ -29,6 +30,7 @@ namespace fa::cpu {
 extern const Kernels kernels_avx2 = kernels_base, kernels_avx512 = kernels_base;
 extern const SparseKernels sparse_avx2 = sparse_base, sparse_avx512 = sparse_base;
 extern const MergeKernels merge_avx2 = merge_base, merge_avx512 = merge_base;
+extern const FakeKernels fake_avx2 = fake_base, fake_avx512 = fake_base;
 extern const BandKernels band_avx2 = band_base, band_avx512 = band_base;
 namespace lowrank {
 extern const Kernels kernels_avx2 = kernels_base, kernels_avx512 = kernels_base;
@@ -42,6 +44,7 @@ UNITS = (
     "csrc/bindings.cpp", "csrc/bindings_cuda.cpp", "csrc/cpu/lowrank.cpp", "csrc/cpu/lowrank_isa.cpp", "csrc/bindings_lowrank.cpp",
     "csrc/cpu/sparse.cpp", "csrc/cpu/sparse_mask.cpp", "csrc/cpu/sparse_move.cpp", "csrc/cpu/sparse_isa.cpp", "csrc/bindings_sparse.cpp",
     "csrc/cpu/merge.cpp", "csrc/cpu/merge_cut.cpp", "csrc/cpu/merge_isa.cpp", "csrc/cpu/merge_band_isa.cpp", "csrc/bindings_merge.cpp",
+    "csrc/cpu/fake_quant.cpp", "csrc/cpu/fake_quant_isa.cpp", "csrc/bindings_fake_quant.cpp",
 )  # fmt: skip
 # A shared header is always inlined, so the units that merely show it to Python keep working with the sound objects.
 SWEEPS = ("csrc/cpu/optim_isa.cpp", "csrc/cpu/optim.cpp")
