@@ -30,8 +30,8 @@ struct Int8Product {
   int64_t t, n, k;
 };
 
-// A piece of y that one thread computes at a time: its codes of x for kDepth columns stay in L2, four rows of w and a few of x in L1.
-constexpr int64_t kTokens = 48, kOutputs = 64, kDepth = 2048;
+// A piece of y that one thread computes at a time. kDepth columns of its rows of w stay in L2 for all its tokens, those of four rows of x in L1.
+constexpr int64_t kTokens = 48, kOutputs = 64, kDepth = 3072;
 
 struct Kernels {
   const char* name;
