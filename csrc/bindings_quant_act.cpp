@@ -22,13 +22,15 @@ T* at(int64_t address) {
 }
 
 void check_dtype(int dtype) {
-  if (dtype != kF32 && dtype != kBF16 && dtype != kF16) throw std::invalid_argument("quant_act: dtype codes 1 (fp32), 2 (bf16), 3 (fp16) expected");
+  if (dtype != kF32 && dtype != kBF16 && dtype != kF16)
+    throw std::invalid_argument("quant_act: dtype codes 1 (fp32), 2 (bf16), 3 (fp16) expected");
 }
 
 // x: (address, dtype code, rows, columns, row stride)
 void quantize(const std::array<int64_t, 5>& x, int64_t block, int codes, int64_t q, int64_t scale, int threads) {
   check_dtype(int(x[1]));
-  if (x[2] < 1 || x[3] < 1 || block < 1 || (codes != qa::kInt8 && codes != qa::kE4M3)) throw std::invalid_argument("quant_act: unknown codes or no elements");
+  if (x[2] < 1 || x[3] < 1 || block < 1 || (codes != qa::kInt8 && codes != qa::kE4M3))
+    throw std::invalid_argument("quant_act: unknown codes or no elements");
   py::gil_scoped_release release;
   qa::quantize({at<void>(x[0]), int(x[1]), x[2], x[3], x[4], block, codes, at<uint8_t>(q), at<float>(scale)}, threads);
 }

@@ -67,15 +67,13 @@ def groups_kernel(
     KIND: tl.constexpr, K_UNIT: tl.constexpr, X_UNIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """One group of each of ROWS rows."""
-    K = K * K_UNIT
+    K, size = K * K_UNIT, size * K_UNIT
     number = program()
     row = number // groups * ROWS + tl.arange(0, ROWS)
     group = number % groups
     col = tl.arange(0, COLS)
-    here = (row < T)[:, None] & ((col < size) & (group * size + col < K))[None, :]
     first = group * size
-    if K_UNIT > 1:  # size is 128 or all of K
-        first = tl.multiple_of(first, 16)
+    here = (row < T)[:, None] & ((col < size) & (first + col < K))[None, :]
     xs = tl.load(x + row[:, None] * (x_stride * X_UNIT) + (first + col)[None, :], here, 0.0).to(tl.float32)
     s, factor = scale_and_factor(tl.max(as_bits(xs) & 0x7FFFFFFF, 1), KIND)
     tl.store(q + row[:, None] * K + (first + col)[None, :], code(scaled(xs, factor[:, None]), KIND), here)
@@ -109,8 +107,8 @@ def act_quant(x: torch.Tensor, fmt: QFormat) -> tuple[torch.Tensor, torch.Tensor
     T, K = x.shape
     q = torch.empty((T, K), dtype=torch.uint8, device=x.device)
     scale = torch.empty(fmt.grid(T, K), dtype=torch.float32, device=x.device)
-    k_unit, x_unit, kind = unit([K], 16), unit([x.stride(0)], 16), KINDS[fmt.name]
     size = min(fmt.sides(T, K)[1], K)
+    k_unit, x_unit, kind = unit([K, size], 16), unit([x.stride(0)], 16), KINDS[fmt.name]
     with torch.cuda.device_of(x):  # Triton launches on the current device
         if size > LONGEST:
             long_rows_kernel[(T,)](
@@ -120,7 +118,7 @@ def act_quant(x: torch.Tensor, fmt: QFormat) -> tuple[torch.Tensor, torch.Tensor
         cols = max(16, triton.next_power_of_2(size))
         rows, groups = max(1, TILE // cols), scale.shape[1]
         groups_kernel[(triton.cdiv(T, rows) * groups,)](
-            x, q, scale, T, K // k_unit, x.stride(0) // x_unit, size, groups,
+            x, q, scale, T, K // k_unit, x.stride(0) // x_unit, size // k_unit, groups,
             kind, k_unit, x_unit, rows, cols, num_warps=8 if cols > 4096 else 4, **OPTIONS,
         )  # fmt: skip
     return q, scale

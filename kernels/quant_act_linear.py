@@ -1,6 +1,6 @@
 """Products of 8-bit codes, y = x W^T: T x K by N x K, both with k innermost.
 
-    int8   y = (sum_k qx qw) * s_x * s_w + bias          exact in int32 up to CHUNK columns, in fp32 beyond; equal to the reference to the bit
+    int8   y = (sum_k qx qw) * s_x * s_w + bias          exact in int32 up to 2^17 columns, in fp32 beyond; equal to the reference to the bit
     fp8    y = sum over blocks of 128 columns of (sum_k qx qw) * s_x * s_w, + bias
 
 Hopper's fp8 matrix instruction keeps about 14 bits while it adds up: its sums are handed over to fp32 every 128 columns, whatever the scales are.
@@ -21,7 +21,6 @@ from fusedadapt.reference.quant import Parts
 from .common import INTERPRETED, as_float, store_rounded
 from .lowrank_parts import unit
 
-CHUNK = tl.constexpr(truth.CHUNK)
 OPTIONS = {"enable_fp_fusion": False}  # int8: a fused multiply-add would round once where the reference rounds twice
 SWIZZLE = tl.constexpr(8)
 RUN_TIME = ["T", "N", "K"]
@@ -35,13 +34,13 @@ class Tile(NamedTuple):
     stages: int
 
 
-def product_tile(t: int) -> Tile:
-    """From the number of tokens alone; reasoned, not yet measured. At most 96 KiB of tiles under way, which every GPU since 2020 has."""
+def product_tile(t: int, even: bool) -> Tile:
+    """From the number of tokens, and whether rows are aligned; reasoned, not yet measured. 96 KiB under way at most, which every GPU since 2020 has."""
     if t <= 16:
         return Tile(16, 32, 256, 4, 4)
     if t <= 64:
         return Tile(32 if t <= 32 else 64, 64, 128, 4, 4)
-    return Tile(128, 128, 128, 8, 3)
+    return Tile(128, 128, 128, 8, 3) if even else Tile(64, 64, 128, 8, 2)  # byte by byte, loads take the registers
 
 
 @triton.jit
@@ -72,16 +71,16 @@ def store_tile(y, acc, bias, row, col, here, N):
 @triton.jit(do_not_specialize=RUN_TIME)
 def int8_kernel(
     x, w, x_scale, w_scale, bias, y, T: tl.int32, N: tl.int32, K: tl.int32,
-    K_UNIT: tl.constexpr, MANY: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
+    N_UNIT: tl.constexpr, K_UNIT: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """MANY: K is beyond CHUNK."""
-    K = K * K_UNIT
+    """CHUNK: columns whose sum is exact in int32; 0 where K is not beyond that."""
+    N, K = N * N_UNIT, K * K_UNIT
     first_row, first_col = tile_origin(T, N, ROWS, COLS)
     row, col = first_row + tl.arange(0, ROWS), first_col + tl.arange(0, COLS)
     x += row.to(tl.int64)[:, None] * K
     w += col.to(tl.int64)[:, None] * K
     acc = tl.zeros([ROWS, COLS], tl.int32)
-    if MANY:
+    if CHUNK > 0:
         total = tl.zeros([ROWS, COLS], tl.float32)
         for first in range(0, K, DEPTH):
             acc = tl.dot(load_tile(x, row < T, first, K, DEPTH), tl.trans(load_tile(w, col < N, first, K, DEPTH)), acc)
@@ -119,10 +118,10 @@ def dot_fp8(x, w, acc):
 @triton.jit(do_not_specialize=[*RUN_TIME, "groups"])
 def fp8_kernel(
     x, w, x_scale, w_scale, bias, y, T: tl.int32, N: tl.int32, K: tl.int32, groups: tl.int32,
-    BLOCKS: tl.constexpr, K_UNIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
+    BLOCKS: tl.constexpr, N_UNIT: tl.constexpr, K_UNIT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     """BLOCKS: scales of 1 x 128 and 128 x 128 elements, `groups` of them along K; DEPTH is 128. Else a scale per row of x and per row of W."""
-    K = K * K_UNIT
+    N, K = N * N_UNIT, K * K_UNIT
     first_row, first_col = tile_origin(T, N, ROWS, COLS)
     row, col = first_row + tl.arange(0, ROWS), first_col + tl.arange(0, COLS)
     x += row.to(tl.int64)[:, None] * K
@@ -153,13 +152,14 @@ def int8_linear(
     codes: torch.Tensor, x_scale: torch.Tensor, parts: Parts, fmt: QFormat, n: int, bias: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:  # fmt: skip
     """y, T x N, from int8 codes (T x K, bytes) and scales of x. W: int8, one scale per row or for all."""
-    (T, K), t = codes.shape, product_tile(codes.shape[0])
-    y, k_unit = torch.empty((T, n), dtype=dtype, device=codes.device), aligned_unit(K, codes, parts.qdata)
+    (T, K), y = codes.shape, torch.empty((codes.shape[0], n), dtype=dtype, device=codes.device)
+    n_unit, k_unit = unit([n], 16), aligned_unit(K, codes, parts.qdata)
+    t = product_tile(T, k_unit > 1)
     with torch.cuda.device_of(codes):
         int8_kernel[(triton.cdiv(T, t.rows) * triton.cdiv(n, t.cols),)](
             codes.view(torch.int8), parts.qdata.view(torch.int8), x_scale, truth.row_scales(parts, fmt, n).contiguous(),
-            None if bias is None else bias.float().contiguous(), y, T, n, K // k_unit,
-            k_unit, K > CHUNK.value, t.rows, t.cols, t.depth, num_warps=t.warps, num_stages=t.stages, **OPTIONS,
+            None if bias is None else bias.float().contiguous(), y, T, n // n_unit, K // k_unit,
+            n_unit, k_unit, truth.CHUNK if K > truth.CHUNK else 0, t.rows, t.cols, t.depth, num_warps=t.warps, num_stages=t.stages, **OPTIONS,
         )  # fmt: skip
     return y
 
@@ -168,13 +168,14 @@ def fp8_linear(
     codes: torch.Tensor, x_scale: torch.Tensor, act: QFormat, parts: Parts, fmt: QFormat, n: int, bias: torch.Tensor | None, dtype: torch.dtype
 ) -> torch.Tensor:  # fmt: skip
     """y, T x N, from fp8 codes (T x K, bytes) and scales of x, coded as ``act``."""
-    (T, K), t, blocks = codes.shape, product_tile(codes.shape[0]), act.block[1] == 128
+    (T, K), y, blocks = codes.shape, torch.empty((codes.shape[0], n), dtype=dtype, device=codes.device), act.block[1] == 128
     w_scale = parts.scale.float() if blocks else truth.row_scales(parts, fmt, n).contiguous()
-    y, k_unit = torch.empty((T, n), dtype=dtype, device=codes.device), aligned_unit(K, codes, parts.qdata)
+    n_unit, k_unit = unit([n], 16), aligned_unit(K, codes, parts.qdata)
+    t = product_tile(T, k_unit > 1)
     with torch.cuda.device_of(codes):
         fp8_kernel[(triton.cdiv(T, t.rows) * triton.cdiv(n, t.cols),)](
             codes.view(torch.float8_e4m3fn), parts.qdata.view(torch.float8_e4m3fn), x_scale, w_scale,
-            None if bias is None else bias.float().contiguous(), y, T, n, K // k_unit, x_scale.shape[1],
-            blocks, k_unit, t.rows, t.cols, 128, num_warps=t.warps, num_stages=t.stages,
+            None if bias is None else bias.float().contiguous(), y, T, n // n_unit, K // k_unit, x_scale.shape[1],
+            blocks, n_unit, k_unit, t.rows, t.cols, 128, num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip
     return y

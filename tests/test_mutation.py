@@ -23,6 +23,7 @@ FLAGS = ["-std=c++17", "-O0", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "
 OTHER_SETS = """#include "cpu/lowrank.h"
 #include "cpu/merge.h"
 #include "cpu/optim.h"
+#include "cpu/quant_act.h"
 #include "cpu/sparse.h"
 #if defined(__x86_64__)
 namespace fa::cpu {
@@ -33,6 +34,9 @@ extern const BandKernels band_avx2 = band_base, band_avx512 = band_base;
 namespace lowrank {
 extern const Kernels kernels_avx2 = kernels_base, kernels_avx512 = kernels_base;
 }
+namespace quant_act {
+extern const Kernels kernels_avx2 = kernels_base, kernels_avx512 = kernels_base, kernels_vnni = kernels_base;
+}
 }
 #endif
 """
@@ -42,6 +46,7 @@ UNITS = (
     "csrc/bindings.cpp", "csrc/bindings_cuda.cpp", "csrc/cpu/lowrank.cpp", "csrc/cpu/lowrank_isa.cpp", "csrc/bindings_lowrank.cpp",
     "csrc/cpu/sparse.cpp", "csrc/cpu/sparse_mask.cpp", "csrc/cpu/sparse_move.cpp", "csrc/cpu/sparse_isa.cpp", "csrc/bindings_sparse.cpp",
     "csrc/cpu/merge.cpp", "csrc/cpu/merge_cut.cpp", "csrc/cpu/merge_isa.cpp", "csrc/cpu/merge_band_isa.cpp", "csrc/bindings_merge.cpp",
+    "csrc/cpu/quant_act.cpp", "csrc/cpu/quant_act_isa.cpp", "csrc/bindings_quant_act.cpp",
 )  # fmt: skip
 # A shared header is always inlined, so the units that merely show it to Python keep working with the sound objects.
 SWEEPS = ("csrc/cpu/optim_isa.cpp", "csrc/cpu/optim.cpp")

@@ -69,8 +69,8 @@ def _library_linear(codes: Tensor, x_scale: Tensor, parts: Parts, fmt: QFormat, 
     return (y if bias is None else y.add_(bias.float())).to(dtype)
 
 
-def activation_format(activations: str, weight: QFormat) -> QFormat:
-    """How x is coded for a product with a weight of this format.
+def activation_spec(activations: str, weight: QFormat) -> str:
+    """How x is coded for a product with a weight of this format, as a format's text.
 
     Raises:
         ValueError: unknown ``activations``, or a weight whose codes and scales do not go with them.
@@ -80,7 +80,7 @@ def activation_format(activations: str, weight: QFormat) -> QFormat:
     if weight.name != activations or weight.block not in _WEIGHTS[activations] or weight.zero:
         kinds = "one scale per row or for the whole weight" + (" or per 128 x 128 block" if activations == "fp8_e4m3" else "")
         _refuse("linear8", f'a weight in "{activations}" without zero points, {kinds}', weight.spec, "quantize it so, or leave activations out")
-    return QFormat.parse(f"{activations},block=1x{_BLOCK}") if weight.block == _TILE else QFormat.parse(activations)
+    return f"{activations},block=1x{_BLOCK}" if weight.block == _TILE else activations
 
 
 def _refuse(name: str, expected: str, got: object, fix: str) -> NoReturn:
@@ -89,7 +89,7 @@ def _refuse(name: str, expected: str, got: object, fix: str) -> NoReturn:
 
 def _check_act(name: str, act: QFormat) -> None:
     if act.name not in _WEIGHTS or act.block not in (_ROW, (1, _BLOCK)) or (act.name == "int8" and act.block != _ROW):
-        _refuse(name, 'x coded as "int8", "fp8_e4m3" or "fp8_e4m3,block=1x128"', act.spec, "take it from activation_format")
+        _refuse(name, 'x coded as "int8", "fp8_e4m3" or "fp8_e4m3,block=1x128"', act.spec, "take it from activation_spec")
 
 
 def _check_act_quant(x: Tensor, spec: str) -> None:
@@ -123,8 +123,8 @@ def _check_linear8(x: Tensor, x_scale: Tensor, *args: Any) -> None:
         _refuse("linear8", "x: codes of two dimensions, contiguous bytes", f"{tuple(x.shape)} {x.dtype}", "take them from q_act_quant")
     x_fmt, w_fmt = QFormat.parse(act), QFormat.parse(spec)
     _check_act("linear8", x_fmt)
-    if activation_format(x_fmt.name, w_fmt) != x_fmt:
-        _refuse("linear8", f"x coded as {activation_format(x_fmt.name, w_fmt).spec} beside {spec}", act, "take it from activation_format")
+    if activation_spec(x_fmt.name, w_fmt) != x_fmt.spec:
+        _refuse("linear8", f"x coded as {activation_spec(x_fmt.name, w_fmt)} beside {spec}", act, "take it from activation_spec")
     _check_parts("linear8", x, Parts(*tensors), spec, n, x.shape[1])
     grid = x_fmt.grid(x.shape[0], x.shape[1])
     if tuple(x_scale.shape) != grid or x_scale.dtype != torch.float32 or x_scale.device != x.device or not x_scale.is_contiguous():

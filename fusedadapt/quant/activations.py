@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..ops import quant_act as ops
+from ..ops.quant import DTYPES
 from .tensor import QuantizedTensor
 
 
@@ -68,11 +70,11 @@ def quantized_linear_act(x: Tensor, qw: QuantizedTensor, bias: Tensor | None = N
     if len(qw.shape) != 2 or x.dim() < 1 or x.shape[-1] != qw.columns:
         shapes = f"x {tuple(x.shape)}, weight {tuple(qw.shape)}"
         raise ValueError(f"{name}: expected x of {qw.shape[-1]} columns and a weight of two dimensions; got {shapes}; pass matching shapes")
-    if x.dtype not in ops.DTYPES:
+    if x.dtype not in DTYPES:
         raise ValueError(f"{name}: expected x in float32, bfloat16, float16 or float64; got {x.dtype}; convert it")
-    act = ops.activation_format(activations, qw.format).spec
+    act = ops.activation_spec(activations, qw.format)
     kind = x.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(kind))
-    y: Tensor = _apply(x.reshape(-1, qw.columns), bias, act, qw.format.spec, qw.rows, *qw.parts)
+    y: Tensor = _apply(x.reshape(math.prod(x.shape[:-1]), qw.columns), bias, act, qw.format.spec, qw.rows, *qw.parts)
     return y.view(*x.shape[:-1], qw.rows)
