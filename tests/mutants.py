@@ -24,6 +24,7 @@ SELECT, MASK, DELTA, CODING = (f"fusedadapt/sparse/{name}.py" for name in ("sele
 LAYERS, SPARSE_TRUTH = "fusedadapt/sparse/layers.py", "fusedadapt/reference/sparse.py"
 FAKE_TRUTH, FAKE_PUBLIC, FAKE = "fusedadapt/reference/fake_quant.py", "fusedadapt/quant/fake.py", "test_fake_quant.py::test_"
 FAKE_CPU, FAKE_GPU = "csrc/cpu/fake_quant_isa.cpp", "kernels/fake_quant.py"
+QUANT_ACT, ACT = "csrc/cpu/quant_act_isa.cpp", "test_quant_act.py::test_"
 SWEEP, HOST, TABLE = "csrc/cpu/optim_isa.cpp", "csrc/cpu/optim.cpp", "csrc/table_host.cpp"
 LOWBIT, CODED = "csrc/core/lowbit.h", "test_optim_coded.py::test_same_bits_as_the_reference"
 
@@ -200,4 +201,16 @@ MUTANTS = (
         "test_triton_fake_quant.py::test_unaligned_x_and_more_than_one_program",
     ),
     Mutant(FAKE_GPU, "clamped(u, low - 1.0, high + 1.0)", "clamped(u, low, high)", "test_triton_fake_quant.py"),
+    # products with quantized activations
+    Mutant(QUANT_ACT, "magnitude + 0x7ffff + ((magnitude >> 20) & 1)", "magnitude + 0x80000", f"{ACT}hostile_rows[base-fp8_e4m3]"),
+    Mutant(QUANT_ACT, "as_float(bits) < kTiny ? 0.f : as_float(bits)", "as_float(bits)", f"{ACT}hostile_rows[base-int8]"),
+    Mutant(QUANT_ACT, "totals[i] += float(sums[i]);", "totals[i] = float(sums[i]);", f"{ACT}sums_are_exact_at_their_largest[base]"),
+    Mutant(QUANT_ACT, "(row[i] * p.x_scale[t]) * p.w_scale[n0 + i]", "row[i] * (p.x_scale[t] * p.w_scale[n0 + i])", f"{ACT}int8_bits[base-row]"),
+    Mutant("fusedadapt/reference/quant_act.py", "total += exact.float()", "total = exact.float()", f"{ACT}int8_bits[base-row]"),
+    Mutant(
+        "fusedadapt/ops/quant_act.py", "if weight.block == _TILE else activations",
+        "if False else activations", f"{ACT}close_to_fp64[fp8_e4m3-block-fp8_e4m3,block=1x128-dtype0]",
+    ),
+    Mutant("kernels/quant_act.py", "most + 0x7FFFF + ((most >> 20) & 1)", "most + 0x80000", "test_triton_quant_act.py::test_hostile_codes[fp8_e4m3]"),
+    Mutant("kernels/quant_act_linear.py", "% CHUNK == 0:", "% CHUNK == 1:", "test_triton_quant_act.py::test_sums_beyond_a_chunk"),
 )  # fmt: skip

@@ -24,6 +24,7 @@ OTHER_SETS = """#include "cpu/fake_quant.h"
 #include "cpu/lowrank.h"
 #include "cpu/merge.h"
 #include "cpu/optim.h"
+#include "cpu/quant_act.h"
 #include "cpu/sparse.h"
 #if defined(__x86_64__)
 namespace fa::cpu {
@@ -35,6 +36,9 @@ extern const BandKernels band_avx2 = band_base, band_avx512 = band_base;
 namespace lowrank {
 extern const Kernels kernels_avx2 = kernels_base, kernels_avx512 = kernels_base;
 }
+namespace quant_act {
+extern const Kernels kernels_avx2 = kernels_base, kernels_avx512 = kernels_base, kernels_vnni = kernels_base;
+}
 }
 #endif
 """
@@ -45,6 +49,7 @@ UNITS = (
     "csrc/cpu/sparse.cpp", "csrc/cpu/sparse_mask.cpp", "csrc/cpu/sparse_move.cpp", "csrc/cpu/sparse_isa.cpp", "csrc/bindings_sparse.cpp",
     "csrc/cpu/merge.cpp", "csrc/cpu/merge_cut.cpp", "csrc/cpu/merge_isa.cpp", "csrc/cpu/merge_band_isa.cpp", "csrc/bindings_merge.cpp",
     "csrc/cpu/fake_quant.cpp", "csrc/cpu/fake_quant_isa.cpp", "csrc/bindings_fake_quant.cpp",
+    "csrc/cpu/quant_act.cpp", "csrc/cpu/quant_act_isa.cpp", "csrc/bindings_quant_act.cpp",
 )  # fmt: skip
 # A shared header is always inlined, so the units that merely show it to Python keep working with the sound objects.
 SWEEPS = ("csrc/cpu/optim_isa.cpp", "csrc/cpu/optim.cpp")

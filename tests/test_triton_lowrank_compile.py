@@ -152,7 +152,7 @@ def compile_one(job: str) -> tuple[str, dict]:
     return job, {**resources(built.asm["cubin"], built.hash), **measured}
 
 
-def machine(cubin: bytes) -> dict[str, int]:
+def machine(cubin: bytes, names: str = r"HGMMA|HMMA|UTC\w*MMA") -> dict[str, int]:
     """Matrix instructions in the machine code, by name."""
     import collections
     import tempfile
@@ -164,7 +164,7 @@ def machine(cubin: bytes) -> dict[str, int]:
         path.write_bytes(cubin)
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
         text = subprocess.run([tool, "-sass", path], capture_output=True, text=True, check=True).stdout
-    return dict(sorted(collections.Counter(re.findall(r"\b(HGMMA|HMMA|UTC\w*MMA)\b", text)).items()))
+    return dict(sorted(collections.Counter(re.findall(rf"\b({names})\b", text)).items()))
 
 
 def child(*arguments: str):

@@ -1,0 +1,80 @@
+"""Linear layers with weights and activations in 8 bits: x is coded as it arrives, dx comes from the packed weight as if x had not been."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..ops import quant_act as ops
+from ..ops.quant import DTYPES
+from .tensor import QuantizedTensor
+
+
+class QuantizedActMatmul(torch.autograd.Function):
+    """(x [T, K], bias [N] | None, act, spec, n, *parts) -> y [T, N]. Saved: the packed weight, by reference."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, act: str, spec: str, n: int, *parts: Tensor | None) -> Tensor:
+        ctx.spec, ctx.shape = spec, (n, x.shape[1])
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(*parts)
+        codes, scale = torch.ops.fusedadapt.q_act_quant(x, act)
+        y: Tensor = torch.ops.fusedadapt.q_linear8(codes, scale, *parts, bias, act, spec, n, x.dtype)
+        return y
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        dx = d_bias = None
+        if ctx.needs_input_grad[0]:
+            dx = torch.ops.fusedadapt.q_linear_dx(dy, *ctx.saved_tensors, ctx.spec, *ctx.shape)
+        if ctx.needs_input_grad[1]:
+            wide = torch.float64 if dy.dtype == torch.float64 else torch.float32
+            d_bias = dy.sum(0, dtype=wide).to(ctx.bias_dtype)
+        return dx, d_bias, None, None, None, *([None] * len(ctx.saved_tensors))
+
+
+_apply: Any = QuantizedActMatmul.apply
+
+
+def quantized_linear_act(x: Tensor, qw: QuantizedTensor, bias: Tensor | None = None, activations: str = "int8") -> Tensor:
+    """x W^T + bias in 8 bits on both sides: W8A8 with activations coded on the fly.
+
+    "int8": every row of x by its own scale absmax / 127, codes to nearest even, sums exact in integers (LLM.int8 without outliers, Dettmers et al.,
+    arXiv:2208.07339). "fp8_e4m3": every row by absmax / 448; beside a weight in 128 x 128 blocks every 128 elements of a row, as DeepSeek-V3 does
+    (arXiv:2412.19437); sums in fp32. Scales are multiplied in fp32 and y is rounded once to x's dtype. A row of zeros gives exactly the bias; a row
+    with a NaN or an infinity gives NaN.
+
+    Gradients: dx = dy W and dbias; the coding of x counts as the identity, W is frozen.
+
+    Args:
+        x: [..., K] in fp32, bf16 or fp16 (fp64 is read as fp32); under autocast it is cast as nn.Linear's input is.
+        qw: a weight [N, K] in the format that ``activations`` names: "int8" with a scale per row or ``group_axis="tensor"``, "fp8_e4m3" with a scale
+            per row, ``group_axis="tensor"`` or ``group_axis="block"``.
+        bias: [N].
+        activations: "int8" or "fp8_e4m3".
+
+    Returns:
+        [..., N] in x's dtype.
+
+    Raises:
+        ValueError: shapes, dtypes, devices or formats that do not fit, before anything is computed. TypeError: ``qw`` is not a `QuantizedTensor`.
+    """
+    name = "fusedadapt.quantized_linear"
+    if not isinstance(qw, QuantizedTensor):
+        raise TypeError(f"{name}: expected a QuantizedTensor; got {type(qw).__name__}; make one with fusedadapt.quantize")
+    if len(qw.shape) != 2 or x.dim() < 1 or x.shape[-1] != qw.columns:
+        shapes = f"x {tuple(x.shape)}, weight {tuple(qw.shape)}"
+        raise ValueError(f"{name}: expected x of {qw.shape[-1]} columns and a weight of two dimensions; got {shapes}; pass matching shapes")
+    if x.dtype not in DTYPES:
+        raise ValueError(f"{name}: expected x in float32, bfloat16, float16 or float64; got {x.dtype}; convert it")
+    act = ops.activation_spec(activations, qw.format)
+    kind = x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(kind))
+    y: Tensor = _apply(x.reshape(math.prod(x.shape[:-1]), qw.columns), bias, act, qw.format.spec, qw.rows, *qw.parts)
+    return y.view(*x.shape[:-1], qw.rows)

@@ -1,0 +1,119 @@
+"""The Triton kernels of quantized activations under the interpreter: codes and int8 products are the reference's bits, fp8 products its grade."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_quant_act import BLOCKS, DTYPES, KINDS, new, same, truth
+
+import fusedadapt as fa
+from fusedadapt.quant.activations import quantized_linear_act
+from fusedadapt.reference import quant_act as reference
+
+pytest.importorskip("triton")
+from fusedadapt.kernels import quant_act, quant_act_linear  # noqa: E402
+
+ops = torch.ops.fusedadapt
+SHAPES = ((1, 1, 1), (3, 5, 17), (1, 40, 144), (70, 131, 160), (2, 3, 400))
+pytestmark = [pytest.mark.usefixtures("quick_calls"), pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("spec", ["int8", "fp8_e4m3", BLOCKS])
+def test_codes(spec: str, dtype: torch.dtype) -> None:
+    for t, k in ((1, 1), (5, 17), (3, 128), (9, 300), (2, 17000)):
+        x = new(t, k, dtype=dtype)
+        for some in (x, new(t, 2 * k, dtype=dtype)[:, :k]):
+            with fa.backend("reference"):
+                want = ops.q_act_quant(some, spec)
+            with fa.backend("triton"), fa.strict():
+                q, scale = ops.q_act_quant(some, spec)
+            assert torch.equal(q, want[0]) and torch.equal(scale, want[1]), (t, k)
+
+
+@pytest.mark.parametrize("spec", ["int8", "fp8_e4m3", BLOCKS])
+def test_hostile_codes(spec: str) -> None:
+    """Ties, signed zeros, subnormals, the largest numbers, NaN and infinities; also in rows that are read twice."""
+    step = 0.5 if spec == "int8" else 0.25
+    row = torch.cat([torch.tensor([127.0 if spec == "int8" else 448.0, -0.0]), torch.arange(-120, 120, step), torch.arange(-20, 20) * 2.0**-10])
+    x = torch.stack([row, -row, row * 0, row * 2.0**-126, row * 1e-42, row / 448 * 3e38, row / 127 * 2.0**-119, row])
+    x[-1, 3] = torch.nan
+    for some in (x, torch.where(torch.arange(row.numel()) == 9, torch.inf, x), x.repeat(1, 17000 // row.numel() + 1)):
+        with fa.backend("reference"):
+            want = ops.q_act_quant(some, spec)
+        with fa.backend("triton"):
+            q, scale = ops.q_act_quant(some, spec)
+        assert torch.equal(q, want[0]) and same(scale, want[1])
+
+
+@pytest.mark.parametrize("axis", ["row", "tensor"])
+def test_int8_bits(axis: str) -> None:
+    for number, (t, n, k) in enumerate(SHAPES):
+        x, qw, bias = new(t, k, dtype=DTYPES[number % 3]), fa.quantize(new(n, k, seed=1), "int8", group_axis=axis), new(n, seed=2)
+        for some in (None, bias):
+            with fa.backend("reference"):
+                want = quantized_linear_act(x, qw, some)
+            with fa.backend("triton"):
+                assert same(quantized_linear_act(x, qw, some), want), (t, n, k)
+
+
+def test_sums_beyond_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of 256 columns here: 2^17 would take the interpreter minutes."""
+    monkeypatch.setattr(reference, "CHUNK", 256)
+    g = torch.Generator().manual_seed(0)
+    for k in (255, 256, 257, 512, 700):
+        x, w = (torch.randint(100, 128, (rows, k), generator=g, dtype=torch.int8) for rows in (3, 5))
+        args = (x.view(torch.uint8), new(3, 1), w, new(5, 1), None, None, None, None, "int8", "int8", 5, torch.float32)
+        with fa.backend("reference"):
+            want = ops.q_linear8(*args)
+        with fa.backend("triton"):
+            assert torch.equal(ops.q_linear8(*args), want), k
+
+
+@pytest.mark.parametrize(("kind", "axis", "spec"), KINDS[2:])
+def test_fp8_close_to_fp64(kind: str, axis: str, spec: str) -> None:
+    for number, (t, n, k) in enumerate(SHAPES):
+        dtype = DTYPES[number % 3]
+        x, qw, bias = new(t, k, dtype=dtype).clamp(-500, 500), fa.quantize(new(n, k, seed=1) / 1e5, kind, group_axis=axis), new(n, seed=2)
+        want, size = truth(x, qw, bias, spec)
+        with fa.backend("triton"):
+            y = quantized_linear_act(x, qw, bias, kind)
+        bound = torch.finfo(dtype).eps * want.abs() / 2 + 2.0**-24 * (k**0.5 * 4 + 4) * (size + bias.abs())
+        assert bool(((y.double() - want).abs() <= bound + torch.finfo(dtype).smallest_normal).all()), (t, n, k)
+
+
+def test_every_fp8_code_is_widened() -> None:
+    """All 256 codes of W, NaN among them, times one."""
+    codes = torch.arange(256, dtype=torch.uint8).view(256, 1)
+    one = torch.tensor([[0x38]], dtype=torch.uint8)
+    with fa.backend("triton"):
+        y = ops.q_linear8(one, torch.ones(1, 1), codes, torch.ones(256, 1), None, None, None, None, "fp8_e4m3", "fp8_e4m3", 256, torch.float32)
+    assert same(y.view(-1), codes.view(-1).view(torch.float8_e4m3fn).float())
+
+
+@pytest.mark.parametrize(("kind", "axis", "spec"), KINDS)
+def test_zero_and_nan_rows(kind: str, axis: str, spec: str) -> None:
+    x, qw, bias = new(4, 150), fa.quantize(new(9, 150, seed=1), kind, group_axis=axis), new(9, seed=2)
+    x[1] = 0.0
+    x[2, 140] = torch.nan
+    with fa.backend("triton"):
+        y = quantized_linear_act(x, qw, bias, kind)
+    assert torch.equal(y[1], bias) and bool(y[2].isnan().all()) and bool(y[[0, 3]].isfinite().all())
+
+
+def test_a_misaligned_weight() -> None:
+    """Bytes that lie anywhere in a file: rows are then read one by one."""
+    memory, k = torch.zeros(33 * 160 + 16, dtype=torch.int8), 160
+    start = 1 - memory.data_ptr() % 16 + 16
+    w = memory[start % 16 : start % 16 + 32 * k].view(32, k)
+    w.copy_(torch.arange(32 * k).view(32, k) % 255 - 127)
+    assert quant_act_linear.aligned_unit(k, w) == 1 and quant_act_linear.aligned_unit(k, w.clone()) == 16
+    q, scale = ops.q_act_quant(new(3, k), "int8")
+    rest = (torch.ones(32, 1), None, None, None, None, "int8", "int8", 32, torch.float32)
+    with fa.backend("triton"):
+        assert torch.equal(ops.q_linear8(q, scale, w, *rest), ops.q_linear8(q, scale, w.clone(), *rest))
+
+
+def test_names_are_the_references() -> None:
+    for name in quant_act.__all__:
+        assert list(getattr(quant_act, name).__annotations__) == list(getattr(reference, name).__annotations__)
