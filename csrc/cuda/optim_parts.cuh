@@ -27,22 +27,23 @@ struct Job {
 
 FA_DEVICE float value_or_1(const float* p) { return p ? *p : 1.f; }
 
-FA_DEVICE unsigned trainable(const Job& w, const Eight& e) {
+template <class E>
+FA_DEVICE unsigned trainable(const Job& w, const E& e) {
   if (!w.masked || !e.valid) return e.valid;
   const uint32_t* mask = in_global(w.source->mask);
   if (e.vector) return mask[e.first >> 5] >> (e.first & 31) & 0xffu;
   unsigned keep = 0;
   FA_UNROLL
   for (int j = 0; j < kEach; ++j) {
-    const int64_t i = e.first + j * kThreads;
+    const int64_t i = index(e, j);
     if (e.valid >> j & 1u) keep |= (mask[i >> 5] >> (i & 31) & 1u) << j;
   }
   return keep;
 }
 
 // Sixteen random bits per element, two elements a word. One Philox block serves eight neighbours. `at`: where scattered elements lie.
-template <bool kScattered>
-FA_DEVICE Philox4 random_bits(const Job& w, const Eight& e, uint64_t seed, const int64_t* at) {
+template <bool kScattered, class E>
+FA_DEVICE Philox4 random_bits(const Job& w, const E& e, uint64_t seed, const int64_t* at) {
   const uint32_t step = uint32_t(w.row->step);
   const TensorDesc& t = *w.source;
   const bool identity = !kScattered && t.index_inner == t.numel;
@@ -65,8 +66,8 @@ FA_DEVICE Philox4 random_bits(const Job& w, const Eight& e, uint64_t seed, const
 }
 
 // `at`: where scattered elements of the parameter lie; its master weight is stored in the order of the entry either way.
-template <bool kScattered>
-FA_DEVICE void store_param(const Job& w, const Globals& globals, const Eight& e, unsigned keep, const float (&p)[kEach],
+template <bool kScattered, class E>
+FA_DEVICE void store_param(const Job& w, const Globals& globals, const E& e, unsigned keep, const float (&p)[kEach],
                            const int64_t* at) {
   const TensorDesc& t = w.t;
   const auto put = [&](bool wide, const Raw& r) {
