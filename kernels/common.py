@@ -10,13 +10,15 @@ import triton.language as tl
 # Element types (csrc/core/dtypes.h).
 NONE, F32, BF16, F16, I16 = (tl.constexpr(code) for code in range(5))
 I64 = tl.constexpr(8)
+D8S, D8U, F8X = (tl.constexpr(code) for code in (11, 12, 13))  # coded states: csrc/core/lowbit.h, fusedadapt/reference/lowbit.py
 
 # Words of a tensor's entry (csrc/core/table.h, TensorDesc). ROW_GROUP packs two int32, CODES eight bytes.
-WORDS = tl.constexpr(22)
+WORDS = tl.constexpr(26)
 PARAM, GRAD, STATE0, STATE1, STATE2, STATE3, EXTRA, MASK, STEP_AT, AUX0, AUX1, NUMEL, ROW_GROUP, CODES = (tl.constexpr(word) for word in range(14))
 ORDINAL, INDEX_BASE, INDEX_INNER, INDEX_OUTER, INDEX, ANCHOR, GRAD_NUMEL, KINDS = (tl.constexpr(word) for word in range(14, 22))
+SCALE0, SCALE1, SCALE2, SCALE3 = (tl.constexpr(word) for word in range(22, 26))
 PARAM_CODE, GRAD_CODE, STATE_CODE, EXTRA_CODE, ALIGNED = (tl.constexpr(byte) for byte in (0, 1, 2, 6, 7))
-INDEX_CODE, ANCHOR_CODE, COMPACT_GRAD = (tl.constexpr(byte) for byte in (0, 1, 2))  # bytes of KINDS
+INDEX_CODE, ANCHOR_CODE, COMPACT_GRAD, BLOCK_LOG2 = (tl.constexpr(byte) for byte in range(4))  # bytes of KINDS
 
 # Fields of a row (csrc/core/table.h, FA_ROW_FIELDS).
 FIELDS = tl.constexpr(24)

@@ -297,7 +297,7 @@ def step_(
     """Updates every tensor of the table in place: parameters, states and master weights. Steps and aux scalars are left to the caller.
 
     Args:
-        desc: int64 [n, 22], the entries of csrc/core/table.h, on the tensors' device; an entry's row index points into `rows`.
+        desc: int64 [n, 26], the entries of csrc/core/table.h, on the tensors' device; an entry's row index points into `rows`.
         chunks: int64 [c, 2], (tensor, offset); one program each.
         rows: fp32 [r, 24], what `_core.make_row` gives.
         rule: a name in `RULES`.

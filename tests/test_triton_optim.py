@@ -113,7 +113,7 @@ class Fleet:
 
     def device_table(self):
         assert self.table.scan() == 0
-        desc = torch.frombuffer(bytearray(self.table.descriptors()), dtype=torch.int64).view(-1, 22)
+        desc = torch.frombuffer(bytearray(self.table.descriptors()), dtype=torch.int64).view(-1, 26)
         chunks = torch.frombuffer(bytearray(self.table.chunk_list(CHUNK)), dtype=torch.int64).view(-1, 2)
         rows = []
         for number, (_, state) in enumerate(self.tensors):

@@ -8,7 +8,7 @@ namespace fa {
 
 constexpr int kMaxStates = 4;
 
-// One tensor: twenty-two 64-bit words, so that Triton can read it as int64[22] (kernels/common.py names the words).
+// One tensor: twenty-six 64-bit words, so that Triton can read it as int64[26] (kernels/common.py names the words).
 //
 // Compact entries (index != null) hold `numel` chosen elements of a larger parameter: element i of states, extra and anchor belongs to
 // element index[i] of param and grad. A parameter is one such entry per cohort (elements that joined together), each with its own step.
@@ -29,9 +29,11 @@ struct TensorDesc {
   const void* index;      // positions in the parameter's memory, in no order; null = dense, element i is element i
   const void* anchor;     // decay and L2 pull towards these values; null = towards zero
   int64_t grad_numel;     // elements of grad that count in the gradient norm (all of them, whatever the mask says)
-  uint8_t index_dtype, anchor_dtype, compact_grad, spare[5];  // compact_grad: grad has numel elements, in the order of the index
+  // compact_grad: grad has numel elements, in the order of the index. block_log2: elements per block of the coded states, 5..11
+  uint8_t index_dtype, anchor_dtype, compact_grad, block_log2, spare[4];
+  float* scale[kMaxStates];  // of coded states: block i // 2^block_log2 of element i of the entry has [absmax] or [absmax, k]; else null
 };
-static_assert(sizeof(TensorDesc) == 22 * 8, "kernels/common.py reads this as int64[22]");
+static_assert(sizeof(TensorDesc) == 26 * 8, "kernels/common.py reads this as int64[26]");
 
 // One piece of one tensor, the unit of work: a launch walks a flat list of these, so 1 tensor or 10,000 cost one launch.
 struct Chunk {
