@@ -143,7 +143,9 @@ void bind_table(py::module_& m) {
   py::class_<Shim>(m, "Shim", py::module_local()).def(py::init<const std::vector<uintptr_t>&, const py::object&>());
   m.attr("SHIM_NAMES") = py::tuple(py::cast(Shim::kNames));
   py::class_<BoundTable>(m, "Table")
-      .def(py::init<py::object, py::object, std::vector<std::string>, std::vector<std::string>, std::string, int, int>())
+      .def(py::init<py::object, py::object, std::vector<std::string>, std::vector<std::string>, std::string, int, int, std::vector<int>>(),
+           py::arg("exchange"), py::arg("reader"), py::arg("states"), py::arg("aux"), py::arg("extra"), py::arg("device_type"),
+           py::arg("device_id"), py::arg("maps") = std::vector<int>())
       .def("add", &BoundTable::add, py::arg("param"), py::arg("state"), py::arg("group"), py::arg("ordinal"), py::arg("base"),
            py::arg("inner"), py::arg("outer"), py::arg("compact") = false)
       .def("use_shim", &BoundTable::use_shim, py::keep_alive<1, 2>())

@@ -18,6 +18,7 @@ TensorDesc Table::cohort(const Entry& e, size_t number) const {
   for (size_t k = 0; k < n_states_; ++k) {
     shift(d.state[k], d.state_dtype[k], first);
     bits |= uintptr_t(d.state[k]);
+    if (d.scale[k]) d.scale[k] += blocks(e, number, e.block_log2) * (d.state_dtype[k] == kF8X ? 2 : 1);
   }
   shift(d.extra, d.extra_dtype, first);
   shift(d.anchor, d.anchor_dtype, first);

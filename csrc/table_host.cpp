@@ -60,9 +60,15 @@ bool same_order(const Layout& a, const Layout& b) {
 }  // namespace
 
 Table::Table(py::object exchange, py::object reader, std::vector<std::string> states, std::vector<std::string> aux, std::string extra,
-             int device_type, int device_id)
-    : reader_(std::move(reader)), n_states_(states.size()), n_aux_(aux.size()), device_type_(device_type), device_id_(device_id) {
+             int device_type, int device_id, std::vector<int> maps)
+    : reader_(std::move(reader)),
+      maps_(std::move(maps)),
+      n_states_(states.size()),
+      n_aux_(aux.size()),
+      device_type_(device_type),
+      device_id_(device_id) {
   if (states.size() > size_t(kMaxStates) || aux.size() > 2) throw std::invalid_argument("Table: at most 4 states and 2 scalars");
+  maps_.resize(states.size(), kNone);
   if (!exchange.is_none()) {
     auto* api = static_cast<dlpack::ExchangeAPI*>(PyCapsule_GetPointer(exchange.ptr(), "dlpack_exchange_api"));
     if (!api) throw py::error_already_set();
@@ -79,6 +85,7 @@ Table::Table(py::object exchange, py::object reader, std::vector<std::string> st
   slots_.push_back({intern("index"), false, false});
   slots_.push_back({intern("anchor"), false, true});
   slots_.push_back({intern("cohorts"), false, false});
+  for (const std::string& s : states) slots_.push_back({intern(s + "_scale"), false, false});
   compact_name_ = intern("compact_grad");
 }
 
@@ -276,20 +283,24 @@ void Table::validate(int64_t index, Entry& e) {
     const std::string name = PyUnicode_AsUTF8(slots_[k].key.ptr());
     const bool mask = k == optional(kMask), extra = k == optional(kExtra);
     if (k == optional(kIndex) || k == optional(kCohorts)) continue;
+    const bool bytes = k < n_states_ && l.dtype == kU8 && e.objects[scale_of(k)];
     if (l.device.type != device_type_ || l.device.id != device_id_) fail("device:" + name);
     if (!l.data && l.numel) fail("null:" + name);
     if (slots_[k].same_layout) {
       if (!e.compact && !same_shape(e.p, l)) fail("shape:" + name);
       if (!e.compact && !same_order(e.p, l) && e.p.numel) fail("strides:" + name);
-      if (extra ? l.dtype != kF32 && l.dtype != kI16 : !floating(l.dtype)) fail("dtype:" + name);
+      if (extra ? l.dtype != kF32 && l.dtype != kI16 : !floating(l.dtype) && !bytes) fail("dtype:" + name);
       if (extra && l.dtype == kI16 && e.p.dtype != kBF16) fail("dtype:" + name);
     } else if (mask) {
       if (l.dtype != kI32 || l.numel != (e.p.numel + 31) / 32) fail("shape:" + name);
+    } else if (k >= scale_of(0)) {
+      if (l.dtype != kF32) fail("dtype:" + name);
     } else if ((!e.compact && l.numel != 1) || l.dtype != (k < n_states_ + n_aux_ ? kF64 : kF32)) {
       fail("dtype:" + name);
     }
   }
   if (e.compact) validate_compact(index, e);
+  validate_coded(index, e);
 }
 
 // Of a compact entry only compact arrays are read in their own order.
@@ -308,6 +319,9 @@ void Table::fill(Entry& e) {
     d.state[k] = e.layouts[k].data;
     d.state_dtype[k] = uint8_t(e.layouts[k].dtype);
     bits |= uintptr_t(d.state[k]);
+    if (!coded(e, k)) continue;
+    d.scale[k] = static_cast<float*>(e.layouts[scale_of(k)].data);
+    d.state_dtype[k] = uint8_t(e.layouts[scale_of(k)].dims.size() == 2 ? maps_[k] : int(kF8X));
   }
   for (size_t k = 0; k < n_aux_; ++k) d.aux[k] = static_cast<double*>(e.layouts[n_states_ + k].data);
   const auto value = [&](Optional which) -> const Layout& { return e.layouts[optional(which)]; };
@@ -329,6 +343,7 @@ void Table::fill(Entry& e) {
     d.mask = static_cast<const uint32_t*>(value(kMask).data);
   }
   e.other_addresses = bits;
+  d.block_log2 = uint8_t(e.block_log2);
   d.group = e.group;
   d.ordinal = e.ordinal;
   d.index_base = e.base;

@@ -29,9 +29,10 @@ class Table {
  public:
   // `exchange`: torch.Tensor.__dlpack_c_exchange_api__ or None; without it `reader(tensor)` -> (address, dtype code, device type, device id,
   // shape, strides) is called instead. Keys are names in each parameter's state dict: `states` and `aux` must be there, `extra`, "mask" and
-  // "anchor" may; of a compact entry "index" must, and "cohorts" may.
+  // "anchor" may; of a compact entry "index" must, and "cohorts" may. A state of bytes needs "<state>_scale" beside it; `maps` says which dynamic
+  // map those of one number a block are in (kD8S, kD8U; kNone: no such state may come).
   Table(pybind11::object exchange, pybind11::object reader, std::vector<std::string> states, std::vector<std::string> aux,
-        std::string extra, int device_type, int device_id);
+        std::string extra, int device_type, int device_id, std::vector<int> maps);
   // `compact`: states are [nnz] in the order of state["index"]; the gradient may be the parameter's attribute "compact_grad", [nnz] likewise.
   void add(pybind11::object param, pybind11::object state, int group, int64_t ordinal, int64_t base, int64_t inner, int64_t outer,
            bool compact);
@@ -60,7 +61,7 @@ class Table {
     bool required = true, same_layout = true;
   };
   static constexpr int kMaxValues = 12;
-  enum Optional : size_t { kExtra, kMask, kIndex, kAnchor, kCohorts, kOptional };  // the last slots
+  enum Optional : size_t { kExtra, kMask, kIndex, kAnchor, kCohorts, kOptional };  // slots after the step's; then one scale per state
   // A tensor as the last full reading saw it. The signature stands for dtype, device, shape and strides.
   struct Seen {
     void* data = nullptr;
@@ -86,6 +87,7 @@ class Table {
     PyGetSetDef* getter = nullptr;
     bool wrapped = false, sound = false, compact = false, compact_grad = false;
     uintptr_t other_addresses = 0;
+    int block_log2 = 0;  // of the coded states; 0: there are none
     std::vector<int64_t> cohorts;  // first element of each, where there are several
     int group;
     int64_t ordinal, base, inner, outer;
@@ -111,14 +113,19 @@ class Table {
   void validate(int64_t index, Entry& e);
   void validate_compact(int64_t index, Entry& e);
   bool like_param(size_t slot) const { return slot < n_states_ || slot == optional(kExtra) || slot == optional(kAnchor); }
-  size_t optional(Optional which) const { return slots_.size() - kOptional + which; }
+  size_t optional(Optional which) const { return n_states_ + n_aux_ + 1 + which; }
+  size_t scale_of(size_t state) const { return optional(kOptional) + state; }
+  bool coded(const Entry& e, size_t state) const;
+  int64_t blocks(const Entry& e, size_t cohorts, int log2) const;
+  void validate_coded(int64_t index, Entry& e);
   void set_gradient(Entry& e, void* data);
   void fill(Entry& e);
   TensorDesc cohort(const Entry& e, size_t number) const;
 
   dlpack::ExchangeAPI* api_ = nullptr;
   pybind11::object reader_, grad_name_, local_name_, compact_name_;
-  std::vector<Slot> slots_;  // states, aux, step, extra, mask
+  std::vector<Slot> slots_;  // states, aux, step, the optional ones, scales
+  std::vector<int> maps_;
   size_t n_states_, n_aux_;
   int device_type_, device_id_;
   uint64_t versions_ = 0;

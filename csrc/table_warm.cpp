@@ -112,7 +112,7 @@ void Table::remember(size_t i, PyObject* grad) {
     h = {value, {}};
     // Scalars and the like are ours, and whoever moves them to another device moves the parameter too: their identity is enough.
     for (size_t k = 0; k < slots_.size(); ++k)
-      if (e.objects[k].ptr() == value && like_param(k)) ok &= see(value, e.layouts[k], &h.seen);
+      if (e.objects[k].ptr() == value && (like_param(k) || k >= scale_of(0))) ok &= see(value, e.layouts[k], &h.seen);
   }
   w.sound = ok;
 }

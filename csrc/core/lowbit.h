@@ -86,11 +86,16 @@ FA_HD uint8_t dynamic_code(float x) {
 #define FA_DECADE(e)                                \
   slope = a > d.end[e - 1] ? d.slope[e] : slope;    \
   offset = a > d.end[e - 1] ? d.offset[e] : offset; \
-  last = a > d.end[e - 1] ? d.last[e] : last;
-  FA_DECADE(1)
-  FA_DECADE(2) FA_DECADE(3) FA_DECADE(4) FA_DECADE(5) FA_DECADE(6) FA_DECADE(7)
+  last = a > d.end[e - 1] ? d.last[e] : last
+  FA_DECADE(1);
+  FA_DECADE(2);
+  FA_DECADE(3);
+  FA_DECADE(4);
+  FA_DECADE(5);
+  FA_DECADE(6);
+  FA_DECADE(7);
 #undef FA_DECADE
-      float y = a * slope + offset;
+  float y = a * slope + offset;
   y = y < last ? y : last;
   if (!kSigned) return uint8_t(a > 0.f ? int32_t(y > 2.f ? y : 2.f) - 1 : 0);
   const int32_t m = a > kSignedLeast ? int32_t(y) : 0;

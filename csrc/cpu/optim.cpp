@@ -151,9 +151,10 @@ std::vector<double> squares(const std::vector<TensorDesc>& tensors, const std::v
 
 void sweep(int rule, const std::vector<TensorDesc>& tensors, const std::vector<Chunk>& chunks, const Rows& rows, const Globals& globals,
            int threads) {
-  const UpdateFn update = kernels().update[rule];
+  const Kernels& chosen_kernels = kernels();
+  const UpdateFn update = chosen_kernels.update[rule];
   const float scale = globals.grad_scale ? *globals.grad_scale : 1.f, clip = globals.clip ? *globals.clip : 1.f;
-  const int states = kRuleTable[rule].states;
+  const int states = kRuleTable[rule].states, stored = kRuleTable[rule].stored;
   parallel_for(int64_t(chunks.size()), grain_of(tensors, chunks), threads, [&](int64_t first, int64_t last) {
     for (int64_t c = first; c < last; ++c) {
       if (c + 2 < last) prefetch(tensors[chunks[c + 2].tensor], chunks[c + 2].offset, states);
@@ -161,7 +162,10 @@ void sweep(int rule, const std::vector<TensorDesc>& tensors, const std::vector<C
       const bool ends = c + 1 == int64_t(chunks.size()) || chunks[c + 1].tensor != chunks[c].tensor;
       const int64_t end = ends ? t.numel : chunks[c + 1].offset;
       const Piece piece{&t, &rows.rows[t.row], chunks[c].offset, end, scale, clip, globals.seed, globals.stochastic != 0};
-      t.index ? update_compact(update, piece) : update(piece);
+      if (t.block_log2)
+        update_coded(chosen_kernels, rule, states, stored, piece);
+      else
+        t.index ? update_compact(update, piece) : update(piece);
     }
   });
 }

@@ -19,10 +19,13 @@ using UpdateFn = void (*)(const Piece&);
 // Sum of squares of (gradient / scale) over [begin, end), in double, in a fixed order.
 using SquaresFn = double (*)(const TensorDesc&, int64_t begin, int64_t end, float scale);
 
+struct Codec;
+
 struct Kernels {
   const char* name;
   const UpdateFn* update;  // [rule]
   SquaresFn squares;
+  const Codec* codec;
 };
 
 extern const Kernels kernels_base;
@@ -31,6 +34,8 @@ extern const Kernels kernels_avx2, kernels_avx512;
 #endif
 // A piece of a compact entry: its elements gathered block by block, updated by the ordinary `update`, scattered back.
 void update_compact(UpdateFn update, const Piece& piece);
+// A piece of an entry with coded states (lowbit.h): decoded run by run, updated, encoded.
+void update_coded(const Kernels& kernels, int rule, int states, int stored, const Piece& piece);
 const Kernels& kernels();                  // the best set this processor has, or the one chosen by use_isa
 bool use_isa(const char* name);            // "base", "avx2", "avx512"; false when this processor or build lacks it
 

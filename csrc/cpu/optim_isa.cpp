@@ -380,7 +380,8 @@ const UpdateFn table[] = {
 
 }  // namespace
 
+extern const Codec FA_CAT(codec_, FA_ISA);  // lowbit_isa.cpp
 extern const Kernels FA_CAT(kernels_, FA_ISA);
-const Kernels FA_CAT(kernels_, FA_ISA) = {FA_STR(FA_ISA), table, squares};
+const Kernels FA_CAT(kernels_, FA_ISA) = {FA_STR(FA_ISA), table, squares, &FA_CAT(codec_, FA_ISA)};
 
 }  // namespace fa::cpu

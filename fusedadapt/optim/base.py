@@ -12,11 +12,11 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from .. import dispatch
-from . import compact
+from . import coded, compact
 from . import state as states
 from .plans import CpuPlan, Entry, Plan, ReferencePlan, Scalars, on
 from .plans_device import PLANS, DevicePlan
-from .spec import RULES, STATE_DTYPES, hyper
+from .spec import CODED, CODED_UNFIT, RULES, STATE_DTYPES, hyper
 from .table import local
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -28,6 +28,7 @@ class Extras(TypedDict, total=False):
     maximize: bool
     capturable: bool
     state_dtype: str | None
+    state_block: int | None
     stochastic_rounding: bool
     master_weights: str | None
     masks: dict[Tensor, Tensor] | None
@@ -49,7 +50,9 @@ class FusedOptimizer(Optimizer):
     - ``maximize``: ascend. The L2 term (coupled decay) still decays, as in torch.
     - ``capturable``: accepted for torch's sake; on GPUs step counts always live on the device.
     - ``state_dtype``: ``None`` (the parameter's dtype, as torch), ``"fp32"``, ``"bf16"`` or ``"fp16"``. fp16 states must be asked for by name:
-      a second moment of small gradients underflows there.
+      a second moment of small gradients underflows there. ``"int8"`` and ``"fp8"`` keep one byte an element and a scale per block of
+      ``state_block`` elements (32 to 2048; 256 and 128 if not given): the dynamic map of 8-bit Adam (arXiv 2110.02861), or e4m3 of a range that is
+      expanded block by block (COAT, arXiv 2410.19313). Tensors under 4,096 elements keep fp32 states. See `fusedadapt.reference.lowbit`.
     - ``stochastic_rounding``: bf16 parameters are rounded up or down with the probability that makes the expectation exact. The random bits are
       a pure function of (``seed``, step, parameter number, global element index): a replay, another backend or another sharding gives the same.
     - ``master_weights``: ``"fp32"`` keeps an fp32 copy of each 16-bit parameter in the state; ``"split"`` keeps the low 16 bits of it beside a
@@ -89,7 +92,8 @@ class FusedOptimizer(Optimizer):
         name = type(self).__name__
         if extras.get("differentiable"):
             raise ValueError(f"{name}: expected differentiable=False; a fused step has no autograd graph; use torch.optim for that")
-        self.state_dtype = states.one_of(name, "state_dtype", extras.get("state_dtype"), (None, *STATE_DTYPES))
+        self.state_dtype = states.one_of(name, "state_dtype", extras.get("state_dtype"), (None, *STATE_DTYPES, *CODED))
+        self.state_block = coded.check_options(name, self.state_dtype, extras.get("state_block"))
         self.master_weights = states.one_of(name, "master_weights", extras.get("master_weights"), (None, "fp32", "split"))
         self.mask_state = states.one_of(name, "mask_state", extras.get("mask_state", "dense"), ("dense", "compact"))
         self.decay_to = states.one_of(name, "decay_to", extras.get("decay_to", "zero"), ("zero", "init"))
@@ -244,7 +248,7 @@ class FusedOptimizer(Optimizer):
             for p in group["params"]:
                 self._sharded |= hasattr(p, "_local_tensor")
                 device = local(p.detach()).device
-                choice = self._choose(device, p.dtype)
+                choice = self._choose(device, p.dtype, self.state_dtype in CODED or bool(coded.names(self.state.get(p, {}))))
                 key = (rule, device, choice.backend)
                 choices[key] = choice
                 buckets.setdefault(key, []).append(Entry(p, i, ordinal, self._names[ordinal]))
@@ -255,11 +259,11 @@ class FusedOptimizer(Optimizer):
         self._fingerprint, self._n_states = fingerprint, len(self.state)
         self._group_keys = [None] * len(self.param_groups)
 
-    def _choose(self, device: torch.device, dtype: torch.dtype) -> dispatch.Choice:
+    def _choose(self, device: torch.device, dtype: torch.dtype, is_coded: bool) -> dispatch.Choice:
         op = f"optim.{type(self).__name__}"
         if dtype == torch.float64:
             return dispatch.Choice("reference", "fp64 parameters: the reference is the fp64 path")
-        return dispatch.pick(op, device.type, requested=self.backend)
+        return dispatch.pick(op, device.type, requested=self.backend, unfit=CODED_UNFIT if is_coded else None)
 
     def _hypers(self) -> list[list[float]]:
         """Every group's hyper-parameters, checked."""

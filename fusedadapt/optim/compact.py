@@ -14,17 +14,14 @@ import torch
 from torch import Tensor
 
 from ..ops import sparse as ops
+from . import coded
 from .spec import RULES, Rule
+from .table import flat as flat
 from .table import gradient as gradient
 from .table import local, memory_order
 
 if TYPE_CHECKING:
     from .base import FusedOptimizer
-
-
-def flat(t: Tensor) -> Tensor:
-    """The memory of a gap-free tensor as a vector, shared."""
-    return t.as_strided((t.numel(),), (1,)) if t.numel() else t.view(0)
 
 
 def in_order(t: Tensor, like: Tensor) -> Tensor:
@@ -155,10 +152,12 @@ def start(opt: FusedOptimizer, name: str, p: Tensor, group: dict[str, Any], dtyp
 def convert(opt: FusedOptimizer, label: str, p: Tensor, group: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
     """A loaded state in the form, and with the anchor, that this optimizer wants."""
     rule = RULES[opt._rule(group)]
-    if "index" in state and opt.mask_state != "compact":
-        state = spread(opt, label, p, group, state, rule)
-    elif "index" not in state and opt.mask_state == "compact" and "mask" in state:
-        state = gather(opt, p, state, rule)
+    if ("index" in state) != (opt.mask_state == "compact" and "mask" in state):
+        forms = {k: coded.format_of(state, k) for k in coded.names(state)}
+        state = {k: coded.decode(state, k) if k in forms else v for k, v in state.items() if k.removesuffix("_scale") not in forms}
+        state = spread(opt, label, p, group, state, rule) if "index" in state else gather(opt, p, state, rule)
+        for k, form in forms.items():
+            state.update(coded.encode(state, k, state[k], form))
     if opt.decay_to == "zero":
         state.pop("anchor", None)
     elif "anchor" not in state:

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
+from . import coded
 from .base import FusedOptimizer
 
 
 def from_torch(optimizer: torch.optim.Optimizer, **extras: Any) -> FusedOptimizer:
     """Our optimizer of the same name on the same parameters, with the hyper-parameters and the state of a running torch optimizer.
 
-    ``extras``: our keyword-only options. Raises TypeError if we have no optimizer of that name.
+    ``extras``: our keyword-only options; ``state_dtype="int8"`` or ``"fp8"`` codes the state that comes over. Raises TypeError if we have no optimizer of that name.
     """
     from . import OPTIMIZERS
 
@@ -32,11 +33,12 @@ def from_torch(optimizer: torch.optim.Optimizer, **extras: Any) -> FusedOptimize
         groups.append(keep)
     ours = cls(groups, **extras)
     ours.load_state_dict(optimizer.state_dict())
+    coded.encode_loaded(ours)
     return ours
 
 
 def to_torch(optimizer: FusedOptimizer) -> torch.optim.Optimizer:
-    """torch's optimizer of the same name on the same parameters, with our hyper-parameters and state. Masks and master weights have no counterpart
+    """torch's optimizer of the same name on the same parameters, with our hyper-parameters and state; coded states become full ones. Masks and master weights have no counterpart
     there and are refused."""
     cls = getattr(torch.optim, type(optimizer).__name__, None)
     if cls is None:
@@ -46,5 +48,5 @@ def to_torch(optimizer: FusedOptimizer) -> torch.optim.Optimizer:
     known = set(inspect.signature(cls.__init__).parameters)
     groups = [{k: v for k, v in g.items() if k in known or k == "params"} for g in optimizer.param_groups]
     theirs = cls(groups)
-    theirs.load_state_dict(optimizer.state_dict())
+    theirs.load_state_dict(coded.decoded(optimizer.state_dict()))
     return theirs

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from .. import dispatch
 from ..reference import optim as reference
-from . import compact
+from . import coded, compact
 from . import shim as shims
 from . import table as tables
-from .spec import HYPER_FIELDS, RULES
+from .spec import CODED_CODES, HYPER_FIELDS, RULES, UNCODED, UNSIGNED
 
 if TYPE_CHECKING:
     from .base import FusedOptimizer
@@ -45,6 +45,11 @@ def address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
+def _map(name: str) -> int:
+    """The table's code of the dynamic map a state is in, if it is coded with one number a block; 0: it may not be coded."""
+    return 0 if name in UNCODED else CODED_CODES["unsigned" if name in UNSIGNED else "signed"]
+
+
 class Plan:
     """Common part: the table, state on demand, gradients in the parameter's memory order."""
 
@@ -58,7 +63,7 @@ class Plan:
         make: Any = tables.Table if core is None else core.Table
         exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
         self.table = make(exchange, tables.read, list(self.spec.states), list(self.spec.aux), opt._extra_key,
-                          tables.DEVICE_TYPES[device.type], device.index or 0)  # fmt: skip
+                          tables.DEVICE_TYPES[device.type], device.index or 0, [_map(k) for k in self.spec.states])  # fmt: skip
         self._error = (tables.TableError,) if core is None else (tables.TableError, core.TableError)
         if (shim := shims.shim()) is not None:
             self.table.use_shim(shim)
@@ -210,7 +215,7 @@ class ReferencePlan(Plan):
                 key = (e.group, float(state["step"].view(-1)[c]), *aux)
                 if key not in rows:
                     rows[key] = self._row(e.group, *key[1:])
-                self._update(e, state, rows[key][0], scalars, slice(first, end) if end >= 0 else None)
+                self._update(e, state, rows[key][0], scalars, (c, slice(first, end)) if end >= 0 else None)
                 commits.append((state, c, *rows[key][1:]))
         for state, c, step, after in commits:
             state["step"].view(-1)[c] = step
@@ -225,8 +230,9 @@ class ReferencePlan(Plan):
         return reference.scalar_row(row), float(now), [float(a) for a in after]
 
     @torch.no_grad()
-    def _update(self, e: Entry, state: dict[str, Any], row: Any, scalars: Scalars, part: slice | None) -> None:
-        """One parameter, or the elements ``part`` of its compact arrays: gathered, updated, put back."""
+    def _update(self, e: Entry, state: dict[str, Any], row: Any, scalars: Scalars, cohort: tuple[int, slice] | None) -> None:
+        """One parameter, or a cohort (its number, its elements) of its compact arrays: gathered, updated, put back."""
+        part = None if cohort is None else cohort[1]
         p, (g, packed), opt = tables.local(e.param), self._gradient(e), self.opt
         index = None if part is None else state["index"][part].long()
 
@@ -243,9 +249,14 @@ class ReferencePlan(Plan):
         here = p if index is None else compact.flat(p)[index]
         if index is not None:
             g = g[part] if packed else compact.in_order(g, p)[index]
+        packed_states = coded.names(state)
+        values = [coded.decode(state, k, cohort) if k in packed_states else cut(k) for k in self.spec.states]
         reference.step_(
-            self.rule, here, g, [cut(k) for k in self.spec.states], row, stored=self.spec.stored, grad_scale=scalars.grad_scale,
+            self.rule, here, g, values, row, stored=self.spec.stored, grad_scale=scalars.grad_scale,
             clip=scalars.clip, keep=keep, extra=cut(opt._extra_key), random=random, anchor=cut("anchor"),
         )  # fmt: skip
+        for k, value in list(zip(self.spec.states, values, strict=True))[: self.spec.stored]:
+            if k in packed_states:
+                coded.write_(state, k, value, cohort, keep)
         if index is not None:
             compact.flat(p)[index] = here

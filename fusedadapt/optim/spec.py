@@ -19,6 +19,17 @@ ROW_FIELDS = (
 
 DTYPE_CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.int16: 4, torch.float64: 5, torch.uint8: 6, torch.int8: 7,
                torch.int64: 8, torch.bool: 9, torch.int32: 10}  # fmt: skip
+# Coded states (csrc/core/lowbit.h): state_dtype -> elements per block; codes of the table.
+CODED = {"int8": 256, "fp8": 128}
+CODED_CODES = {"signed": 11, "unsigned": 12, "expanded": 13}
+# States that are never negative, and states that stay fp32: inputs that the rule does not write, and a weight.
+UNSIGNED = frozenset(("exp_avg_sq", "max_exp_avg_sq", "exp_avg_var", "max_exp_avg_var", "sum", "square_avg", "acc_delta", "exp_hessian_diag_sq"))
+UNCODED = frozenset(("z", "hessian", "hessian_diag"))
+_CENTERED = "centered=True takes the difference of two states: coded, it would be rounding noise, and the step its reciprocal"
+UNCODABLE = {"rmsprop_centered": _CENTERED, "rmsprop_centered_momentum": _CENTERED}
+# Backends whose sweeps do not take coded states.
+CODED_UNFIT = {name: 'has no sweep for states of state_dtype "int8" or "fp8"' for name in ("cuda", "emulated", "triton")}
+
 STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

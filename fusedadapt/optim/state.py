@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import compact
+from . import coded, compact
 from .plans import Entry
-from .spec import RULES, STATE_DTYPES, Rule
+from .spec import CODED, RULES, STATE_DTYPES, Rule
 from .table import is_dense, local, memory_order
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def names(groups: list[dict[str, Any]]) -> list[str]:
 
 def check_params(opt: FusedOptimizer, group: dict[str, Any]) -> None:
     op = type(opt).__name__
+    coded.check_group(opt, group)
     for k, p in enumerate(group["params"]):
         name = group["param_names"][k] if "param_names" in group else f"parameter {k}"
         if p.is_complex():
@@ -97,12 +98,18 @@ def fresh_states(opt: FusedOptimizer, entries: list[Entry], rule: Rule) -> list[
         index = compact.fresh_index(opt, e.param)
         for name in rule.states:
             start = opt._initial(name, e.param, group)
+            like = p if index is None else index
+            if (form := coded.wanted(opt, name, p, like.numel())) and isinstance(start, float | int) and start == 0:
+                new.update(coded.zeros(name, like, form))
+                continue
             if isinstance(start, Tensor):
                 new[name] = compact.take(start.detach(), p, index if start.shape == p.shape else None).to(dtype)
             elif index is not None:
                 new[name] = torch.full(index.shape, start, dtype=dtype, device=p.device)
             else:
                 new[name] = torch.full_like(p, start, dtype=dtype, memory_format=torch.preserve_format)
+            if form:
+                new.update(coded.encode({}, name, new[name], form))
         for name, value in rule.aux.items():
             new[name] = torch.tensor(value, dtype=torch.float64, device=local(p).device)
         if opt.master_weights == "fp32" and p.dtype in (torch.bfloat16, torch.float16):
@@ -115,6 +122,7 @@ def fresh_states(opt: FusedOptimizer, entries: list[Entry], rule: Rule) -> list[
             new["index"] = index
         if opt.decay_to == "init":
             new["anchor"] = compact.take(p, p, index)
+        coded.note_order(new, local(p))
         out.append(new)
     return out
 
@@ -122,6 +130,8 @@ def fresh_states(opt: FusedOptimizer, entries: list[Entry], rule: Rule) -> list[
 def state_dtype(opt: FusedOptimizer, p: Tensor) -> torch.dtype:
     if p.dtype == torch.float64:
         return torch.float64
+    if opt.state_dtype in CODED:  # what is not coded: small tensors, and states a rule must have in full
+        return torch.float32
     return p.dtype if opt.state_dtype is None else STATE_DTYPES[opt.state_dtype]
 
 
@@ -232,6 +242,7 @@ def _convert(opt: FusedOptimizer, label: str, p: Tensor, group: dict[str, Any], 
     device = local(p.detach()).device
     out: dict[str, Any] = {}
     packed = "index" in saved
+    coded.check_saved(op, label, saved)
     if packed:
         compact.check_saved(op, label, p, saved, rule)
     for k, v in saved.items():
@@ -253,7 +264,9 @@ def _convert(opt: FusedOptimizer, label: str, p: Tensor, group: dict[str, Any], 
         out.setdefault(k, torch.tensor(start, dtype=torch.float64, device=device))
     if p in opt._masks:
         out.setdefault("mask", opt._masks[p])
+    coded.place(out, saved, local(p.detach()))
     out = compact.convert(opt, label, p, group, out)
+    coded.note_order(out, local(p.detach()))
     key = opt._extra_key
     if opt.master_weights and key not in out and p.dtype in (torch.bfloat16, torch.float16):
         fp32 = compact.take(p.detach(), p, out.get("index")).float()

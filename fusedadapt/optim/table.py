@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .spec import DTYPE_CODES
+from .spec import CODED_CODES, DTYPE_CODES
 
 KEPT, MISSING_STATE, STRIDED_GRADIENT = 0, 1, 2
 DEVICE_TYPES = {"cpu": 1, "cuda": 2}
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 # Words of a descriptor (csrc/core/table.h, TensorDesc).
-WORDS, NUMEL, INDEX, ANCHOR, GRAD_NUMEL, SCALE0 = 26, 11, 18, 19, 20, 22
+WORDS, NUMEL, INDEX, ANCHOR, GRAD_NUMEL = 26, 11, 18, 19, 20
+EXPANDED = CODED_CODES["expanded"]
 
 
 class TableError(ValueError):
@@ -50,10 +51,17 @@ def memory_order(t: Tensor, like: Tensor) -> Tensor:
     return torch.empty_strided(like.shape, like.stride(), dtype=t.dtype, device=t.device).copy_(t)
 
 
+def flat(t: Tensor) -> Tensor:
+    """The memory of a gap-free tensor as a vector, shared."""
+    return t.as_strided((t.numel(),), (1,)) if t.numel() else t.view(0)
+
+
 class Table:
     """Same interface as ``_core.Table``, for machines without the compiled core. Reads everything anew each step."""
 
-    def __init__(self, exchange: Any, reader: Any, states: list[str], aux: list[str], extra: str, device_type: int, device_id: int):
+    def __init__(self, exchange: Any, reader: Any, states: list[str], aux: list[str], extra: str, device_type: int, device_id: int,
+                 maps: list[int] | None = None):  # fmt: skip
+        self._maps = dict(zip(states, maps or [0] * len(states), strict=True))
         self._keys, self._aux, self._extra = states, aux, extra
         self._device = (device_type, device_id)
         self._entries: list[tuple[Any, ...]] = []
@@ -103,9 +111,10 @@ class Table:
         if any(state.get(k) is None for k in required):
             self.missing.append(i)
             return []
-        known = (*required, self._extra, "mask", "anchor", *(["cohorts"] if compact else []))
+        known = (*required, self._extra, "mask", "anchor", *(["cohorts"] if compact else []), *(f"{k}_scale" for k in self._keys))
         found = {k: local(state[k]) for k in known if state.get(k) is not None}
         _validate(i, p, g, found, self._keys, self._extra, self._device, packed)
+        self._coded(i, found)
         if not packed and not same_order(p, g) and p.numel():
             self.strided.append(i)
             return []
@@ -115,6 +124,29 @@ class Table:
         index, starts = found["index"], found["cohorts"].tolist() if "cohorts" in found else [0]
         ends = [*starts[1:], index.numel()]
         return [self._words(p, g, found, place, slice(a, b), c, packed) for c, (a, b) in enumerate(zip(starts, ends, strict=True))]
+
+    def _coded(self, i: int, found: dict[str, Tensor]) -> tuple[dict[str, int], int]:
+        """Dtype codes of the coded states, and log2 of the elements in their blocks: the size that gives as many blocks as there are scales."""
+        codes, sizes = {}, set()
+        for k in self._keys:
+            if (scale := found.get(f"{k}_scale")) is None:
+                continue
+            good = scale.dtype == torch.float32 and found[k].dtype == torch.uint8 and self._maps[k] and scale.is_contiguous()
+            lengths = _lengths(found, k)
+            fit = [b for b in range(5, 12) if good and scale.dim() > 0 and _blocks(lengths, b) == scale.shape[0] and scale.shape[1:] in ((), (2,))]
+            sizes.add(fit[0] if fit else 0)
+            if sizes == {0} or len(sizes) > 1:
+                raise TableError(i, f"scale:{k}_scale")
+            codes[k] = self._maps[k] if scale.dim() == 1 else EXPANDED
+        return codes, sizes.pop() if sizes else 0
+
+    def _scales(self, found: dict[str, Tensor], cohort: int, log2: int) -> list[int]:
+        """Addresses of the scales of a cohort's first block."""
+        out = []
+        for k in self._keys:
+            scale = found.get(f"{k}_scale")
+            out.append(0 if scale is None else scale.data_ptr() + scale[:1].nbytes * _blocks(_lengths(found, k)[:cohort], log2))
+        return out + [0] * (4 - len(out))
 
     def _words(
         self, p: Tensor, g: Tensor, found: dict[str, Tensor], place: tuple[int, ...], part: slice | None, cohort: int, packed: bool
@@ -127,14 +159,15 @@ class Table:
         grad = g[part] if packed else g
         counted = grad.numel() if part is None or packed or cohort == 0 else 0
         pad = [0] * (4 - len(states))
-        codes = [*map(_code, (p, g, *states)), *pad, _code(extra)]
+        coded, log2 = self._coded(0, found)
+        codes = [*map(_code, (p, g)), *(coded.get(k) or _code(t) for k, t in zip(self._keys, states, strict=True)), *pad, _code(extra)]
         addresses = [p.data_ptr(), grad.data_ptr(), *map(_address, states), *pad, _address(extra)]
         mine = [*(addresses[:2] if part is None else addresses[1:2] if packed else []), *addresses[2:], _address(anchor), _address(index)]
         codes.append(int(all(a % 16 == 0 for a in mine)))
         numel = p.numel() if part is None else part.stop - part.start
-        kinds = [_code(index), _code(anchor), int(packed), 0, 0, 0, 0, 0]
+        kinds = [_code(index), _code(anchor), int(packed), log2, 0, 0, 0, 0]
         return (*addresses, _address(mask), step.data_ptr(), *map(_address, aux), *[0] * (2 - len(aux)), numel, place[0], _word(codes), *place[1:],
-                _address(index), _address(anchor), counted, _word(kinds))  # fmt: skip
+                _address(index), _address(anchor), counted, _word(kinds), *self._scales(found, cohort, log2))  # fmt: skip
 
     def check_overlap(self) -> None:
         sizes = {1: 4, 2: 2, 3: 2}
@@ -177,6 +210,16 @@ def _code(t: Tensor | None) -> int:
     return 0 if t is None else DTYPE_CODES[t.dtype]
 
 
+def _lengths(found: dict[str, Tensor], name: str) -> list[int]:
+    """Elements of each cohort of a state."""
+    starts = found["cohorts"].tolist() if "cohorts" in found else [0]
+    return [end - first for first, end in zip(starts, [*starts[1:], found[name].numel()], strict=True)]
+
+
+def _blocks(lengths: list[int], log2: int) -> int:
+    return sum(-(-n >> log2) for n in lengths)
+
+
 def _word(values: list[int]) -> int:
     return int(struct.unpack("<q", bytes(values))[0])
 
@@ -209,10 +252,11 @@ def _validate(
             refuse(index is None and t.shape != p.shape, f"shape:{name}")
             refuse(index is None and not same_order(p, t) and p.numel() > 0, f"strides:{name}")
             refuse(index is not None and not _vector(t, index.numel()), f"compact:{name}")
-            refuse(t.dtype not in ((torch.float32, torch.int16) if name == extra else _FLOATING), f"dtype:{name}")
+            coded = name in states and t.dtype == torch.uint8 and f"{name}_scale" in found
+            refuse(t.dtype not in ((torch.float32, torch.int16) if name == extra else _FLOATING) and not coded, f"dtype:{name}")
         elif name == "mask":
             refuse(t.dtype != torch.int32 or t.numel() != (p.numel() + 31) // 32, "shape:mask")
-        else:
+        elif name.removesuffix("_scale") not in states:
             refuse(t.numel() != count or t.dtype != (torch.float32 if name == "step" else torch.float64), f"dtype:{name}")
 
 
@@ -248,6 +292,10 @@ _EXPECTED = {
         "pass a contiguous parameter (p.data = p.data.contiguous())",
     ),
     "shape": ("the parameter's shape", "gradient and states must have been made for this parameter"),
+    "scale": (
+        "fp32 scales of a coded state (uint8): one per block of 32 to 2048 elements, or a pair, and one size of block for all states",
+        "keep <state> and <state>_scale together as the optimizer made them, or load them with load_state_dict",
+    ),
     "null": ("memory behind the tensor", "the tensor was freed or lives in a subclass that hides its data"),
     "compact": (
         "vectors as long as the index of the chosen elements (a step and scalars per cohort), positions inside the parameter",

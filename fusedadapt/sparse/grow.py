@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..optim import FusedOptimizer
+from ..optim import coded
 from ..optim import compact as states
 from ..optim.spec import RULES
 from ..optim.state import pack_mask, unpack_mask
@@ -74,7 +75,8 @@ def grow_prune(
     kept = _keep(p, active, n, score)
     change = _grow(optimizer, param, kept, n, grow, gradient, state, seed)
     if n:
-        _apply(optimizer, param, held, change, new_value, state == "seed")
+        with coded.unpacked(held):
+            _apply(optimizer, param, held, change, new_value, state == "seed")
     return Mask.from_bool(unpack_mask(optimizer._masks[param], p))
 
 
@@ -166,7 +168,7 @@ def _momentum(optimizer: FusedOptimizer, param: Tensor) -> Tensor:
     name = next((k for k in ("exp_avg", "momentum_buffer", "exp_avg_slow") if k in held), None)
     if name is None or "index" in held:
         raise ValueError('grow_prune: expected a dense state with a first moment for grow="momentum"; there is none; use "gradient"')
-    return states.in_order(held[name], param.detach())
+    return states.in_order(coded.decode(held, name), param.detach())
 
 
 def _apply(optimizer: FusedOptimizer, param: Tensor, held: dict[str, Any], change: _Change, new_value: float | None, seeded: bool) -> None:
