@@ -58,11 +58,12 @@ constexpr Decades decades(bool has_sign) {
     d.offset[e] = float(cells * 8.0 / 9.0);
     d.last[e] = float(2.0 * cells - 1.0);
   }
+  // Cells that zero or a positive remainder stretches: of the signed map from half its value on, of the unsigned one from 0 on.
+  d.slope[0] = float(has_sign ? 1.0 / (0.5 * 0.55 * decade[0]) : 1.0 / (0.55 * decade[0]));
+  d.offset[0] = has_sign ? 0.f : 2.f;
   d.offset[7] = d.last[7] = has_sign ? 128.f : 256.f;
   return d;
 }
-
-constexpr float kSignedLeast = 2.75e-7f;  // magnitudes up to here are zero
 
 // The largest key of a block belongs to its extreme: the magnitude's bits, and below them whether it is positive.
 FA_HD uint32_t extreme_key(float value) {
@@ -97,8 +98,8 @@ FA_HD uint8_t dynamic_code(float x) {
 #undef FA_DECADE
   float y = a * slope + offset;
   y = y < last ? y : last;
-  if (!kSigned) return uint8_t(a > 0.f ? int32_t(y > 2.f ? y : 2.f) - 1 : 0);
-  const int32_t m = a > kSignedLeast ? int32_t(y) : 0;
+  const int32_t m = a > 0.f ? int32_t(y) : 0;
+  if (!kSigned) return uint8_t(a > 0.f ? m - 1 : 0);
   return uint8_t(x < 0.f ? kSignedZero - (m < 127 ? m : 127) : kSignedZero + m);
 }
 
@@ -159,7 +160,8 @@ FA_HD uint8_t expanded_code(float value, float inverse, float k) {
 FA_HD float level_of(uint32_t c) { return c ? log2_series(e4m3_magnitude(c) / 448.f) : 0.f; }
 FA_HD float expanded_value(uint32_t code, float level, float absmax, float inverse_k) {
   const float y = level * inverse_k;
-  const float magnitude = (code & 127u ? exp2_series(y > -120.f ? y : -120.f) : 0.f) * absmax;
+  const uint32_t some = 0u - uint32_t((code & 127u) != 0u);  // as a mask: with a branch the loops around it would not be vectorised
+  const float magnitude = as_float(as_bits(exp2_series(y > -120.f ? y : -120.f)) & some) * absmax;
   return as_float(as_bits(magnitude) ^ (code >> 7 << 31));
 }
 

@@ -1,9 +1,9 @@
 """States of one byte an element: ``state_dtype="int8"`` and ``"fp8"`` (formats: `fusedadapt.reference.lowbit`).
 
-A coded state ``exp_avg`` is uint8 in the shape and memory order of its parameter (or a vector, where states are compact), with ``exp_avg_scale`` beside
-it: fp32, one number a block (int8) or two (fp8). Blocks run over the memory of the local tensor; in a compact state each cohort starts a block of its
-own. The size of a block is not stored: it is the power of two that gives as many blocks as there are scales. ``strides`` is kept with the state of a
-parameter that is not contiguous: a file may hold the codes in another order than the blocks run over them.
+A coded state ``exp_avg`` is uint8 in the shape and memory order of its parameter (or a vector, where states are compact), with ``exp_avg_scale``
+beside it: fp32, one number a block (int8) or two (fp8). Blocks run over the memory of the local tensor; in a compact state each cohort starts a block
+of its own. The size of a block is not stored: it is the power of two that gives as many blocks as there are scales. ``strides`` is kept with the
+state of a parameter that is not contiguous: a file may hold the codes in another order than the blocks run over them.
 """
 
 from __future__ import annotations
@@ -91,6 +91,11 @@ def format_of(state: dict[str, Any], name: str) -> Format | None:
     return Format(_kind(name, scale.dim() == 2), block)
 
 
+def formats(state: dict[str, Any]) -> dict[str, Format]:
+    """Of all coded states of a parameter."""
+    return {k: form for k in names(state) if (form := format_of(state, k)) is not None}
+
+
 def decode(state: dict[str, Any], name: str, part: tuple[int, slice] | None = None) -> Tensor:
     """A coded state, or cohort ``part[0]`` of it (elements ``part[1]``), as fp32 in the same memory order; any other state as it is."""
     form, codes = format_of(state, name), state[name]
@@ -175,9 +180,7 @@ def place(state: dict[str, Any], saved: dict[str, Any], p: Tensor) -> None:
     """After loading: codes whose blocks ran over another memory order than ``p`` has are coded anew."""
     order = tuple(saved.get("strides", torch.empty(p.shape, device="meta").stride()))
     if "index" not in state and names(state) and order != tuple(p.stride()) and p.numel():
-        for name in names(state):
-            form = format_of(state, name)
-            assert form is not None
+        for name, form in formats(state).items():
             before = torch.empty_strided(p.shape, order, dtype=torch.uint8, device=p.device).copy_(state[name])
             values = decode(state | {name: before}, name)
             state.update(encode(state, name, torch.empty_strided(p.shape, p.stride(), device=p.device).copy_(values), form))
@@ -187,7 +190,7 @@ def place(state: dict[str, Any], saved: dict[str, Any], p: Tensor) -> None:
 @contextmanager
 def unpacked(state: dict[str, Any]) -> Iterator[None]:
     """Inside, the coded states are fp32 ones; they may be replaced, and are coded again at the end."""
-    forms = {name: format_of(state, name) for name in names(state)}
+    forms = formats(state)
     for name in forms:
         state[name] = decode(state, name)
     for name in forms:
@@ -196,7 +199,6 @@ def unpacked(state: dict[str, Any]) -> Iterator[None]:
         yield
     finally:
         for name, form in forms.items():
-            assert form is not None
             state.update(encode(state, name, state[name], form))
 
 

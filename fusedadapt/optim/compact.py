@@ -153,7 +153,7 @@ def convert(opt: FusedOptimizer, label: str, p: Tensor, group: dict[str, Any], s
     """A loaded state in the form, and with the anchor, that this optimizer wants."""
     rule = RULES[opt._rule(group)]
     if ("index" in state) != (opt.mask_state == "compact" and "mask" in state):
-        forms = {k: coded.format_of(state, k) for k in coded.names(state)}
+        forms = coded.formats(state)
         state = {k: coded.decode(state, k) if k in forms else v for k, v in state.items() if k.removesuffix("_scale") not in forms}
         state = spread(opt, label, p, group, state, rule) if "index" in state else gather(opt, p, state, rule)
         for k, form in forms.items():

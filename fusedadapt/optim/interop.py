@@ -14,7 +14,8 @@ from .base import FusedOptimizer
 def from_torch(optimizer: torch.optim.Optimizer, **extras: Any) -> FusedOptimizer:
     """Our optimizer of the same name on the same parameters, with the hyper-parameters and the state of a running torch optimizer.
 
-    ``extras``: our keyword-only options; ``state_dtype="int8"`` or ``"fp8"`` codes the state that comes over. Raises TypeError if we have no optimizer of that name.
+    ``extras``: our keyword-only options; ``state_dtype="int8"`` or ``"fp8"`` codes the state that comes over. Raises TypeError if we have no optimizer
+    of that name.
     """
     from . import OPTIMIZERS
 
@@ -38,8 +39,8 @@ def from_torch(optimizer: torch.optim.Optimizer, **extras: Any) -> FusedOptimize
 
 
 def to_torch(optimizer: FusedOptimizer) -> torch.optim.Optimizer:
-    """torch's optimizer of the same name on the same parameters, with our hyper-parameters and state; coded states become full ones. Masks and master weights have no counterpart
-    there and are refused."""
+    """torch's optimizer of the same name on the same parameters, with our hyper-parameters and state; coded states become full ones. Masks and master
+    weights have no counterpart there and are refused."""
     cls = getattr(torch.optim, type(optimizer).__name__, None)
     if cls is None:
         raise TypeError(f"to_torch: torch has no {type(optimizer).__name__}")

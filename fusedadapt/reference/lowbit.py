@@ -9,9 +9,10 @@
   with c = sqrt(max min) and (\\|x\\| / c)^k scaled to 448, is this one after c has cancelled. k = log2(448² / 2) / log2(max / min nonzero), rounded
   down to a sixteenth, in [1/16, 8].
 
-A block with no magnitude of 2^-120 or more is a block of zeros (scale 0, k 1, codes of zero); one with an infinity or a NaN has the scale NaN (k 1)
-and codes of zero: all of it decodes to NaN. A positive element of an unsigned state never gets the code of zero, so that a root in a denominator is never of 0 where the exact
-one was not (AdaBelief's state never falls below its eps). Everything is + - x / in fp32: codes and values are equal bit for bit on every backend.
+A block with no magnitude of 2^-120 or more is a block of zeros (scale 0, k 1); one with an infinity or a NaN has the scale NaN (k 1) and codes of
+zero: all of it decodes to NaN. A positive element of an unsigned state never gets the code of zero, so that a root in a denominator is never of 0
+where the exact one was not (AdaBelief's state never falls below its eps). Everything is + - x / in fp32: codes and values are equal bit for bit on
+every backend. Near the middle between two values of the map either may be taken: within 1e-4 of their distance.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ import torch
 from torch import Tensor
 
 LEAST = 2.0**-120
-SIGNED_LEAST = 2.75e-7
 EXPAND_RANGE = 16.6147098
 _DECADES = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
@@ -48,8 +48,11 @@ def decades(signed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     cells = [_cells(e, signed) for e in range(7)]
     end = [d * (1.0 + 0.9 / n) for d, n in zip(_DECADES[:6], cells, strict=False)] + [1.0 - 0.225 / cells[6]]
     slope = [n / (0.9 * d) for d, n in zip(_DECADES, cells, strict=True)] + [0.0]
+    slope[0] = 1.0 / (0.5 * 0.55 * _DECADES[0]) if signed else 1.0 / (0.55 * _DECADES[0])  # cells that zero or a positive remainder stretches
     top = float(2 * cells[6])
-    return (torch.tensor(end), torch.tensor(slope), torch.tensor([*(n * 8.0 / 9.0 for n in cells), top]), torch.tensor([*(2.0 * n - 1.0 for n in cells), top]))
+    offset = [0.0 if signed else 2.0, *(n * 8.0 / 9.0 for n in cells[1:]), top]
+    last = [*(2.0 * n - 1.0 for n in cells), top]
+    return torch.tensor(end), torch.tensor(slope), torch.tensor(offset), torch.tensor(last)
 
 
 def dynamic_code(x: Tensor, signed: bool) -> Tensor:
@@ -58,9 +61,9 @@ def dynamic_code(x: Tensor, signed: bool) -> Tensor:
     a = x.abs() if signed else x
     e = (a.unsqueeze(-1) > end).sum(-1)
     y = torch.minimum(a * slope[e] + offset[e], last[e])
+    m = torch.where(a > 0, y.int(), 0)
     if not signed:
-        return torch.where(a > 0, y.clamp(min=2.0).int() - 1, 0).to(torch.uint8)
-    m = torch.where(a > SIGNED_LEAST, y.int(), 0)
+        return torch.where(a > 0, m - 1, 0).to(torch.uint8)
     return torch.where(x < 0, 127 - m.clamp(max=127), 127 + m).to(torch.uint8)
 
 

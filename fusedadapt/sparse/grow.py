@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..optim import FusedOptimizer
-from ..optim import coded
+from ..optim import FusedOptimizer, coded
 from ..optim import compact as states
 from ..optim.spec import RULES
 from ..optim.state import pack_mask, unpack_mask
