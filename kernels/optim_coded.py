@@ -46,7 +46,6 @@ from .optim import _NOT_SPECIALIZED, code_of, eights, load_param, piece, prepare
 # Where the tables lie in `tables`: of the decades the ends, slopes, offsets and last magnitudes, signed and unsigned; the maps; fp8's levels.
 SLOPE, OFFSET, LAST, MAP, LEVEL = (tl.constexpr(first) for first in (16, 32, 48, 64, 576))
 LEAST = tl.constexpr(lowbit.LEAST)
-SIGNED_LEAST = tl.constexpr(lowbit.SIGNED_LEAST)
 EXPAND_RANGE = tl.constexpr(lowbit.EXPAND_RANGE)
 
 
@@ -120,11 +119,9 @@ def dynamic_code(x, tables, has_sign):
     e += (a > tl.load(rows + e)).to(tl.int32)
     y = a * tl.load(rows + SLOPE + e) + tl.load(rows + OFFSET + e)
     last = tl.load(rows + LAST + e)
-    m = tl.where(y < last, y, last).to(tl.int32)
-    plain = tl.where(a > 0.0, tl.maximum(m, 2) - 1, 0)
-    m = tl.where(a > SIGNED_LEAST, m, 0)
+    m = tl.where(a > 0.0, tl.where(y < last, y, last).to(tl.int32), 0)
     signed = tl.where(x < 0.0, 127 - tl.minimum(m, 127), 127 + m)
-    return tl.where(has_sign, signed, plain).to(tl.uint8)
+    return tl.where(has_sign, signed, tl.maximum(m - 1, 0)).to(tl.uint8)
 
 
 @triton.jit
@@ -284,10 +281,13 @@ def sweep(
         )  # fmt: skip
 
 
-def tile(group: int, scattered: bool) -> tuple[int, int]:
-    """(elements of a tile, warps): eight elements a thread, or four where positions take registers, too."""
-    block = max(group, 512 if scattered else 1024)
-    return block, block // (128 if scattered else 256)
+def tile(group: int) -> tuple[int, int]:
+    """(elements of a tile, warps). Four elements a thread: with eight, two states, their codes and scales spill. Never two blocks: for pairs of
+    bytes Triton leaves a stack frame behind."""
+    block = max(group, 512)
+    if block == 2 * group:
+        block *= 2
+    return block, block // 128
 
 
 _tables: dict[torch.device, torch.Tensor] = {}

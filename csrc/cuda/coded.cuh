@@ -46,14 +46,12 @@ FA_DEVICE void fill(Tables& t) {
 // exponent leaves a choice of two.
 struct DynamicCode {
   const Decade* decade;
-  float least, bottom, negative;
+  float negative;
   uint32_t magnitude;
   int bias, zero;
 
   FA_DEVICE DynamicCode(const Tables& t, bool has_sign)
       : decade(t.decade[!has_sign]),
-        least(has_sign ? kSignedLeast : 0.f),
-        bottom(has_sign ? 0.f : 2.f),
         negative(has_sign ? 0.f : as_float(0xff800000u)),
         magnitude(has_sign ? 0x7fffffffu : 0xffffffffu),
         bias(has_sign ? kSignedZero : -1),
@@ -65,8 +63,8 @@ struct DynamicCode {
     int e = (int(u >> 23) * 5 - 531) >> 4;
     e = e < 0 ? 0 : e > 6 ? 6 : e;
     const Decade d = decade[e + (a > decade[e].end)];
-    const float y = fmaxf(fminf(a * d.slope + d.offset, d.last), bottom);
-    const int code = a > least ? int32_t(y) + bias : zero;
+    const float y = fminf(a * d.slope + d.offset, d.last);
+    const int code = a > 0.f ? int32_t(y) + bias : zero;
     return uint32_t(x < negative ? 2 * kSignedZero - (code < 2 * kSignedZero ? code : 2 * kSignedZero) : code);
   }
 };
