@@ -49,13 +49,16 @@ void check_counts(int64_t n, int64_t chunk, const char* op) {
 
 void cuda_sweep(int rule, uintptr_t desc, int64_t n_tensors, uintptr_t chunks, int64_t n_chunks, int64_t chunk, uintptr_t rows,
                 uintptr_t grad_scale, uintptr_t found_inf, uintptr_t clip, uint64_t seed, bool stochastic, int device, uintptr_t stream,
-                bool scattered) {
+                int path) {
   const char* op = "cuda_sweep";
   check_rule(rule, op);
   check_counts(n_tensors, chunk, op);
   check_counts(n_chunks, chunk, op);
   const Globals globals{at<float>(grad_scale), at<float>(found_inf), at<float>(clip), seed, stochastic, int32_t(chunk)};
-  const auto launch = scattered ? &cuda::sweep_scattered : &cuda::sweep;
+  constexpr decltype(&cuda::sweep) launches[] = {&cuda::sweep, &cuda::sweep_scattered, &cuda::sweep_coded};
+  if (path < 0 || path > 2)
+    throw std::invalid_argument(std::string(op) + ": expected path 0, 1 or 2; got " + std::to_string(path) + "; see csrc/cuda/optim.h");
+  const auto launch = launches[path];
   launch(rule, needed<TensorDesc>(desc, n_chunks, op, "descriptors"), needed<Chunk>(chunks, n_chunks, op, "chunks"), n_chunks,
          needed<Row>(rows, n_chunks, op, "rows"), globals, {device, at<void>(stream)});
 }
@@ -85,9 +88,9 @@ void bind_cuda(py::module_& m) {
   const auto no_gil = py::call_guard<py::gil_scoped_release>();
   using namespace py::literals;
   m.def("cuda_sweep", &cuda_sweep, no_gil, "rule"_a, "desc_ptr"_a, "n_tensors"_a, "chunks_ptr"_a, "n_chunks"_a, "chunk"_a, "rows_ptr"_a,
-        "grad_scale_ptr"_a, "found_inf_ptr"_a, "clip_ptr"_a, "seed"_a, "stochastic"_a, "device"_a, "stream"_a, "scattered"_a = false,
-        "Updates every tensor: descriptors, chunks and fp32[24] rows on the device (see core/table.h). `scattered`: compact entries, "
-        "anchors.");
+        "grad_scale_ptr"_a, "found_inf_ptr"_a, "clip_ptr"_a, "seed"_a, "stochastic"_a, "device"_a, "stream"_a, "path"_a = 0,
+        "Updates every tensor: descriptors, chunks and fp32[24] rows on the device (see core/table.h). `path`: 0 for plain entries, 1 "
+        "also for compact ones and anchors, 2 for any, coded states included.");
   m.def("cuda_squares", &cuda_squares, no_gil, "desc_ptr"_a, "chunks_ptr"_a, "n_chunks"_a, "chunk"_a, "partial_ptr"_a, "grad_scale_ptr"_a,
         "device"_a, "stream"_a, "partial (fp64[n_chunks]) = sum of squares of gradient / scale per chunk, in a fixed order.");
   m.def("cuda_prologue", &cuda_prologue, no_gil, "rule"_a, "desc_ptr"_a, "n"_a, "hypers_ptr"_a, "rows_ptr"_a, "clocks_ptr"_a,

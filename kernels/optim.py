@@ -293,6 +293,7 @@ def step_(
     seed: int = 0,
     stochastic: bool = False,
     scattered: bool = False,
+    block: int = 0,
 ) -> None:
     """Updates every tensor of the table in place: parameters, states and master weights. Steps and aux scalars are left to the caller.
 
@@ -307,6 +308,7 @@ def step_(
         seed: 64 bits, the key of the stochastic rounding.
         stochastic: round bf16 parameters without a split master stochastically.
         scattered: the chunks may be of any entries; else only of dense ones that decay towards zero.
+        block: elements per block of the entries' coded states, a power of two up to `chunk`; 0: they have none.
 
     Raises:
         KeyError: no such rule.
@@ -315,7 +317,9 @@ def step_(
     _check("step_", desc, chunks, chunk)
     if rows.dtype != torch.float32 or rows.ndim != 2 or rows.shape[1] != 24 or not rows.is_contiguous():
         raise ValueError(f"step_: expected rows as contiguous float32 [r, 24]; got {rows.dtype} {list(rows.shape)}; use _core.make_row")
-    from . import optim_scattered  # it takes its parts from here
+    if block and (block & (block - 1) or chunk % block or block < 32):
+        raise ValueError(f"step_: expected blocks of a power of two, 32 or more, that divides the chunk {chunk}; got {block}")
+    from . import optim_coded, optim_scattered  # they take their parts from here
 
     entry = RULES[rule]
     if not chunks.shape[0]:
@@ -323,11 +327,17 @@ def step_(
     device = desc.device
     seed &= 2**64 - 1
     with torch.cuda.device_of(desc):  # Triton launches on the current device
-        kernel, block = (optim_scattered.sweep, optim_scattered.BLOCK) if scattered else (sweep, BLOCK)
+        scalars = (_scalar(grad_scale, 1, device), _scalar(found_inf, 0, device), _scalar(clip, 1, device), seed - (seed >> 63 << 64), chunk)
+        if block:
+            size, warps = optim_coded.tile(block)
+            optim_coded.sweep[(chunks.shape[0],)](
+                desc, chunks, rows, *scalars, optim_coded.tables(device), entry.fn, entry.states, entry.stored, bool(stochastic), scattered,
+                block, size, **{**OPTIONS, "num_warps": warps},
+            )  # fmt: skip
+            return
+        kernel, size = (optim_scattered.sweep, optim_scattered.BLOCK) if scattered else (sweep, BLOCK)
         kernel[(chunks.shape[0],)](
-            desc, chunks, rows, _scalar(grad_scale, 1, device), _scalar(found_inf, 0, device), _scalar(clip, 1, device),
-            seed - (seed >> 63 << 64), chunk,
-            entry.fn, entry.states, entry.stored, bool(stochastic), block, **OPTIONS,
+            desc, chunks, rows, *scalars, entry.fn, entry.states, entry.stored, bool(stochastic), size, **OPTIONS,
         )  # fmt: skip
 
 

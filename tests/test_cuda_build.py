@@ -112,7 +112,8 @@ def built(tmp_path_factory: pytest.TempPathFactory):
 def test_nothing_spills(built):
     _, kernels = built
     rules = (ROOT / "csrc/core/rules.h").read_text(encoding="utf-8")
-    expected = 2 * len(re.findall(r"X\(\w+, \w+\)", rules[rules.index("#define FA_RULES") :])) + 2  # two sweeps per rule, squares, prologue
+    count = len(re.findall(r"X\(\w+, \w+\)", rules[rules.index("#define FA_RULES") :]))
+    expected = 3 * count - 4 + 2  # three sweeps per rule, but two rules have no states and two none that may be coded; squares, prologue
     for arch, found in kernels.items():
         assert len(found) >= expected, f"{arch}: {sorted(found)}"
         over = {k: v for k, v in found.items() if v[1] or v[0] > (SCATTERED if k.startswith("scattered") else LIMIT)}
@@ -156,7 +157,7 @@ def test_selection_reads_128_bits(built, kernel):
     assert not re.findall(r"\b(?:LDL|STL)\b", body), "local memory"
 
 
-@pytest.mark.parametrize("source", ["optim", "sparse_select", "sparse_mark", "sparse_mask", "sparse_move"])
+@pytest.mark.parametrize("source", ["optim", "optim_coded", "sparse_select", "sparse_mark", "sparse_mask", "sparse_move"])
 def test_arithmetic_is_ieee(built, source):
     """In PTX, because ptxas expands div.rn and sqrt.rn into exactly rounding fma sequences."""
     functions = re.split(r"\.entry ", (built[0] / f"{source}.ptx").read_text(encoding="utf-8"))[1:]

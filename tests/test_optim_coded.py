@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
-from fusedadapt import _core, checkpoint, dispatch
+from fusedadapt import _core, checkpoint
 from fusedadapt.optim import OPTIMIZERS, AdaBelief, AdamW, Lion, RMSprop, from_torch, to_torch
 from fusedadapt.optim import coded as states
-from fusedadapt.optim.spec import CODED, CODED_UNFIT, RULES
+from fusedadapt.optim.spec import CODED, RULES
 from fusedadapt.optim.table import flat
 from fusedadapt.reference import lowbit
 
@@ -387,13 +387,3 @@ def test_refusals():
     ):
         with pytest.raises(ValueError, match=text):
             make()
-
-
-@pytest.mark.parametrize("backend", sorted(set(CODED_UNFIT) - {"cuda"}))
-def test_sweeps_without_coded_states_say_so(backend, quick_calls):
-    p = torch.nn.Parameter(torch.zeros(5000))
-    p.grad = torch.ones(5000)
-    if dispatch.available_backends("cpu")[backend]:
-        pytest.skip(f"{backend} is not built here")
-    with pytest.raises(RuntimeError, match="no sweep for states"):
-        AdamW([p], state_dtype="int8", backend=backend).step()

@@ -22,27 +22,33 @@ ARCHS = (80, 90, 100)
 EVERYWHERE = ("sgd", "lion", "adam", "adabelief", "diffgrad", "adahessian")  # these for every architecture, the others for sm_90
 LIBRARY_MATH = ("adahessian",)  # its power goes through libdevice's fp64, which fuses
 POINTERS = {"desc": "*i64", "chunks": "*i64", "rows": "*fp32", "grad_scale": "*fp32", "found_inf": "*fp32", "clip": "*fp32", "out": "*fp64"}
+POINTERS["tables"] = "*fp32"
 
 
 def compile_one(job: str) -> tuple[str, dict]:
-    """job: kernel/sm_arch; a kernel is a rule, a rule with "+scattered", "+stochastic" or "+fused" (must fail the gate), or "square_sums"."""
+    """job: kernel/sm_arch; a kernel is a rule, a rule with "+scattered", "+coded" and its block ("+coded256s": scattered, too),
+    "+stochastic" or "+fused" (must fail the gate), or "square_sums"."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from fusedadapt.kernels import optim, optim_scattered
+    from fusedadapt.kernels import optim, optim_coded, optim_scattered
 
     kernel, arch = job.split("/sm_")
     rule, _, variant = kernel.partition("+")
-    fn, constants = optim.square_sums, {"BLOCK": optim.BLOCK}
+    fn, constants, warps = optim.square_sums, {"BLOCK": optim.BLOCK}, optim.OPTIONS["num_warps"]
     if rule != "square_sums":
         home, record = optim_scattered if variant == "scattered" else optim, optim.RULES[rule]
         fn, constants = home.sweep, {"BLOCK": home.BLOCK}
+        if coded := re.fullmatch(r"coded(\d+)(s?)", variant):
+            home, scattered = optim_coded, bool(coded[2])
+            size, warps = optim_coded.tile(int(coded[1]))
+            fn, constants = home.sweep, {"BLOCK": size, "GROUP": int(coded[1]), "SCATTERED": scattered}
         constants.update(RULE=record.fn, STATES=record.states, STORED=record.stored, STOCHASTIC=variant == "stochastic")
     loose = [p.name for p in fn.params if not p.is_constexpr and not p.do_not_specialize]
     assert not loose, f"{kernel}: arguments whose value would force a new compilation: {loose}"
     signature = {p.name: "constexpr" if p.is_constexpr else POINTERS.get(p.name, p.annotation_type) for p in fn.params}
-    options = {**optim.OPTIONS, "enable_fp_fusion": variant == "fused"}
+    options = {**optim.OPTIONS, "num_warps": warps, "enable_fp_fusion": variant == "fused"}
     built = triton.compile(ASTSource(fn, signature, constants), target=GPUTarget("cuda", int(arch), 32), options=options)
     return job, {**measure(built.asm["ptx"]), **resources(built.asm["cubin"], built.hash), "shared": built.metadata.shared}
 

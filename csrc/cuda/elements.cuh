@@ -33,11 +33,14 @@ struct Raw {
   FA_DEVICE uint32_t operator[](int j) const { return j < 4 ? a.v[j] : b.v[j - 4]; }
 };
 
-struct Eight {
-  int64_t first;   // index of the thread's first element in the tensor
-  unsigned valid;  // bit j: element j exists
-  bool vector;     // the same for the whole block
+template <int kApart>
+struct EightApart {
+  static constexpr int kStride = kApart;  // between a thread's elements where they are not a vector
+  int64_t first;                          // index of the thread's first element in the tensor
+  unsigned valid;                         // bit j: element j exists
+  bool vector;                            // the same for the whole block where elements are strided
 };
+using Eight = EightApart<kThreads>;
 
 // Piece [begin, end) of a tensor, turn by turn: at < end; at = next(at).
 struct Walk {
@@ -63,23 +66,27 @@ struct Walk {
   }
 };
 
-FA_DEVICE int64_t index(const Eight& e, int j) { return e.first + (e.vector ? j : j * kThreads); }
-
-template <class T>
-FA_DEVICE void load_strided(Raw& r, const char* p, unsigned wanted) {
-  FA_UNROLL
-  for (int j = 0; j < kEach; ++j) r[j] = wanted >> j & 1u ? uint32_t(vec_load<T>(p + j * kThreads * int(sizeof(T)))) : 0u;
+template <class E>
+FA_DEVICE int64_t index(const E& e, int j) {
+  return e.first + (e.vector ? j : j * E::kStride);
 }
 
-FA_DEVICE void load(Raw& r, const void* base, bool wide, const Eight& e, unsigned wanted) {
+template <class T, int kStride>
+FA_DEVICE void load_strided(Raw& r, const char* p, unsigned wanted) {
+  FA_UNROLL
+  for (int j = 0; j < kEach; ++j) r[j] = wanted >> j & 1u ? uint32_t(vec_load<T>(p + j * kStride * int(sizeof(T)))) : 0u;
+}
+
+template <class E>
+FA_DEVICE void load(Raw& r, const void* base, bool wide, const E& e, unsigned wanted) {
   const char* p = in_global(static_cast<const char*>(base) + e.first * (wide ? 4 : 2));
   if (e.vector) {
     r.a = vec_load<Words>(p);
     if (wide) r.b = vec_load<Words>(p + 16);
   } else if (wide) {
-    load_strided<uint32_t>(r, p, wanted);
+    load_strided<uint32_t, E::kStride>(r, p, wanted);
   } else {
-    load_strided<uint16_t>(r, p, wanted);
+    load_strided<uint16_t, E::kStride>(r, p, wanted);
   }
 }
 
@@ -104,18 +111,19 @@ FA_DEVICE void widen(float (&f)[kEach], Raw& r, int dtype, bool vector) {
   for (int j = 0; j < kEach; ++j) f[j] = as_float(r[j]);
 }
 
-template <class T>
+template <class T, int kStride>
 FA_DEVICE void store_strided(char* p, const Raw& r, unsigned keep) {
   FA_UNROLL
   for (int j = 0; j < kEach; ++j)
-    if (keep >> j & 1u) vec_store<T>(p + j * kThreads * int(sizeof(T)), T(r[j]));
+    if (keep >> j & 1u) vec_store<T>(p + j * kStride * int(sizeof(T)), T(r[j]));
 }
 
 // r: one element per word, narrowed already. Elements outside `keep` keep their bits: in vector mode they are read again (a cache hit),
 // because sixteen-bit NaNs do not survive the way through fp32.
-FA_DEVICE void store_raw(void* base, bool wide, const Eight& e, unsigned keep, Raw r) {
+template <class E>
+FA_DEVICE void store_raw(void* base, bool wide, const E& e, unsigned keep, Raw r) {
   char* p = in_global(static_cast<char*>(base) + e.first * (wide ? 4 : 2));
-  if (!e.vector) return wide ? store_strided<uint32_t>(p, r, keep) : store_strided<uint16_t>(p, r, keep);
+  if (!e.vector) return wide ? store_strided<uint32_t, E::kStride>(p, r, keep) : store_strided<uint16_t, E::kStride>(p, r, keep);
   if (keep != 0xffu) {
     Raw old;
     load(old, base, wide, e, 0xffu);
@@ -146,7 +154,8 @@ FA_DEVICE Raw narrow(int dtype, const float (&f)[kEach]) {
   return r;
 }
 
-FA_DEVICE void store(void* base, int dtype, const Eight& e, unsigned keep, const float (&f)[kEach]) {
+template <class E>
+FA_DEVICE void store(void* base, int dtype, const E& e, unsigned keep, const float (&f)[kEach]) {
   store_raw(base, dtype == kF32, e, keep, narrow(dtype, f));
 }
 

@@ -24,8 +24,11 @@ void squares(const TensorDesc* tensors, const Chunk* chunks, int64_t n_chunks, i
 // Dense entries that decay towards zero.
 void sweep(int rule, const TensorDesc* tensors, const Chunk* chunks, int64_t n_chunks, const Row* rows, const Globals& globals,
            Place place);
-// Any entries: compact ones and those with an anchor, too.
+// Any entries without coded states: compact ones and those with an anchor, too.
 void sweep_scattered(int rule, const TensorDesc* tensors, const Chunk* chunks, int64_t n_chunks, const Row* rows, const Globals& globals,
                      Place place);
+// Any entries; a chunk is a multiple of every entry's block, and a block at most 2048 elements.
+void sweep_coded(int rule, const TensorDesc* tensors, const Chunk* chunks, int64_t n_chunks, const Row* rows, const Globals& globals,
+                 Place place);
 
 }  // namespace fa::cuda

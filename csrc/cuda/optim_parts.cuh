@@ -27,22 +27,23 @@ struct Job {
 
 FA_DEVICE float value_or_1(const float* p) { return p ? *p : 1.f; }
 
-FA_DEVICE unsigned trainable(const Job& w, const Eight& e) {
+template <class E>
+FA_DEVICE unsigned trainable(const Job& w, const E& e) {
   if (!w.masked || !e.valid) return e.valid;
   const uint32_t* mask = in_global(w.source->mask);
   if (e.vector) return mask[e.first >> 5] >> (e.first & 31) & 0xffu;
   unsigned keep = 0;
   FA_UNROLL
   for (int j = 0; j < kEach; ++j) {
-    const int64_t i = e.first + j * kThreads;
+    const int64_t i = index(e, j);
     if (e.valid >> j & 1u) keep |= (mask[i >> 5] >> (i & 31) & 1u) << j;
   }
   return keep;
 }
 
 // Sixteen random bits per element, two elements a word. One Philox block serves eight neighbours. `at`: where scattered elements lie.
-template <bool kScattered>
-FA_DEVICE Philox4 random_bits(const Job& w, const Eight& e, uint64_t seed, const int64_t* at) {
+template <bool kScattered, class E>
+FA_DEVICE Philox4 random_bits(const Job& w, const E& e, uint64_t seed, const int64_t* at) {
   const uint32_t step = uint32_t(w.row->step);
   const TensorDesc& t = *w.source;
   const bool identity = !kScattered && t.index_inner == t.numel;
@@ -65,9 +66,8 @@ FA_DEVICE Philox4 random_bits(const Job& w, const Eight& e, uint64_t seed, const
 }
 
 // `at`: where scattered elements of the parameter lie; its master weight is stored in the order of the entry either way.
-template <bool kScattered>
-FA_DEVICE void store_param(const Job& w, const Globals& globals, const Eight& e, unsigned keep, const float (&p)[kEach],
-                           const int64_t* at) {
+template <bool kScattered, class E>
+FA_DEVICE void store_param(const Job& w, const Globals& globals, const E& e, unsigned keep, const float (&p)[kEach], const int64_t* at) {
   const TensorDesc& t = w.t;
   const auto put = [&](bool wide, const Raw& r) {
     kScattered ? store_at(t.param, wide, at, keep, r) : store_raw(t.param, wide, e, keep, r);
@@ -93,6 +93,42 @@ FA_DEVICE void store_param(const Job& w, const Globals& globals, const Eight& e,
   FA_UNROLL
   for (int j = 0; j < kEach; ++j) r[j] = float_to_bf16_stochastic(p[j], random.v[j / 2] >> (j & 1 ? 16 : 0));
   put(false, r);
+}
+
+// Where the parameter's elements lie; of a dense entry, where the entry's do.
+template <class E>
+FA_DEVICE void positions(int64_t (&at)[kEach], const TensorDesc& t, const E& e) {
+  FA_UNROLL
+  for (int j = 0; j < kEach; ++j) {
+    const int64_t i = index(e, j);
+    at[j] = !t.index || !(e.valid >> j & 1u) ? i
+            : t.index_dtype == kI64          ? vec_load<int64_t>(in_global(static_cast<const int64_t*>(t.index) + i))
+                                             : int64_t(vec_load<int32_t>(in_global(static_cast<const int32_t*>(t.index) + i)));
+  }
+}
+
+// The decays: L2 into the gradient, the decoupled one into the parameter.
+template <class E>
+FA_DEVICE void apply_decay(float (&p)[kEach], float (&g)[kEach], const Job& w, const Globals& globals, const E& e, unsigned keep) {
+  const TensorDesc& t = *w.source;
+  float a[kEach] = {};
+  if (t.anchor) {
+    Raw raw;
+    load(raw, t.anchor, t.anchor_dtype == kF32, e, keep);
+    widen(a, raw, t.anchor_dtype, e.vector);
+  }
+  if (!w.plain_gradient) {
+    const float scale = value_or_1(globals.grad_scale), clip = value_or_1(globals.clip), sign = w.row->sign, l2 = w.row->l2;
+    FA_UNROLL
+    for (int j = 0; j < kEach; ++j) g[j] = g[j] / scale * clip * sign;
+    if (l2 != 0.f) {
+      FA_UNROLL
+      for (int j = 0; j < kEach; ++j) g[j] = g[j] + l2 * (t.anchor ? p[j] - a[j] : p[j]);
+    }
+  }
+  const float decay = w.row->decay, pull = w.row->pull;
+  FA_UNROLL
+  for (int j = 0; j < kEach; ++j) p[j] = !t.anchor ? p[j] * decay : pull != 0.f ? p[j] - pull * (p[j] - a[j]) : p[j];
 }
 
 FA_DEVICE int64_t chunk_end(int64_t numel, int64_t offset, int32_t chunk) { return numel - offset < chunk ? numel : offset + chunk; }

@@ -8,17 +8,6 @@
 namespace fa::cuda {
 namespace {
 
-// Where the parameter's elements lie; of a dense entry, where the entry's do.
-FA_DEVICE void positions(int64_t (&at)[kEach], const TensorDesc& t, const Eight& e) {
-  FA_UNROLL
-  for (int j = 0; j < kEach; ++j) {
-    const int64_t i = index(e, j);
-    at[j] = !t.index || !(e.valid >> j & 1u) ? i
-            : t.index_dtype == kI64          ? vec_load<int64_t>(in_global(static_cast<const int64_t*>(t.index) + i))
-                                             : int64_t(vec_load<int32_t>(in_global(static_cast<const int32_t*>(t.index) + i)));
-  }
-}
-
 // The parameter in fp32, from wherever its full precision lies.
 FA_DEVICE void load_param(float (&p)[kEach], const Job& w, const Eight& e, unsigned keep, const int64_t* at) {
   const TensorDesc& t = w.t;
@@ -33,29 +22,6 @@ FA_DEVICE void load_param(float (&p)[kEach], const Job& w, const Eight& e, unsig
   load(raw, w.source->extra, false, e, keep);
   FA_UNROLL
   for (int j = 0; j < kEach; ++j) p[j] = join_split(uint16_t(as_bits(p[j]) >> 16), int16_t(uint16_t(raw[j])));
-}
-
-// The decays: L2 into the gradient, the decoupled one into the parameter.
-FA_DEVICE void apply_decay(float (&p)[kEach], float (&g)[kEach], const Job& w, const Globals& globals, const Eight& e, unsigned keep) {
-  const TensorDesc& t = *w.source;
-  float a[kEach] = {};
-  if (t.anchor) {
-    Raw raw;
-    load(raw, t.anchor, t.anchor_dtype == kF32, e, keep);
-    widen(a, raw, t.anchor_dtype, false);
-  }
-  if (!w.plain_gradient) {
-    const float scale = value_or_1(globals.grad_scale), clip = value_or_1(globals.clip), sign = w.row->sign, l2 = w.row->l2;
-    FA_UNROLL
-    for (int j = 0; j < kEach; ++j) g[j] = g[j] / scale * clip * sign;
-    if (l2 != 0.f) {
-      FA_UNROLL
-      for (int j = 0; j < kEach; ++j) g[j] = g[j] + l2 * (t.anchor ? p[j] - a[j] : p[j]);
-    }
-  }
-  const float decay = w.row->decay, pull = w.row->pull;
-  FA_UNROLL
-  for (int j = 0; j < kEach; ++j) p[j] = !t.anchor ? p[j] * decay : pull != 0.f ? p[j] - pull * (p[j] - a[j]) : p[j];
 }
 
 template <class Rule>

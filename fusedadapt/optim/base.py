@@ -16,7 +16,7 @@ from . import coded, compact
 from . import state as states
 from .plans import CpuPlan, Entry, Plan, ReferencePlan, Scalars, on
 from .plans_device import PLANS, DevicePlan
-from .spec import CODED, CODED_UNFIT, RULES, STATE_DTYPES, hyper
+from .spec import CODED, RULES, STATE_DTYPES, hyper
 from .table import local
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -248,7 +248,7 @@ class FusedOptimizer(Optimizer):
             for p in group["params"]:
                 self._sharded |= hasattr(p, "_local_tensor")
                 device = local(p.detach()).device
-                choice = self._choose(device, p.dtype, self.state_dtype in CODED or bool(coded.names(self.state.get(p, {}))))
+                choice = self._choose(device, p.dtype)
                 key = (rule, device, choice.backend)
                 choices[key] = choice
                 buckets.setdefault(key, []).append(Entry(p, i, ordinal, self._names[ordinal]))
@@ -259,11 +259,11 @@ class FusedOptimizer(Optimizer):
         self._fingerprint, self._n_states = fingerprint, len(self.state)
         self._group_keys = [None] * len(self.param_groups)
 
-    def _choose(self, device: torch.device, dtype: torch.dtype, is_coded: bool) -> dispatch.Choice:
+    def _choose(self, device: torch.device, dtype: torch.dtype) -> dispatch.Choice:
         op = f"optim.{type(self).__name__}"
         if dtype == torch.float64:
             return dispatch.Choice("reference", "fp64 parameters: the reference is the fp64 path")
-        return dispatch.pick(op, device.type, requested=self.backend, unfit=CODED_UNFIT if is_coded else None)
+        return dispatch.pick(op, device.type, requested=self.backend)
 
     def _hypers(self) -> list[list[float]]:
         """Every group's hyper-parameters, checked."""

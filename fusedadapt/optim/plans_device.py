@@ -7,7 +7,7 @@ CUDA graph. Descriptors and chunks are uploaded only when they changed.
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,9 +16,18 @@ from .. import dispatch
 from ..reference import optim as reference
 from .plans import Plan, Scalars, address
 from .spec import HYPER_FIELDS, ROW_FIELDS
-from .table import ANCHOR, INDEX, WORDS
+from .table import ANCHOR, INDEX, KINDS, SCALE0, WORDS
 
 ROW_WIDTH = len(ROW_FIELDS)
+
+
+class Share(NamedTuple):
+    """Chunks that one launch takes. ``scattered``: of compact entries or such with an anchor; ``block``: of entries whose coded states have
+    blocks of so many elements, or 0."""
+
+    scattered: bool
+    block: int
+    chunks: Tensor
 
 
 class DevicePlan(Plan):
@@ -27,7 +36,8 @@ class DevicePlan(Plan):
     def __init__(self, *args: Any):
         super().__init__(*args)
         self._version = self._structure = -1
-        self._desc = self._chunks = self._scattered = self._gradient_chunks = self._rows = self._clocks = torch.empty(0)
+        self._desc = self._gradient_chunks = self._rows = self._clocks = torch.empty(0)
+        self._shares: list[Share] = []
         self._spare: list[Tensor] = []
         self._captured: list[Tensor] = []
         self._chunk = self._gradient_chunk = 0
@@ -73,17 +83,19 @@ class DevicePlan(Plan):
             self._clocks = torch.zeros(n, 3, dtype=torch.float64, device=self.device)
 
     def _split(self, described: bytes) -> None:
-        """The chunks of the plain sweep, of the one for compact entries and anchors, and of the gradient norm."""
+        """The chunks of each sweep and of the gradient norm."""
         chunks = self.table.chunk_list(self._chunk)
-        if self.opt.mask_state == "dense" and self.opt.decay_to == "zero":
-            self._chunks = self._gradient_chunks = self._upload(chunks, torch.int64, 2)
-            self._scattered = self._chunks[:0]
-            return
         words = torch.frombuffer(bytearray(described), dtype=torch.int64).view(-1, WORDS) if described else torch.empty(0, WORDS, dtype=torch.int64)
         pieces = torch.frombuffer(bytearray(chunks), dtype=torch.int64).view(-1, 2) if chunks else torch.empty(0, 2, dtype=torch.int64)
-        special = ((words[:, INDEX] != 0) | (words[:, ANCHOR] != 0))[pieces[:, 0]]
-        self._chunks, self._scattered = (self._upload(pieces[part].contiguous(), torch.int64, 2) for part in (~special, special))
-        self._gradient_chunks = self._upload(self.table.chunk_list(self._gradient_chunk, True), torch.int64, 2)
+        scattered = (words[:, INDEX] != 0) | (words[:, ANCHOR] != 0)
+        block = torch.where((words[:, SCALE0:] != 0).any(1), 1 << (words[:, KINDS] >> 24 & 255), 0)
+        kind = (2 * block + scattered)[pieces[:, 0]]
+        parts = [(int(k), pieces[kind == k]) for k in kind.unique()]
+        self._shares = [Share(bool(k % 2), k // 2, self._upload(part, torch.int64, 2)) for k, part in parts]
+        if len(parts) == 1 and self.opt.mask_state == "dense":
+            self._gradient_chunks = self._shares[0].chunks
+        else:
+            self._gradient_chunks = self._upload(self.table.chunk_list(self._gradient_chunk, True), torch.int64, 2)
 
     def set_hypers(self, hypers: list[list[float]]) -> None:
         super().set_hypers(hypers)
@@ -114,10 +126,8 @@ class DevicePlan(Plan):
         if not len(self._desc):
             return
         self._prologue(scalars)
-        if len(self._chunks):
-            self._sweep(scalars, self._chunks, False)
-        if len(self._scattered):
-            self._sweep(scalars, self._scattered, True)
+        for share in self._shares:
+            self._sweep(scalars, share)
         self.bump_versions()
 
     def _squares(self, partial: Tensor, scalars: Scalars) -> None:
@@ -126,7 +136,7 @@ class DevicePlan(Plan):
     def _prologue(self, scalars: Scalars) -> None:
         raise NotImplementedError
 
-    def _sweep(self, scalars: Scalars, chunks: Tensor, scattered: bool) -> None:
+    def _sweep(self, scalars: Scalars, share: Share) -> None:
         raise NotImplementedError
 
 
@@ -154,11 +164,11 @@ class CudaPlan(DevicePlan):
         self._core.cuda_prologue(self._index, self._desc.data_ptr(), len(self._desc), self._hypers.data_ptr(), self._rows.data_ptr(),
                                  self._clocks.data_ptr(), address(scalars.found_inf), *self._where())  # fmt: skip
 
-    def _sweep(self, scalars: Scalars, chunks: Tensor, scattered: bool) -> None:
+    def _sweep(self, scalars: Scalars, share: Share) -> None:
         scale, found, clip, seed, stochastic = scalars
-        self._core.cuda_sweep(self._index, self._desc.data_ptr(), len(self._desc), chunks.data_ptr(), len(chunks), self._chunk,
+        self._core.cuda_sweep(self._index, self._desc.data_ptr(), len(self._desc), share.chunks.data_ptr(), len(share.chunks), self._chunk,
                               self._rows.data_ptr(), address(scale), address(found), address(clip), seed, stochastic, *self._where(),
-                              scattered)  # fmt: skip
+                              2 if share.block else int(share.scattered))  # fmt: skip
 
 
 class TritonPlan(DevicePlan):
@@ -192,10 +202,10 @@ class TritonPlan(DevicePlan):
             after = torch.where(scalars.found_inf != 0, clocks, after)
         self._clocks_module.write_clocks(self._desc, after)
 
-    def _sweep(self, scalars: Scalars, chunks: Tensor, scattered: bool) -> None:
+    def _sweep(self, scalars: Scalars, share: Share) -> None:
         scale, found, clip, seed, stochastic = scalars
-        self._kernels.step_(self._desc, chunks, self._rows, self.rule, chunk=self._chunk, grad_scale=scale, found_inf=found, clip=clip,
-                            seed=seed, stochastic=stochastic, scattered=scattered)  # fmt: skip
+        self._kernels.step_(self._desc, share.chunks, self._rows, self.rule, chunk=self._chunk, grad_scale=scale, found_inf=found, clip=clip,
+                            seed=seed, stochastic=stochastic, scattered=share.scattered, block=share.block)  # fmt: skip
 
 
 PLANS = {"triton": TritonPlan, "cuda": CudaPlan, "emulated": CudaPlan}

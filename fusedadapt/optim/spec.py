@@ -27,9 +27,6 @@ UNSIGNED = frozenset(("exp_avg_sq", "max_exp_avg_sq", "exp_avg_var", "max_exp_av
 UNCODED = frozenset(("z", "hessian", "hessian_diag"))
 _CENTERED = "centered=True takes the difference of two states: coded, it would be rounding noise, and the step its reciprocal"
 UNCODABLE = {"rmsprop_centered": _CENTERED, "rmsprop_centered_momentum": _CENTERED}
-# Backends whose sweeps do not take coded states.
-CODED_UNFIT = {name: 'has no sweep for states of state_dtype "int8" or "fp8"' for name in ("cuda", "emulated", "triton")}
-
 STATE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -14,7 +14,7 @@ KEPT, MISSING_STATE, STRIDED_GRADIENT = 0, 1, 2
 DEVICE_TYPES = {"cpu": 1, "cuda": 2}
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 # Words of a descriptor (csrc/core/table.h, TensorDesc).
-WORDS, NUMEL, INDEX, ANCHOR, GRAD_NUMEL = 26, 11, 18, 19, 20
+WORDS, NUMEL, INDEX, ANCHOR, GRAD_NUMEL, KINDS, SCALE0 = 26, 11, 18, 19, 20, 21, 22
 EXPANDED = CODED_CODES["expanded"]
 
 

@@ -43,7 +43,7 @@ def dynamic_map(signed: bool) -> Tensor:
 
 
 @functools.cache
-def _rows(signed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def decades(signed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Per decade: its end (halfway to the first value of the next), slope, offset and last magnitude; the eighth is 1 itself."""
     cells = [_cells(e, signed) for e in range(7)]
     end = [d * (1.0 + 0.9 / n) for d, n in zip(_DECADES[:6], cells, strict=False)] + [1.0 - 0.225 / cells[6]]
@@ -57,7 +57,7 @@ def _rows(signed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def dynamic_code(x: Tensor, signed: bool) -> Tensor:
     """x in [-1, 1] fp32 -> uint8: the nearest value of the map."""
-    end, slope, offset, last = (t.to(x.device) for t in _rows(signed))
+    end, slope, offset, last = (t.to(x.device) for t in decades(signed))
     a = x.abs() if signed else x
     e = (a.unsqueeze(-1) > end).sum(-1)
     y = torch.minimum(a * slope[e] + offset[e], last[e])
@@ -116,10 +116,16 @@ def _expanded_code(v: Tensor, inverse: Tensor, k: Tensor) -> Tensor:
     return torch.where(x > 0, c | torch.where(v < 0, 128, 0), 0).to(torch.uint8)
 
 
+@functools.cache
+def levels() -> Tensor:
+    """log2(q / 448) of the 128 magnitudes, fp32; 0 for the first, which is 0."""
+    c = torch.arange(128, dtype=torch.int32)
+    return torch.where(c == 0, 0.0, log2_series(e4m3_magnitude(c.clamp(min=1)) / 448.0))
+
+
 def _expanded_value(code: Tensor, absmax: Tensor, k: Tensor) -> Tensor:
     c = code.int() & 127
-    level = torch.where(c == 0, 0.0, log2_series(e4m3_magnitude(c.clamp(min=1)) / 448.0))
-    y = (level * (torch.ones_like(k) / k)).clamp(min=-120.0)
+    y = (levels().to(code.device)[c.long()] * (torch.ones_like(k) / k)).clamp(min=-120.0)
     magnitude = torch.where(c == 0, 0.0, exp2_series(y)) * absmax
     return torch.where(code >= 128, -magnitude, magnitude)
 
