@@ -203,6 +203,7 @@ PYBIND11_MODULE(FA_MODULE_NAME, m) {
   bind_sparse(m);
   bind_merge(m);
   bind_lowrank(m);
+  bind_quant(m);
 #if defined(FA_WITH_CUDA)
   bind_cuda(m);
   m.attr("CUDA") = true;

@@ -6,4 +6,5 @@ void bind_cuda(pybind11::module_& m);  // csrc/bindings_cuda.cpp: only in builds
 void bind_sparse(pybind11::module_& m);  // csrc/bindings_sparse.cpp
 void bind_merge(pybind11::module_& m);  // csrc/bindings_merge.cpp
 void bind_lowrank(pybind11::module_& m);  // csrc/bindings_lowrank.cpp
+void bind_quant(pybind11::module_& m);  // csrc/bindings_quant.cpp
 }  // namespace fa
