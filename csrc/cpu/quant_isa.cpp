@@ -31,11 +31,18 @@ void range_of_run(const typename Format::E* x, int64_t n, float* lo, float* hi) 
   Range r = {splat(*lo), splat(*hi)};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) widen_range(r, Format::widen(load<typename Format::V>(x + i)));
-  if (i > 0)
-    for (int lane = 0; lane < kLanes; ++lane) {
-      widen_range(lo, hi, r.lo[lane]);
-      widen_range(lo, hi, r.hi[lane]);
+  if (i > 0) {
+#pragma GCC unroll 4
+    for (int step = kLanes / 2; step > 0; step /= 2) {
+      I other;
+#pragma GCC unroll 16
+      for (int lane = 0; lane < kLanes; ++lane) other[lane] = lane ^ step;
+      const F l = __builtin_shuffle(r.lo, other), h = __builtin_shuffle(r.hi, other);
+      r.lo = (l < r.lo) | (l != l) ? l : r.lo;
+      r.hi = (h > r.hi) | (h != h) ? h : r.hi;
     }
+    *lo = r.lo[0], *hi = r.hi[0];
+  }
   for (; i < n; ++i) widen_range(lo, hi, Format::widen_one(x[i]));
 }
 
