@@ -32,11 +32,10 @@ int32_t width(int64_t bits) {
   return int32_t(bits);
 }
 
-// Bytes that count up need no table.
+// Values that count up need no table.
 qt::Values kind_of(const float* values, int bits) {
-  if (bits < 8) return qt::Values::kTable;
-  bool counts = true, is_signed = true;
-  for (int i = 0; i < 256; ++i) {
+  bool counts = true, is_signed = bits == 8;
+  for (int i = 0; i < 1 << bits; ++i) {
     counts &= values[i] == values[0] + float(i);
     is_signed &= values[i] == float(int8_t(i));
   }
@@ -107,12 +106,35 @@ void dequantize(const WeightSpec& spec, int64_t row0, int64_t row1, int64_t dtyp
   qt::dequantize(w, row0, row1, int(dtype), at<void>(out), threads);
 }
 
+using MatrixSpec = std::array<int64_t, 4>;  // address, dtype, rows, row stride
+
+qt::Product product(const MatrixSpec& x, int64_t bias, int64_t y) {
+  return {at<const void>(x[0]), x[2], x[3], float_type(x[1]), at<const float>(bias), at<void>(y)};
+}
+
+void linear(const MatrixSpec& x, const WeightSpec& spec, int64_t bias, int64_t y, int threads) {
+  const qt::Weight w = weight(spec);
+  const qt::Product p = product(x, bias, y);
+  py::gil_scoped_release release;
+  qt::linear(w, p, threads);
+}
+
+void linear_dx(const MatrixSpec& dy, const WeightSpec& spec, int64_t dx, int threads) {
+  const qt::Weight w = weight(spec);
+  const qt::Product p = product(dy, 0, dx);
+  py::gil_scoped_release release;
+  qt::linear_dx(w, p, threads);
+}
+
 }  // namespace
 
 void bind_quant(py::module_& m) {
   m.def("q_stats", &stats);
   m.def("q_encode", &encode);
   m.def("q_dequantize", &dequantize);
+  m.def("q_linear", &linear);
+  m.def("q_linear_dx", &linear_dx);
+  m.def("q_isa", [] { return qt::products().name; });
 }
 
 }  // namespace fa

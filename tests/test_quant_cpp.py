@@ -115,3 +115,40 @@ def test_the_codec_is_the_reference(name: str, isa: str) -> None:
                 row1 = rng.randrange(row0, n) + 1
                 rows = cpp.dequantize(parts, fmt, n, k, row0, row1, out)
                 assert same(rows, reference.dequantize(parts, fmt, n, k, row0, row1, out)), (n, k, row0, row1, out)
+
+
+PRODUCTS = [(1, 5, 33), (2, 17, 64), (3, 4, 256), (4, 40, 129), (5, 9, 1030), (7, 1, 2), (1, 33, 4200), (17, 6, 96), (2, 130, 520)]
+
+
+def torch_error(x: Tensor, parts: Parts, fmt: QFormat, n: int, k: int, transposed: bool) -> Tensor:
+    """|error| of torch's fp32 product of the weight rounded to x's dtype."""
+    exact = reference.dequantize(parts, fmt, n, k, 0, n, torch.float32).double()
+    rounded = reference.dequantize(parts, fmt, n, k, 0, n, x.dtype).float()
+    a, b = (exact, rounded) if transposed else (exact.t(), rounded.t())
+    return ((x.float() @ b).to(x.dtype).double() - x.double() @ a).abs()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_products_are_as_exact_as_torch_and_repeat(name: str, isa: str) -> None:
+    fmt = CASES[name]
+    gen = torch.Generator().manual_seed(len(name))
+    for number, (t, n, k) in enumerate(PRODUCTS):
+        dtype = DTYPES[(number + len(name)) % 3]
+        parts = quantized(name, n, k, DTYPES[number % 3], 4 * number)[-1]
+        exact = reference.dequantize(parts, fmt, n, k, 0, n, torch.float32).double()
+        bias = torch.randn(n, generator=gen).to(dtype) if number % 2 else None
+        for width, transposed in ((k, False), (n, True)):
+            x = torch.randn(t, width + number % 3, generator=gen).to(dtype)[:, :width]
+            with poisoned_memory():
+                y = cpp.linear_dx(x, parts, fmt, n, k) if transposed else cpp.linear(x, parts, fmt, n, bias)
+            true, size = (x.double() @ m for m in ((exact, exact.abs()) if transposed else (exact.t(), exact.t().abs())))
+            size = x.double().abs() @ (exact.abs() if transposed else exact.abs().t())
+            if bias is not None and not transposed:
+                true, size = true + bias.double(), size + bias.double().abs()
+            error = (y.double() - true).abs()
+            limit = 1.5 * float(torch_error(x, parts, fmt, n, k, transposed).max()) + 8 * 2.0**-24 * size + torch.finfo(dtype).eps * true.abs()
+            assert y.dtype == dtype and bool((error <= limit).all()), (name, t, n, k, dtype, transposed, float((error / limit).max()))
+            torch.set_num_threads(3)
+            again = cpp.linear_dx(x, parts, fmt, n, k) if transposed else cpp.linear(x, parts, fmt, n, bias)
+            torch.set_num_threads(1)
+            assert torch.equal(again, y), (name, t, n, k, dtype, transposed)

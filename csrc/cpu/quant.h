@@ -84,26 +84,26 @@ struct Product {
   void* y = nullptr;
 };
 
-// Rows of x as fp32, in the order in which a kernel meets the codes, zeros up to whole blocks; behind them the sums of x that zeros are multiplied by.
+// Rows of x as fp32, in the order in which a kernel meets the codes, zeros up to whole units; and their sums over every unit, a vector each.
 struct Operand {
-  const float* x = nullptr;
-  const float* sums = nullptr;  // one vector per block
+  float* x = nullptr;
+  float* sums = nullptr;
   int64_t stride = 0, sums_stride = 0;
 };
 
+constexpr int64_t kMostRows = 16;  // of x at a time
+
 struct ProductKernels {
   const char* name;
-  int64_t lanes;
-  // Whether rows of this weight can be multiplied in registers; else they are decoded into L1.
-  bool (*direct)(const Weight&);
-  int64_t (*padded)(const Weight&);  // K up to whole blocks
-  void (*arrange)(const Weight&, const Product&, int64_t t, float* x, float* sums);
-  // Rows [n0, n1) of W. scratch: kScratch floats.
-  void (*linear)(const Weight&, const Product&, const Operand&, int64_t n0, int64_t n1, float* scratch);
-  // sums += dY[:, n0:n1] W[n0:n1], T rows of padded(W) floats in the kernel's own order
-  void (*linear_dx)(const Weight&, const Product&, int64_t n0, int64_t n1, float* sums, float* scratch);
-  // y[t, k0:k1] = sum over `count` slots
-  void (*finish_dx)(const Weight&, const Product&, const float* sums, int64_t count, int64_t k0, int64_t k1);
+  // Floats of one row of an operand, and of its sums.
+  void (*size)(const Weight&, int64_t* row, int64_t* sums);
+  void (*arrange)(const Weight&, const Product&, int64_t t, const Operand&);
+  // Columns [n0, n1) of y.
+  void (*linear)(const Weight&, const Product&, const Operand&, int64_t n0, int64_t n1);
+  // sums = dY[:, n0:n1] W[n0:n1], in the order of an operand
+  void (*linear_dx)(const Weight&, const Product&, int64_t n0, int64_t n1, const Operand& sums);
+  // Row t of y from the sums of `count` slots, `step` floats apart, which are added in order.
+  void (*finish_dx)(const Weight&, const Product&, int64_t t, const float* sums, int64_t step, int64_t count);
 };
 extern const ProductKernels product_base;
 #if defined(__x86_64__)

@@ -97,3 +97,22 @@ def dequantize(parts: Parts, fmt: QFormat, n: int, k: int, row0: int, row1: int,
     out = torch.empty(row1 - row0, k, dtype=dtype)
     _core.q_dequantize(_weight(parts, fmt, n, k), row0, row1, _CODES[dtype], out.data_ptr(), torch.get_num_threads())
     return out
+
+
+def _matrix(x: Tensor) -> tuple[int, int, int, int]:
+    return x.data_ptr(), _CODES[x.dtype], x.shape[0], x.stride(0)
+
+
+def linear(x: Tensor, parts: Parts, fmt: QFormat, n: int, bias: Tensor | None) -> Tensor:
+    """y = x W^T + bias, summed in fp32, rounded once. x: T x K, unit stride inside a row."""
+    bias = None if bias is None else bias.to(torch.float32).contiguous()
+    y = torch.empty(x.shape[0], n, dtype=x.dtype)
+    _core.q_linear(_matrix(x), _weight(parts, fmt, n, x.shape[1]), _address(bias), y.data_ptr(), torch.get_num_threads())
+    return y
+
+
+def linear_dx(dy: Tensor, parts: Parts, fmt: QFormat, n: int, k: int) -> Tensor:
+    """dx = dy W, summed in fp32, rounded once. dy: T x N, unit stride inside a row."""
+    dx = torch.empty(dy.shape[0], k, dtype=dy.dtype)
+    _core.q_linear_dx(_matrix(dy), _weight(parts, fmt, n, k), dx.data_ptr(), torch.get_num_threads())
+    return dx
