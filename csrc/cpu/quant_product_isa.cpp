@@ -12,7 +12,7 @@ namespace {
 
 void size(const Weight& w, int64_t* row, int64_t* sums) {
   const Layout a = layout_of(w);
-  *row = a.padded();
+  *row = a.padded() + 144;  // rows of x 2^n bytes apart would share few cache sets
   *sums = a.units * kLanes;
 }
 
@@ -44,81 +44,115 @@ FA_INLINE float total(F f) {
 // ---- y = x W^T ----
 
 constexpr int64_t kRows = 16;  // of W that pass by a chunk of x
-
-// sum over a unit of code * x, for T rows of x.
-template <class D, int T>
-FA_INLINE void dot(const D& d, const uint8_t* codes, int64_t blocks, const float* x, int64_t stride, F* sum) {
-  constexpr int kChains = T == 1 ? 4 : 2;  // additions in flight
-  F acc[T][kChains];
-#pragma GCC unroll 4
-  for (int t = 0; t < T; ++t)
-#pragma GCC unroll 4
-    for (int i = 0; i < kChains; ++i) acc[t][i] = F{};
-  for (int64_t b = 0; b < blocks; ++b, codes += 4 * kLanes, x += D::kPer * kLanes) {
-    const U word = load<U>(codes);
+// to[t] += W[row, chunk] . x[t, chunk] for one or two rows of x: codes are summed, and scales applied to the sums of a unit.
+template <class D, int T, bool wide>
+__attribute__((noinline)) void dot_codes(const D& d, const Layout& a, const Chunk& chunk, int64_t u0, int64_t columns, const Operand& o, int64_t t0,
+                                         F* to) {
+  constexpr int kChains = 4 / T;  // additions in flight
+  F acc[T];
+#pragma GCC unroll 2
+  for (int t = 0; t < T; ++t) acc[t] = to[t0 + t];
+  const int64_t most = a.unit / a.block;
+  const uint8_t* codes = chunk.codes;
+  const float* x = o.x + t0 * o.stride + u0 * a.unit;
+  const float* x_sums = o.sums + t0 * o.sums_stride + u0 * kLanes;
+  for (int64_t u = 0, left = ceil_div(columns, a.block); left > 0; ++u, left -= most, x_sums += kLanes) {
+    F sum[T][4] = {};
+    for (int64_t b = wide ? least(most, left) : 1; b > 0; --b, codes += 4 * kLanes, x += D::kPer * kLanes) {
+      const U word = load<U>(codes);
 #pragma GCC unroll 16
-    for (int j = 0; j < D::kPer; ++j) {
-      const F v = D::raw(d, word, j);
+      for (int part = 0; part < D::kPer / D::kStep; ++part) {
+        F v[D::kStep];
+        D::raw(d, word, part, v);
 #pragma GCC unroll 4
-      for (int t = 0; t < T; ++t) acc[t][j % kChains] = fma(v, load<F>(x + t * stride + j * kLanes), acc[t][j % kChains]);
+        for (int i = 0; i < D::kStep; ++i) {
+          const int j = part * D::kStep + i;
+#pragma GCC unroll 2
+          for (int t = 0; t < T; ++t) sum[t][j % kChains] = fma(v[i], load<F>(x + t * o.stride + j * kLanes), sum[t][j % kChains]);
+        }
+      }
+    }
+    const F s = granules_at<wide>(chunk.s, u), z = a.zeros ? granules_at<wide>(chunk.z, u) : F{};
+#pragma GCC unroll 2
+    for (int t = 0; t < T; ++t) {
+      const F even = sum[t][0] + sum[t][2], odd = sum[t][1] + sum[t][3];
+      F all = D::kShifted ? fma(odd, splat(0.0625f), even) : even + odd;
+      if (a.zeros) all = fma(-z, load<F>(x_sums + t * o.sums_stride), all);
+      acc[t] = fma(s, all, acc[t]);
     }
   }
-#pragma GCC unroll 4
-  for (int t = 0; t < T; ++t) {
-    F even = acc[t][0], odd = acc[t][1];
-    if (kChains == 4) even += acc[t][kChains - 2], odd += acc[t][kChains - 1];
-    sum[t] = D::kShifted ? fma(odd, splat(0.0625f), even) : even + odd;
-  }
+#pragma GCC unroll 2
+  for (int t = 0; t < T; ++t) to[t0 + t] = acc[t];
 }
 
+// The same for two rows of W and three or four of x, which share what is read: numbers are scaled before they are summed.
 template <class D, int T, bool wide>
-void dot_chunk(const D& d, const Layout& a, const Chunk& chunk, int64_t u0, int64_t columns, const float* x, const Operand& o, int64_t t0, F* to) {
-  F acc[T];
+__attribute__((noinline)) void dot_numbers(const D& d, const Layout& a, const Chunk* rows, int64_t u0, int64_t columns, const Operand& o, int64_t t0,
+                                           F (*to)[kMostRows]) {
+  F acc[2][T];
+#pragma GCC unroll 2
+  for (int r = 0; r < 2; ++r)
 #pragma GCC unroll 4
-  for (int t = 0; t < T; ++t) acc[t] = to[t];
-  const int64_t blocks = ceil_div(columns, a.block), most = a.unit / a.block, bytes = a.unit / D::kPer * 4;
-  for (int64_t u = 0; u * most < blocks; ++u) {
-    F sum[T];
-    dot<D, T>(d, chunk.codes + u * bytes, wide ? least(most, blocks - u * most) : 1, x + u * a.unit, o.stride, sum);
-    const F s = granules_at<wide>(chunk.s, u);
-    if (a.zeros) {
-      const F z = granules_at<wide>(chunk.z, u);
+    for (int t = 0; t < T; ++t) acc[r][t] = to[r][t0 + t];
+  const int64_t most = a.unit / a.block;
+  const uint8_t *first = rows[0].codes, *second = rows[1].codes;
+  const float* x = o.x + t0 * o.stride + u0 * a.unit;
+  for (int64_t u = 0, left = ceil_div(columns, a.block); left > 0; ++u, left -= most) {
+    const F s[2] = {granules_at<wide>(rows[0].s, u), granules_at<wide>(rows[1].s, u)};
+    F c[2] = {};
+    if (a.zeros) c[0] = -granules_at<wide>(rows[0].z, u) * s[0], c[1] = -granules_at<wide>(rows[1].z, u) * s[1];
+    for (int64_t b = wide ? least(most, left) : 1; b > 0; --b, first += 4 * kLanes, second += 4 * kLanes, x += D::kPer * kLanes) {
+      const U words[2] = {load<U>(first), load<U>(second)};
+#pragma GCC unroll 16
+      for (int part = 0; part < D::kPer / D::kStep; ++part)
+#pragma GCC unroll 2
+        for (int r = 0; r < 2; ++r) {
+          F v[D::kStep];
+          D::part(d, words[r], part, v);
 #pragma GCC unroll 4
-      for (int t = 0; t < T; ++t) sum[t] = fma(-z, load<F>(o.sums + (t0 + t) * o.sums_stride + (u0 + u) * kLanes), sum[t]);
+          for (int i = 0; i < D::kStep; ++i) {
+            const F w = fma(v[i], s[r], c[r]);
+#pragma GCC unroll 4
+            for (int t = 0; t < T; ++t) acc[r][t] = fma(w, load<F>(x + t * o.stride + (part * D::kStep + i) * kLanes), acc[r][t]);
+          }
+        }
     }
-#pragma GCC unroll 4
-    for (int t = 0; t < T; ++t) acc[t] = fma(s, sum[t], acc[t]);
   }
+#pragma GCC unroll 2
+  for (int r = 0; r < 2; ++r)
 #pragma GCC unroll 4
-  for (int t = 0; t < T; ++t) to[t] = acc[t];
+    for (int t = 0; t < T; ++t) to[r][t0 + t] = acc[r][t];
 }
 
 template <class D, bool wide>
-FA_INLINE void dot_rows(int64_t rows, const D& d, const Layout& a, const Chunk& c, int64_t u0, int64_t columns, const float* x, const Operand& o,
-                        int64_t t0, F* to) {
-  if (rows == 1) return dot_chunk<D, 1, wide>(d, a, c, u0, columns, x, o, t0, to);
-  if (rows == 2) return dot_chunk<D, 2, wide>(d, a, c, u0, columns, x, o, t0, to);
-  if (rows == 3) return dot_chunk<D, 3, wide>(d, a, c, u0, columns, x, o, t0, to);
-  dot_chunk<D, 4, wide>(d, a, c, u0, columns, x, o, t0, to);
+void dot_rows(int64_t count, const D& d, const Layout& a, const Chunk* rows, int64_t u0, int64_t columns, const Operand& o, int64_t t0,
+              F (*to)[kMostRows]) {
+  if (count >= 4) return dot_numbers<D, 4, wide>(d, a, rows, u0, columns, o, t0, to);
+  if (count == 3) return dot_numbers<D, 3, wide>(d, a, rows, u0, columns, o, t0, to);
+  for (int r = 0; r < 2; ++r)
+    if (count == 2)
+      dot_codes<D, 2, wide>(d, a, rows[r], u0, columns, o, t0, to[r]);
+    else
+      dot_codes<D, 1, wide>(d, a, rows[r], u0, columns, o, t0, to[r]);
 }
 
-// Rows [n0, n1), at most kRows. The scales of a chunk are read again for every four rows of x.
+// Rows [n0, n1), at most kRows; a last odd one is computed twice.
 template <class D>
 void linear_direct(const Weight& w, const Layout& a, const Product& p, const Operand& o, int64_t n0, int64_t n1, F (*to)[kMostRows]) {
   D d;
   D::set(d, w);
-  Chunk chunk;
-  const int64_t step = p.t == 1 ? kChunk : p.t == 2 ? kChunk / 2 : kChunk / 4;
+  Chunk rows[2];
+  const int64_t step = p.t <= 2 ? kChunk : kChunk / 2;
   for (int64_t c = 0; c < w.k; c += step) {
     const int64_t end = least(c + step, w.k);
-    for (int64_t n = n0; n < n1; ++n) {
-      chunk.read(w, a, n, c, end);
+    for (int64_t n = n0; n < n1; n += 2) {
+      rows[0].read(w, a, n, c, end);
+      rows[1].read(w, a, least(n + 1, n1 - 1), c, end);
       for (int64_t t = 0; t < p.t; t += 4) {
-        const float* x = o.x + t * o.stride + c;
         if (a.wide)
-          dot_rows<D, true>(least(4, p.t - t), d, a, chunk, c / a.unit, end - c, x, o, t, to[n - n0] + t);
+          dot_rows<D, true>(p.t - t, d, a, rows, c / a.unit, end - c, o, t, to + (n - n0));
         else
-          dot_rows<D, false>(least(4, p.t - t), d, a, chunk, c / a.unit, end - c, x, o, t, to[n - n0] + t);
+          dot_rows<D, false>(p.t - t, d, a, rows, c / a.unit, end - c, o, t, to + (n - n0));
       }
     }
   }
@@ -149,9 +183,9 @@ void linear(const Weight& w, const Product& p, const Operand& o, int64_t n0, int
   const Layout a = layout_of(w);
   for (int64_t n = n0; n < n1; n += kRows) {
     const int64_t end = least(n + kRows, n1);
-    F sums[kRows][kMostRows] = {};
+    F sums[kRows + 1][kMostRows] = {};
     if (a.direct)
-      with_lane(w, [&](auto lane) { linear_direct<decltype(lane)>(w, a, p, o, n, end, sums); });
+      with_lane(w, a, [&](auto lane) { linear_direct<decltype(lane)>(w, a, p, o, n, end, sums); });
     else
       linear_decoded(w, p, o, n, end, sums);
     with_format(p.dtype, [&](auto format) {
@@ -182,7 +216,7 @@ float dy_at(const Product& p, int64_t t, int64_t n) {
 
 // to += sum over kHigh rows of dy * S * (code - zero), for T rows of dy.
 template <class D, int T, bool wide>
-void add_chunk(const D& d, const Layout& a, const Chunk* rows, const float (*dy)[kMostRows], int64_t columns, float* to, int64_t stride) {
+__attribute__((noinline)) void add_chunk(const D& d, const Layout& a, const Chunk* rows, const float (*dy)[kMostRows], int64_t columns, float* to, int64_t stride) {
   const int64_t blocks = ceil_div(columns, a.block), most = a.unit / a.block;
   for (int64_t u = 0; u * most < blocks; ++u) {
     F factor[T][kHigh], zero[kHigh];
@@ -198,18 +232,28 @@ void add_chunk(const D& d, const Layout& a, const Chunk* rows, const float (*dy)
 #pragma GCC unroll 4
       for (int r = 0; r < kHigh; ++r) word[r] = load<U>(rows[r].codes + b * 4 * kLanes);
 #pragma GCC unroll 16
-      for (int j = 0; j < D::kPer; ++j) {
-        F v[kHigh];
+      for (int part = 0; part < D::kPer / D::kStep; ++part) {
+        float* at = to + b * a.block + part * D::kStep * kLanes;
+        F sum[T][D::kStep];
 #pragma GCC unroll 4
-        for (int r = 0; r < kHigh; ++r) v[r] = D::at(d, word[r], j) - zero[r];
+        for (int t = 0; t < T; ++t)
 #pragma GCC unroll 4
-        for (int t = 0; t < T; ++t) {
-          float* at = to + t * stride + b * a.block + j * kLanes;
-          F sum = load<F>(at);
+          for (int i = 0; i < D::kStep; ++i) sum[t][i] = load<F>(at + t * stride + i * kLanes);
 #pragma GCC unroll 4
-          for (int r = 0; r < kHigh; ++r) sum = fma(factor[t][r], v[r], sum);
-          store(at, sum);
+        for (int r = 0; r < kHigh; ++r) {
+          F v[D::kStep];
+          D::part(d, word[r], part, v);
+#pragma GCC unroll 4
+          for (int i = 0; i < D::kStep; ++i) {
+            v[i] -= zero[r];
+#pragma GCC unroll 4
+            for (int t = 0; t < T; ++t) sum[t][i] = fma(factor[t][r], v[i], sum[t][i]);
+          }
         }
+#pragma GCC unroll 4
+        for (int t = 0; t < T; ++t)
+#pragma GCC unroll 4
+          for (int i = 0; i < D::kStep; ++i) store(at + t * stride + i * kLanes, sum[t][i]);
       }
     }
   }
@@ -268,7 +312,7 @@ void linear_dx(const Weight& w, const Product& p, int64_t n0, int64_t n1, const 
   const Layout a = layout_of(w);
   memset(o.x, 0, size_t(p.t * o.stride) * sizeof(float));
   if (a.direct)
-    with_lane(w, [&](auto lane) { dx_direct<decltype(lane)>(w, a, p, n0, n1, o); });
+    with_lane(w, a, [&](auto lane) { dx_direct<decltype(lane)>(w, a, p, n0, n1, o); });
   else
     dx_decoded(w, p, n0, n1, o);
 }
