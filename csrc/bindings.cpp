@@ -207,6 +207,7 @@ PYBIND11_MODULE(FA_MODULE_NAME, m) {
   bind_lowrank(m);
   bind_fake_quant(m);
   bind_quant_act(m);
+  bind_quant(m);
 #if defined(FA_WITH_CUDA)
   bind_cuda(m);
   m.attr("CUDA") = true;

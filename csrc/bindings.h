@@ -8,4 +8,5 @@ void bind_merge(pybind11::module_& m);  // csrc/bindings_merge.cpp
 void bind_lowrank(pybind11::module_& m);  // csrc/bindings_lowrank.cpp
 void bind_fake_quant(pybind11::module_& m);  // csrc/bindings_fake_quant.cpp
 void bind_quant_act(pybind11::module_& m);  // csrc/bindings_quant_act.cpp
+void bind_quant(pybind11::module_& m);  // csrc/bindings_quant.cpp
 }  // namespace fa

@@ -1,0 +1,140 @@
+// Low-bit weights by address; fusedadapt/ops/quant_cpp.py is the one caller and says in which order the numbers of a weight and of an encoding come.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+
+#include "bindings.h"
+#include "core/dtypes.h"
+#include "cpu/quant.h"
+
+namespace py = pybind11;
+
+namespace fa {
+namespace {
+
+namespace qt = cpu::quant;
+using WeightSpec = std::array<int64_t, 19>;
+using EncodingSpec = std::array<int64_t, 24>;
+
+template <class T>
+T* at(int64_t address) {
+  return reinterpret_cast<T*>(uintptr_t(address));
+}
+
+int32_t float_type(int64_t code) {
+  if (code != kF32 && code != kBF16 && code != kF16) throw std::invalid_argument("quant: dtype codes 1 (fp32), 2 (bf16), 3 (fp16) expected");
+  return int32_t(code);
+}
+
+int32_t width(int64_t bits) {
+  if (bits != 2 && bits != 3 && bits != 4 && bits != 8) throw std::invalid_argument("quant: codes of 2, 3, 4 or 8 bits expected");
+  return int32_t(bits);
+}
+
+// Values that count up need no table.
+qt::Values kind_of(const float* values, int bits) {
+  bool counts = true, is_signed = bits == 8;
+  for (int i = 0; i < 1 << bits; ++i) {
+    counts &= values[i] == values[0] + float(i);
+    is_signed &= values[i] == float(int8_t(i));
+  }
+  return counts ? qt::Values::kUnsigned : is_signed ? qt::Values::kSigned : qt::Values::kTable;
+}
+
+qt::Weight weight(const WeightSpec& s) {
+  qt::Weight w;
+  w.codes = at<const uint8_t>(s[0]);
+  w.n = s[1], w.k = s[2], w.row_bytes = s[3];
+  w.bits = width(s[4]);
+  w.flat = s[5] != 0;
+  w.grid = {s[6], s[7], s[8]};
+  w.values = at<const float>(s[9]);
+  w.zero = at<const void>(s[10]);
+  w.zero_dtype = int32_t(s[11]);
+  if (s[12] < 0 || s[12] > 2) throw std::invalid_argument("quant: scale codings 0 (plain), 1 (powers), 2 (table) expected");
+  w.scales.coding = qt::Coding(s[12]);
+  w.scales.data = at<const void>(s[13]);
+  w.scales.dtype = w.scales.coding == qt::Coding::kPlain ? float_type(s[14]) : 0;
+  w.scales.table = at<const float>(s[15]);
+  w.scales.above = at<const float>(s[16]);
+  w.scales.offset = at<const float>(s[17]);
+  w.scales.block = s[18];
+  if (w.zero_dtype != kNone && w.zero_dtype != kU8 && w.zero_dtype != kF32) throw std::invalid_argument("quant: zeros as uint8 or fp32 expected");
+  if (w.flat && w.bits != 4 && w.bits != 8) throw std::invalid_argument("quant: flat codes of 4 or 8 bits expected");
+  w.kind = kind_of(w.values, w.bits);
+  return w;
+}
+
+qt::Encoding encoding(const EncodingSpec& s) {
+  qt::Encoding e;
+  e.w = at<const void>(s[0]);
+  e.dtype = float_type(s[1]);
+  e.n = s[2], e.k = s[3], e.row_bytes = s[4];
+  e.bits = width(s[5]);
+  e.flat = s[6] != 0;
+  e.grid = {s[7], s[8], s[9]};
+  e.factor = at<const float>(s[10]);
+  e.zero = at<const float>(s[11]);
+  e.divide = s[12] != 0, e.round_last = s[13] != 0, e.magnitude = s[14] != 0, e.sign_bit = s[15] != 0;
+  e.low = int32_t(s[16]), e.high = int32_t(s[17]), e.bias = int32_t(s[18]);
+  e.cut_count = int32_t(s[19]);
+  if (e.cut_count < 0 || e.cut_count > 255) throw std::invalid_argument("quant: at most 255 cuts expected");
+  e.cuts = at<const float>(s[20]);
+  e.order = at<const uint8_t>(s[21]);
+  e.pad = int32_t(s[22]);
+  e.out = at<uint8_t>(s[23]);
+  return e;
+}
+
+void stats(int64_t w, int64_t dtype, int64_t n, int64_t k, const std::array<int64_t, 3>& grid, int64_t lo, int64_t hi, int threads) {
+  const qt::Statistics a = {at<const void>(w), n, k, float_type(dtype), {grid[0], grid[1], grid[2]}};
+  py::gil_scoped_release release;
+  qt::stats(a, at<float>(lo), at<float>(hi), threads);
+}
+
+void encode(const EncodingSpec& spec, int threads) {
+  const qt::Encoding e = encoding(spec);
+  py::gil_scoped_release release;
+  qt::encode(e, threads);
+}
+
+void dequantize(const WeightSpec& spec, int64_t row0, int64_t row1, int64_t dtype, int64_t out, int threads) {
+  const qt::Weight w = weight(spec);
+  float_type(dtype);
+  py::gil_scoped_release release;
+  qt::dequantize(w, row0, row1, int(dtype), at<void>(out), threads);
+}
+
+using MatrixSpec = std::array<int64_t, 4>;  // address, dtype, rows, row stride
+
+qt::Product product(const MatrixSpec& x, int64_t bias, int64_t y) {
+  return {at<const void>(x[0]), x[2], x[3], float_type(x[1]), at<const float>(bias), at<void>(y)};
+}
+
+void linear(const MatrixSpec& x, const WeightSpec& spec, int64_t bias, int64_t y, int threads) {
+  const qt::Weight w = weight(spec);
+  const qt::Product p = product(x, bias, y);
+  py::gil_scoped_release release;
+  qt::linear(w, p, threads);
+}
+
+void linear_dx(const MatrixSpec& dy, const WeightSpec& spec, int64_t dx, int threads) {
+  const qt::Weight w = weight(spec);
+  const qt::Product p = product(dy, 0, dx);
+  py::gil_scoped_release release;
+  qt::linear_dx(w, p, threads);
+}
+
+}  // namespace
+
+void bind_quant(py::module_& m) {
+  m.def("q_stats", &stats);
+  m.def("q_encode", &encode);
+  m.def("q_dequantize", &dequantize);
+  m.def("q_linear", &linear);
+  m.def("q_linear_dx", &linear_dx);
+  m.def("q_isa", [] { return qt::products().name; });
+}
+
+}  // namespace fa

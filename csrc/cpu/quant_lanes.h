@@ -1,0 +1,184 @@
+// Codes where products take them from: a vector of words, whose j-th codes make a vector of numbers. Only for *_isa.cpp files: everything is in an
+// unnamed namespace.
+//
+// Lane d of a block of kLanes words holds `per` neighbouring codes, so x is brought into that order once (`arrange`) and no code is ever moved to
+// another lane. A unit is a run of blocks under one scale, or one block whose lanes have scales of their own.
+#pragma once
+#include "quant_decode.h"
+
+namespace fa::cpu::quant {
+namespace {
+
+FA_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+constexpr bool kPlanes = true;
+#else
+constexpr bool kPlanes = false;
+#endif
+constexpr int64_t kWidest = 512;  // columns of a unit at most
+
+struct Layout {
+  bool direct;  // else rows are decoded into L1, in their own order
+  bool wide;  // one scale per unit
+  bool planes;  // see Planes
+  int64_t per, block, unit, units;  // columns; number of units
+  int64_t granule;  // columns of a number in the arrays of scales and zeros
+  int64_t side;  // columns of a group
+  bool zeros;
+
+  int64_t padded() const { return units * unit; }
+  int64_t granules() const { return unit / granule; }
+};
+
+Layout layout_of(const Weight& w) {
+  Layout a = {};
+  const bool rows_apart = !w.flat || (w.k % w.grid.columns == 0 && w.k * w.bits % 8 == 0);
+  const bool one_group = !w.flat && w.grid.columns >= w.k;
+  a.per = w.bits == 3 ? 1 : 32 / w.bits;
+  a.direct = rows_apart && w.bits != 3 && (w.bits != 2 || w.kind == Values::kUnsigned) && (one_group || w.grid.columns % a.per == 0);
+  a.block = a.direct ? a.per * kLanes : kLanes;
+  a.side = one_group ? int64_t(1) << 40 : w.grid.columns;
+  a.wide = a.side % a.block == 0;
+  a.unit = a.block;
+  while (a.direct && a.wide && a.unit * 2 <= kWidest && a.side % (a.unit * 2) == 0 && a.unit < w.k) a.unit *= 2;
+  a.granule = a.wide ? a.unit : a.per;
+  a.units = ceil_div(w.k, a.unit);
+  a.planes = kPlanes && a.direct && w.bits == 4 && w.kind == Values::kTable && a.side % 32 == 0;
+  a.zeros = w.zero_dtype || (w.kind == Values::kUnsigned && w.values[0] != 0.f);
+  return a;
+}
+
+// The column of W that stands at place i of an operand's row.
+FA_INLINE int64_t column_at(const Weight& w, const Layout& a, int64_t i) {
+  if (!a.direct) return i;
+  const int64_t j = i % a.block / kLanes, lane = i % kLanes, start = i / a.block * a.block;
+  const int64_t swap = w.flat && w.bits == 4 ? 1 : 0;
+  if (a.planes) return start + ((lane % 4 + j % 4 * 4 + lane / 4 * 16) * 2 + (j / 4 ^ swap));
+  return start + lane * a.per + (j ^ swap);
+}
+
+// How words become numbers, kStep vectors at a time.
+template <Values kind, int bits>
+struct Lane {
+  static constexpr int kPer = 32 / bits, kStep = 1;
+  // `raw` leaves 4-bit codes in odd places sixteen times too large: half of the shifts are saved.
+  static constexpr bool kShifted = kind == Values::kUnsigned && bits == 4;
+  Lookup<bits> table;
+
+  FA_INLINE void set(Lane& d, const Weight& w) {
+    if constexpr (kind == Values::kTable) Lookup<bits>::set(d.table, w.values);
+  }
+  FA_INLINE F at(const Lane& d, U word, int j) {
+    if constexpr (kind == Values::kTable) {
+      const U index = word >> (bits * j);
+      return Lookup<bits>::at(d.table, bits == 8 ? index & 255u : index);
+    }
+    if constexpr (kind == Values::kSigned) return __builtin_convertvector(I(word << (24 - 8 * j)) >> 24, F);
+    return __builtin_convertvector(I((word >> (bits * j)) & ((1u << bits) - 1)), F);
+  }
+  FA_INLINE void part(const Lane& d, U word, int j, F* v) { *v = at(d, word, j); }
+  FA_INLINE void raw(const Lane& d, U word, int j, F* v) {
+    if constexpr (kShifted)
+      *v = __builtin_convertvector(I((word >> (j / 2 * 8)) & (j % 2 ? 0xf0u : 0x0fu)), F);
+    else
+      *v = at(d, word, j);
+  }
+};
+
+// 16 values byte by byte, which AVX2 looks up 32 at a time: half the work of its lookups of whole numbers. The bytes are woven into numbers within
+// 128-bit halves, so a half must have one scale.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+struct Planes {
+  static constexpr int kPer = 8, kStep = 4;
+  static constexpr bool kShifted = false;
+  __m256i bytes[4];
+
+  FA_INLINE void set(Planes& d, const Weight& w) {
+    for (int b = 0; b < 4; ++b) {
+      uint8_t plane[32];
+      for (int i = 0; i < 32; ++i) plane[i] = uint8_t(as_bits(w.values[i % 16]) >> (8 * b));
+      d.bytes[b] = load<__m256i>(plane);
+    }
+  }
+  // Low nibbles, then high ones.
+  FA_INLINE void part(const Planes& d, U word, int h, F* v) {
+    const __m256i index = __m256i((h ? word >> 4 : word) & 0x0f0f0f0fu);
+    __m256i p[4];
+#pragma GCC unroll 4
+    for (int b = 0; b < 4; ++b) p[b] = _mm256_shuffle_epi8(d.bytes[b], index);
+    const __m256i low0 = _mm256_unpacklo_epi8(p[0], p[1]), high0 = _mm256_unpacklo_epi8(p[2], p[3]);
+    const __m256i low1 = _mm256_unpackhi_epi8(p[0], p[1]), high1 = _mm256_unpackhi_epi8(p[2], p[3]);
+    v[0] = F(_mm256_unpacklo_epi16(low0, high0));
+    v[1] = F(_mm256_unpackhi_epi16(low0, high0));
+    v[2] = F(_mm256_unpacklo_epi16(low1, high1));
+    v[3] = F(_mm256_unpackhi_epi16(low1, high1));
+  }
+  FA_INLINE void raw(const Planes& d, U word, int h, F* v) { part(d, word, h, v); }
+};
+#endif
+
+// Calls f(Lane or Planes of this weight).
+template <class Function>
+FA_INLINE void with_lane(const Weight& w, [[maybe_unused]] const Layout& a, Function f) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if (a.planes) return f(Planes{});
+#endif
+  if (w.bits == 4) return w.kind == Values::kTable ? f(Lane<Values::kTable, 4>{}) : f(Lane<Values::kUnsigned, 4>{});
+  if (w.bits == 2) return f(Lane<Values::kUnsigned, 2>{});
+  if (w.kind == Values::kTable) return f(Lane<Values::kTable, 8>{});
+  return w.kind == Values::kSigned ? f(Lane<Values::kSigned, 8>{}) : f(Lane<Values::kUnsigned, 8>{});
+}
+
+constexpr int64_t kChunk = 4096;  // columns at most: x stays in L1 while rows of W go by
+
+// Some units of a row: codes, scales and zeros (less the first value) by granule.
+struct Chunk {
+  const uint8_t* codes;
+  alignas(64) float s[kChunk / 4 + kLanes], z[kChunk / 4 + kLanes];
+  alignas(64) uint8_t padded[kChunk + 4 * kLanes];
+
+  __attribute__((noinline)) void read(const Weight& w, const Layout& a, int64_t row, int64_t c0, int64_t c1) {
+    alignas(64) float groups[kChunk / 4 + kLanes];
+    const int64_t end = least(c1, w.k), first = c0 / a.side, count = (end - 1) / a.side - first + 1;
+    const int64_t g = (w.flat ? row * (w.k / a.side) : row / w.grid.rows * w.grid.wide) + first;
+    const int64_t n = ceil_div(end - c0, a.granule), all = ceil_div(end - c0, a.block) * (a.wide ? 1 : kLanes), from = c0 / a.granule;
+    scales_of(w.scales, g, count, groups);
+    spread(groups, from, n, a.side / a.granule, s);
+    if (a.zeros) {
+      zeros_of(w, g, count, groups);
+      for (int64_t i = 0; w.kind == Values::kUnsigned && i < count; ++i) groups[i] -= w.values[0];
+      spread(groups, from, n, a.side / a.granule, z);
+    }
+    for (int64_t i = n; i < all; ++i) s[i] = z[i] = 0;
+    codes = row_of(w, row) + c0 * w.bits / 8;
+    if ((end - c0) % a.block) {
+      const int64_t bytes = ceil_div((end - c0) * w.bits, 8);
+      memcpy(padded, codes, size_t(bytes));
+      memset(padded + bytes, 0, 4 * kLanes);
+      codes = padded;
+    }
+  }
+};
+
+// One vector of scales or zeros for unit u of a chunk.
+template <bool wide>
+FA_INLINE F granules_at(const float* numbers, int64_t u) {
+  if constexpr (wide) return splat(numbers[u]);
+  return load<F>(numbers + u * kLanes);
+}
+
+// W[row, c0:c1], in its own order, zeros up to a whole vector.
+void decode_floats(const Weight& w, int64_t row, int64_t c0, int64_t c1, float* to) {
+  if (w.flat) {
+    Weight line = w;
+    line.k = w.n * w.k, line.n = 1;
+    decode_as<F32>(line, 0, row * w.k + c0, row * w.k + c1, to);
+  } else {
+    decode_as<F32>(w, row, c0, c1, to);
+  }
+  for (int64_t i = c1 - c0; i % kLanes; ++i) to[i] = 0;
+}
+
+}  // namespace
+}  // namespace fa::cpu::quant

@@ -1,0 +1,339 @@
+// Products with a low-bit weight for a few rows, compiled once per instruction set (FA_ISA; the avx2 one with FMA). The codes are read once; numbers are
+// made in registers and scales are applied once per group. In which order things are added depends on shapes alone.
+#include "quant_lanes.h"
+
+#define FA_CAT2(a, b) a##b
+#define FA_CAT(a, b) FA_CAT2(a, b)
+#define FA_STR2(a) #a
+#define FA_STR(a) FA_STR2(a)
+
+namespace fa::cpu::quant {
+namespace {
+
+void size(const Weight& w, int64_t* row, int64_t* sums) {
+  const Layout a = layout_of(w);
+  *row = a.padded() + 144;  // rows of x 2^n bytes apart would share few cache sets
+  *sums = a.units * kLanes;
+}
+
+void arrange(const Weight& w, const Product& p, int64_t t, const Operand& to) {
+  const Layout a = layout_of(w);
+  float* const x = to.x + t * to.stride;
+  with_format(p.dtype, [&](auto format) {
+    using Format = decltype(format);
+    const auto* from = static_cast<const typename Format::E*>(p.x) + t * p.stride;
+    for (int64_t i = 0; i < a.padded(); i += kLanes) {
+      const int64_t step = a.direct ? a.per : 1;
+      int64_t column = column_at(w, a, i);
+      for (int lane = 0; lane < kLanes; ++lane, column += step) x[i + lane] = column < w.k ? Format::widen_one(from[column]) : 0.f;
+    }
+  });
+  for (int64_t u = 0; u < a.units && a.zeros; ++u) {
+    F sum = {};
+    for (int64_t i = u * a.unit; i < (u + 1) * a.unit; i += kLanes) sum += load<F>(x + i);
+    store(to.sums + t * to.sums_stride + u * kLanes, sum);
+  }
+}
+
+FA_INLINE float total(F f) {
+  float sum = f[0];
+  for (int lane = 1; lane < kLanes; ++lane) sum += f[lane];
+  return sum;
+}
+
+// ---- y = x W^T ----
+
+constexpr int64_t kRows = 16;  // of W that pass by a chunk of x
+// to[t] += W[row, chunk] . x[t, chunk] for one or two rows of x: codes are summed, and scales applied to the sums of a unit.
+template <class D, int T, bool wide>
+__attribute__((noinline)) void dot_codes(const D& d, const Layout& a, const Chunk& chunk, int64_t u0, int64_t columns, const Operand& o, int64_t t0,
+                                         F* to) {
+  constexpr int kChains = 4 / T;  // additions in flight
+  F acc[T];
+#pragma GCC unroll 2
+  for (int t = 0; t < T; ++t) acc[t] = to[t0 + t];
+  const int64_t most = a.unit / a.block;
+  const uint8_t* codes = chunk.codes;
+  const float* x = o.x + t0 * o.stride + u0 * a.unit;
+  const float* x_sums = o.sums + t0 * o.sums_stride + u0 * kLanes;
+  for (int64_t u = 0, left = ceil_div(columns, a.block); left > 0; ++u, left -= most, x_sums += kLanes) {
+    F sum[T][4] = {};
+    for (int64_t b = wide ? least(most, left) : 1; b > 0; --b, codes += 4 * kLanes, x += D::kPer * kLanes) {
+      const U word = load<U>(codes);
+#pragma GCC unroll 16
+      for (int part = 0; part < D::kPer / D::kStep; ++part) {
+        F v[D::kStep];
+        D::raw(d, word, part, v);
+#pragma GCC unroll 4
+        for (int i = 0; i < D::kStep; ++i) {
+          const int j = part * D::kStep + i;
+#pragma GCC unroll 2
+          for (int t = 0; t < T; ++t) sum[t][j % kChains] = fma(v[i], load<F>(x + t * o.stride + j * kLanes), sum[t][j % kChains]);
+        }
+      }
+    }
+    const F s = granules_at<wide>(chunk.s, u), z = a.zeros ? granules_at<wide>(chunk.z, u) : F{};
+#pragma GCC unroll 2
+    for (int t = 0; t < T; ++t) {
+      const F even = sum[t][0] + sum[t][2], odd = sum[t][1] + sum[t][3];
+      F all = D::kShifted ? fma(odd, splat(0.0625f), even) : even + odd;
+      if (a.zeros) all = fma(-z, load<F>(x_sums + t * o.sums_stride), all);
+      acc[t] = fma(s, all, acc[t]);
+    }
+  }
+#pragma GCC unroll 2
+  for (int t = 0; t < T; ++t) to[t0 + t] = acc[t];
+}
+
+// The same for two rows of W and three or four of x, which share what is read: numbers are scaled before they are summed.
+template <class D, int T, bool wide>
+__attribute__((noinline)) void dot_numbers(const D& d, const Layout& a, const Chunk* rows, int64_t u0, int64_t columns, const Operand& o, int64_t t0,
+                                           F (*to)[kMostRows]) {
+  F acc[2][T];
+#pragma GCC unroll 2
+  for (int r = 0; r < 2; ++r)
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t) acc[r][t] = to[r][t0 + t];
+  const int64_t most = a.unit / a.block;
+  const uint8_t *first = rows[0].codes, *second = rows[1].codes;
+  const float* x = o.x + t0 * o.stride + u0 * a.unit;
+  for (int64_t u = 0, left = ceil_div(columns, a.block); left > 0; ++u, left -= most) {
+    const F s[2] = {granules_at<wide>(rows[0].s, u), granules_at<wide>(rows[1].s, u)};
+    F c[2] = {};
+    if (a.zeros) c[0] = -granules_at<wide>(rows[0].z, u) * s[0], c[1] = -granules_at<wide>(rows[1].z, u) * s[1];
+    for (int64_t b = wide ? least(most, left) : 1; b > 0; --b, first += 4 * kLanes, second += 4 * kLanes, x += D::kPer * kLanes) {
+      const U words[2] = {load<U>(first), load<U>(second)};
+#pragma GCC unroll 16
+      for (int part = 0; part < D::kPer / D::kStep; ++part)
+#pragma GCC unroll 2
+        for (int r = 0; r < 2; ++r) {
+          F v[D::kStep];
+          D::part(d, words[r], part, v);
+#pragma GCC unroll 4
+          for (int i = 0; i < D::kStep; ++i) {
+            const F w = fma(v[i], s[r], c[r]);
+#pragma GCC unroll 4
+            for (int t = 0; t < T; ++t) acc[r][t] = fma(w, load<F>(x + t * o.stride + (part * D::kStep + i) * kLanes), acc[r][t]);
+          }
+        }
+    }
+  }
+#pragma GCC unroll 2
+  for (int r = 0; r < 2; ++r)
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t) to[r][t0 + t] = acc[r][t];
+}
+
+template <class D, bool wide>
+void dot_rows(int64_t count, const D& d, const Layout& a, const Chunk* rows, int64_t u0, int64_t columns, const Operand& o, int64_t t0,
+              F (*to)[kMostRows]) {
+  if (count >= 4) return dot_numbers<D, 4, wide>(d, a, rows, u0, columns, o, t0, to);
+  if (count == 3) return dot_numbers<D, 3, wide>(d, a, rows, u0, columns, o, t0, to);
+  for (int r = 0; r < 2; ++r)
+    if (count == 2)
+      dot_codes<D, 2, wide>(d, a, rows[r], u0, columns, o, t0, to[r]);
+    else
+      dot_codes<D, 1, wide>(d, a, rows[r], u0, columns, o, t0, to[r]);
+}
+
+// Rows [n0, n1), at most kRows; a last odd one is computed twice.
+template <class D>
+void linear_direct(const Weight& w, const Layout& a, const Product& p, const Operand& o, int64_t n0, int64_t n1, F (*to)[kMostRows]) {
+  D d;
+  D::set(d, w);
+  Chunk rows[2];
+  const int64_t step = p.t <= 2 ? kChunk : kChunk / 2;
+  for (int64_t c = 0; c < w.k; c += step) {
+    const int64_t end = least(c + step, w.k);
+    for (int64_t n = n0; n < n1; n += 2) {
+      rows[0].read(w, a, n, c, end);
+      rows[1].read(w, a, least(n + 1, n1 - 1), c, end);
+      for (int64_t t = 0; t < p.t; t += 4) {
+        if (a.wide)
+          dot_rows<D, true>(p.t - t, d, a, rows, c / a.unit, end - c, o, t, to + (n - n0));
+        else
+          dot_rows<D, false>(p.t - t, d, a, rows, c / a.unit, end - c, o, t, to + (n - n0));
+      }
+    }
+  }
+}
+
+void linear_decoded(const Weight& w, const Product& p, const Operand& o, int64_t n0, int64_t n1, F (*to)[kMostRows]) {
+  alignas(64) float row[kPiece + kLanes];
+  for (int64_t c = 0; c < w.k; c += kPiece) {
+    const int64_t end = least(c + kPiece, w.k);
+    for (int64_t n = n0; n < n1; ++n) {
+      decode_floats(w, n, c, end, row);
+      for (int64_t t = 0; t < p.t; ++t) {
+        const float* x = o.x + t * o.stride + c;
+        F even = to[n - n0][t], odd = {};
+        int64_t i = 0;
+        for (; i + kLanes < end - c; i += 2 * kLanes) {
+          even = fma(load<F>(row + i), load<F>(x + i), even);
+          odd = fma(load<F>(row + i + kLanes), load<F>(x + i + kLanes), odd);
+        }
+        if (i < end - c) even = fma(load<F>(row + i), load<F>(x + i), even);
+        to[n - n0][t] = even + odd;
+      }
+    }
+  }
+}
+
+void linear(const Weight& w, const Product& p, const Operand& o, int64_t n0, int64_t n1) {
+  const Layout a = layout_of(w);
+  for (int64_t n = n0; n < n1; n += kRows) {
+    const int64_t end = least(n + kRows, n1);
+    F sums[kRows + 1][kMostRows] = {};
+    if (a.direct)
+      with_lane(w, a, [&](auto lane) { linear_direct<decltype(lane)>(w, a, p, o, n, end, sums); });
+    else
+      linear_decoded(w, p, o, n, end, sums);
+    with_format(p.dtype, [&](auto format) {
+      using Format = decltype(format);
+      for (int64_t t = 0; t < p.t; ++t)
+        for (int64_t i = n; i < end; ++i) {
+          const float y = total(sums[i - n][t]) + (p.bias ? p.bias[i] : 0.f);
+          static_cast<typename Format::E*>(p.y)[t * w.n + i] = Format::narrow_one(y);
+        }
+    });
+  }
+}
+
+// ---- dx = dy W ----
+
+constexpr int64_t kHigh = 4;  // rows of W that are added to the sums at once
+
+template <class Format>
+FA_INLINE float dy_at(const Product& p, int64_t t, int64_t n) {
+  return Format::widen_one(static_cast<const typename Format::E*>(p.x)[t * p.stride + n]);
+}
+
+float dy_at(const Product& p, int64_t t, int64_t n) {
+  float f = 0;
+  with_format(p.dtype, [&](auto format) { f = dy_at<decltype(format)>(p, t, n); });
+  return f;
+}
+
+// to += sum over kHigh rows of dy * S * (code - zero), for T rows of dy.
+template <class D, int T, bool wide>
+__attribute__((noinline)) void add_chunk(const D& d, const Layout& a, const Chunk* rows, const float (*dy)[kMostRows], int64_t columns, float* to, int64_t stride) {
+  const int64_t blocks = ceil_div(columns, a.block), most = a.unit / a.block;
+  for (int64_t u = 0; u * most < blocks; ++u) {
+    F factor[T][kHigh], zero[kHigh];
+#pragma GCC unroll 4
+    for (int r = 0; r < kHigh; ++r) {
+      zero[r] = a.zeros ? granules_at<wide>(rows[r].z, u) : F{};
+      const F s = granules_at<wide>(rows[r].s, u);
+#pragma GCC unroll 4
+      for (int t = 0; t < T; ++t) factor[t][r] = s * splat(dy[r][t]);
+    }
+    for (int64_t b = u * most; b < least((u + 1) * most, blocks); ++b) {
+      U word[kHigh];
+#pragma GCC unroll 4
+      for (int r = 0; r < kHigh; ++r) word[r] = load<U>(rows[r].codes + b * 4 * kLanes);
+#pragma GCC unroll 16
+      for (int part = 0; part < D::kPer / D::kStep; ++part) {
+        float* at = to + b * a.block + part * D::kStep * kLanes;
+        F sum[T][D::kStep];
+#pragma GCC unroll 4
+        for (int t = 0; t < T; ++t)
+#pragma GCC unroll 4
+          for (int i = 0; i < D::kStep; ++i) sum[t][i] = load<F>(at + t * stride + i * kLanes);
+#pragma GCC unroll 4
+        for (int r = 0; r < kHigh; ++r) {
+          F v[D::kStep];
+          D::part(d, word[r], part, v);
+#pragma GCC unroll 4
+          for (int i = 0; i < D::kStep; ++i) {
+            v[i] -= zero[r];
+#pragma GCC unroll 4
+            for (int t = 0; t < T; ++t) sum[t][i] = fma(factor[t][r], v[i], sum[t][i]);
+          }
+        }
+#pragma GCC unroll 4
+        for (int t = 0; t < T; ++t)
+#pragma GCC unroll 4
+          for (int i = 0; i < D::kStep; ++i) store(at + t * stride + i * kLanes, sum[t][i]);
+      }
+    }
+  }
+}
+
+template <class D, bool wide>
+FA_INLINE void add_rows(int64_t count, const D& d, const Layout& a, const Chunk* rows, const float (*dy)[kMostRows], int64_t columns, float* to,
+                        int64_t stride) {
+  if (count == 1) return add_chunk<D, 1, wide>(d, a, rows, dy, columns, to, stride);
+  if (count == 2) return add_chunk<D, 2, wide>(d, a, rows, dy, columns, to, stride);
+  if (count == 3) return add_chunk<D, 3, wide>(d, a, rows, dy, columns, to, stride);
+  add_chunk<D, 4, wide>(d, a, rows, dy, columns, to, stride);
+}
+
+template <class D>
+void dx_direct(const Weight& w, const Layout& a, const Product& p, int64_t n0, int64_t n1, const Operand& o) {
+  D d;
+  D::set(d, w);
+  Chunk rows[kHigh];
+  for (int64_t n = n0; n < n1; n += kHigh)
+    for (int64_t c = 0; c < w.k; c += kChunk) {
+      const int64_t end = least(c + kChunk, w.k);
+      float dy[kHigh][kMostRows];
+      for (int64_t r = 0; r < kHigh; ++r) {
+        const int64_t row = least(n + r, n1 - 1);  // what is too much counts zero times
+        rows[r].read(w, a, row, c, end);
+        if (n + r >= n1) memset(rows[r].s, 0, sizeof rows[r].s);
+        for (int64_t t = 0; t < p.t; ++t) dy[r][t] = n + r < n1 ? dy_at(p, t, row) : 0.f;
+      }
+      for (int64_t t = 0; t < p.t; t += 4) {
+        float* to = o.x + t * o.stride + c;
+        const auto* some = reinterpret_cast<const float(*)[kMostRows]>(dy[0] + t);
+        if (a.wide)
+          add_rows<D, true>(least(4, p.t - t), d, a, rows, some, end - c, to, o.stride);
+        else
+          add_rows<D, false>(least(4, p.t - t), d, a, rows, some, end - c, to, o.stride);
+      }
+    }
+}
+
+void dx_decoded(const Weight& w, const Product& p, int64_t n0, int64_t n1, const Operand& o) {
+  alignas(64) float row[kPiece + kLanes];
+  for (int64_t n = n0; n < n1; ++n)
+    for (int64_t c = 0; c < w.k; c += kPiece) {
+      const int64_t end = least(c + kPiece, w.k);
+      decode_floats(w, n, c, end, row);
+      for (int64_t t = 0; t < p.t; ++t) {
+        float* to = o.x + t * o.stride + c;
+        const F dy = splat(dy_at(p, t, n));
+        for (int64_t i = 0; i < end - c; i += kLanes) store(to + i, fma(dy, load<F>(row + i), load<F>(to + i)));
+      }
+    }
+}
+
+void linear_dx(const Weight& w, const Product& p, int64_t n0, int64_t n1, const Operand& o) {
+  const Layout a = layout_of(w);
+  memset(o.x, 0, size_t(p.t * o.stride) * sizeof(float));
+  if (a.direct)
+    with_lane(w, a, [&](auto lane) { dx_direct<decltype(lane)>(w, a, p, n0, n1, o); });
+  else
+    dx_decoded(w, p, n0, n1, o);
+}
+
+void finish_dx(const Weight& w, const Product& p, int64_t t, const float* sums, int64_t step, int64_t count) {
+  const Layout a = layout_of(w);
+  with_format(p.dtype, [&](auto format) {
+    using Format = decltype(format);
+    auto* y = static_cast<typename Format::E*>(p.y) + t * w.k;
+    for (int64_t i = 0; i < a.padded(); i += kLanes) {
+      F sum = load<F>(sums + i);
+      for (int64_t slot = 1; slot < count; ++slot) sum += load<F>(sums + slot * step + i);
+      const int64_t first = column_at(w, a, i), across = a.direct ? a.per : 1;
+      for (int lane = 0; lane < kLanes; ++lane)
+        if (const int64_t column = first + lane * across; column < w.k) y[column] = Format::narrow_one(sum[lane]);
+    }
+  });
+}
+
+}  // namespace
+
+extern const ProductKernels FA_CAT(product_, FA_ISA) = {FA_STR(FA_ISA), size, arrange, linear, linear_dx, finish_dx};
+
+}  // namespace fa::cpu::quant

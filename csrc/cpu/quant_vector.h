@@ -1,0 +1,155 @@
+// Codes in vectors: packed bytes to codes, codes to numbers, group numbers to one per element. Only for *_isa.cpp files: everything is in an unnamed
+// namespace, so that the linker cannot merge one instruction set's copy into another's.
+#pragma once
+#include "lowrank_vector.h"
+#include "quant.h"
+
+namespace fa::cpu::quant {
+namespace {
+
+using namespace lowrank;
+
+FA_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// ---- packed codes ----
+
+// Eight codes of `bits` < 8 from p, no byte further.
+template <int bits>
+FA_INLINE uint32_t eight(const uint8_t* p) {
+  uint32_t word = 0;
+  memcpy(&word, p, bits);
+  return word;
+}
+
+// kLanes codes from element i of a row on, i a multiple of kLanes, in the lanes' low bits: what lies above them is rubbish unless `clean`.
+template <int bits, bool high_first, bool clean>
+FA_INLINE U codes_at(const uint8_t* row, int64_t i) {
+  if constexpr (bits == 8) {
+    typedef uint8_t B __attribute__((vector_size(kLanes)));
+    return __builtin_convertvector(load<B>(row + i), U);
+  } else {
+    U word, shift;
+#pragma GCC unroll 16
+    for (int lane = 0; lane < kLanes; ++lane) shift[lane] = uint32_t((high_first ? (lane & 7) ^ 1 : lane & 7) * bits);
+#if defined(__AVX512F__)
+    const uint8_t* p = row + i / 8 * bits;
+    word = U(_mm512_mask_set1_epi32(_mm512_maskz_set1_epi32(0x00ff, int(eight<bits>(p))), 0xff00, int(eight<bits>(p + bits))));
+#elif defined(__AVX2__)
+    word = U{} + eight<bits>(row + i / 8 * bits);
+#else
+    word = U{} + (eight<bits>(row + i / 8 * bits) >> int(i & 4) * bits);
+#endif
+    word >>= shift;
+    return clean ? word & ((1u << bits) - 1) : word;
+  }
+}
+
+// One code, anywhere.
+FA_INLINE uint32_t code_at(const uint8_t* row, int bits, bool high_first, int64_t i) {
+  if (bits == 8) return row[i];
+  const int64_t bit = i * bits;
+  const int at = int(high_first ? (bit & 7) ^ 4 : bit & 7);
+  uint32_t two = row[bit / 8];
+  if (at + bits > 8) two |= uint32_t(row[bit / 8 + 1]) << 8;
+  return (two >> at) & ((1u << bits) - 1);
+}
+
+// ---- tables ----
+
+// 2^bits numbers of 32 bits; of an index only the low `bits` count. Up to 16 numbers lie in registers.
+template <int bits>
+struct Lookup {
+  F low, high;
+  const float* all;
+
+  FA_INLINE void set(Lookup& t, const float* values) {
+    t.all = values;
+    if constexpr (bits < 8) {
+      float padded[16];
+      for (int i = 0; i < 16; ++i) padded[i] = values[i & ((1 << bits) - 1)];
+      t.low = load<F>(padded);
+      if (kLanes == 8) t.high = load<F>(padded + 8);
+      if (kLanes == 4) memcpy(t.small, padded, sizeof padded);
+    }
+  }
+  // v in place of every number of the table
+  template <class Function>
+  FA_INLINE Lookup map(const Lookup& t, Function f) {
+    Lookup out = t;
+    if (kLanes == 4)
+      for (int i = 0; i < 16; i += kLanes) store(out.small + i, f(load<F>(t.small + i)));
+    else
+      out.low = f(t.low), out.high = f(t.high);
+    return out;
+  }
+  FA_INLINE F at(const Lookup& t, U index) {
+#if defined(__AVX512F__)
+    if constexpr (bits == 8) return F(_mm512_mask_i32gather_ps(__m512{}, 0xffff, __m512i(index), t.all, 4));
+    return F(_mm512_maskz_permutexvar_ps(0xffff, __m512i(index), __m512(t.low)));
+#elif defined(__AVX2__)
+    if constexpr (bits == 8) return F(_mm256_i32gather_ps(t.all, __m256i(index), 4));
+    const __m256 low = _mm256_permutevar8x32_ps(__m256(t.low), __m256i(index));
+    if constexpr (bits < 4) return F(low);
+    const __m256 high = _mm256_permutevar8x32_ps(__m256(t.high), __m256i(index));
+    return F(_mm256_blendv_ps(low, high, __m256(index << 28)));
+#else
+    const float* from = bits == 8 ? t.all : t.small;
+    F f = {};
+    for (int i = 0; i < kLanes; ++i) f[i] = from[index[i] & ((1u << bits) - 1)];
+    return f;
+#endif
+  }
+  float small[kLanes == 4 ? 16 : 1];
+};
+
+// ---- groups ----
+
+// to[i] = from[(c0 + i) / side - c0 / side], i < n. Up to kLanes - 1 further are written.
+FA_INLINE void spread(const float* from, int64_t c0, int64_t n, int64_t side, float* to) {
+  if (side == 1) {
+    memcpy(to, from, size_t(n) * sizeof(float));
+    return;
+  }
+  for (int64_t i = 0, next = side - c0 % side; i < n; next += side, ++from) {
+    const int64_t end = least(next, n);
+    const F f = splat(*from);
+    for (int64_t j = i; j < end; j += kLanes) store(to + j, f);
+    i = end;
+  }
+}
+
+// Scales of groups [first, first + n). Up to kLanes - 1 further are written.
+inline void scales_of(const Scales& s, int64_t first, int64_t n, float* to) {
+  if (s.coding == Coding::kPlain)
+    return with_format(s.dtype, [&](auto format) {
+      using Format = decltype(format);
+      const auto* from = static_cast<const typename Format::E*>(s.data) + first;
+      for (int64_t i = 0; i < n; i += kLanes) store(to + i, widen_at<Format>(from + i, n - i));
+    });
+  const uint8_t* bytes = static_cast<const uint8_t*>(s.data) + first;
+  if (s.coding == Coding::kPowers) {
+    for (int64_t i = 0; i < n; ++i) to[i] = as_float(bytes[i] == 255 ? 0x7fc00000u : bytes[i] ? uint32_t(bytes[i]) << 23 : 1u << 22);
+    return;
+  }
+  for (int64_t i = 0; i < n;) {
+    const float above = s.above[(first + i) / s.block];
+    const int64_t end = least(n, ((first + i) / s.block + 1) * s.block - first);
+    if (s.offset)
+      for (; i < end; ++i) to[i] = s.table[bytes[i]] * above + *s.offset;
+    else
+      for (; i < end; ++i) to[i] = s.table[bytes[i]] * above;
+  }
+}
+
+// The same of zeros; 0 where there are none.
+inline void zeros_of(const Weight& w, int64_t first, int64_t n, float* to) {
+  if (w.zero_dtype == kF32)
+    memcpy(to, static_cast<const float*>(w.zero) + first, size_t(n) * sizeof(float));
+  else if (w.zero_dtype == kU8)
+    for (int64_t i = 0; i < n; ++i) to[i] = float(static_cast<const uint8_t*>(w.zero)[first + i]);
+  else
+    memset(to, 0, size_t(n) * sizeof(float));
+}
+
+}  // namespace
+}  // namespace fa::cpu::quant

@@ -1,0 +1,118 @@
+"""The backend "cpp" of the quant family: the functions of `reference.quant` on CPU tensors, computed by `_core` from addresses.
+
+Inputs are checked by `ops.quant`: fp32, bf16 or fp16, nothing empty. Results repeat bit for bit, for any number of threads.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _core
+from ..quant.formats import NESTED_BLOCK, QFormat
+from ..quant.tables import Table, table
+from ..reference.quant import Parts, zero_code
+
+_CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.uint8: 6}
+_PLAIN, _POWERS, _TABLE = 0, 1, 2
+_NO_BLOCKS = 1 << 62
+
+
+def _fp32(numbers: Sequence[float]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float32)
+
+
+@functools.cache
+def _numbers(fmt: QFormat) -> Tensor:
+    """What the codes are worth, where the kernels can read it; kept for as long as the process lives."""
+    return _fp32(fmt.values)
+
+
+@functools.cache
+def _scale_numbers(name: str) -> Tensor:
+    return _fp32(table(name).values)
+
+
+@functools.cache
+def _cuts(t: Table) -> tuple[Tensor, Tensor]:
+    return _fp32(t.cuts), torch.tensor(t.codes, dtype=torch.uint8)
+
+
+def _grid(fmt: QFormat, n: int, k: int) -> tuple[int, int, int]:
+    """(rows, columns) of a tile, tiles side by side; a flat format is one row."""
+    if fmt.flat:
+        return 1, fmt.block[1], fmt.grid(n, k)[0]
+    return *fmt.sides(n, k), fmt.grid(n, k)[1]
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _scales(parts: Parts, fmt: QFormat) -> tuple[int, ...]:
+    if fmt.scale in ("e4m3", "nested"):
+        values = _scale_numbers("e4m3" if fmt.scale == "e4m3" else "dynamic")
+        block = NESTED_BLOCK if fmt.scale == "nested" else _NO_BLOCKS
+        return _TABLE, parts.scale.data_ptr(), 0, values.data_ptr(), _address(parts.super), _address(parts.offset), block
+    coding = _POWERS if fmt.scale == "e8m0" else _PLAIN
+    return coding, parts.scale.data_ptr(), _CODES[parts.scale.dtype], 0, 0, 0, 1
+
+
+def _weight(parts: Parts, fmt: QFormat, n: int, k: int) -> tuple[int, ...]:
+    zero = (0, 0) if parts.zero is None else (parts.zero.data_ptr(), _CODES[parts.zero.dtype])
+    codes = (parts.qdata.data_ptr(), n, k, fmt.row_bytes(k), fmt.bits, fmt.flat)
+    return *codes, *_grid(fmt, n, k), _numbers(fmt).data_ptr(), *zero, *_scales(parts, fmt)
+
+
+def stats(w: Tensor, fmt: QFormat) -> tuple[Tensor, Tensor]:
+    """(least, largest) element of every group, fp32 of shape `fmt.grid`; NaN where a group has one. w: N x K, contiguous."""
+    n, k = w.shape
+    lo, hi = (torch.empty(fmt.grid(n, k), dtype=torch.float32) for _ in range(2))
+    rows, columns = (1, n * k) if fmt.flat else (n, k)
+    _core.q_stats(w.data_ptr(), _CODES[w.dtype], rows, columns, _grid(fmt, n, k), lo.data_ptr(), hi.data_ptr(), torch.get_num_threads())
+    return lo, hi
+
+
+def encode(w: Tensor, factor: Tensor, zero: Tensor | None, fmt: QFormat) -> Tensor:
+    """Packed codes, uint8 of shape `fmt.packed`. w: N x K, contiguous; factor, zero: fp32 of shape `fmt.grid`."""
+    n, k = w.shape
+    factor, zero = factor.contiguous(), None if zero is None else zero.contiguous()
+    out = torch.empty(fmt.packed(n, k), dtype=torch.uint8)
+    codes = fmt.codes
+    cuts, order = (None, None) if codes is None else _cuts(codes)
+    # Order: csrc/bindings_quant.cpp, `encoding`.
+    spec = (w.data_ptr(), _CODES[w.dtype], n, k, fmt.row_bytes(k), fmt.bits, fmt.flat, *_grid(fmt, n, k), factor.data_ptr(), _address(zero))
+    spec += (fmt.divide, fmt.zero == "fp32", codes is not None and codes.magnitude, codes is not None and codes.sign_bit)
+    spec += (fmt.low, fmt.high, fmt.bias, 0 if cuts is None else cuts.numel(), _address(cuts), _address(order))
+    spec += (zero_code(fmt) if fmt.flat else 0, out.data_ptr())
+    _core.q_encode(spec, torch.get_num_threads())
+    return out
+
+
+def dequantize(parts: Parts, fmt: QFormat, n: int, k: int, row0: int, row1: int, dtype: torch.dtype) -> Tensor:
+    """Rows row0..row1 of the n x k weight: (value - zero) * S in fp32, rounded once to ``dtype``."""
+    out = torch.empty(row1 - row0, k, dtype=dtype)
+    _core.q_dequantize(_weight(parts, fmt, n, k), row0, row1, _CODES[dtype], out.data_ptr(), torch.get_num_threads())
+    return out
+
+
+def _matrix(x: Tensor) -> tuple[int, int, int, int]:
+    return x.data_ptr(), _CODES[x.dtype], x.shape[0], x.stride(0)
+
+
+def linear(x: Tensor, parts: Parts, fmt: QFormat, n: int, bias: Tensor | None) -> Tensor:
+    """y = x W^T + bias, summed in fp32, rounded once. x: T x K, unit stride inside a row."""
+    bias = None if bias is None else bias.to(torch.float32).contiguous()
+    y = torch.empty(x.shape[0], n, dtype=x.dtype)
+    _core.q_linear(_matrix(x), _weight(parts, fmt, n, x.shape[1]), _address(bias), y.data_ptr(), torch.get_num_threads())
+    return y
+
+
+def linear_dx(dy: Tensor, parts: Parts, fmt: QFormat, n: int, k: int) -> Tensor:
+    """dx = dy W, summed in fp32, rounded once. dy: T x N, unit stride inside a row."""
+    dx = torch.empty(dy.shape[0], k, dtype=dy.dtype)
+    _core.q_linear_dx(_matrix(dy), _weight(parts, fmt, n, k), dx.data_ptr(), torch.get_num_threads())
+    return dx

@@ -1,0 +1,154 @@
+"""The C++ quant kernels against the reference: equal bytes, equal numbers, products against fp64, on formats and shapes chosen to hurt."""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from fusedadapt.quant.formats import FORMATS, QFormat, format_of
+from fusedadapt.reference import quant as reference
+from fusedadapt.reference.quant import Parts
+from fusedadapt.reference.quant_rules import RULES
+from fusedadapt.testing import poisoned_memory
+
+_core = pytest.importorskip("fusedadapt._core")
+from fusedadapt.ops import quant_cpp as cpp  # noqa: E402
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+ISAS = [isa for isa in ("base", "avx2", "avx512") if _core.use_isa(isa)]
+_core.use_isa(ISAS[-1])
+SHAPES = [(1, 1), (3, 2), (1, 7), (5, 33), (7, 64), (2, 129), (33, 96), (4, 256), (6, 1000), (130, 40), (3, 2081), (64, 64)]
+
+
+def _formats() -> dict[str, QFormat]:
+    """Every format, then every way in which groups, scales and zeros can differ."""
+    found = dict(FORMATS)
+    for name in ("nf4", "fp4"):
+        found |= {f"{name} nested": format_of(name, double_quant=True), f"{name} as on a CPU": format_of(name, compat="bnb_cpu")}
+        found[f"{name} 256"] = format_of(name, 256)
+    for bits in (2, 3, 4, 8):
+        name = f"int{bits}"
+        for axis, size in (("n", 8), ("n", None), ("row", None), ("tensor", None), ("block", None)):
+            found[f"{name} {axis} {size}"] = format_of(name, size, group_axis=axis)
+        for size in (1, 3, 8, 16, 20, 32, 64):
+            found[f"{name} {size}"] = format_of(name, size)
+        found[f"{name} other zero"] = format_of(name, 32, symmetric=bits != 8)
+        found |= {f"{name} {dtype}": format_of(name, 32, scale_dtype=dtype) for dtype in DTYPES[1:]}
+    found["fp8 block"] = format_of("fp8_e4m3", group_axis="block")
+    found |= {f"mxfp4 {rule}": format_of("mxfp4", scale_rule=rule) for rule in ("ceil", "even", "rceil")}
+    found["int4 tiles"] = replace(FORMATS["int4"], block=(3, 5))
+    return found
+
+
+CASES = _formats()
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    _core.use_isa(request.param)
+    yield request.param
+    _core.use_isa(ISAS[-1])
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """torch's threads wait for each other by spinning, which on a busy machine takes longer than these small tensors."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def weight(n: int, k: int, dtype: torch.dtype, seed: int) -> Tensor:
+    """Normal numbers; every third case has a group of zeros, numbers of both extremes or some that are no numbers."""
+    gen = torch.Generator().manual_seed(seed)
+    w = torch.randn(n, k, generator=gen)
+    flat = w.view(-1)
+    if seed % 4 == 1:
+        w[n // 2] = 0
+        flat[0] = -0.0
+    if seed % 4 == 2:
+        flat[::7] *= torch.finfo(dtype).tiny * 0.3
+        flat[3::7] *= 1e4
+    if seed % 4 == 3:
+        for at, value in zip(torch.randint(n * k, (3,), generator=gen).tolist(), (torch.nan, torch.inf, -torch.inf)):
+            flat[at] = value
+    return w.to(dtype)
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Equal, NaN included, the sign of zero too."""
+    nan = a.isnan()
+    return bool((nan == b.isnan()).all() and a[~nan].equal(b[~nan]) and a[~nan].signbit().equal(b[~nan].signbit()))
+
+
+@functools.lru_cache(maxsize=2000)
+def quantized(name: str, n: int, k: int, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Parts]:
+    """(w, lo, hi, factor, zero, parts), all by the reference."""
+    fmt, w = CASES[name], weight(n, k, dtype, seed)
+    lo, hi = reference.stats(w, fmt)
+    found = RULES[fmt.rule](w, lo, hi, fmt)
+    zero = None if found.zero is None else found.zero.float()
+    parts = Parts(reference.encode(w, found.factor, zero, fmt), found.scale, found.zero, found.super, found.offset)
+    return w, lo, hi, found.factor, zero, parts
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_codec_is_the_reference(name: str, isa: str) -> None:
+    fmt, rng = CASES[name], random.Random(name)
+    for number, (n, k) in enumerate(SHAPES):
+        dtype = DTYPES[(number + len(name)) % 3]
+        w, lo, hi, factor, zero, parts = quantized(name, n, k, dtype, number)
+        with poisoned_memory():
+            got = cpp.stats(w, fmt)
+            assert torch.equal(got[0].nan_to_num(9e9), lo.nan_to_num(9e9)) and torch.equal(got[1].nan_to_num(9e9), hi.nan_to_num(9e9)), (n, k)
+            qdata = cpp.encode(w, factor, zero, fmt)
+            assert torch.equal(qdata, parts.qdata), (n, k, dtype)
+            for out in DTYPES:
+                row0 = rng.randrange(n)
+                row1 = rng.randrange(row0, n) + 1
+                rows = cpp.dequantize(parts, fmt, n, k, row0, row1, out)
+                assert same(rows, reference.dequantize(parts, fmt, n, k, row0, row1, out)), (n, k, row0, row1, out)
+
+
+PRODUCTS = [(1, 5, 33), (2, 17, 64), (3, 4, 256), (4, 40, 129), (5, 9, 1030), (7, 1, 2), (1, 33, 4200), (17, 6, 96), (2, 130, 520)]
+
+
+def torch_error(x: Tensor, parts: Parts, fmt: QFormat, n: int, k: int, transposed: bool) -> Tensor:
+    """|error| of torch's fp32 product of the weight rounded to x's dtype."""
+    exact = reference.dequantize(parts, fmt, n, k, 0, n, torch.float32).double()
+    rounded = reference.dequantize(parts, fmt, n, k, 0, n, x.dtype).float()
+    a, b = (exact, rounded) if transposed else (exact.t(), rounded.t())
+    return ((x.float() @ b).to(x.dtype).double() - x.double() @ a).abs()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_products_are_as_exact_as_torch_and_repeat(name: str, isa: str) -> None:
+    fmt = CASES[name]
+    gen = torch.Generator().manual_seed(len(name))
+    for number, (t, n, k) in enumerate(PRODUCTS):
+        dtype = DTYPES[(number + len(name)) % 3]
+        parts = quantized(name, n, k, DTYPES[number % 3], 4 * number)[-1]
+        exact = reference.dequantize(parts, fmt, n, k, 0, n, torch.float32).double()
+        bias = torch.randn(n, generator=gen).to(dtype) if number % 2 else None
+        for width, transposed in ((k, False), (n, True)):
+            x = torch.randn(t, width + number % 3, generator=gen).to(dtype)[:, :width]
+            with poisoned_memory():
+                y = cpp.linear_dx(x, parts, fmt, n, k) if transposed else cpp.linear(x, parts, fmt, n, bias)
+            true, size = (x.double() @ m for m in ((exact, exact.abs()) if transposed else (exact.t(), exact.t().abs())))
+            size = x.double().abs() @ (exact.abs() if transposed else exact.abs().t())
+            if bias is not None and not transposed:
+                true, size = true + bias.double(), size + bias.double().abs()
+            error = (y.double() - true).abs()
+            limit = 1.5 * float(torch_error(x, parts, fmt, n, k, transposed).max()) + 8 * 2.0**-24 * size + torch.finfo(dtype).eps * true.abs()
+            assert y.dtype == dtype and bool((error <= limit).all()), (name, t, n, k, dtype, transposed, float((error / limit).max()))
+            torch.set_num_threads(3)
+            again = cpp.linear_dx(x, parts, fmt, n, k) if transposed else cpp.linear(x, parts, fmt, n, bias)
+            torch.set_num_threads(1)
+            assert torch.equal(again, y), (name, t, n, k, dtype, transposed)
