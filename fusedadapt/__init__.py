@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .lowrank.layer import LoRALinear as LoRALinear
     from .quant.layer import QuantizedLinear as QuantizedLinear
     from .quant.linear import quantized_linear as quantized_linear
+    from .quant.model import quantize_model_ as quantize_model_
     from .quant.tensor import QuantizedTensor as QuantizedTensor
     from .quant.tensor import quantize as quantize
     from .sparse.layers import MaskedLinear as MaskedLinear
@@ -46,6 +47,7 @@ __all__ = [
     "patch",
     "quant",
     "quantize",
+    "quantize_model_",
     "quantized_linear",
     "sparse",
     "strict",
@@ -67,6 +69,7 @@ _LAZY: dict[str, tuple[str, str]] = {
     "patch": ("integrations.peft", "patch"),
     "quant": ("quant", ""),
     "quantized_linear": ("quant.linear", "quantized_linear"),
+    "quantize_model_": ("quant.model", "quantize_model_"),
     "quantize": ("quant.tensor", "quantize"),
     "sparse": ("sparse", ""),
     "strict": ("config", "strict"),

@@ -13,9 +13,10 @@ from . import __version__
 
 # command -> (module with main(argv) -> exit code, one line of help)
 COMMANDS: dict[str, tuple[str, str]] = {
-    "doctor": ("fusedadapt.doctor", "versions, backends found and why others are absent, a short self-test"),
+    "doctor": ("fusedadapt.doctor", "versions, backends found and why others are absent, a short self-test; or what is wrong with a checkpoint"),
     "finetune": ("fusedadapt.finetune.cli", "fine-tune a real pretrained encoder for code search, whole or by adapters"),
     "bench": ("fusedadapt.bench", "time optimizers or adapters against torch and PEFT side by side"),
+    "quantize": ("fusedadapt.quant.cli", "a model on disk in few bits: nf4, int4, fp8, mxfp4 and others, streamed"),
     "merge": ("fusedadapt.sparse.cli", "merge fine-tuned models on disk: ties, dare, della, slerp and others, out of core"),
     "parity": ("fusedadapt.parity", "worst error against the fp64 truth per rule, dtype and case, for ours or another library"),
 }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import platform
 import time
 from collections.abc import Iterator, Sequence
@@ -28,12 +29,15 @@ TOLERANCE = 2e-6
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints the report; returns 0 if every backend found passed its self-test, else 1."""
+    """Prints the report; returns 0 if every backend found passed its self-test (or the checkpoint named is sound), else 1."""
     parser = argparse.ArgumentParser(prog="python -m fusedadapt doctor", description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("checkpoint", nargs="?", help="look at this quantized file or folder instead of at the installation")
     parser.add_argument("--no-self-test", action="store_true", help="only look, do not run anything")
     parser.add_argument("--seconds", type=float, default=5.0, help="start no further self-test after this long (default 5)")
     options = parser.parse_args(argv)
     print(f"fusedadapt {__version__} doctor")
+    if options.checkpoint is not None:
+        return _checkpoint(options.checkpoint)
     _section("versions", versions())
     _section("compiled core", compiled_core())
     _section("devices", devices())
@@ -49,6 +53,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     rest = f" ({left} not run: --seconds)" if left else ""
     print("\nverdict: " + (f"FAULT in {len(bad)} of {len(results)}: {', '.join(bad)}" if bad else f"everything run here works{rest}"))
     return 1 if bad else 0
+
+
+def _checkpoint(path: str) -> int:
+    """Prints what is wrong with a quantized model on disk; 0 nothing, 1 something, 2 there is no such file or folder."""
+    from .quant import checkup
+
+    try:
+        result = checkup.examine(path)
+    except FileNotFoundError as error:
+        print(error)
+        return 1 if os.path.exists(path) else 2
+    print("\n".join(checkup.text(path, result)))
+    return 1 if result.faults else 0
 
 
 def _section(title: str, rows: Sequence[tuple[str, str]]) -> None:

@@ -141,10 +141,9 @@ def _quantize(w: Tensor, spec: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Ten
 
 
 def _with_divided_tail(encode: Any, w: Tensor, found: Found, fmt: QFormat) -> Tensor:
-    """bitsandbytes' CPU code multiplies whole blocks by 1 / absmax and divides the short one at the end by absmax, at least 1e-38."""
+    """bitsandbytes' CPU code multiplies whole blocks by a factor and divides the short one at the end; the rule's last factor is that divisor."""
     flat, whole = w.view(1, -1), w.numel() // fmt.block[1] * fmt.block[1]
-    last = (1.0 / found.factor[-1:]).nan_to_num(0.0, 0.0).clamp(min=1e-38)
-    tail = encode(flat[:, whole:], last, None, dataclasses.replace(fmt, divide=True))
+    tail = encode(flat[:, whole:], found.factor[-1:], None, dataclasses.replace(fmt, divide=True))
     return torch.cat([encode(flat[:, :whole], found.factor[:-1], None, fmt), tail]) if whole else tail
 
 

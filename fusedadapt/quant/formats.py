@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from .tables import Table, table
+from .tables import TABLES, Table, table
 
 #: a block side that spans the whole dimension
 WHOLE = 0
@@ -191,6 +191,11 @@ def format_of(name: str | QFormat, group_size: int | None = None, **options: Any
         _refuse(f"one of the formats {', '.join(FORMATS)}", repr(name), "choose one of them")
     if unknown := set(options) - set(_OPTIONS):
         _refuse(f"options among {', '.join(_OPTIONS)}", ", ".join(sorted(unknown)), "leave the others out")
+    for option in ("double_quant", "symmetric"):
+        if not isinstance(options.get(option), (bool, type(None))):
+            _refuse(f"{option}=True or False", repr(options[option]), "pass one of them")
+    if group_size is not None and options.get("group_axis") in ("row", "tensor", "block"):
+        _refuse(f'no group_size with group_axis="{options["group_axis"]}"', group_size, "leave one of them out")
     for option, value in options.items():
         if value is not None and value is not False or option == "symmetric" and value is False:
             fmt = _APPLY[option](fmt, value)
@@ -237,9 +242,11 @@ def _scale_rule(fmt: QFormat, value: Any) -> QFormat:
 def _symmetric(fmt: QFormat, value: Any) -> QFormat:
     if fmt.rule not in ("affine", "affine_sym", "absmax_int"):
         _refuse("symmetric= with an integer format", fmt.name, "leave it out")
-    if fmt.bits == 8:
-        return fmt if value == fmt.signed else replace(fmt, rule="affine", low=0, high=255, signed=False, zero="uint8", divide=True)
-    return replace(fmt, rule="affine_sym", zero="", bias=1 << (fmt.bits - 1)) if value else fmt
+    if fmt.bits == 8 and value:
+        return replace(fmt, rule="absmax_int", low=-127, high=127, signed=True, zero="", divide=False)
+    if value:
+        return replace(fmt, rule="affine_sym", zero="", bias=1 << (fmt.bits - 1))
+    return replace(fmt, rule="affine", low=0, high=(1 << fmt.bits) - 1, signed=False, zero="uint8", bias=0, divide=True)
 
 
 def _axis(fmt: QFormat, value: Any) -> QFormat:
@@ -293,5 +300,23 @@ def _parse(spec: str) -> QFormat:
         if field not in own.__dataclass_fields__ or field == "name":
             _refuse("a format's text form, as QFormat.spec writes it", repr(spec), "take it from there")
         value = getattr(own, field)
-        found[field] = tuple(map(int, text.split("x"))) if field == "block" else type(value)(int(text)) if isinstance(value, int) else text
-    return replace(own, **found)  # type: ignore[arg-type]
+        try:
+            found[field] = tuple(map(int, text.split("x"))) if field == "block" else type(value)(int(text)) if isinstance(value, int) else text
+        except ValueError:
+            _refuse("a format's text form, as QFormat.spec writes it", repr(spec), f"{field} takes a number there")
+    return _consistent(replace(own, **found), spec)  # type: ignore[arg-type]
+
+
+def _consistent(fmt: QFormat, spec: str) -> QFormat:
+    """``fmt``; ValueError where its fields contradict each other, as those of a damaged file may."""
+    wrong = {
+        "block": len(fmt.block) != 2 or min(fmt.block) < 0 or fmt.flat and fmt.block[1] == 0,
+        "bits": not 1 <= fmt.bits <= 8 or fmt.flat and fmt.bits not in (4, 8) or fmt.bits != 8 and fmt.signed,
+        "table": bool(fmt.table) and (fmt.table not in TABLES or table(fmt.table).bits != fmt.bits),
+        "scale": fmt.scale not in _SCALES,
+        "zero": fmt.zero not in ("", "uint8", "fp32"),
+        "rule": fmt.rule != FORMATS[fmt.name].rule and {fmt.rule, FORMATS[fmt.name].rule} - {"affine", "affine_sym", "absmax_int"} != set(),
+    }
+    if found := [field for field, bad in wrong.items() if bad]:
+        _refuse("a format's text form, as QFormat.spec writes it", f"{spec!r}, in which {found[0]} cannot be", "take it from there")
+    return fmt

@@ -72,10 +72,12 @@ class QuantizedLinear(PackedWeight):
     dict holds the bytes and the format; loading another format into the layer is refused. Made by `from_linear` and `from_quantized`.
 
     Attributes:
-        format: the `QFormat`; quantized: the weight as a `QuantizedTensor` that shares its memory. in_features, out_features: K and N.
+        format: the `QFormat`. quantized: the weight as a `QuantizedTensor` that shares its memory. in_features, out_features: K and N.
+        activations: None, or "int8" | "fp8_e4m3": what x is coded to on the fly, see `fusedadapt.quantized_linear`.
     """
 
     format: QFormat
+    activations: str | None = None
 
     def __init__(self, qw: QuantizedTensor, bias: Tensor | None = None) -> None:
         if not isinstance(qw, QuantizedTensor) or len(qw.shape) != 2:
@@ -104,7 +106,7 @@ class QuantizedLinear(PackedWeight):
 
     @property
     def W_q(self) -> Tensor:
-        """The packed weight. PEFT (DoRA, merging, initialisations) asks layers that have this name for `dequantize()` instead of reading ``weight``."""
+        """The packed weight. PEFT (DoRA, merging, initialisations) asks layers that have this name for `dequantize()`; others' ``weight`` it reads."""
         return self.weight
 
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
@@ -116,7 +118,7 @@ class QuantizedLinear(PackedWeight):
         return plain.train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        return quantized_linear(input, self.quantized, self.bias)
+        return quantized_linear(input, self.quantized, self.bias, activations=self.activations)
 
     def reset_parameters(self) -> None:
         """Nothing to draw: the weight is given."""

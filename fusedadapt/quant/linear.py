@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..ops import quant as ops
+from .activations import quantized_linear_act
 from .tensor import QuantizedTensor
 
 
@@ -38,7 +39,7 @@ class QuantizedMatmul(torch.autograd.Function):
 _apply: Any = QuantizedMatmul.apply
 
 
-def quantized_linear(x: Tensor, qw: QuantizedTensor, bias: Tensor | None = None) -> Tensor:
+def quantized_linear(x: Tensor, qw: QuantizedTensor, bias: Tensor | None = None, *, activations: str | None = None) -> Tensor:
     """x W^T + bias with a weight in few bits, forward and backward from the packed bytes.
 
     Sums in fp32 and rounds once to x's dtype. Any number of tokens, any N and K; few tokens take a kernel that reads the packed weight once, many
@@ -48,6 +49,7 @@ def quantized_linear(x: Tensor, qw: QuantizedTensor, bias: Tensor | None = None)
         x: [..., K] in fp32, bf16, fp16 or fp64; under autocast it is cast as nn.Linear's input is.
         qw: a weight [N, K], see `fusedadapt.quantize`. Gets no gradient.
         bias: [N].
+        activations: "int8" or "fp8_e4m3": x is coded on the fly, too, and multiplied in 8 bits; see `fusedadapt.quant.quantized_linear_act`.
 
     Returns:
         [..., N] in x's dtype.
@@ -55,6 +57,8 @@ def quantized_linear(x: Tensor, qw: QuantizedTensor, bias: Tensor | None = None)
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, before anything is computed. TypeError: ``qw`` is not a `QuantizedTensor`.
     """
+    if activations is not None:
+        return quantized_linear_act(x, qw, bias, activations)
     if not isinstance(qw, QuantizedTensor):
         raise TypeError(f"fusedadapt.quantized_linear: expected a QuantizedTensor; got {type(qw).__name__}; make one with fusedadapt.quantize")
     if len(qw.shape) != 2 or x.dim() < 1 or x.shape[-1] != qw.columns:

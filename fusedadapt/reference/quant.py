@@ -36,19 +36,23 @@ def stats(w: Tensor, fmt: QFormat) -> tuple[Tensor, Tensor]:
     return found.amin(-1), found.amax(-1)
 
 
-def groups(w: Tensor, fmt: QFormat) -> Tensor:
-    """w's elements by group: `fmt.grid` x elements of a group, fp32. The last element of a short group is repeated."""
+def groups(w: Tensor, fmt: QFormat, fill: float | None = None) -> Tensor:
+    """w's elements by group: `fmt.grid` x elements of a group, fp32. A short group is filled up with its last element, or with ``fill``."""
     n, k = w.shape
     w = w.float()
     if fmt.flat:
         flat, size = w.reshape(-1), fmt.block[1]
-        at = torch.arange(fmt.grid(n, k)[0] * size, device=w.device).clamp_(max=flat.numel() - 1)
-        return flat[at].view(-1, size)
+        at = torch.arange(fmt.grid(n, k)[0] * size, device=w.device)
+        found = flat[at.clamp(max=flat.numel() - 1)]
+        return (found if fill is None else found.masked_fill(at >= flat.numel(), fill)).view(-1, size)
     rows, columns = fmt.sides(n, k)
     high, wide = fmt.grid(n, k)
-    i = torch.arange(high * rows, device=w.device).clamp_(max=n - 1)
-    j = torch.arange(wide * columns, device=w.device).clamp_(max=k - 1)
-    return w[i][:, j].view(high, rows, wide, columns).transpose(1, 2).reshape(high, wide, rows * columns)
+    i = torch.arange(high * rows, device=w.device)
+    j = torch.arange(wide * columns, device=w.device)
+    found = w[i.clamp(max=n - 1)][:, j.clamp(max=k - 1)]
+    if fill is not None:
+        found = found.masked_fill((i >= n)[:, None] | (j >= k), fill)
+    return found.view(high, rows, wide, columns).transpose(1, 2).reshape(high, wide, rows * columns)
 
 
 def spread(t: Tensor, fmt: QFormat, n: int, k: int, row0: int = 0, row1: int | None = None) -> Tensor:

@@ -17,6 +17,7 @@ from ..quant.tables import table
 from .quant import groups
 
 _TINY = 2.0**-120
+_BNB_FLOOR = 1e-38
 _MEAN_FLOOR = 1e-5
 _E4M3_FLOOR, _E4M3_MAX, _E2M1_MAX = 2.0**-6, 448.0, 6.0
 
@@ -36,7 +37,7 @@ Rule = Callable[[Tensor, Tensor, Tensor, QFormat], Found]
 
 def _absmax(lo: Tensor, hi: Tensor, *, keep_tiny: bool = False) -> Tensor:
     """Largest magnitude; 0 for groups of zeros, NaN where the group has anything not finite."""
-    amax = torch.maximum(-lo, hi)
+    amax = torch.maximum(-lo, hi).abs()  # of -0.0 and 0.0 either may be the least: scales of zeros are +0.0
     amax = torch.where(amax.isfinite(), amax, torch.nan)
     return amax if keep_tiny else torch.where(amax < _TINY, 0.0, amax)
 
@@ -48,10 +49,21 @@ def _stored(scale: Tensor, fmt: QFormat) -> Tensor:
 
 
 def absmax(w: Tensor, lo: Tensor, hi: Tensor, fmt: QFormat) -> Found:
-    """S = absmax, v = w * (1 / S): bitsandbytes' blockwise formats; 8-bit scales of scales if ``fmt.scale`` is nested."""
+    """S = absmax, v = w * (1 / S): bitsandbytes' blockwise formats; 8-bit scales of scales if ``fmt.scale`` is nested.
+
+    bitsandbytes' CPU code (``fmt.compat``) floors absmax at 1e-38, and the short block at the end it divides: there the factor is the divisor.
+    """
     s = _absmax(lo, hi, keep_tiny=bool(fmt.compat))
+    short = bool(fmt.compat) and w.numel() % fmt.block[1] != 0
+    if short:
+        s[-1].clamp_(min=_BNB_FLOOR)
+    kept = s if fmt.scale == "nested" else _stored(s, fmt)
+    divisor = kept.float().clamp(min=_BNB_FLOOR) if fmt.compat else kept.float()
+    factor = 1.0 / divisor
+    if short:
+        factor[-1] = divisor[-1]
     if fmt.scale != "nested":
-        return Found(s, 1.0 / s)
+        return Found(kept, factor)
     offset = s.double().mean().float()
     rest = s - offset
     blocks = torch.nn.functional.pad(rest, (0, -rest.numel() % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
@@ -59,7 +71,7 @@ def absmax(w: Tensor, lo: Tensor, hi: Tensor, fmt: QFormat) -> Found:
     t = table("dynamic")
     v = (blocks * torch.where(above < _TINY, 0.0, 1.0 / above)[:, None]).view(-1)[: rest.numel()]
     codes = torch.bucketize(v, torch.tensor(t.cuts, device=v.device)).to(torch.uint8)
-    return Found(codes, 1.0 / s, super=above, offset=offset)
+    return Found(codes, factor, super=above, offset=offset)
 
 
 def absmax_int(w: Tensor, lo: Tensor, hi: Tensor, fmt: QFormat) -> Found:
@@ -134,7 +146,7 @@ def hqq(w: Tensor, lo: Tensor, hi: Tensor, fmt: QFormat) -> Found:
     span = hi - lo
     inv = torch.where(span.abs() <= 1e-4, 1.0, fmt.high / span).clamp(max=2e4)
     inv = torch.where(lo.isfinite() & hi.isfinite(), inv, torch.nan)
-    x, z, beta, best = groups(w, fmt), -lo * inv, 10.0, torch.inf
+    x, z, beta, best = groups(w, fmt, torch.nan), 0.0 - lo * inv, 10.0, torch.inf
     kept = z
     for _ in range(20):
         q = (x * inv[..., None] + z[..., None]).round().clamp(fmt.low, fmt.high)
@@ -144,7 +156,7 @@ def hqq(w: Tensor, lo: Tensor, hi: Tensor, fmt: QFormat) -> Found:
             break
         best, kept = error, z
         e = rest.sign() * (rest.abs() - rest.abs().pow(-0.3) / beta).clamp(min=0)
-        z = (q - (x - e) * inv[..., None]).double().mean(-1).float()
+        z = (q - (x - e) * inv[..., None]).double().nanmean(-1).float()
         beta *= 1.01
     s = 1.0 / inv
     return Found(_stored(s, fmt), inv, zero=kept)

@@ -1,0 +1,159 @@
+"""`quantize_model_`: a model's nn.Linear layers, one after the other, in few bits."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .formats import QFormat, format_of
+from .layer import QuantizedLinear
+from .report import Patterns, QuantizationReport, check_finite, checked_device, measured
+from .tensor import quantize
+
+DEFAULT_SKIP = ("lm_head",)
+_FIX_PLACED = "load the model without a device map, or accelerate.hooks.remove_hook_from_submodules(model)"
+
+
+def quantize_model_(
+    model: nn.Module,
+    format: str | QFormat = "nf4",
+    skip: str | Iterable[str] = DEFAULT_SKIP,
+    device: torch.device | str | None = None,
+    group_size: int | None = None,
+    **options: Any,
+) -> QuantizationReport:
+    """Replaces a model's nn.Linear layers by `QuantizedLinear`, in place. There is no way back.
+
+    One layer at a time: at most one layer's weight is held beside the model. (A state dict or an optimizer of yours that refers to the old weights
+    keeps them alive.) Biases are shared, forward and backward hooks carried over.
+
+    Args:
+        model: on any device. What is exactly an nn.Linear is replaced. Left alone, with the reason in the report: subclasses, adapters' own layers,
+            layers whose weight is tied to another module's, and layers that torch's own modules read past their forward.
+        format, group_size, options: as `fusedadapt.quantize` takes them.
+        skip: layers to leave alone: names ("lm_head"), ends of names ("q_proj"), globs ("model.layers.0.*"), or modules, with all inside.
+        device: quantize there, e.g. "cuda"; the bytes come back to where the weight was. None: where the weight is.
+
+    Returns:
+        A report: per layer bits, error, SQNR, bytes and seconds; what was left alone and why; totals. ``str()`` of it is a table.
+
+    Raises:
+        ValueError: unknown format or option, weights that are NaN, infinite, on the meta device, sharded or placed by hooks (named), no layer to
+            quantize. TypeError: not a module. All of this before anything is replaced.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"quantize_model_: expected a torch.nn.Module; got {type(model).__name__}; for a tensor there is fusedadapt.quantize")
+    if type(model) is nn.Linear:
+        raise ValueError("quantize_model_: expected a model with layers inside; got a lone nn.Linear; use QuantizedLinear.from_linear")
+    fmt, patterns, device = format_of(format, group_size, **options), Patterns(skip, "skip"), checked_device(device)
+    report = QuantizationReport(fmt.spec)
+    chosen = _choose(model, patterns, report)
+    if patterns.patterns != DEFAULT_SKIP and (unused := patterns.unused()):
+        report.notes.append(f"skip: no layer of that name: {', '.join(unused)}")
+    for names, linear in chosen:
+        _check(names[0], linear)
+    while chosen:  # taken from the list: a reference left behind would keep the old weight in memory
+        names, linear = chosen.popleft()
+        where = linear.weight.device
+        w = linear.weight.detach().to(device or where)
+        qt, layer = measured(names[0], w, lambda w=w: quantize(w, fmt))  # type: ignore[misc]
+        del w
+        new = _like(linear, QuantizedLinear.from_quantized(qt.to(where), linear.bias))
+        for name in names:
+            model.set_submodule(name, new)
+        report.layers.append(layer)
+    return report
+
+
+def _choose(model: nn.Module, patterns: Patterns, report: QuantizationReport) -> deque[tuple[list[str], nn.Linear]]:
+    """The layers to replace, each with all its names; the others go to the report with the reason."""
+    owners = _owners(model)
+    names: dict[nn.Module, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, nn.Linear):
+            names.setdefault(module, []).append(name)
+    chosen: deque[tuple[list[str], nn.Linear]] = deque()
+    for module, every in names.items():
+        matched = next((p for name in every if (p := patterns.match(name)) is not None), None)
+        why = f"skip={matched!r}" if matched else _unfit(model, module, every[0], owners)
+        if why:
+            report.left |= dict.fromkeys(every, why)
+        elif isinstance(module, nn.Linear):
+            chosen.append((every, module))
+    if not chosen:
+        fix = "; ".join(f"{name}: {why}" for name, why in list(report.left.items())[:3]) or "it has none at all"
+        if not any(isinstance(module, QuantizedLinear) for module in names):
+            raise ValueError(f"quantize_model_: expected at least one nn.Linear to quantize; got none ({fix}); check the model and skip=")
+        report.notes.append(f"nothing was quantized ({fix})")
+    return chosen
+
+
+def _key(t: Tensor) -> Any:
+    """Equal for tensors that are the same memory."""
+    if t.is_meta or type(t) not in (Tensor, nn.Parameter) or not t.numel():
+        return id(t)
+    return t.device, t.data_ptr(), tuple(t.shape)
+
+
+def _owners(model: nn.Module) -> dict[Any, dict[nn.Module, str]]:
+    """Memory of a parameter -> the modules that have it, with its name there."""
+    owners: dict[Any, dict[nn.Module, str]] = {}
+    for path, module in model.named_modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                owners.setdefault(_key(p), {})[module] = f"{path}.{name}".lstrip(".")
+    return owners
+
+
+def _unfit(model: nn.Module, linear: nn.Module, name: str, owners: dict[Any, dict[nn.Module, str]]) -> str:
+    """Why a layer cannot be exchanged without breaking something; "" if it can."""
+    if isinstance(linear, QuantizedLinear):
+        return "already quantized"
+    if type(linear) is not nn.Linear:
+        kind = f"{type(linear).__module__.partition('.')[0]}'s {type(linear).__name__}"
+        quantized = not linear.weight.is_floating_point() or hasattr(linear.weight, "quant_state")  # type: ignore[operator]
+        return f"already quantized: {kind}" if quantized else f"not exactly an nn.Linear but {kind}"
+    weight = linear._parameters.get("weight")
+    if weight is None:
+        return "its weight is computed by a hook (weight_norm and the like)"
+    if not weight.is_floating_point() or weight.itemsize < 2:
+        return f"its weight is {str(weight.dtype).removeprefix('torch.')}: quantized already"
+    others = [other for module, other in owners[_key(weight)].items() if module is not linear]
+    if others:
+        return f"its weight is tied to {others[0]}"
+    parts = name.split(".")
+    above = [model.get_submodule(".".join(parts[:i])) for i in range(len(parts))]
+    for i, parent in enumerate(above):
+        if hasattr(parent, "base_layer") and parts[i] != "base_layer":
+            return "an adapter's own weight"
+    if isinstance(above[-1], nn.TransformerEncoderLayer):  # its fast path hands weights to a kernel of torch's, without calling the layers
+        return "nn.TransformerEncoderLayer reads it past its forward"
+    return ""
+
+
+def _check(name: str, linear: nn.Linear) -> None:
+    """Raises what would stop the replacement half way."""
+    w = linear.weight
+    if "forward" in linear.__dict__ or hasattr(linear, "_hf_hook"):
+        raise ValueError(f"quantize_model_: expected plain layers; the forward of {name} has been replaced by another library; {_FIX_PLACED}")
+    if w.is_meta:
+        fix = "load the weights first; for files larger than memory: python -m fusedadapt quantize, then fusedadapt.quant.load_model_"
+        raise ValueError(f"quantize_model_: expected weights; {name}.weight {tuple(w.shape)} is on the meta device; {fix}")
+    if type(w) is not nn.Parameter:
+        kind = type(w).__name__
+        raise ValueError(f"quantize_model_: expected plain parameters; {name}.weight is a {kind}; quantize before the model is sharded or wrapped")
+    check_finite(w, f"{name}.weight")
+
+
+def _like(old: nn.Linear, new: QuantizedLinear) -> QuantizedLinear:
+    """The new layer with the old one's mode and hooks."""
+    for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        getattr(new, kind).update(getattr(old, kind))
+    for kind in ("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called"):
+        getattr(new, kind).update(getattr(old, kind))
+    new._is_full_backward_hook = old._is_full_backward_hook
+    return new.train(old.training)

@@ -1,0 +1,119 @@
+"""Which tensors of a checkpoint belong together as one packed weight, and in whose format."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from . import foreign
+from .archive import Archive
+from .foreign_gptq import VERSIONS
+from .foreign_plain import METADATA
+from .tensor import QuantizedTensor
+
+_BNB = re.compile(r"^(.*)\.weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+)$")
+_WORDS = re.compile(r"^(.*)\.(qweight|qzeros|scales|g_idx)$")
+_FP8 = re.compile(r"^(.*)\.weight(_scale_inv|_scale)$")
+
+
+@dataclass(frozen=True)
+class Packed:
+    """``prefix``: the module's name. ``kind``: "ours" | "bitsandbytes" | "gptq" | "awq" | "fp8". ``shape``: of the weight, where the file says it."""
+
+    prefix: str
+    kind: str
+    tensors: tuple[str, ...]
+    shape: tuple[int, ...] | None = None
+
+
+def packed_layers(archive: Archive, config: Mapping[str, Any]) -> list[Packed]:
+    """The packed weights in the order of the files, complete or not."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for key in archive.metadata:
+        if key.startswith(METADATA):
+            weight = key.removeprefix(METADATA)
+            names = [f"{weight}{end}" for end in ("", "_scale", "_zero", "_super", "_offset")]
+            groups[weight.removesuffix(".weight"), "ours"] = [name for name in names if name in archive.entries]
+    taken = {name for names in groups.values() for name in names}
+    for name in (name for name in archive.entries if name not in taken):
+        if found := _BNB.match(name):
+            groups.setdefault((found[1], "bitsandbytes"), []).append(name)
+        elif found := _WORDS.match(name):
+            groups.setdefault((found[1], _whose(archive, found[1], config)), []).append(name)
+        elif (found := _FP8.match(name)) and archive.entries.get(f"{found[1]}.weight", archive.entries[name]).code.startswith("F8_E"):
+            groups.setdefault((found[1], "fp8"), []).append(name)
+    for (prefix, kind), names in groups.items():
+        if kind in ("bitsandbytes", "fp8") and f"{prefix}.weight" in archive.entries:
+            names.insert(0, f"{prefix}.weight")
+    order = {name: i for i, name in enumerate(archive.entries)}
+    ordered = sorted(groups.items(), key=lambda item: min((order[name] for name in item[1]), default=0))
+    return [Packed(prefix, kind, tuple(names), _shape(archive, prefix, kind)) for (prefix, kind), names in ordered]
+
+
+def _method(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    found: Any = config.get("quantization_config")
+    return found if isinstance(found, Mapping) else {}
+
+
+def _whose(archive: Archive, prefix: str, config: Mapping[str, Any]) -> str:
+    """GPTQ packs along the inputs, so its words have as many columns as scales; AWQ's have not."""
+    method = _method(config).get("quant_method")
+    if method in ("gptq", "awq"):
+        return str(method)
+    words, scales = (archive.entries.get(f"{prefix}.{end}") for end in ("qweight", "scales"))
+    narrow = words is not None and scales is not None and words.shape[-1:] != scales.shape[-1:]
+    return "awq" if narrow and f"{prefix}.g_idx" not in archive.entries else "gptq"
+
+
+def _shape(archive: Archive, prefix: str, kind: str) -> tuple[int, ...] | None:
+    """(outputs, inputs), so far as it can be told without reading the weight."""
+    if kind == "fp8":
+        return archive.entries[f"{prefix}.weight"].shape if f"{prefix}.weight" in archive.entries else None
+    if kind != "ours":
+        return None
+    try:
+        shape = json.loads(archive.metadata[f"{METADATA}{prefix}.weight"])["shape"]
+        return tuple(int(side) for side in shape)
+    except (KeyError, ValueError, TypeError):
+        return None  # the reader says what is wrong with it
+
+
+def label(config: Mapping[str, Any]) -> str | None:
+    """Which version of GPTQ's zeros config.json claims; files from before there were two do not say."""
+    said = _method(config)
+    if said.get("quant_method") != "gptq":
+        return None
+    found = str(said.get("checkpoint_format") or "gptq")
+    return found if found in VERSIONS else None
+
+
+def block(config: Mapping[str, Any]) -> tuple[int, int]:
+    """Rows and columns of an fp8 tile."""
+    said = _method(config).get("weight_block_size")
+    return (int(said[0]), int(said[1])) if isinstance(said, list) and len(said) == 2 else (128, 128)
+
+
+def read_packed(archive: Archive, layer: Packed, config: Mapping[str, Any]) -> QuantizedTensor:
+    """The weight of one layer, on the CPU. ValueError that names the tensor at fault."""
+    tensors, weight = {name: archive[name] for name in layer.tensors}, f"{layer.prefix}.weight"
+    if layer.kind == "ours":
+        return foreign.from_plain(tensors, archive.metadata, weight)
+    if layer.kind == "bitsandbytes":
+        return foreign.from_bitsandbytes(tensors, weight)
+    if layer.kind == "awq":
+        return foreign.from_awq(tensors, layer.prefix, group_size=_group(config))
+    if layer.kind == "fp8":
+        return foreign.from_fp8(tensors, weight, block=block(config))
+    qt, order = foreign.from_gptq(tensors, layer.prefix, bits=_method(config).get("bits"), version=label(config), group_size=_group(config))
+    if order is not None:
+        fix = "convert the checkpoint without desc_act, or keep the library's layers and fusedadapt.patch the model"
+        raise ValueError(f"load_model_: expected groups in the order of the inputs; {layer.prefix}.g_idx is an act-order; {fix}")
+    return qt
+
+
+def _group(config: Mapping[str, Any]) -> int | None:
+    found = _method(config).get("group_size")
+    return found if isinstance(found, int) and found > 0 else None
