@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import pickle
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import fusedadapt as fa
+from fusedadapt.quant import foreign
 from fusedadapt.testing.saved import SavedBytes
 
 peft = pytest.importorskip("peft")
@@ -96,7 +98,7 @@ def test_patch_shares_the_bytes_and_saves_no_weight(base: str) -> None:
     own = [x, *model.parameters(), *model.buffers()]
     with SavedBytes(own) as saved:
         model.base_model.model.first(x)
-    layer = fa.integrations.peft_layers.packed.weight_of(model.base_model.model.first.base_layer)
+    layer = fa.integrations.peft_layers.packed.weight_of(model.base_model.model.first.base_layer).packed
     assert saved.total <= 5 * 4 * 4 + 64 + layer.nbytes  # bitsandbytes keeps its scales outside parameters and buffers
     assert layer.qdata.data_ptr() == model.base_model.model.first.base_layer.weight.data_ptr()
 
@@ -164,3 +166,45 @@ def test_bf16_activations_on_a_packed_base() -> None:
     assert model.base_model.model.first.base_layer.weight_scale.dtype == torch.float32
     x = torch.randn(9, K).bfloat16()
     assert model(x).dtype == torch.bfloat16
+
+
+class Words(nn.Module):
+    """A layer that holds a checkpoint's qweight, qzeros and scales, as GPTQ's and AWQ's plain torch layers do, and multiplies by what they mean."""
+
+    def __init__(self, linear: nn.Linear, kind: str, act_order: bool) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.bits, self.group_size = K, N, 4, 16
+        packed = fa.quantize(linear.weight, "int4", 16, scale_dtype=torch.float16)
+        order = torch.randperm(K, generator=torch.Generator().manual_seed(3)) if act_order else None
+        tensors = foreign.to_awq(packed) if kind == "awq" else foreign.to_gptq(packed, order=order, version=2)
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+        self.bias = linear.bias
+        inputs = torch.arange(K) if order is None else order
+        self.truth = torch.empty(N, K)
+        self.truth[:, inputs] = packed.dequantize()
+
+    def qzero_format(self) -> int:
+        return 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.truth.to(x.dtype), self.bias)
+
+
+@pytest.mark.parametrize(("kind", "act_order"), [("gptq", False), ("gptq", True), ("awq", False)])
+def test_gptq_and_awq_layers(kind: str, act_order: bool) -> None:
+    home, name = {"gptq": ("gptqmodel.torch", "TorchQuantLinear"), "awq": ("awq.modules.linear.gemm", "WQLinear_GEMM")}[kind]
+    base = type(name, (Words,), {"__module__": home})(Net().first, kind, act_order)
+    tuner = importlib.import_module(f"peft.tuners.lora.{kind}")
+    cls = tuner.GPTQLoraLinear if kind == "gptq" else tuner.AwqLoraLinear
+    torch.manual_seed(1)
+    layer = cls(base, "default", peft.LoraConfig(r=4, lora_alpha=8, init_lora_weights=False), r=4, lora_alpha=8)
+    model = nn.Sequential(layer)
+    x = torch.randn(9, K, generator=torch.Generator().manual_seed(2))
+    before = run(model, x)
+    assert [entry.path for entry in fa.patch(model).layers] == ["fused"]
+    for old, new in zip(before, run(model, x), strict=True):
+        torch.testing.assert_close(new, old, rtol=1e-4, atol=1e-5 * float(old.abs().max()))
+    base.scales[0, 0] = torch.nan  # written to: read again, and refused
+    report = fa.patch(model).layers[0]
+    assert report.path == "peft" and "scales" in report.reason

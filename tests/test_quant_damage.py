@@ -10,15 +10,17 @@ import torch
 from quant_cases import NAME, drawn, gptq, grouped, weight
 from torch import Tensor
 
-from fusedadapt.quant import QuantizedTensor, foreign, quantize
+import fusedadapt as fa
+from fusedadapt.quant import foreign, quantize
 from fusedadapt.quant.foreign import diagnose
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Any:
+def backend() -> Any:
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
+    torch.set_num_threads(1)  # small tensors
+    with fa.backend("reference"):
+        yield
     torch.set_num_threads(threads)
 
 
@@ -84,24 +86,25 @@ def test_damaged_awq_layers() -> None:
         assert diagnose(bad, NAME)
 
 
-EXPORTS: list[tuple[Any, QuantizedTensor | None, str]] = [
-    (foreign.to_awq, quantize(torch.ones(12, 64), "int4", 64, scale_dtype=torch.float16), "multiples of 8"),
-    (foreign.to_awq, quantize(torch.ones(8, 70), "int4", 64, scale_dtype=torch.float16), "multiples of the group"),
-    (foreign.to_awq, quantize(torch.ones(8, 64), "int3", 64), "integers of 4 bits"),
-    (foreign.to_gptq, quantize(torch.ones(8, 64), "nf4"), "integers of 2, 3, 4, 8"),
-    (foreign.to_gptq, quantize(torch.ones(8, 64), "hqq4"), "zeros that are integers"),
-    (foreign.to_gptq, quantize(torch.ones(8, 64), "int4", 8, group_axis="n"), "along its rows"),
-    (foreign.to_gptq, quantize(torch.ones(8, 64), "ternary"), "integers of 2, 3, 4, 8"),
-    (foreign.to_bitsandbytes, quantize(torch.ones(8, 64), "int4"), "nf4 or fp4"),
-    (foreign.to_bitsandbytes, quantize(torch.ones(8, 64).double(), "nf4"), "float32, float16 or bfloat16"),
-    (foreign.to_fp8, quantize(torch.ones(8, 64), "int8"), "fp8_e4m3 or fp8_e5m2"),
-    (foreign.to_fp8, quantize(torch.ones(8, 64), "fp8_e4m3", group_axis="n"), "per row, tile or tensor"),
+EXPORTS: list[tuple[Any, Tensor, str, dict[str, Any], str]] = [
+    (foreign.to_awq, torch.ones(12, 64), "int4", {"group_size": 64, "scale_dtype": torch.float16}, "multiples of 8"),
+    (foreign.to_awq, torch.ones(8, 70), "int4", {"group_size": 64, "scale_dtype": torch.float16}, "multiples of the group"),
+    (foreign.to_awq, torch.ones(8, 64), "int3", {"group_size": 64}, "integers of 4 bits"),
+    (foreign.to_gptq, torch.ones(8, 64), "nf4", {}, "integers of 2, 3, 4, 8"),
+    (foreign.to_gptq, torch.ones(8, 64), "hqq4", {}, "zeros that are integers"),
+    (foreign.to_gptq, torch.ones(8, 64), "int4", {"group_size": 8, "group_axis": "n"}, "along its rows"),
+    (foreign.to_gptq, torch.ones(8, 64), "ternary", {}, "integers of 2, 3, 4, 8"),
+    (foreign.to_bitsandbytes, torch.ones(8, 64), "int4", {}, "nf4 or fp4"),
+    (foreign.to_bitsandbytes, torch.ones(8, 64).double(), "nf4", {}, "float32, float16 or bfloat16"),
+    (foreign.to_fp8, torch.ones(8, 64), "int8", {}, "fp8_e4m3 or fp8_e5m2"),
+    (foreign.to_fp8, torch.ones(8, 64), "fp8_e4m3", {"group_axis": "n"}, "per row, tile or tensor"),
 ]
 
 
-@pytest.mark.parametrize("case", EXPORTS, ids=lambda case: f"{case[0].__name__} {case[1].format.spec} {tuple(case[1].shape)}")
+@pytest.mark.parametrize("case", EXPORTS, ids=lambda case: f"{case[0].__name__} {case[2]} {case[3]}")
 def test_what_cannot_be_written_is_refused(case: Any) -> None:
-    write, q, expected = case
+    write, w, name, options, expected = case
+    q = quantize(w, name, **options)
     with pytest.raises(ValueError, match=rf"{write.__name__}: up: expected .*{expected}"):
         write(q, "up")
 

@@ -11,16 +11,18 @@ import torch
 from quant_cases import NAME, SPECS, drawn, equal, gptq, grouped, packed, same, signed32, truth, weight
 from torch import Tensor
 
+import fusedadapt as fa
 from fusedadapt import files
 from fusedadapt.quant import foreign, format_of, quantize
 from fusedadapt.quant.foreign import diagnose
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Any:
+def backend() -> Any:
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
+    torch.set_num_threads(1)  # small tensors
+    with fa.backend("reference"):
+        yield
     torch.set_num_threads(threads)
 
 

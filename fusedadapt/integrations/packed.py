@@ -2,25 +2,56 @@
 
 QuantizedLinear          ours
 bitsandbytes Linear4bit  NF4 and FP4, with and without double quantization: the packed bytes, block scales and nested scales are taken as they are
+GPTQ, AWQ                layers that keep the checkpoint's own packing. It runs down the columns, ours along the rows, so these are packed anew, once:
+                         half a byte per weight more while the model is patched. With act-order x is read in the order of the groups.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..quant.foreign import from_awq, from_gptq
 from ..quant.formats import NESTED_BLOCK, QFormat, format_of
 from ..quant.layer import QuantizedLinear
 from ..quant.tables import dynamic_map
 from ..quant.tensor import QuantizedTensor
 
+# Classes that keep qweight, qzeros and scales as the checkpoint has them; the others of these libraries shuffle them for their kernels.
+_WORDS = {
+    "TorchQuantLinear": "gptq",
+    "TritonV2QuantLinear": "gptq",
+    "QuantLinear": "gptq",
+    "WQLinear_GEMM": "awq",
+    "WQLinear_GEMV": "awq",
+    "AwqTorchQuantLinear": "awq",
+}
+
+
+class Weight(NamedTuple):
+    """A base layer's weight; ``order``: column j belongs to input order[j] (GPTQ's act-order), None: to input j."""
+
+    packed: QuantizedTensor
+    order: Tensor | None = None
+
 
 def is_packed(base: Any) -> bool:
     """Whether the layer's weight is one that this module can read."""
-    return type(base) is QuantizedLinear or _is_linear4bit(base)
+    return type(base) is QuantizedLinear or _is_linear4bit(base) or bool(_words_kind(base))
+
+
+def anchor(base: Any) -> Tensor:
+    """The tensor that says where the layer lives."""
+    found: Tensor = base.qweight if _words_kind(base) else base.weight
+    return found
+
+
+def _words_kind(base: Any) -> str:
+    library = type(base).__module__.split(".")[0]
+    return _WORDS.get(type(base).__name__, "") if library in ("gptqmodel", "auto_gptq", "awq") else ""
 
 
 def _is_linear4bit(base: Any) -> bool:
@@ -32,6 +63,12 @@ def why_not(base: Any) -> str:
     if "forward" in vars(base):
         return f"{type(base).__name__} has a forward of its own"
     if type(base) is QuantizedLinear:
+        return ""
+    if _words_kind(base):
+        try:
+            weight_of(base)
+        except ValueError as error:
+            return str(error)
         return ""
     state = getattr(base.weight, "quant_state", None)
     if state is None:
@@ -47,17 +84,41 @@ def why_not(base: Any) -> str:
     return ""
 
 
-def weight_of(base: Any) -> QuantizedTensor:
-    """The layer's weight; every tensor shares memory with it."""
+def weight_of(base: Any) -> Weight:
+    """The layer's weight; every tensor shares memory with it, but those of GPTQ and AWQ. ValueError if it is damaged."""
     if type(base) is QuantizedLinear:
-        return base.quantized
+        return Weight(base.quantized)
+    if _words_kind(base):
+        return _repacked(base)
     weight, state = base.weight, base.weight.quant_state
     fmt = _format(state.quant_type, state.blocksize, bool(state.nested))
     qdata = weight.detach().as_subclass(Tensor).view(torch.uint8).view(-1, 1)  # quant_storage may be any dtype
     if not state.nested:
-        return QuantizedTensor(qdata, state.absmax, None, None, None, fmt, torch.Size(state.shape), state.dtype)
-    inner = state.state2
-    return QuantizedTensor(qdata, state.absmax, None, inner.absmax, state.offset.float().reshape(()), fmt, torch.Size(state.shape), state.dtype)
+        return Weight(QuantizedTensor(qdata, state.absmax, None, None, None, fmt, torch.Size(state.shape), state.dtype))
+    inner, offset = state.state2, state.offset.float().reshape(())
+    return Weight(QuantizedTensor(qdata, state.absmax, None, inner.absmax, offset, fmt, torch.Size(state.shape), state.dtype))
+
+
+_repacks: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _repacked(base: Any) -> Weight:
+    """Packed anew once for each qweight, and again if it was written to or moved."""
+    key = (base.qweight._version, base.qweight.data_ptr(), base.scales._version, base.qzeros._version)
+    known = _repacks.get(base.qweight)
+    if known is None or known[0] != key:
+        tensors = {name: t for name in ("qweight", "qzeros", "scales", "g_idx") if isinstance(t := getattr(base, name, None), Tensor)}
+        group = getattr(base, "group_size", None)
+        group = base.in_features if group == -1 else group
+        if _words_kind(base) == "awq":
+            weight = Weight(from_awq(tensors, group_size=group))
+        else:
+            # The label says what a module holds in memory, which may not be what its file held.
+            version = base.qzero_format() if hasattr(base, "qzero_format") else None
+            weight = Weight(*from_gptq(tensors, bits=base.bits, version=version, group_size=group))
+        known = _repacks[base.qweight] = (key, weight)
+    found: Weight = known[1]
+    return found
 
 
 def _format(kind: str, block: int, nested: bool) -> QFormat:

@@ -20,8 +20,8 @@ from torch.library import Library
 
 from .. import config, dispatch
 from ..ops import lowrank
+from . import packed, peft_quantized
 from . import peft_layers as layers
-from . import peft_quantized
 
 _live: weakref.WeakValueDictionary[int, FusedForward] = weakref.WeakValueDictionary()
 _keys = itertools.count(1)
@@ -108,7 +108,7 @@ def _call_reason(args: Sequence[Any], kwargs: dict[str, Any]) -> str:
 def _path(layer: Any, kind: layers.Kind, sharded: bool) -> tuple[str, str]:
     if reason := layers.idle(layer, kind):
         return "base", reason
-    reason, weight = layers.why_not(layer, kind), layer.base_layer.weight
+    reason, weight = layers.why_not(layer, kind), packed.anchor(layer.base_layer)
     gathered = sharded and reason == layers.DISTRIBUTED
     if reason and not gathered:
         return "peft", reason

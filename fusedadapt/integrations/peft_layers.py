@@ -83,7 +83,7 @@ def is_conv1d(module: Any) -> bool:
 def weight_of(base: Any) -> Tensor | QuantizedTensor:
     """N x K."""
     if packed.is_packed(base):
-        return packed.weight_of(base)
+        return packed.weight_of(base).packed
     weight: Tensor = base.weight
     return weight.t() if is_conv1d(base) else weight
 
@@ -128,7 +128,7 @@ def _factor_reason(weight: Any, like: Tensor) -> str:
 
 def input_reason(layer: Any, x: Tensor) -> str:
     """What keeps this call off the fast path, on the side of x."""
-    weight = layer.base_layer.weight
+    weight = packed.anchor(layer.base_layer)
     if type(x) not in _PLAIN or not x.dtype.is_floating_point or x.dim() < 1:
         return f"input is a {type(x).__name__} of {x.dtype}"
     if x.device != weight.device or x.device.type == "meta":
@@ -177,7 +177,7 @@ def _lora_why_not(layer: Any, names: Sequence[str]) -> str:
         a, b = layer.lora_A[name], layer.lora_B[name]
         if not (_is_linear(a) and _is_linear(b)) or a.bias is not None:
             return f"adapter {name!r} is made of {type(a).__name__} and {type(b).__name__}, not two plain linear layers"
-        like = layer.base_layer.weight
+        like = packed.anchor(layer.base_layer)
         reason = _hooked("lora_A", a) or _hooked("lora_B", b) or _dropout_reason(layer.lora_dropout[name])
         reason = reason or _factor_reason(a.weight, like) or _factor_reason(b.weight, like)
         if not reason and not layer.cast_input_dtype_enabled and a.weight.dtype != like.dtype and not packed.is_packed(layer.base_layer):
@@ -193,7 +193,7 @@ def _dora_why_not(layer: Any, name: str) -> str:
         return f"DoRA magnitude is a {type(magnitude).__name__}"
     if bool(magnitude.fan_in_fan_out) != is_conv1d(layer.base_layer):
         return "fan_in_fan_out does not match the base layer"
-    return _hooked("DoRA magnitude", magnitude) or _factor_reason(magnitude.weight, layer.base_layer.weight)
+    return _hooked("DoRA magnitude", magnitude) or _factor_reason(magnitude.weight, packed.anchor(layer.base_layer))
 
 
 def _lora_run(layer: Any, x: Tensor, names: Sequence[str], numbers: Numbers, paper_dora: bool) -> Tensor:
@@ -206,9 +206,13 @@ def _lora_run(layer: Any, x: Tensor, names: Sequence[str], numbers: Numbers, pap
             scale = dora_scale(weight, a, b, s, magnitude)
             return lora_linear(x, weight, a, b, bias=bias, scaling=s, dropout_p=p, row_scale=scale)
         return dora_linear_peft(x, weight, a, b, magnitude, bias=bias, scaling=s, dropout_p=p)
+    order = packed.weight_of(base).order if packed.is_packed(base) else None
+    if order is not None:
+        x = x[..., order]
     segments, extra = [], None
     for name, (s, p) in zip(names, numbers, strict=True):
-        segments.append(Segment(layer.lora_A[name].weight, layer.lora_B[name].weight, s, p))
+        a = layer.lora_A[name].weight
+        segments.append(Segment(a if order is None else a[:, order], layer.lora_B[name].weight, s, p))
         own = layer.lora_B[name].bias
         if own is not None:
             extra = own * s if extra is None else extra + own * s
@@ -238,7 +242,7 @@ _bias_gradient: Any = _BiasGradient.apply
 
 
 def _adalora_why_not(layer: Any, names: Sequence[str]) -> str:
-    like = layer.base_layer.weight
+    like = packed.anchor(layer.base_layer)
     for name in names:
         a = layer.lora_A[name]
         if a.shape[0] == 0:
@@ -265,7 +269,7 @@ def _adalora_run(layer: Any, x: Tensor, names: Sequence[str], numbers: Numbers, 
 
 
 def _vera_why_not(layer: Any, names: Sequence[str]) -> str:
-    like = layer.base_layer.weight
+    like = packed.anchor(layer.base_layer)
     for name in names:
         parts = (layer.vera_lambda_d[name], layer.vera_lambda_b[name])
         reasons = [_dropout_reason(layer.vera_dropout[name]), *(_factor_reason(part, like) for part in parts)]
@@ -291,7 +295,7 @@ def _vera_run(layer: Any, x: Tensor, names: Sequence[str], numbers: Numbers, pap
 
 
 def _ia3_why_not(layer: Any, names: Sequence[str]) -> str:
-    return next(filter(None, (_factor_reason(layer.ia3_l[name], layer.base_layer.weight) for name in names)), "")
+    return next(filter(None, (_factor_reason(layer.ia3_l[name], packed.anchor(layer.base_layer)) for name in names)), "")
 
 
 def _ia3_run(layer: Any, x: Tensor, names: Sequence[str], numbers: Numbers, paper_dora: bool) -> Tensor:
@@ -313,9 +317,14 @@ KINDS = {
     "vera": Kind("peft.tuners.vera.layer", "Linear", "VeRA", "vera_lambda_d", "vera_dropout", _vera_why_not, _vera_run),
     "ia3": Kind("peft.tuners.ia3.layer", "Linear", "IA3", "ia3_l", "", _ia3_why_not, _ia3_run),
 }
-# PEFT has classes of their own for bitsandbytes' layers, and we one for QuantizedLinear (it merges); what they compute is the same.
+# PEFT has classes of their own for other libraries' layers, and we one for QuantizedLinear (it merges); what they compute is the same.
 _ON_PACKED = {
-    "lora": (("peft.tuners.lora.bnb", "Linear4bit"), ("fusedadapt.integrations.peft_quantized", "Linear")),
+    "lora": (
+        ("peft.tuners.lora.bnb", "Linear4bit"),
+        ("peft.tuners.lora.gptq", "GPTQLoraLinear"),
+        ("peft.tuners.lora.awq", "AwqLoraLinear"),
+        ("fusedadapt.integrations.peft_quantized", "Linear"),
+    ),
     "adalora": (("peft.tuners.adalora.bnb", "SVDLinear4bit"),),
     "vera": (("peft.tuners.vera.bnb", "Linear4bit"),),
     "ia3": (("peft.tuners.ia3.bnb", "Linear4bit"),),

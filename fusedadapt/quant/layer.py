@@ -106,7 +106,7 @@ class QuantizedLinear(PackedWeight):
 
     @property
     def W_q(self) -> Tensor:
-        """The packed weight. PEFT (DoRA, merging, initialisations) asks layers that have this name for `dequantize()`; others' ``weight`` it reads."""
+        """The packed weight. PEFT (DoRA, merging, initialisations) asks layers that have this name for `dequantize()` and reads others' weight."""
         return self.weight
 
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
