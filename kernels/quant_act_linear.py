@@ -35,7 +35,7 @@ class Tile(NamedTuple):
 
 
 def product_tile(t: int, even: bool) -> Tile:
-    """From the number of tokens, and whether rows are aligned; reasoned, not yet measured. 96 KiB under way at most, which every GPU since 2020 has."""
+    """From the number of tokens, and whether rows are aligned; not yet measured. 96 KiB under way at most, which every GPU since 2020 has."""
     if t <= 16:
         return Tile(16, 32, 256, 4, 4)
     if t <= 64:

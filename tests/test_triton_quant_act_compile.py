@@ -107,7 +107,7 @@ def compile_one(job: str) -> tuple[str, dict]:
     count = lambda pattern: len(re.findall(pattern, ptx))
     found = {**resources(built.asm["cubin"], built.hash), **measure(ptx), "shared": built.metadata.shared}
     found["wide_copies"] = count(r"cp\.async\.c[ga]\.shared\.global[^;]*?, (?:0x10|16),")
-    found["generic"] = count(r"(?<!tcgen05\.)\b(?:ld|st)\.(?!global|shared|param)")  # tcgen05's are of the matrix units' own memory
+    found["generic"] = count(r"(?<!tcgen05\.)(?<!wait::)\b(?:ld|st)\.(?!global|shared|param)")  # tcgen05's are of the matrix units' own memory
     return job, {**found, "machine": machine(built.asm["cubin"], "[HIQ]G?MMA|UTC.MMA")}
 
 
