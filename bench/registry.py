@@ -63,6 +63,8 @@ def _torch(cls: str, kind: str, **options: Any) -> Contestant:
 
 
 OURS_ADAMW, TORCH_FUSED, TORCH_FOREACH = _ours("AdamW"), _torch("AdamW", "fused"), _torch("AdamW", "foreach")
+OURS_INT8, OURS_FP8 = (_ours("AdamW", f"ours, {kind} states", state_dtype=kind) for kind in ("int8", "fp8"))
+BNB_INT8 = Contestant("bitsandbytes AdamW8bit", "bitsandbytes.optim", "AdamW8bit", {"lr": 1e-8, "weight_decay": 0.01})
 OURS_BELIEF, OURS_LION = _ours("AdaBelief"), _ours("Lion")
 BELIEF = Contestant("adabelief-pytorch", "adabelief_pytorch", "AdaBelief", {"lr": 1e-8, "weight_decay": 0.01, "print_change_log": False})
 LION = Contestant("lion-pytorch", "lion_pytorch", "Lion", {"lr": 1e-8, "weight_decay": 0.01})
@@ -99,6 +101,7 @@ def _rows() -> list[Row]:
         add("mask", mix, FP32, _ours("AdamW", "ours, half masked", mask=0.5), OURS_ADAMW)
         add("clip", mix, FP32, _ours("AdamW", "ours, clip fused", max_grad_norm=1.0), TORCH_CLIP, OURS_ADAMW)
     add("rounding", "1x33M", BF16, _ours("AdamW", "ours, stochastic", stochastic_rounding=True), OURS_ADAMW)
+    add("8-bit", "1x33M", FP32, OURS_INT8, BNB_INT8, OURS_ADAMW, OURS_FP8)
     for kind in ("fp32", "split"):
         add(f"master {kind}", "1x33M", BF16, _ours("AdamW", f"ours, master {kind}", master_weights=kind, state_dtype="fp32"), OURS_ADAMW)
     for mix in ("host-5000", "host-1"):
@@ -140,6 +143,8 @@ def _goals() -> list[Goal]:
         if what in ("mask", "clip"):
             limit = {"mask": 1.05, "clip": 1.25}[what]
             goals.append(Goal(f"{what} over the plain step", row.name, "cost", limit, row.contestants[0].name, OURS_ADAMW.name))
+    goals.append(Goal("8-bit AdamW over bitsandbytes", "8-bit 1x33M fp32", "faster", 15.0, OURS_INT8.name, BNB_INT8.name))
+    goals.append(Goal("8-bit AdamW over AdamW", "8-bit 1x33M fp32", "cost", 2.0, OURS_INT8.name, OURS_ADAMW.name))
     goals.append(Goal("host time, 5,000 tensors", "adamw host-5000 fp32", "host", 1200.0, OURS_ADAMW.name))
     goals.append(Goal("host time, one tensor", "adamw host-1 fp32", "host", 15.0, OURS_ADAMW.name))
     return goals
@@ -157,7 +162,7 @@ def bytes_per_element(contestant: Contestant, dtype: torch.dtype) -> float | Non
     size, options = dtype.itemsize, contestant.options
     probe = getattr(optim, contestant.cls)([torch.nn.Parameter(torch.zeros(1))], **{k: v for k, v in options.items() if k == "lr"})
     rule = optim.RULES[probe._rule(probe.param_groups[0])]
-    state = 4 if options.get("state_dtype") == "fp32" else size
+    state = {"fp32": 4, "int8": 1 + 4 / 256, "fp8": 1 + 8 / 128}.get(options.get("state_dtype", ""), size)
     master = options.get("master_weights")
     total = size + 2 * size + 2 * state * rule.stored + state * (len(rule.states) - rule.stored)
     total += {None: 0, "fp32": 8 - size, "split": 4}[master]

@@ -23,6 +23,7 @@ DERIVATIVES, CONTRACT = "test_lowrank_derivatives.py::test_derivatives", "test_l
 SELECT, MASK, DELTA, CODING = (f"fusedadapt/sparse/{name}.py" for name in ("select", "mask", "delta", "coding"))
 LAYERS, SPARSE_TRUTH = "fusedadapt/sparse/layers.py", "fusedadapt/reference/sparse.py"
 SWEEP, HOST, TABLE = "csrc/cpu/optim_isa.cpp", "csrc/cpu/optim.cpp", "csrc/table_host.cpp"
+LOWBIT, CODED = "csrc/core/lowbit.h", "test_optim_coded.py::test_same_bits_as_the_reference"
 
 MUTANTS = (
     # rules and numbers in C++
@@ -60,6 +61,18 @@ MUTANTS = (
     ),
     Mutant(TABLE, 'if (!e.compact_grad && !same_shape(e.p, e.g)) fail("shape:grad");', "", "test_a_wrong_gradient_is_refused"),
     Mutant("csrc/table_warm.cpp", "!(p == w.p)", "p.signature != w.p.signature", "test_a_moved_parameter_is_found"),
+    # coded states
+    Mutant(LOWBIT, "const int32_t m = a > 0.f ? int32_t(y) : 0;", "const int32_t m = a > 0.f ? int32_t(y + 0.5f) : 0;", f"{CODED}[AdamW-0-int8]"),
+    Mutant(LOWBIT, "d.offset[0] = has_sign ? 0.f : 2.f;", "d.offset[0] = has_sign ? 0.f : 1.f;", f"{CODED}[AdamW-0-int8]"),
+    Mutant(LOWBIT, "(u + 0x7ffffu + ((u >> 20) & 1u)) >> 20", "(u + 0x80000u) >> 20", f"{CODED}[AdamW-0-fp8]"),
+    Mutant(
+        "csrc/cpu/lowbit.cpp", "if (!from_.mask || any_trainable(from_.mask, at, count)) codec_", "codec_",
+        "test_optim_coded.py::test_a_block_without_trainable_elements_is_left_alone",
+    ),
+    Mutant(
+        "fusedadapt/reference/lowbit.py", "torch.where(a > 0, m - 1, 0)", "torch.where(m > 2, m - 1, 0)",
+        "test_optim_coded.py::test_error_is_half_a_code_step",
+    ),
     # the reference
     Mutant(
         "fusedadapt/reference/rules_adam.py", "r.step_size, r.eps = h.lr * root2 / bc1, h.eps * root2\n",

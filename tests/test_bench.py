@@ -62,6 +62,8 @@ def test_goals_name_rows_and_contestants():
         ("AdamW", {"state_dtype": "fp32"}, torch.bfloat16, None, 22),
         ("AdamW", {"state_dtype": "fp32", "master_weights": "fp32"}, torch.bfloat16, None, 28),
         ("AdamW", {"state_dtype": "fp32", "master_weights": "split"}, torch.bfloat16, None, 26),
+        ("AdamW", {"state_dtype": "int8"}, torch.float32, None, 16.0625),
+        ("AdamW", {"state_dtype": "fp8"}, torch.bfloat16, None, 10.25),
         ("AdamW", {"max_grad_norm": 1.0}, torch.float32, None, 32),
         ("AdamW", {}, torch.float32, 0.5, 28.125),
         ("SophiaG", {}, torch.float32, None, 24),

@@ -38,14 +38,18 @@ extern const Kernels kernels_avx2 = kernels_base, kernels_avx512 = kernels_base;
 """
 UNITS = (
     "csrc/cpu/optim_isa.cpp", "csrc/cpu/optim.cpp", "csrc/cpu/compact.cpp", "csrc/cpu/pool.cpp", "csrc/table_host.cpp", "csrc/table_warm.cpp",
-    "csrc/table_compact.cpp", "csrc/torch_shim.cpp",
+    "csrc/table_compact.cpp", "csrc/table_coded.cpp", "csrc/torch_shim.cpp", "csrc/cpu/lowbit.cpp", "csrc/cpu/lowbit_isa.cpp",
     "csrc/bindings.cpp", "csrc/bindings_cuda.cpp", "csrc/cpu/lowrank.cpp", "csrc/cpu/lowrank_isa.cpp", "csrc/bindings_lowrank.cpp",
     "csrc/cpu/sparse.cpp", "csrc/cpu/sparse_mask.cpp", "csrc/cpu/sparse_move.cpp", "csrc/cpu/sparse_isa.cpp", "csrc/bindings_sparse.cpp",
     "csrc/cpu/merge.cpp", "csrc/cpu/merge_cut.cpp", "csrc/cpu/merge_isa.cpp", "csrc/cpu/merge_band_isa.cpp", "csrc/bindings_merge.cpp",
 )  # fmt: skip
 # A shared header is always inlined, so the units that merely show it to Python keep working with the sound objects.
 SWEEPS = ("csrc/cpu/optim_isa.cpp", "csrc/cpu/optim.cpp")
-SHOWN = {"csrc/core/philox.h": ("csrc/bindings.cpp",), "csrc/cpu/lowrank_vector.h": ("csrc/cpu/lowrank_isa.cpp",)}
+SHOWN = {
+    "csrc/core/lowbit.h": ("csrc/cpu/lowbit.cpp", "csrc/cpu/lowbit_isa.cpp"),
+    "csrc/core/philox.h": ("csrc/bindings.cpp",),
+    "csrc/cpu/lowrank_vector.h": ("csrc/cpu/lowrank_isa.cpp",),
+}
 
 
 def compiler() -> str | None:

@@ -13,7 +13,7 @@ from fusedadapt.optim.spec import CODED, RULES
 from fusedadapt.optim.table import flat
 from fusedadapt.reference import lowbit
 
-B, F = torch.bfloat16, torch.float32
+F = torch.float32
 KINDS = ("signed", "unsigned", "expanded")
 ISAS = [isa for isa in ("base", "avx2", "avx512") if _core.use_isa(isa)]
 CASES = [(name, k) for name, cls in OPTIMIZERS.items() for k, options in enumerate(cls.examples) if not options.get("centered")]
@@ -106,11 +106,9 @@ def test_expansion_is_capped():
 
 @pytest.mark.parametrize("backend", ["reference", *ISAS])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 0.0, 1e-37])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0, 1e-37])
 def test_odd_blocks(kind, bad, backend):
     """A NaN or an infinity takes its block along, all of it; other blocks and blocks of zeros are none of its business."""
-    if kind == "unsigned" and bad == -math.inf:
-        bad = math.inf
     opt_class, name = (Lion, "exp_avg") if kind != "unsigned" else (OPTIMIZERS["Adagrad"], "sum")
     if backend != "reference":
         _core.use_isa(backend)
@@ -129,8 +127,7 @@ def test_odd_blocks(kind, bad, backend):
         assert not full[256:512].any() and float(state[f"{name}_scale"].view(16, -1)[1, 0]) == 0.0
     else:
         assert bool(full[256:512].isnan().all())
-    zero = lowbit.zero_code(kind)
-    assert bool((state[name][256:512] == zero).all())
+    assert bool((state[name][256:512] == lowbit.zero_code(kind)).all())
 
 
 # --- every rule, every backend -----------------------------------------------------------------------------------------------------------
@@ -141,7 +138,7 @@ class Run:
 
     def __init__(self, name: str, options: dict, backend: str | None, **extras):
         gen = torch.Generator().manual_seed(3)
-        shapes, dtypes = ((70, 131), (4096,), (4095,), (5000,)), (F, F, F, B)
+        shapes, dtypes = ((70, 131), (4096,), (4095,), (5000,)), (F, F, F, torch.bfloat16)
         self.params = [torch.nn.Parameter(torch.randn(s, generator=gen).to(d)) for s, d in zip(shapes, dtypes)]
         base = self.params[0].data
         self.params[0].data = base.t().contiguous().t()
@@ -195,9 +192,8 @@ def test_same_bits_as_the_reference(name, k, state_dtype):
             assert all((p.detach() - q.detach()).abs().max() < 1e-3 for p, q in zip(truth.params, run.params))
         else:
             same(truth.bits(), run.bits())
-        for p in run.params:
-            for s in set(rule.states[: rule.stored]) - {"z"}:
-                assert run.opt.state[p][s].dtype == (torch.uint8 if p.numel() >= 4096 else F)
+        kinds = {(p.numel() >= 4096, run.opt.state[p][s].dtype) for p in run.params for s in set(rule.states[: rule.stored]) - {"z"}}
+        assert kinds <= {(True, torch.uint8), (False, F)}
 
 
 @pytest.mark.parametrize("block", [32, 64, 512, 2048])
@@ -208,34 +204,34 @@ def test_blocks_masks_and_threads(mask_state, state_dtype, block):
     runs = [Run("AdamW", {}, backend, **extras) for backend in ("reference", "cpp", "cpp")]
     start = [p.detach().clone() for p in runs[0].params[:2]]
     frozen = [~runs[0].opt._unpack_mask(runs[0].opt._masks[p], p.detach()) for p in runs[0].params[:2]]
-    threads = torch.get_num_threads()
     for t in range(3):
-        for run, n in zip(runs, (threads, 1, 2)):
+        for run, n in zip(runs, (2, 1, 2)):
             torch.set_num_threads(n)
             run.step(t)
-    torch.set_num_threads(threads)
     same(runs[0].bits(), runs[1].bits())
     same(runs[1].bits(), runs[2].bits())
     for p, before, still in zip(runs[1].params, start, frozen):
         assert torch.equal(p.detach()[still], before[still])
 
 
-def test_a_block_without_trainable_elements_is_left_alone():
+@pytest.mark.parametrize("state_dtype", CODED)
+def test_a_block_without_trainable_elements_is_left_alone(state_dtype):
     for backend in ("reference", "cpp"):
         p = torch.nn.Parameter(torch.randn(4096, generator=torch.Generator().manual_seed(0)))
         mask = torch.ones(4096, dtype=torch.bool)
-        free = AdamW([p], lr=1e-3, state_dtype="int8", backend=backend)
+        mask[256:512] = False
+        kwargs = {"lr": 1e-3, "state_dtype": state_dtype, "state_block": 256, "backend": backend}
+        free, opt = AdamW([p], **kwargs), AdamW([p], masks={p: mask}, **kwargs)
         p.grad = torch.randn(4096, generator=torch.Generator().manual_seed(1))
         free.step()
-        mask[256:512] = False
-        opt = AdamW([p], lr=1e-3, state_dtype="int8", backend=backend, masks={p: mask})
         opt.load_state_dict(free.state_dict())
         before = copy.deepcopy(opt.state[p])
         p.grad = torch.randn(4096, generator=torch.Generator().manual_seed(2))
         opt.step()
         for k in ("exp_avg", "exp_avg_sq"):
-            assert torch.equal(opt.state[p][k][256:512], before[k][256:512]) and not torch.equal(opt.state[p][k][:256], before[k][:256])
-            assert opt.state[p][f"{k}_scale"][1] == before[f"{k}_scale"][1] and opt.state[p][f"{k}_scale"][0] != before[f"{k}_scale"][0]
+            now, scale, old = opt.state[p][k], opt.state[p][f"{k}_scale"], before[f"{k}_scale"]
+            assert torch.equal(now[256:512], before[k][256:512]) and not torch.equal(now[:256], before[k][:256])
+            assert torch.equal(scale[1], old[1]) and not torch.equal(scale[0], old[0])
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
@@ -337,7 +333,7 @@ def test_dense_and_compact_load_each_other():
     compact.opt.load_state_dict(dense.opt.state_dict())
     p, q = dense.params[0], compact.params[0]
     assert compact.opt.state[q]["exp_avg"].dtype == torch.uint8
-    full = flat(states.decode(dense.opt.state[p], "exp_avg"))[compact.opt.state[q]["index"].long()]
+    full = flat(states.decode(dense.opt.state[p], "exp_avg"))[compact.opt.state[q]["index"]]
     assert (states.decode(compact.opt.state[q], "exp_avg") - full).abs().max() <= 0.0075 * full.abs().max()
 
 

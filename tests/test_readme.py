@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fusedadapt.optim import OPTIMIZERS
-from fusedadapt.optim.spec import RULES
+from fusedadapt.optim.spec import RULES, UNCODABLE, UNCODED
 
 ROOT = Path(__file__).resolve().parents[1]
 README, DOCS = (ROOT / "README.md").read_text(encoding="utf-8"), ROOT / "docs"
@@ -72,3 +72,7 @@ def test_the_table_of_optimizers() -> None:
         rules = {opt._rule(opt.param_groups[0]) for chosen in OPTIMIZERS[name].examples for opt in [OPTIMIZERS[name]([p], **chosen)]}
         for cell, (width, state) in zip(row[2:5], ((4, 4), (2, 4), (2, 2)), strict=True):
             assert {int(n) for n in cell.split("/")} == {bytes_per_parameter(r, width, state) for r in rules}, (name, cell)
+        # one byte where a state is coded; the scales, 4 or 8 bytes a block, are left out
+        specs = [RULES[r] for r in rules - UNCODABLE.keys()]
+        coded = {12 + sum((1 + (k < spec.stored)) * (4 if s in UNCODED else 1) for k, s in enumerate(spec.states)) for spec in specs}
+        assert {int(n) for n in row[5].split("/")} == coded, (name, row[5], coded)

@@ -1,5 +1,5 @@
-// Codes of a block <-> fp32, compiled once per instruction set (FA_ISA). About 0.9 cycles an element to encode and 0.6 to decode would hide
-// behind the memory of an 8-bit Adam step.
+// Codes of a block <-> fp32, compiled once per instruction set (FA_ISA). With AVX2, per element: 0.5 ns to encode a dynamic map and 0.3 to decode
+// it, 2.0 and 1.8 for the expanded range (one thread of a busy 2-core AMD EPYC, 2026-11-21).
 //
 // The rows of the dynamic map are looked up by permutes, not by gathers; base processors use the chain of selects of core/lowbit.h.
 #include "lowbit.h"

@@ -154,7 +154,8 @@ def convert(opt: FusedOptimizer, label: str, p: Tensor, group: dict[str, Any], s
     rule = RULES[opt._rule(group)]
     if ("index" in state) != (opt.mask_state == "compact" and "mask" in state):
         forms = coded.formats(state)
-        state = {k: coded.decode(state, k) if k in forms else v for k, v in state.items() if k.removesuffix("_scale") not in forms}
+        scales = {coded.scale_key(k) for k in forms}
+        state = {k: coded.decode(state, k) if k in forms else v for k, v in state.items() if k not in scales}
         state = spread(opt, label, p, group, state, rule) if "index" in state else gather(opt, p, state, rule)
         for k, form in forms.items():
             state.update(coded.encode(state, k, state[k], form))

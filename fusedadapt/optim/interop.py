@@ -14,8 +14,8 @@ from .base import FusedOptimizer
 def from_torch(optimizer: torch.optim.Optimizer, **extras: Any) -> FusedOptimizer:
     """Our optimizer of the same name on the same parameters, with the hyper-parameters and the state of a running torch optimizer.
 
-    ``extras``: our keyword-only options; ``state_dtype="int8"`` or ``"fp8"`` codes the state that comes over. Raises TypeError if we have no optimizer
-    of that name.
+    ``extras``: our keyword-only options; ``state_dtype="int8"`` or ``"fp8"`` codes the state that comes over. Raises TypeError if we have no
+    optimizer of that name.
     """
     from . import OPTIMIZERS
 
