@@ -20,6 +20,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "bench" / "results" / "registers_triton.json"
 ARCHS = (80, 90, 100)
 EVERYWHERE = ("sgd", "lion", "adam", "adabelief", "diffgrad", "adahessian")  # these for every architecture, the others for sm_90
+# Coded states: the rules of one, two and three states; blocks of int8's and fp8's own size, the largest, and compact entries.
+CODED = ("lion+coded256", "adam+coded256", "adam+coded128", "adam+coded2048", "adam+coded256s", "adabelief+coded256", "ademamix+coded256")
 LIBRARY_MATH = ("adahessian",)  # its power goes through libdevice's fp64, which fuses
 POINTERS = {"desc": "*i64", "chunks": "*i64", "rows": "*fp32", "grad_scale": "*fp32", "found_inf": "*fp32", "clip": "*fp32", "out": "*fp64"}
 POINTERS["tables"] = "*fp32"
@@ -103,7 +105,8 @@ def rules() -> list[str]:
 def built():
     jobs = [f"{rule}/sm_{arch}" for rule in rules() for arch in ARCHS if arch == 90 or rule in EVERYWHERE]
     apart = [f"{rule}+scattered/sm_90" for rule in EVERYWHERE]
-    return compile_all([*jobs, *apart, "adam+stochastic/sm_90", "adam+fused/sm_90", "square_sums/sm_90"])
+    coded = [f"{kernel}/sm_90" for kernel in CODED]
+    return compile_all([*jobs, *apart, *coded, "adam+stochastic/sm_90", "adam+fused/sm_90", "square_sums/sm_90"])
 
 
 @pytest.mark.slow
@@ -129,6 +132,8 @@ def test_aligned_path_moves_sixteen_bytes(built):
         result = built[f"{rule}/sm_90"]
         # an fp32 array takes two accesses per thread, a bf16 and an fp16 one share theirs or have one each
         assert result["wide_loads"] >= 3 * (2 + states) and result["wide_stores"] >= 3 * (1 + stored), (rule, result)
+        if f"{rule}+coded256" in CODED:  # four elements a thread: sixteen bytes of fp32 alone; codes go four at a time
+            assert built[f"{rule}+coded256/sm_90"]["wide_loads"] >= 2 and built[f"{rule}+coded256/sm_90"]["wide_stores"] >= 1
     assert built["square_sums/sm_90"]["wide_loads"] >= 3
 
 
@@ -156,7 +161,7 @@ def main() -> None:
         import triton
 
         scattered = [f"{rule}+scattered" for rule in rules()]
-        jobs = [f"{kernel}/sm_{arch}" for kernel in (*rules(), *scattered, "adam+stochastic", "square_sums") for arch in ARCHS]
+        jobs = [f"{kernel}/sm_{arch}" for kernel in (*rules(), *scattered, *CODED, "adam+stochastic", "square_sums") for arch in ARCHS]
         kernels = {job: result for job, result in sorted(compile_all(jobs).items())}
         TABLE.parent.mkdir(parents=True, exist_ok=True)
         lines = ",\n".join(f'    "{job}": {json.dumps(result)}' for job, result in kernels.items())

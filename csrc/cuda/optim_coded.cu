@@ -30,12 +30,14 @@ FA_DEVICE void load_inputs(float (&p)[kEach], float (&g)[kEach], const Job& w, c
     load(raw_p, master ? w.source->extra : t.param, p_dtype == kF32, all, 0xffu);
     load(raw_g, t.grad, t.grad_dtype == kF32, all, 0xffu);
   } else {
-    int64_t at[kEach], own[kEach];
+    int64_t at[kEach], other[kEach];  // chosen one by one: a choice between two arrays would put both into local memory
     places(at, t, e);
     FA_UNROLL
-    for (int j = 0; j < kEach; ++j) own[j] = index(e, j);
-    load_at(raw_p, master ? w.source->extra : t.param, p_dtype == kF32, master ? own : at, keep);
-    load_at(raw_g, t.grad, t.grad_dtype == kF32, t.compact_grad ? own : at, keep);
+    for (int j = 0; j < kEach; ++j) other[j] = t.compact_grad ? index(e, j) : at[j];
+    load_at(raw_g, t.grad, t.grad_dtype == kF32, other, keep);
+    FA_UNROLL
+    for (int j = 0; j < kEach; ++j) at[j] = master ? index(e, j) : at[j];
+    load_at(raw_p, master ? w.source->extra : t.param, p_dtype == kF32, at, keep);
   }
   widen(p, raw_p, p_dtype, whole);
   widen(g, raw_g, t.grad_dtype, whole);
