@@ -23,6 +23,7 @@ FLAGS = ["-std=c++17", "-O0", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "
 OTHER_SETS = """#include "cpu/lowrank.h"
 #include "cpu/merge.h"
 #include "cpu/optim.h"
+#include "cpu/quant.h"
 #include "cpu/sparse.h"
 #if defined(__x86_64__)
 namespace fa::cpu {
@@ -33,6 +34,10 @@ extern const BandKernels band_avx2 = band_base, band_avx512 = band_base;
 namespace lowrank {
 extern const Kernels kernels_avx2 = kernels_base, kernels_avx512 = kernels_base;
 }
+namespace quant {
+extern const CodecKernels codec_avx2 = codec_base, codec_avx512 = codec_base;
+extern const ProductKernels product_avx2 = product_base, product_avx512 = product_base;
+}
 }
 #endif
 """
@@ -42,10 +47,12 @@ UNITS = (
     "csrc/bindings.cpp", "csrc/bindings_cuda.cpp", "csrc/cpu/lowrank.cpp", "csrc/cpu/lowrank_isa.cpp", "csrc/bindings_lowrank.cpp",
     "csrc/cpu/sparse.cpp", "csrc/cpu/sparse_mask.cpp", "csrc/cpu/sparse_move.cpp", "csrc/cpu/sparse_isa.cpp", "csrc/bindings_sparse.cpp",
     "csrc/cpu/merge.cpp", "csrc/cpu/merge_cut.cpp", "csrc/cpu/merge_isa.cpp", "csrc/cpu/merge_band_isa.cpp", "csrc/bindings_merge.cpp",
+    "csrc/cpu/quant.cpp", "csrc/cpu/quant_product.cpp", "csrc/cpu/quant_isa.cpp", "csrc/cpu/quant_product_isa.cpp", "csrc/bindings_quant.cpp",
 )  # fmt: skip
 # A shared header is always inlined, so the units that merely show it to Python keep working with the sound objects.
 SWEEPS = ("csrc/cpu/optim_isa.cpp", "csrc/cpu/optim.cpp")
 SHOWN = {"csrc/core/philox.h": ("csrc/bindings.cpp",), "csrc/cpu/lowrank_vector.h": ("csrc/cpu/lowrank_isa.cpp",)}
+SHOWN |= {f"csrc/cpu/quant_{name}.h": ("csrc/cpu/quant_isa.cpp", "csrc/cpu/quant_product_isa.cpp") for name in ("vector", "decode", "lanes")}
 
 
 def compiler() -> str | None:
