@@ -23,7 +23,8 @@ T* at(int64_t address) {
 }
 
 int32_t float_type(int64_t code) {
-  if (code != kF32 && code != kBF16 && code != kF16) throw std::invalid_argument("quant: dtype codes 1 (fp32), 2 (bf16), 3 (fp16) expected");
+  if (code != kF32 && code != kBF16 && code != kF16)
+    throw std::invalid_argument("quant: dtype codes 1 (fp32), 2 (bf16), 3 (fp16) expected");
   return int32_t(code);
 }
 
@@ -60,7 +61,8 @@ qt::Weight weight(const WeightSpec& s) {
   w.scales.above = at<const float>(s[16]);
   w.scales.offset = at<const float>(s[17]);
   w.scales.block = s[18];
-  if (w.zero_dtype != kNone && w.zero_dtype != kU8 && w.zero_dtype != kF32) throw std::invalid_argument("quant: zeros as uint8 or fp32 expected");
+  if (w.zero_dtype != kNone && w.zero_dtype != kU8 && w.zero_dtype != kF32)
+    throw std::invalid_argument("quant: zeros as uint8 or fp32 expected");
   if (w.flat && w.bits != 4 && w.bits != 8) throw std::invalid_argument("quant: flat codes of 4 or 8 bits expected");
   w.kind = kind_of(w.values, w.bits);
   return w;

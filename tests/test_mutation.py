@@ -24,6 +24,7 @@ OTHER_SETS = """#include "cpu/fake_quant.h"
 #include "cpu/lowrank.h"
 #include "cpu/merge.h"
 #include "cpu/optim.h"
+#include "cpu/quant.h"
 #include "cpu/quant_act.h"
 #include "cpu/sparse.h"
 #if defined(__x86_64__)
@@ -39,6 +40,10 @@ extern const Kernels kernels_avx2 = kernels_base, kernels_avx512 = kernels_base;
 namespace quant_act {
 extern const Kernels kernels_avx2 = kernels_base, kernels_avx512 = kernels_base, kernels_vnni = kernels_base;
 }
+namespace quant {
+extern const CodecKernels codec_avx2 = codec_base, codec_avx512 = codec_base;
+extern const ProductKernels product_avx2 = product_base, product_avx512 = product_base;
+}
 }
 #endif
 """
@@ -50,6 +55,7 @@ UNITS = (
     "csrc/cpu/merge.cpp", "csrc/cpu/merge_cut.cpp", "csrc/cpu/merge_isa.cpp", "csrc/cpu/merge_band_isa.cpp", "csrc/bindings_merge.cpp",
     "csrc/cpu/fake_quant.cpp", "csrc/cpu/fake_quant_isa.cpp", "csrc/bindings_fake_quant.cpp",
     "csrc/cpu/quant_act.cpp", "csrc/cpu/quant_act_isa.cpp", "csrc/bindings_quant_act.cpp",
+    "csrc/cpu/quant.cpp", "csrc/cpu/quant_product.cpp", "csrc/cpu/quant_isa.cpp", "csrc/cpu/quant_product_isa.cpp", "csrc/bindings_quant.cpp",
 )  # fmt: skip
 # A shared header is always inlined, so the units that merely show it to Python keep working with the sound objects.
 SWEEPS = ("csrc/cpu/optim_isa.cpp", "csrc/cpu/optim.cpp")
@@ -58,6 +64,7 @@ SHOWN = {
     "csrc/core/philox.h": ("csrc/bindings.cpp",),
     "csrc/cpu/lowrank_vector.h": ("csrc/cpu/lowrank_isa.cpp",),
 }
+SHOWN |= {f"csrc/cpu/quant_{name}.h": ("csrc/cpu/quant_isa.cpp", "csrc/cpu/quant_product_isa.cpp") for name in ("vector", "decode", "lanes")}
 
 
 def compiler() -> str | None:

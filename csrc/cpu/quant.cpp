@@ -34,7 +34,8 @@ T as_one_row(T a) {
 }
 
 // What slices of a tile found, as one; a NaN stays.
-void join(const std::vector<float>& lows, const std::vector<float>& highs, int64_t first, int64_t step, int64_t count, float* lo, float* hi) {
+void join(const std::vector<float>& lows, const std::vector<float>& highs, int64_t first, int64_t step, int64_t count, float* lo,
+          float* hi) {
   *lo = lows[first], *hi = highs[first];
   for (int64_t i = 1; i < count; ++i) {
     const float l = lows[first + i * step], h = highs[first + i * step];
@@ -58,7 +59,8 @@ void stats(const Statistics& a, float* lo, float* hi, int threads) {
   const CodecKernels& k = codec();
   const Grid& g = a.grid;
   const int64_t rows = std::min(g.rows, a.n), slices = ceil_div(rows, kSliceRows), high = ceil_div(a.n, g.rows);
-  const int64_t tiles = std::max<int64_t>(1, kWork / (std::min(rows, kSliceRows) * std::min(g.columns, a.k))), runs = ceil_div(g.wide, tiles);
+  const int64_t tiles = std::max<int64_t>(1, kWork / (std::min(rows, kSliceRows) * std::min(g.columns, a.k))),
+                runs = ceil_div(g.wide, tiles);
   std::vector<float> lows, highs;
   if (slices > 1) lows.resize(size_t(high * slices * g.wide)), highs.resize(lows.size());
   float *const to_lo = slices > 1 ? lows.data() : lo, *const to_hi = slices > 1 ? highs.data() : hi;

@@ -30,10 +30,7 @@ struct Decoder {
   }
   FA_INLINE F at(const Decoder& d, const uint8_t* row, int64_t i) {
     if constexpr (kind == Values::kTable) return Lookup<bits>::at(d.table, codes_at<bits, high_first, false>(row, i));
-    if constexpr (kind == Values::kSigned) {
-      typedef int8_t B __attribute__((vector_size(kLanes)));
-      return __builtin_convertvector(__builtin_convertvector(load<B>(row + i), I), F);
-    }
+    if constexpr (kind == Values::kSigned) return __builtin_convertvector(load_signed(row + i), F);
     return __builtin_convertvector(I(codes_at<bits, high_first, true>(row, i)), F) + splat(d.first);
   }
 };
@@ -44,6 +41,16 @@ void decode_each(const D& d, const uint8_t* row, int64_t c0, int64_t c1, const P
   for (int64_t c = c0; c < c1; c += kLanes) {
     const F f = (D::at(d, row, c) - load<F>(p.z + c - c0)) * load<F>(p.s + c - c0);
     store(out + c - c0, Format::narrow(f));
+  }
+}
+
+// The same by groups of whole vectors.
+template <class D, class Format>
+void decode_runs(const D& d, int64_t side, const uint8_t* row, int64_t c0, int64_t c1, const Piece& p, typename Format::E* out) {
+  for (int64_t c = c0, g = 0; c < c1; ++g) {
+    const int64_t end = least((c / side + 1) * side, c1);
+    const F z = splat(p.z[g]), s = splat(p.s[g]);
+    for (; c < end; c += kLanes) store(out + c - c0, Format::narrow((D::at(d, row, c) - z) * s));
   }
 }
 
@@ -63,7 +70,7 @@ FA_INLINE void store_lanes(uint16_t* to, F f, Format) {
 #endif
 }
 
-// The same by groups of whole vectors, of up to 16 values each: they are rounded in the table, and elements are only looked up. Same bits.
+// With up to 16 values a group they are rounded in the table, and elements are only looked up. Same bits.
 template <int bits, bool high_first, class Format>
 void decode_groups(const Weight& w, const uint8_t* row, int64_t c0, int64_t c1, const Piece& p, typename Format::E* out) {
   Lookup<bits> values;
@@ -97,17 +104,19 @@ void decode_piece(const Weight& w, int64_t r, int64_t c0, int64_t c1, typename F
   if (whole > c0) {
     int64_t count;
     const int64_t side = w.grid.columns, g = groups_of(w.grid, r, c0, whole, &count);
-    const bool by_group = bits < 8 && kLanes > 4 && side >= 32 && (side % step == 0 || side >= w.k) && c0 % step == 0;
+    const bool by_group = side >= 32 && (side % step == 0 || side >= w.k) && c0 % step == 0;
     scales_of(w.scales, g, count, by_group ? p.s : p.groups);
     if (!by_group) spread(p.groups, c0, whole - c0, side, p.s);
     zeros_of(w, g, count, by_group ? p.z : p.groups);
     if (!by_group) spread(p.groups, c0, whole - c0, side, p.z);
     D d;
     D::set(d, w);
-    if constexpr (bits < 8) {
-      if (by_group) decode_groups<bits, high_first, Format>(w, row, c0, whole, p, out);
-    }
-    if (!by_group) decode_each<D, Format>(d, row, c0, whole, p, out);
+    if (!by_group)
+      decode_each<D, Format>(d, row, c0, whole, p, out);
+    else if constexpr (bits < 8 && kLanes > 4)
+      decode_groups<bits, high_first, Format>(w, row, c0, whole, p, out);
+    else
+      decode_runs<D, Format>(d, side, row, c0, whole, p, out);
   }
   for (int64_t c = whole; c < c1; ++c) decode_one<Format>(w, row, r, c, out + c - c0);
 }

@@ -114,11 +114,6 @@ void scale_values(const Encoding& e, int64_t row, int64_t c0, int64_t n, Codes& 
   }
 }
 
-FA_INLINE void store_codes(uint8_t* to, I codes) {
-  typedef uint8_t B __attribute__((vector_size(kLanes)));
-  store(to, __builtin_convertvector(U(codes), B));
-}
-
 // Far beyond any code, yet exact as an integer.
 constexpr float kFar = 1 << 20;
 
@@ -130,7 +125,7 @@ void integers(const Encoding& e, int64_t n, Codes& p) {
     const I number = v == v;
     v = v < splat(-kFar) ? splat(-kFar) : v > splat(kFar) ? splat(kFar) : v;
     const I q = nearest(v) + (e.round_last ? I{} : __builtin_convertvector(z, I));
-    store_codes(p.codes + i, within(q, e.low, e.high) & number);
+    store_bytes(p.codes + i, U(within(q, e.low, e.high) & number));
   }
 }
 
@@ -152,7 +147,7 @@ void few_cuts(const Encoding& e, int64_t n, Codes& p) {
     const F v = load<F>(p.v + i), m = magnitude_of(e, v);
     I count = {};
     for (int k = 0; k < e.cut_count; ++k) count -= I(m > cuts[k]);
-    store_codes(p.codes + i, I(Lookup<4>::at(code, U(count))) + half_of(e, v));
+    store_bytes(p.codes + i, U(Lookup<4>::at(code, U(count))) + U(half_of(e, v)));
   }
 }
 
@@ -172,7 +167,7 @@ void many_cuts(const Encoding& e, int64_t n, Codes& p) {
       const I passed = m > Lookup<8>::at(cut, U(count + (step - 1)));
       count += passed & step;
     }
-    store_codes(p.codes + i, I(Lookup<8>::at(code, U(count))) + half_of(e, v));
+    store_bytes(p.codes + i, U(Lookup<8>::at(code, U(count))) + U(half_of(e, v)));
   }
 }
 

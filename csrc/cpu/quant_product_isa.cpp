@@ -46,8 +46,8 @@ FA_INLINE float total(F f) {
 constexpr int64_t kRows = 16;  // of W that pass by a chunk of x
 // to[t] += W[row, chunk] . x[t, chunk] for one or two rows of x: codes are summed, and scales applied to the sums of a unit.
 template <class D, int T, bool wide>
-__attribute__((noinline)) void dot_codes(const D& d, const Layout& a, const Chunk& chunk, int64_t u0, int64_t columns, const Operand& o, int64_t t0,
-                                         F* to) {
+__attribute__((noinline)) void dot_codes(const D& d, const Layout& a, const Chunk& chunk, int64_t u0, int64_t columns, const Operand& o,
+                                         int64_t t0, F* to) {
   constexpr int kChains = 4 / T;  // additions in flight
   F acc[T];
 #pragma GCC unroll 2
@@ -87,8 +87,8 @@ __attribute__((noinline)) void dot_codes(const D& d, const Layout& a, const Chun
 
 // The same for two rows of W and three or four of x, which share what is read: numbers are scaled before they are summed.
 template <class D, int T, bool wide>
-__attribute__((noinline)) void dot_numbers(const D& d, const Layout& a, const Chunk* rows, int64_t u0, int64_t columns, const Operand& o, int64_t t0,
-                                           F (*to)[kMostRows]) {
+__attribute__((noinline)) void dot_numbers(const D& d, const Layout& a, const Chunk* rows, int64_t u0, int64_t columns, const Operand& o,
+                                           int64_t t0, F (*to)[kMostRows]) {
   F acc[2][T];
 #pragma GCC unroll 2
   for (int r = 0; r < 2; ++r)
@@ -104,18 +104,21 @@ __attribute__((noinline)) void dot_numbers(const D& d, const Layout& a, const Ch
     for (int64_t b = wide ? least(most, left) : 1; b > 0; --b, first += 4 * kLanes, second += 4 * kLanes, x += D::kPer * kLanes) {
       const U words[2] = {load<U>(first), load<U>(second)};
 #pragma GCC unroll 16
-      for (int part = 0; part < D::kPer / D::kStep; ++part)
-#pragma GCC unroll 2
-        for (int r = 0; r < 2; ++r) {
-          F v[D::kStep];
-          D::part(d, words[r], part, v);
+      for (int part = 0; part < D::kPer / D::kStep; ++part) {
+        F v[2][D::kStep];
+        D::part(d, words[0], part, v[0]);
+        D::part(d, words[1], part, v[1]);
 #pragma GCC unroll 4
-          for (int i = 0; i < D::kStep; ++i) {
-            const F w = fma(v[i], s[r], c[r]);
+        for (int i = 0; i < D::kStep; ++i) {
+          const F w0 = fma(v[0][i], s[0], c[0]), w1 = fma(v[1][i], s[1], c[1]);
 #pragma GCC unroll 4
-            for (int t = 0; t < T; ++t) acc[r][t] = fma(w, load<F>(x + t * o.stride + (part * D::kStep + i) * kLanes), acc[r][t]);
+          for (int t = 0; t < T; ++t) {
+            const F right = load<F>(x + t * o.stride + (part * D::kStep + i) * kLanes);
+            acc[0][t] = fma(w0, right, acc[0][t]);
+            acc[1][t] = fma(w1, right, acc[1][t]);
           }
         }
+      }
     }
   }
 #pragma GCC unroll 2
@@ -216,7 +219,8 @@ float dy_at(const Product& p, int64_t t, int64_t n) {
 
 // to += sum over kHigh rows of dy * S * (code - zero), for T rows of dy.
 template <class D, int T, bool wide>
-__attribute__((noinline)) void add_chunk(const D& d, const Layout& a, const Chunk* rows, const float (*dy)[kMostRows], int64_t columns, float* to, int64_t stride) {
+__attribute__((noinline)) void add_chunk(const D& d, const Layout& a, const Chunk* rows, const float (*dy)[kMostRows], int64_t columns,
+                                         float* to, int64_t stride) {
   const int64_t blocks = ceil_div(columns, a.block), most = a.unit / a.block;
   for (int64_t u = 0; u * most < blocks; ++u) {
     F factor[T][kHigh], zero[kHigh];
@@ -260,8 +264,8 @@ __attribute__((noinline)) void add_chunk(const D& d, const Layout& a, const Chun
 }
 
 template <class D, bool wide>
-FA_INLINE void add_rows(int64_t count, const D& d, const Layout& a, const Chunk* rows, const float (*dy)[kMostRows], int64_t columns, float* to,
-                        int64_t stride) {
+FA_INLINE void add_rows(int64_t count, const D& d, const Layout& a, const Chunk* rows, const float (*dy)[kMostRows], int64_t columns,
+                        float* to, int64_t stride) {
   if (count == 1) return add_chunk<D, 1, wide>(d, a, rows, dy, columns, to, stride);
   if (count == 2) return add_chunk<D, 2, wide>(d, a, rows, dy, columns, to, stride);
   if (count == 3) return add_chunk<D, 3, wide>(d, a, rows, dy, columns, to, stride);
@@ -285,7 +289,7 @@ void dx_direct(const Weight& w, const Layout& a, const Product& p, int64_t n0, i
       }
       for (int64_t t = 0; t < p.t; t += 4) {
         float* to = o.x + t * o.stride + c;
-        const auto* some = reinterpret_cast<const float(*)[kMostRows]>(dy[0] + t);
+        const auto* some = reinterpret_cast<const float (*)[kMostRows]>(dy[0] + t);
         if (a.wide)
           add_rows<D, true>(least(4, p.t - t), d, a, rows, some, end - c, to, o.stride);
         else

@@ -16,17 +16,41 @@ FA_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 // Eight codes of `bits` < 8 from p, no byte further.
 template <int bits>
 FA_INLINE uint32_t eight(const uint8_t* p) {
+  if constexpr (bits == 3)
+    return uint32_t(p[0]) | uint32_t(p[1]) << 8 | uint32_t(p[2]) << 16;  // three bytes copied would wait for their store
   uint32_t word = 0;
   memcpy(&word, p, bits);
   return word;
+}
+
+// kLanes bytes as numbers. Compilers turn the generic conversions of so short vectors into dozens of instructions.
+FA_INLINE U load_bytes(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return U(_mm512_maskz_cvtepu8_epi32(0xffff, load<__m128i>(p)));
+#elif defined(__AVX2__)
+  return U(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  return U{p[0], p[1], p[2], p[3]};
+#endif
+}
+FA_INLINE I load_signed(const uint8_t* p) { return I(load_bytes(p) << 24) >> 24; }
+FA_INLINE void store_bytes(uint8_t* p, U v) {
+#if defined(__AVX512F__)
+  store(p, _mm512_maskz_cvtepi32_epi8(0xffff, __m512i(v)));
+#elif defined(__AVX2__)
+  const __m256i low = _mm256_shuffle_epi8(__m256i(v), _mm256_set1_epi32(0x0c080400));
+  store(p, _mm_cvtsi128_si32(_mm256_castsi256_si128(low)));
+  store(p + 4, _mm_cvtsi128_si32(_mm256_extracti128_si256(low, 1)));
+#else
+  for (int i = 0; i < kLanes; ++i) p[i] = uint8_t(v[i]);
+#endif
 }
 
 // kLanes codes from element i of a row on, i a multiple of kLanes, in the lanes' low bits: what lies above them is rubbish unless `clean`.
 template <int bits, bool high_first, bool clean>
 FA_INLINE U codes_at(const uint8_t* row, int64_t i) {
   if constexpr (bits == 8) {
-    typedef uint8_t B __attribute__((vector_size(kLanes)));
-    return __builtin_convertvector(load<B>(row + i), U);
+    return load_bytes(row + i);
   } else {
     U word, shift;
 #pragma GCC unroll 16

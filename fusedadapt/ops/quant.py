@@ -26,7 +26,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _MODULES = {"reference": "reference.quant", "cpp": "ops.quant_cpp", "triton": "kernels.quant", "cuda": "ops.quant_cuda", "emulated": "ops.quant_cuda"}
 _FP64 = {name: "float64 tensors" for name in ("cpp", "triton", "cuda", "emulated")}
 #: bytes of W dequantized at a time: on a CPU a piece stays in the cache, on a GPU it must be large enough to fill the GEMM
-_SCRATCH = {"cpu": 4 << 20}
+_SCRATCH = {"cpu": 2 << 20}
 _SCRATCH_GPU = 64 << 20
 
 

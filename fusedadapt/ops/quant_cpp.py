@@ -116,3 +116,14 @@ def linear_dx(dy: Tensor, parts: Parts, fmt: QFormat, n: int, k: int) -> Tensor:
     dx = torch.empty(dy.shape[0], k, dtype=dy.dtype)
     _core.q_linear_dx(_matrix(dy), _weight(parts, fmt, n, k), dx.data_ptr(), torch.get_num_threads())
     return dx
+
+
+#: rows of x up to which the own product is the faster one, at 4096 x 4096 on AVX2: integers, tables of 16, what is decoded or looked up in memory
+_FEW_INTEGERS, _FEW_LOOKUPS, _FEW_DECODED = 16, 12, 8
+
+
+def small(t: int, n: int, k: int, dtype: torch.dtype, fmt: QFormat, transposed: bool) -> bool:
+    """Whether `linear` (`linear_dx` if ``transposed``) beats a dequantized piece and the library's GEMM."""
+    if fmt.bits == 3 or (fmt.table and fmt.bits == 8) or fmt.block[1] == 1:
+        return t <= _FEW_DECODED
+    return t <= (_FEW_LOOKUPS if fmt.table else _FEW_INTEGERS)

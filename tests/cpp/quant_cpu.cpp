@@ -1,0 +1,169 @@
+// The CPU codec and products against plain loops, under AddressSanitizer and UBSan: every array ends where its allocation ends, every output starts as NaN.
+//   cmake -S . -B build/asan -G Ninja -DFA_PYTHON=OFF -DFA_TESTS=ON && cmake --build build/asan --target quant_cpu
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <string>
+#include <vector>
+#include "core/dtypes.h"
+#include "cpu/optim.h"
+#include "cpu/quant.h"
+
+namespace {
+
+namespace qt = fa::cpu::quant;
+
+int failures = 0;
+void require(bool ok, const std::string& what) {
+  if (ok) return;
+  if (++failures <= 20) std::printf("FAIL %s\n", what.c_str());
+}
+
+uint64_t state = 1;
+uint32_t random_bits() {
+  state = state * 6364136223846793005u + 1442695040888963407u;
+  return uint32_t(state >> 32);
+}
+float uniform() { return float(random_bits()) * 0x1p-31f - 1.f; }
+
+// Exactly as long as it says, unlike a vector's memory.
+template <class T>
+struct Exact {
+  std::unique_ptr<T[]> data;
+  int64_t size;
+  explicit Exact(int64_t n) : data(new T[size_t(n)]), size(n) {}
+  T* get() const { return data.get(); }
+  T& operator[](int64_t i) const { return data[size_t(i)]; }
+};
+
+struct Layout {
+  int bits;
+  bool flat, counts;
+  int64_t rows, columns;  // of a group
+};
+
+struct Case {
+  Layout l;
+  int64_t n, k, row_bytes, groups;
+  qt::Grid grid;
+  Exact<float> values, scale, factor;
+  Exact<uint8_t> zero, codes;
+
+  Case(Layout layout, int64_t n_, int64_t k_)
+      : l(layout), n(n_), k(k_), row_bytes((k_ * l.bits + 7) / 8), groups(0), values(1 << l.bits), scale(0), factor(0), zero(0), codes(0) {
+    grid =
+        l.flat ? qt::Grid{1, l.columns, (n * k + l.columns - 1) / l.columns} : qt::Grid{l.rows, l.columns, (k + l.columns - 1) / l.columns};
+    groups = l.flat ? grid.wide : (n + l.rows - 1) / l.rows * grid.wide;
+    scale = Exact<float>(groups), factor = Exact<float>(groups), zero = Exact<uint8_t>(groups);
+    codes = Exact<uint8_t>(l.flat && l.bits == 4 ? (n * k + 1) / 2 : n * row_bytes);
+    for (int64_t i = 0; i < values.size; ++i) values[i] = l.counts ? float(i) - 3 : uniform();
+    for (int64_t i = 0; i < groups; ++i) scale[i] = 1 + uniform() / 2, factor[i] = 1 / scale[i], zero[i] = uint8_t(random_bits() % 5);
+    for (int64_t i = 0; i < codes.size; ++i) codes[i] = uint8_t(random_bits());
+  }
+  qt::Weight weight() const {
+    qt::Weight w;
+    w.codes = codes.get(), w.n = n, w.k = k, w.row_bytes = row_bytes, w.bits = l.bits, w.flat = l.flat, w.grid = grid,
+    w.values = values.get();
+    w.zero = zero.get(), w.zero_dtype = fa::kU8;
+    w.kind = l.counts ? qt::Values::kUnsigned : qt::Values::kTable;
+    w.scales.data = scale.get(), w.scales.dtype = fa::kF32;
+    return w;
+  }
+  int code(int64_t row, int64_t column) const {
+    const int64_t first = l.flat ? (row * k + column) * l.bits : column * l.bits;
+    const uint8_t* bytes = l.flat ? codes.get() : codes.get() + row * row_bytes;
+    int out = 0;
+    for (int b = 0; b < l.bits; ++b) {
+      const int64_t bit = l.flat && l.bits == 4 ? (first ^ 4) + b : first + b;
+      out |= (bytes[bit / 8] >> bit % 8 & 1) << b;
+    }
+    return out;
+  }
+  float at(int64_t row, int64_t column) const {
+    const int64_t g = l.flat ? (row * k + column) / l.columns : row / l.rows * grid.wide + column / l.columns;
+    return (values[code(row, column)] - float(zero[g])) * scale[g];
+  }
+  std::string name() const {
+    return std::to_string(l.bits) + " bits, " + (l.flat ? "flat " : "grid ") + std::to_string(l.rows) + "x" + std::to_string(l.columns) +
+           ", " + std::to_string(n) + " x " + std::to_string(k);
+  }
+};
+
+void poison(const Exact<float>& f) {
+  for (int64_t i = 0; i < f.size; ++i) f[i] = std::numeric_limits<float>::quiet_NaN();
+}
+
+void check_decode(const Case& c) {
+  const int64_t first = c.n / 3;
+  const Exact<float> out((c.n - first) * c.k);
+  poison(out);
+  qt::dequantize(c.weight(), first, c.n, fa::kF32, out.get(), 2);
+  for (int64_t i = 0; i < out.size; ++i) require(out[i] == c.at(first + i / c.k, i % c.k), "decode " + c.name());
+}
+
+// Numbers that stand for codes are encoded to those codes.
+void check_encode(const Case& c) {
+  const Exact<float> w(c.n * c.k), lo(c.groups), hi(c.groups);
+  for (int64_t i = 0; i < w.size; ++i) w[i] = uniform() * 20;
+  const Case back(c.l, c.n, c.k);
+  qt::Encoding e;
+  e.w = w.get(), e.n = c.n, e.k = c.k, e.row_bytes = c.row_bytes, e.dtype = fa::kF32, e.bits = c.l.bits, e.grid = c.grid, e.flat = c.l.flat;
+  e.factor = c.factor.get(), e.high = (1 << c.l.bits) - 1, e.bias = 1, e.out = back.codes.get();
+  qt::encode(e, 2);
+  for (int64_t i = 0; i < w.size; ++i) {
+    const int64_t row = i / c.k, column = i % c.k;
+    const int64_t g = c.l.flat ? i / c.l.columns : row / c.l.rows * c.grid.wide + column / c.l.columns;
+    const float code = std::fmin(std::fmax(std::nearbyint(w[i] * c.factor[g]) + 1, 0.f), float(e.high));
+    require(back.code(row, column) == int(code), "encode " + c.name());
+  }
+  poison(lo), poison(hi);
+  qt::stats({w.get(), c.l.flat ? 1 : c.n, c.l.flat ? c.n * c.k : c.k, fa::kF32, c.grid}, lo.get(), hi.get(), 2);
+  for (int64_t i = 0; i < c.groups; ++i) require(lo[i] <= hi[i] && std::fabs(lo[i]) <= 20 && std::fabs(hi[i]) <= 20, "stats " + c.name());
+}
+
+void check_products(const Case& c, int64_t t) {
+  for (const bool transposed : {false, true}) {
+    const int64_t inner = transposed ? c.n : c.k, width = transposed ? c.k : c.n, stride = inner + 3;
+    const Exact<float> x((t - 1) * stride + inner), y(t * width);
+    for (int64_t i = 0; i < x.size; ++i) x[i] = uniform();
+    poison(y);
+    qt::Product p;
+    p.x = x.get(), p.t = t, p.stride = stride, p.dtype = fa::kF32, p.y = y.get();
+    transposed ? qt::linear_dx(c.weight(), p, 2) : qt::linear(c.weight(), p, 2);
+    for (int64_t r = 0; r < t; ++r)
+      for (int64_t j = 0; j < width; ++j) {
+        double sum = 0, size = 0;
+        for (int64_t i = 0; i < inner; ++i) {
+          const double term = double(x[r * stride + i]) * double(transposed ? c.at(i, j) : c.at(j, i));
+          sum += term, size += std::fabs(term) + double(std::fabs(x[r * stride + i])) * (1 << c.l.bits);
+        }
+        require(std::fabs(double(y[r * width + j]) - sum) <= 1e-6 * size + 1e-30, (transposed ? "dx " : "linear ") + c.name());
+      }
+  }
+}
+
+}  // namespace
+
+int main() {
+  const Layout layouts[] = {
+      {4, true, false, 1, 32},  {4, false, false, 1, 32}, {4, false, true, 1, 16},   {4, false, true, 3, 64},
+      {4, false, false, 1, 20}, {4, false, true, 7, 1},   {3, false, true, 1, 32},   {3, false, false, 2, 5},
+      {2, false, true, 1, 48},  {2, false, false, 1, 32}, {8, true, false, 1, 32},   {8, false, true, 1, 1 << 20},
+      {8, false, false, 1, 4},  {8, false, true, 4, 6},   {4, false, false, 9, 128}, {2, false, true, 1 << 20, 1 << 20}};
+  const int64_t shapes[][2] = {{1, 1}, {3, 7}, {2, 33}, {5, 64}, {4, 129}, {17, 96}, {2, 1100}, {33, 40}};
+  for (const char* isa : {"base", "avx2", "avx512"}) {
+    if (!fa::cpu::use_isa(isa)) continue;
+    for (const Layout& l : layouts)
+      for (const auto& s : shapes) {
+        const Case c(l, s[0], s[1]);
+        check_decode(c);
+        check_encode(c);
+        check_products(c, 1 + (s[0] + s[1]) % 6);
+      }
+  }
+  std::printf(failures ? "%d failures\n" : "ok\n", failures);
+  return failures ? 1 : 0;
+}
