@@ -11,7 +11,7 @@ from typing import Any
 
 from . import foreign
 from .archive import INDEX, SINGLE, Archive, find, read_tensor
-from .foreign_parts import zero_scales
+from .foreign.parts import zero_scales
 from .linears import module_matches
 from .packed import Packed, label, packed_layers
 from .report import some

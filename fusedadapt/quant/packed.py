@@ -10,8 +10,8 @@ from typing import Any
 
 from . import foreign
 from .archive import Archive
-from .foreign_gptq import VERSIONS
-from .foreign_plain import METADATA
+from .foreign.gptq import VERSIONS
+from .foreign.plain import METADATA
 from .tensor import QuantizedTensor
 
 _BNB = re.compile(r"^(.*)\.weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+)$")

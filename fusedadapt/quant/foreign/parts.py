@@ -11,8 +11,8 @@ from typing import NamedTuple, NoReturn
 import torch
 from torch import Tensor
 
-from ..reference import quant as reference
-from .formats import QFormat
+from ...reference import quant as reference
+from ..formats import QFormat
 
 Tensors = Mapping[str, Tensor]
 Faults = Iterator[str]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .foreign_parts import FLOATS, Affine, fault, refuse
-from .formats import format_of
-from .tensor import QuantizedTensor
+from ..formats import format_of
+from ..tensor import QuantizedTensor
+from .parts import FLOATS, Affine, fault, refuse
 
 
 def to_quantized(a: Affine, dtype: torch.dtype | None) -> QuantizedTensor:

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .foreign_parts import FLOATS, Faults, Tensors, fault, finite, missing, raise_first, refuse, shaped
-from .formats import NESTED_BLOCK, format_of
-from .tables import table
-from .tensor import QuantizedTensor
+from ..formats import NESTED_BLOCK, format_of
+from ..tables import table
+from ..tensor import QuantizedTensor
+from .parts import FLOATS, Faults, Tensors, fault, finite, missing, raise_first, refuse, shaped
 
 KINDS = ("nf4", "fp4")
 _FIELDS = {"quant_type": str, "blocksize": int, "dtype": str, "shape": list}

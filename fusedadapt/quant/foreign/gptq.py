@@ -12,8 +12,9 @@ import math
 import torch
 from torch import Tensor
 
-from .foreign_affine import from_quantized, to_quantized
-from .foreign_parts import (
+from ..tensor import QuantizedTensor
+from .affine import from_quantized, to_quantized
+from .parts import (
     FLOATS,
     Affine,
     Faults,
@@ -34,7 +35,6 @@ from .foreign_parts import (
     words,
     words_to_bytes,
 )
-from .tensor import QuantizedTensor
 
 WIDTHS = (2, 3, 4, 8)
 VERSIONS = {1: 1, 2: 2, "gptq": 1, "gptq_v2": 2}

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ..reference import quant as reference
-from . import foreign_awq, foreign_bnb, foreign_gptq, foreign_plain
-from .foreign_awq import from_awq, to_awq
-from .foreign_bnb import from_bitsandbytes, to_bitsandbytes
-from .foreign_gptq import VERSIONS, from_gptq, guess_bits, mislabelled, to_gptq, zeros_version
-from .foreign_parts import Faults, Tensors, fault, finite, key, stream, words, zero_scales
-from .foreign_plain import METADATA, from_fp8, from_plain, to_fp8, to_plain
+from ...reference import quant as reference
+from . import awq, bnb, gptq, plain
+from .awq import from_awq, to_awq
+from .bnb import from_bitsandbytes, to_bitsandbytes
+from .gptq import VERSIONS, from_gptq, guess_bits, mislabelled, to_gptq, zeros_version
+from .parts import Faults, Tensors, fault, finite, key, stream, words, zero_scales
+from .plain import METADATA, from_fp8, from_plain, to_fp8, to_plain
 
 __all__ = [
     "diagnose",
@@ -55,18 +55,18 @@ def diagnose(tensors: Tensors, name: str, *, metadata: Mapping[str, str] | None 
     """
     weight = key(name, "weight")
     if any(other.startswith(f"{weight}.") for other in tensors):
-        return [*foreign_bnb.faults(tensors, weight)]
+        return [*bnb.faults(tensors, weight)]
     if any(key(name, part) in tensors for part in _PARTS):
         return [*_packed_faults(tensors, name, label)]
     if metadata is not None and f"{METADATA}{weight}" in metadata:
         return [*_our_faults(tensors, metadata, weight)]
-    if weight in tensors and tensors[weight].dtype in foreign_plain._FP8:
-        return [*foreign_plain.fp8_faults(tensors, weight), *_zeros(tensors, f"{weight}_scale_inv", f"{weight}_scale")]
+    if weight in tensors and tensors[weight].dtype in plain._FP8:
+        return [*plain.fp8_faults(tensors, weight), *_zeros(tensors, f"{weight}_scale_inv", f"{weight}_scale")]
     return [*_scale_faults(tensors, weight)]
 
 
 def _our_faults(tensors: Tensors, metadata: Mapping[str, str], weight: str) -> Faults:
-    if found := [*foreign_plain.faults(tensors, metadata, weight)]:
+    if found := [*plain.faults(tensors, metadata, weight)]:
         yield from found
         yield from _scale_faults(tensors, weight)
         return
@@ -93,10 +93,10 @@ def _packed_faults(tensors: Tensors, name: str, label: int | str | None) -> Faul
     """GPTQ or AWQ: GPTQ's words run along the inputs, so qweight has as many columns as scales."""
     shapes = [tensors[each].shape[-1:] for part in ("qweight", "scales") if (each := key(name, part)) in tensors]
     if key(name, "g_idx") not in tensors and len(shapes) == 2 and shapes[0] != shapes[1]:
-        yield from foreign_awq.faults(tensors, name)
+        yield from awq.faults(tensors, name)
         yield from _zeros(tensors, key(name, "scales"))
         return
-    if found := [*foreign_gptq.faults(tensors, name)]:
+    if found := [*gptq.faults(tensors, name)]:
         yield from found
         return
     yield from _zeros(tensors, key(name, "scales"))
@@ -115,7 +115,7 @@ def _shifted(tensors: Tensors, name: str, bits: int, n: int, said: int) -> Fault
     """
     qweight, qzeros = (words(tensors[key(name, part)]) for part in ("qweight", "qzeros"))
     zeros = stream(qzeros, bits, n)[:, :256].float()
-    k = foreign_gptq.inputs(tensors, name, bits)
+    k = gptq.inputs(tensors, name, bits)
     gap = float(stream(qweight[:, :256].t(), bits, k).float().mean() - zeros.mean())
     seen = 1 if abs(gap - 1) < 0.25 else 2 if abs(gap) < 0.25 else said
     if seen != said and zeros.numel() >= 64:

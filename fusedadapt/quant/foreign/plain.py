@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .foreign_parts import FLOATS, Faults, Tensors, fault, finite, missing, raise_first, refuse, shaped
-from .formats import FORMATS, NESTED_BLOCK, QFormat
-from .tensor import QuantizedTensor
+from ..formats import FORMATS, NESTED_BLOCK, QFormat
+from ..tensor import QuantizedTensor
+from .parts import FLOATS, Faults, Tensors, fault, finite, missing, raise_first, refuse, shaped
 
 METADATA = "fusedadapt."
 _ENDS = {"qdata": "", "scale": "_scale", "zero": "_zero", "super": "_super", "offset": "_offset"}

@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .foreign_affine import from_quantized, pack4, to_quantized, unpack4
-from .foreign_parts import (
+from ..tensor import QuantizedTensor
+from .affine import from_quantized, pack4, to_quantized, unpack4
+from .parts import (
     FLOATS,
     Affine,
     Faults,
@@ -28,7 +29,6 @@ from .foreign_parts import (
     words,
     words_to_bytes,
 )
-from .tensor import QuantizedTensor
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 GROUPS = (32, 64, 128)
