@@ -194,13 +194,16 @@ MUTANTS = (
     Mutant(FAKE_PUBLIC, "grad(-rule[0] * outside, zero)", "grad(rule[0] * outside, zero)", f"{FAKE}a_zero_point_is_an_offset_in_steps"),
     Mutant(FAKE_PUBLIC, "sizes[-1] = groups.last", "pass", f"{FAKE}lsq_factor_counts_the_elements_of_each_scale[reference]"),
     Mutant(FAKE_CPU, "== out.high ? above : next_down(above)", "== out.high ? above : above", f"{FAKE}masks_on_the_half_step_band"),
-    Mutant(FAKE_CPU, "scale[i] = outside[i] = 0.f;", ";", f"{FAKE}cpp_is_the_reference"),
-    Mutant("csrc/cpu/fake_quant.cpp", "std::min(within + job.run, job.line)", "within + job.run", f"{FAKE}cpp_is_the_reference"),
+    Mutant(FAKE_CPU, "scale[i] = outside[i] = 0.f;", ";", f"{FAKE}cpp_is_the_reference[8-dtype8-False]"),
+    Mutant("csrc/cpu/fake_quant.cpp", "last), r % job.groups", "last), 0", f"{FAKE}cpp_is_the_reference[13-dtype13-False]"),
     Mutant(
         FAKE_GPU, "by_scale += tl.where(valid, term, 0.0)", "by_scale = tl.where(valid, term, 0.0)",
         "test_triton_fake_quant.py::test_unaligned_x_and_more_than_one_program",
     ),
-    Mutant(FAKE_GPU, "clamped(u, low - 1.0, high + 1.0)", "clamped(u, low, high)", "test_triton_fake_quant.py"),
+    Mutant(
+        FAKE_GPU, "clamped(u, low - 1.0, high + 1.0)", "clamped(u, low, high)",
+        "test_triton_fake_quant.py::test_triton_is_the_reference[4-dtype4]",
+    ),
     # products with quantized activations
     Mutant(QUANT_ACT, "magnitude + 0x7ffff + ((magnitude >> 20) & 1)", "magnitude + 0x80000", f"{ACT}hostile_rows[base-fp8_e4m3]"),
     Mutant(QUANT_ACT, "as_float(bits) < kTiny ? 0.f : as_float(bits)", "as_float(bits)", f"{ACT}hostile_rows[base-int8]"),
