@@ -58,7 +58,7 @@ def test_int8_bits(axis: str) -> None:
 
 
 def test_sums_beyond_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of 2048 columns here, for 2^17 would take the interpreter minutes; their sums are beyond 2^24, so that it shows where they are rounded."""
+    """Chunks of 2048 columns, for 2^17 would take the interpreter minutes; their sums are beyond 2^24, so that it shows where they are rounded."""
     monkeypatch.setattr(reference, "CHUNK", 2048)
     g = torch.Generator().manual_seed(0)
     for k in (2047, 2048, 2049, 4096, 6500):
