@@ -176,6 +176,6 @@ def fp8_linear(
         fp8_kernel[(triton.cdiv(T, t.rows) * triton.cdiv(n, t.cols),)](
             codes.view(torch.float8_e4m3fn), parts.qdata.view(torch.float8_e4m3fn), x_scale, w_scale,
             None if bias is None else bias.float().contiguous(), y, T, n // n_unit, K // k_unit, x_scale.shape[1],
-            blocks, n_unit, k_unit, t.rows, t.cols, 128, num_warps=t.warps, num_stages=t.stages,
+            blocks, n_unit, k_unit, t.rows, t.cols, 128, num_warps=t.warps, num_stages=t.stages, enable_fp_fusion=True,
         )  # fmt: skip
     return y

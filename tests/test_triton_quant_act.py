@@ -58,10 +58,10 @@ def test_int8_bits(axis: str) -> None:
 
 
 def test_sums_beyond_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of 256 columns here: 2^17 would take the interpreter minutes."""
-    monkeypatch.setattr(reference, "CHUNK", 256)
+    """Chunks of 2048 columns, for 2^17 would take the interpreter minutes; their sums are beyond 2^24, so that it shows where they are rounded."""
+    monkeypatch.setattr(reference, "CHUNK", 2048)
     g = torch.Generator().manual_seed(0)
-    for k in (255, 256, 257, 512, 700):
+    for k in (2047, 2048, 2049, 4096, 6500):
         x, w = (torch.randint(100, 128, (rows, k), generator=g, dtype=torch.int8) for rows in (3, 5))
         args = (x.view(torch.uint8), new(3, 1), w, new(5, 1), None, None, None, None, "int8", "int8", 5, torch.float32)
         with fa.backend("reference"):
