@@ -22,6 +22,9 @@ LR_HOST, LR_CPU = "csrc/cpu/lowrank.cpp", "csrc/cpu/lowrank_isa.cpp"
 DERIVATIVES, CONTRACT = "test_lowrank_derivatives.py::test_derivatives", "test_lowrank_contract.py::test_"
 SELECT, MASK, DELTA, CODING = (f"fusedadapt/sparse/{name}.py" for name in ("select", "mask", "delta", "coding"))
 LAYERS, SPARSE_TRUTH = "fusedadapt/sparse/layers.py", "fusedadapt/reference/sparse.py"
+Q_CODEC, Q_PRODUCT = "csrc/cpu/quant_isa.cpp", "csrc/cpu/quant_product_isa.cpp"
+Q_VECTOR, Q_LANES = "csrc/cpu/quant_vector.h", "csrc/cpu/quant_lanes.h"
+Q_SAME, Q_EXACT = "test_quant_cpp.py::test_the_codec_is_the_reference", "test_quant_cpp.py::test_products_are_as_exact_as_torch_and_repeat"
 SWEEP, HOST, TABLE = "csrc/cpu/optim_isa.cpp", "csrc/cpu/optim.cpp", "csrc/table_host.cpp"
 
 MUTANTS = (
@@ -172,4 +175,13 @@ MUTANTS = (
         "test_sparse_layers.py::test_training_moves_the_chosen_elements_alone",
     ),
     Mutant(LAYERS, "dv if ctx.alpha == 1.0 else dv * ctx.alpha", "dv", "test_sparse_layers.py::test_gradcheck_with_alpha"),
+    # low-bit weights in C++
+    Mutant(Q_CODEC, "count -= I(m > cuts[k]);", "count -= I(m >= cuts[k]);", f"{Q_SAME}[base-mxfp4]"),
+    Mutant(Q_CODEC, "if (e.round_last) v += z;", "", f"{Q_SAME}[base-hqq4]"),
+    Mutant(Q_CODEC, "(x < r.lo) | nan ? x", "(x < r.lo) ? x", f"{Q_SAME}[base-int8]"),
+    Mutant(Q_VECTOR, "next = side - c0 % side;", "next = side;", f"{Q_SAME}[base-int4 20]"),
+    Mutant(Q_VECTOR, "s.above[(first + i) / s.block];", "s.above[i / s.block];", f"{Q_SAME}[base-nf4 nested]"),
+    Mutant(Q_LANES, "int(a.per) + (j ^ swap)", "int(a.per) + j", f"{Q_EXACT}[base-nf4]"),
+    Mutant(Q_PRODUCT, "fma(odd, splat(0.0625f), even)", "even + odd", f"{Q_EXACT}[base-int4]"),
+    Mutant(Q_PRODUCT, "sum += load<F>(sums + slot * step + c + i);", "sum = load<F>(sums + slot * step + c + i);", f"{Q_EXACT}[base-int4]"),
 )  # fmt: skip
