@@ -25,6 +25,9 @@ LAYERS, SPARSE_TRUTH = "fusedadapt/sparse/layers.py", "fusedadapt/reference/spar
 FAKE_TRUTH, FAKE_PUBLIC, FAKE = "fusedadapt/reference/fake_quant.py", "fusedadapt/quant/fake.py", "test_fake_quant.py::test_"
 FAKE_CPU, FAKE_GPU = "csrc/cpu/fake_quant_isa.cpp", "kernels/fake_quant.py"
 QUANT_ACT, ACT = "csrc/cpu/quant_act_isa.cpp", "test_quant_act.py::test_"
+Q_CODEC, Q_PRODUCT = "csrc/cpu/quant_isa.cpp", "csrc/cpu/quant_product_isa.cpp"
+Q_VECTOR, Q_LANES = "csrc/cpu/quant_vector.h", "csrc/cpu/quant_lanes.h"
+Q_SAME, Q_EXACT = "test_quant_cpp.py::test_the_codec_is_the_reference", "test_quant_cpp.py::test_products_are_as_exact_as_torch_and_repeat"
 SWEEP, HOST, TABLE = "csrc/cpu/optim_isa.cpp", "csrc/cpu/optim.cpp", "csrc/table_host.cpp"
 LOWBIT, CODED = "csrc/core/lowbit.h", "test_optim_coded.py::test_same_bits_as_the_reference"
 
@@ -216,4 +219,13 @@ MUTANTS = (
     ),
     Mutant("kernels/quant_act.py", "most + 0x7FFFF + ((most >> 20) & 1)", "most + 0x80000", "test_triton_quant_act.py::test_hostile_codes[fp8_e4m3]"),
     Mutant("kernels/quant_act_linear.py", "% CHUNK == 0:", "% CHUNK == 1:", "test_triton_quant_act.py::test_sums_beyond_a_chunk"),
+    # low-bit weights in C++
+    Mutant(Q_CODEC, "count -= I(m > cuts[k]);", "count -= I(m >= cuts[k]);", f"{Q_SAME}[base-mxfp4]"),
+    Mutant(Q_CODEC, "if (e.round_last) v += z;", "", f"{Q_SAME}[base-hqq4]"),
+    Mutant(Q_CODEC, "(x < r.lo) | nan ? x", "(x < r.lo) ? x", f"{Q_SAME}[base-int8]"),
+    Mutant(Q_VECTOR, "next = side - c0 % side;", "next = side;", f"{Q_SAME}[base-int4 20]"),
+    Mutant(Q_VECTOR, "s.above[(first + i) / s.block];", "s.above[i / s.block];", f"{Q_SAME}[base-nf4 nested]"),
+    Mutant(Q_LANES, "int(a.per) + (j ^ swap)", "int(a.per) + j", f"{Q_EXACT}[base-nf4]"),
+    Mutant(Q_PRODUCT, "fma(odd, splat(0.0625f), even)", "even + odd", f"{Q_EXACT}[base-int4]"),
+    Mutant(Q_PRODUCT, "sum += load<F>(sums + slot * step + c + i);", "sum = load<F>(sums + slot * step + c + i);", f"{Q_EXACT}[base-int4]"),
 )  # fmt: skip

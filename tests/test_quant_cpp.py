@@ -23,7 +23,7 @@ from fusedadapt.ops import quant_cpp as cpp  # noqa: E402
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ISAS = [isa for isa in ("base", "avx2", "avx512") if _core.use_isa(isa)]
 _core.use_isa(ISAS[-1])
-SHAPES = [(1, 1), (3, 2), (1, 7), (5, 33), (7, 64), (2, 129), (33, 96), (4, 256), (6, 1000), (130, 40), (3, 2081), (64, 64)]
+SHAPES = [(1, 1), (3, 2), (1, 7), (5, 33), (7, 64), (2, 129), (33, 96), (4, 256), (6, 1000), (130, 40), (3, 2081), (64, 64), (40, 520)]
 
 
 def _formats() -> dict[str, QFormat]:
@@ -117,7 +117,7 @@ def test_the_codec_is_the_reference(name: str, isa: str) -> None:
                 assert same(rows, reference.dequantize(parts, fmt, n, k, row0, row1, out)), (n, k, row0, row1, out)
 
 
-PRODUCTS = [(1, 5, 33), (2, 17, 64), (3, 4, 256), (4, 40, 129), (5, 9, 1030), (7, 1, 2), (1, 33, 4200), (17, 6, 96), (2, 130, 520)]
+PRODUCTS = [(1, 5, 33), (2, 17, 64), (3, 4, 256), (4, 40, 129), (5, 9, 1030), (7, 1, 2), (1, 33, 4200), (17, 6, 96), (2, 130, 520), (1, 300, 512)]
 
 
 def torch_error(x: Tensor, parts: Parts, fmt: QFormat, n: int, k: int, transposed: bool) -> Tensor:

@@ -49,14 +49,21 @@ Layout layout_of(const Weight& w) {
   return a;
 }
 
-// The column of W that stands at place i of an operand's row.
-FA_INLINE int64_t column_at(const Weight& w, const Layout& a, int64_t i) {
-  if (!a.direct) return i;
-  const int64_t j = i % a.block / kLanes, lane = i % kLanes, start = i / a.block * a.block;
-  const int64_t swap = w.flat && w.bits == 4 ? 1 : 0;
-  if (a.planes) return start + ((lane % 4 + j % 4 * 4 + lane / 4 * 16) * 2 + (j / 4 ^ swap));
-  return start + lane * a.per + (j ^ swap);
-}
+// Which column of a block of W stands at each place of an operand's block.
+struct Places {
+  int32_t column[16 * kLanes];
+
+  Places(const Weight& w, const Layout& a) {
+    const int swap = w.flat && w.bits == 4 ? 1 : 0;
+    for (int i = 0; i < int(a.block); ++i) {
+      const int j = i / kLanes, lane = i % kLanes;
+      if (a.planes)
+        column[i] = (lane % 4 + j % 4 * 4 + lane / 4 * 16) * 2 + (j / 4 ^ swap);
+      else
+        column[i] = a.direct ? lane * int(a.per) + (j ^ swap) : i;
+    }
+  }
+};
 
 // How words become numbers, kStep vectors at a time.
 template <Values kind, int bits>
@@ -142,7 +149,9 @@ struct Chunk {
     alignas(64) float groups[kChunk / 4 + kLanes];
     const int64_t end = least(c1, w.k), first = c0 / a.side, count = (end - 1) / a.side - first + 1;
     const int64_t g = (w.flat ? row * (w.k / a.side) : row / w.grid.rows * w.grid.wide) + first;
-    const int64_t n = ceil_div(end - c0, a.granule), all = ceil_div(end - c0, a.block) * (a.wide ? 1 : kLanes), from = c0 / a.granule;
+    // The lanes of a half stand for all of its 32 columns, also where the row ends among them.
+    const int64_t n = a.planes && !a.wide ? ceil_div(end - c0, 32) * 4 : ceil_div(end - c0, a.granule);
+    const int64_t all = ceil_div(end - c0, a.block) * (a.wide ? 1 : kLanes), from = c0 / a.granule;
     scales_of(w.scales, g, count, groups);
     spread(groups, from, n, a.side / a.granule, s);
     if (a.zeros) {

@@ -18,15 +18,16 @@ void size(const Weight& w, int64_t* row, int64_t* sums) {
 
 void arrange(const Weight& w, const Product& p, int64_t t, const Operand& to) {
   const Layout a = layout_of(w);
+  const Places places(w, a);
   float* const x = to.x + t * to.stride;
   with_format(p.dtype, [&](auto format) {
     using Format = decltype(format);
     const auto* from = static_cast<const typename Format::E*>(p.x) + t * p.stride;
-    for (int64_t i = 0; i < a.padded(); i += kLanes) {
-      const int64_t step = a.direct ? a.per : 1;
-      int64_t column = column_at(w, a, i);
-      for (int lane = 0; lane < kLanes; ++lane, column += step) x[i + lane] = column < w.k ? Format::widen_one(from[column]) : 0.f;
-    }
+    for (int64_t c = 0; c < a.padded(); c += a.block)
+      for (int64_t i = 0; i < a.block; ++i) {
+        const int64_t column = c + places.column[i];
+        x[c + i] = column < w.k ? Format::widen_one(from[column]) : 0.f;
+      }
   });
   for (int64_t u = 0; u < a.units && a.zeros; ++u) {
     F sum = {};
@@ -323,16 +324,17 @@ void linear_dx(const Weight& w, const Product& p, int64_t n0, int64_t n1, const 
 
 void finish_dx(const Weight& w, const Product& p, int64_t t, const float* sums, int64_t step, int64_t count) {
   const Layout a = layout_of(w);
+  const Places places(w, a);
   with_format(p.dtype, [&](auto format) {
     using Format = decltype(format);
     auto* y = static_cast<typename Format::E*>(p.y) + t * w.k;
-    for (int64_t i = 0; i < a.padded(); i += kLanes) {
-      F sum = load<F>(sums + i);
-      for (int64_t slot = 1; slot < count; ++slot) sum += load<F>(sums + slot * step + i);
-      const int64_t first = column_at(w, a, i), across = a.direct ? a.per : 1;
-      for (int lane = 0; lane < kLanes; ++lane)
-        if (const int64_t column = first + lane * across; column < w.k) y[column] = Format::narrow_one(sum[lane]);
-    }
+    for (int64_t c = 0; c < a.padded(); c += a.block)
+      for (int64_t i = 0; i < a.block; i += kLanes) {
+        F sum = load<F>(sums + c + i);
+        for (int64_t slot = 1; slot < count; ++slot) sum += load<F>(sums + slot * step + c + i);
+        for (int lane = 0; lane < kLanes; ++lane)
+          if (const int64_t column = c + places.column[i + lane]; column < w.k) y[column] = Format::narrow_one(sum[lane]);
+      }
   });
 }
 

@@ -83,11 +83,10 @@ def encode(w: Tensor, factor: Tensor, zero: Tensor | None, fmt: QFormat) -> Tens
     out = torch.empty(fmt.packed(n, k), dtype=torch.uint8)
     codes = fmt.codes
     cuts, order = (None, None) if codes is None else _cuts(codes)
-    # Order: csrc/bindings_quant.cpp, `encoding`.
-    spec = (w.data_ptr(), _CODES[w.dtype], n, k, fmt.row_bytes(k), fmt.bits, fmt.flat, *_grid(fmt, n, k), factor.data_ptr(), _address(zero))
-    spec += (fmt.divide, fmt.zero == "fp32", codes is not None and codes.magnitude, codes is not None and codes.sign_bit)
-    spec += (fmt.low, fmt.high, fmt.bias, 0 if cuts is None else cuts.numel(), _address(cuts), _address(order))
-    spec += (zero_code(fmt) if fmt.flat else 0, out.data_ptr())
+    flags = fmt.divide, fmt.zero == "fp32", codes is not None and codes.magnitude, codes is not None and codes.sign_bit
+    integers, found = (fmt.low, fmt.high, fmt.bias), (0 if cuts is None else cuts.numel(), _address(cuts), _address(order))
+    shape, factors = (n, k, fmt.row_bytes(k), fmt.bits, fmt.flat, *_grid(fmt, n, k)), (factor.data_ptr(), _address(zero))
+    spec = (w.data_ptr(), _CODES[w.dtype], *shape, *factors, *flags, *integers, *found, zero_code(fmt) if fmt.flat else 0, out.data_ptr())
     _core.q_encode(spec, torch.get_num_threads())
     return out
 
