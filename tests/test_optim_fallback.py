@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fusedadapt import _core, dispatch
-from fusedadapt.optim import AdamW, NAdam
+from fusedadapt.optim import AdamW, NAdam, coded
 from fusedadapt.optim import table as tables
 
 
@@ -61,9 +61,47 @@ def test_tables_describe_the_same_memory() -> None:
         table = module.Table(exchange, tables.read, ["exp_avg", "exp_avg_sq"], [], "master", 1, 0)
         table.add(p, state, 3, 5, 7, 11, 13)
         assert table.scan() == 0
-        words.append(struct.unpack("<22q", table.descriptors(True)))
+        words.append(struct.unpack("<26q", table.descriptors(True)))
         assert table.chunk_list(16) == struct.pack("<4q", 0, 0, 0, 16)
     assert words[0] == words[1] == words[2]
+
+
+@pytest.mark.parametrize("state_dtype", ["int8", "fp8"])
+@pytest.mark.parametrize("compact", [False, True])
+def test_tables_describe_the_same_coded_states(state_dtype: str, compact: bool) -> None:
+    p = torch.nn.Parameter(torch.randn(6000))
+    p.grad = torch.randn(6000)
+    opt = AdamW([p], state_dtype=state_dtype, masks={p: torch.arange(6000) < 5000}, mask_state="compact" if compact else "dense")
+    opt.step()
+    state = opt.state[p]
+    if compact:  # two cohorts: 1,000 elements and the rest, whose first block starts there
+        full = {k: coded.decode(state, k) for k in ("exp_avg", "exp_avg_sq")}
+        forms = coded.formats(state)
+        state |= {"cohorts": torch.tensor([0, 1000]), "step": torch.ones(2)}
+        for k, values in full.items():
+            state.update(coded.encode(state, k, values, forms[k]))
+    words = []
+    for module, exchange in ((_core, torch.Tensor.__dlpack_c_exchange_api__), (_core, None), (tables, None)):
+        table = module.Table(exchange, tables.read, ["exp_avg", "exp_avg_sq"], [], "master", 1, 0, [11, 12])
+        table.add(p, state, 0, 0, 0, 0, 0, compact)
+        assert table.scan() == 0
+        words.append(struct.unpack(f"<{26 * len(table.owners)}q", table.descriptors(True)))
+    assert words[0] == words[1] == words[2] and len(words[0]) == 26 * (1 + compact)
+    wide, block = (2, 128) if state_dtype == "fp8" else (1, 256)
+    assert [words[0][21 + 26 * c] >> 24 & 0xFF for c in range(1 + compact)] == [block.bit_length() - 1] * (1 + compact)
+    blocks = -(-1000 // block)
+    assert not compact or words[0][26 + 22] - words[0][22] == 4 * wide * blocks
+    before = {k: v.clone() for k, v in state.items() if isinstance(v, torch.Tensor)}
+    held, start = dict(state), p.detach().clone()
+    opt.step()
+    stepped = [p.detach().clone(), *(state[k].clone() for k in before)]
+    p.data.copy_(start)
+    for k in before:
+        held[k].copy_(before[k])
+    opt.backend = "reference"
+    opt._reset()
+    opt.step()
+    assert all(torch.equal(a, b) for a, b in zip(stepped, [p.detach(), *(state[k] for k in before)]))
 
 
 def test_absence_is_said_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:

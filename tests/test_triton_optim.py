@@ -283,7 +283,7 @@ def test_squares():
 
 
 def test_empty_and_refused_input():
-    desc, chunks, rows = torch.zeros(0, 22, dtype=torch.int64), torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 24)
+    desc, chunks, rows = torch.zeros(0, 26, dtype=torch.int64), torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 24)
     optim.step_(desc, chunks, rows, "adam", chunk=64)
     assert optim.squares(desc, chunks, chunk=64).shape == (0,)
     with pytest.raises(ValueError, match="multiple of 16"):
