@@ -111,12 +111,13 @@ struct Groups {
 
 template <bool kTable>
 FA_DEVICE void load_groups(Groups& groups, const QuantWeight& w, int64_t k, int shift) {
+  int64_t g[kRows];
   FA_UNROLL
-  for (int r = 0; r < kRows; ++r) {
-    const int64_t g = (groups.start[r] + k) >> shift;
-    groups.scale[r] = scale_of(w, g);
-    groups.zero[r] = zero_of(w, g) + (kTable || w.zero_dtype == kF32 ? 0.f : kTwo23 - w.first);
-  }
+  for (int r = 0; r < kRows; ++r) g[r] = (groups.start[r] + k) >> shift;
+  load_numbers(groups.scale, groups.zero, w, g);
+  const float base = kTable || w.zero_dtype == kF32 ? 0.f : kTwo23 - w.first;
+  FA_UNROLL
+  for (int r = 0; r < kRows; ++r) groups.zero[r] += base;
 }
 
 // Eight columns from k on of a block's rows, times every token.
@@ -168,6 +169,7 @@ __global__ void __launch_bounds__(kThreads, 2) gemv_kernel(QuantWeight w, QuantP
   const bool one_group = 1ll << shift >= kColumns;
   while (chunk < chunks) {
     const int64_t column = chunk * kColumns;
+    if (one_group) load_groups<kTable>(groups, w, column, shift);  // before anything waits for the codes
     FA_UNROLL
     for (int r = 0; r < kRows; ++r) {
       FA_UNROLL
@@ -177,7 +179,6 @@ __global__ void __launch_bounds__(kThreads, 2) gemv_kernel(QuantWeight w, QuantP
       }
       rotate<kBits>(q[r], first);
     }
-    if (one_group) load_groups<kTable>(groups, w, column, shift);
     const auto piece = [&](int i) {
       const int64_t k = column + (i + first) % kPieces<kBits> * kPiece;
       if (!one_group) load_groups<kTable>(groups, w, k, shift);
@@ -210,7 +211,9 @@ __global__ void __launch_bounds__(kThreads) any_kernel(QuantWeight w, QuantProdu
   float sum[kMostTokens] = {};
   for (int64_t k = threadIdx.x; k < w.k; k += blockDim.x) {
     const int64_t g = w.flat ? (row * w.k + k) / w.columns : start + (w.columns == 1 ? k : k / w.columns);
-    const float v = (in_global(w.values)[code_at(w, row, k)] - zero_of(w, g)) * scale_of(w, g);
+    float scale[1], zero[1];
+    load_numbers(scale, zero, w, {g});
+    const float v = (in_global(w.values)[code_at(w, row, k)] - zero[0]) * scale[0];
     FA_UNROLL
     for (int t = 0; t < kMostTokens; ++t) {
       if (t >= p.t) break;

@@ -21,17 +21,51 @@ FA_DEVICE float load_float(const void* p, int64_t i, int dtype) {
 }
 FA_DEVICE uint32_t load_byte(const void* p, int64_t i) { return vec_load<uint8_t>(in_global(static_cast<const uint8_t*>(p)) + i); }
 
-FA_DEVICE float scale_of(const QuantWeight& w, int64_t g) {
-  if (w.coding == kStored) return load_float(w.scale, g, w.scale_dtype);
-  const uint32_t b = load_byte(w.scale, g);
-  if (w.coding == kPower) return as_float(b == 0 ? 1u << 22 : b == 255 ? 0x7fc00000u : b << 23);
-  if (w.coding == kSmallFloat) return e4m3(b) * *in_global(w.above);
-  return in_global(w.dynamic)[b] * in_global(w.above)[g / 256] + *in_global(w.offset);
+template <class T, int kCount>
+FA_DEVICE void load_each(uint32_t (&raw)[kCount], const void* base, const int64_t (&at)[kCount]) {
+  const T* p = in_global(static_cast<const T*>(base));
+  FA_UNROLL
+  for (int i = 0; i < kCount; ++i) raw[i] = uint32_t(vec_load<T>(p + at[i]));
 }
 
-FA_DEVICE float zero_of(const QuantWeight& w, int64_t g) {
-  if (w.zero_dtype == kF32) return load_float(w.zero, g, kF32);
-  return w.zero_dtype == kU8 ? float(load_byte(w.zero, g)) : 0.f;
+template <int kCount, class F>
+FA_DEVICE void set_each(float (&out)[kCount], const F& f) {
+  FA_UNROLL
+  for (int i = 0; i < kCount; ++i) out[i] = f(i);
+}
+
+// Scales and zeros of groups g. The switches are outside, so that all loads are under way before the first is waited for.
+template <int kCount>
+FA_DEVICE void load_numbers(float (&scale)[kCount], float (&zero)[kCount], const QuantWeight& w, const int64_t (&g)[kCount]) {
+  uint32_t s[kCount], z[kCount];
+  if (w.coding != kStored)
+    load_each<uint8_t>(s, w.scale, g);
+  else if (w.scale_dtype == kF32)
+    load_each<uint32_t>(s, w.scale, g);
+  else
+    load_each<uint16_t>(s, w.scale, g);
+  if (w.zero_dtype == kU8)
+    load_each<uint8_t>(z, w.zero, g);
+  else if (w.zero_dtype == kF32)
+    load_each<uint32_t>(z, w.zero, g);
+  if (w.coding == kPower) {
+    set_each(scale, [&](int i) { return as_float(s[i] == 0 ? 1u << 22 : s[i] == 255 ? 0x7fc00000u : s[i] << 23); });
+  } else if (w.coding == kSmallFloat) {
+    const float above = *in_global(w.above);
+    set_each(scale, [&](int i) { return e4m3(s[i]) * above; });
+  } else if (w.coding == kNestedScale) {
+    const float offset = *in_global(w.offset);
+    set_each(scale, [&](int i) { return in_global(w.dynamic)[s[i]] * in_global(w.above)[g[i] / 256] + offset; });
+  } else if (w.scale_dtype == kF16) {
+    set_each(scale, [&](int i) { return half_to_float(uint16_t(s[i])); });
+  } else {
+    const int shift = w.scale_dtype == kBF16 ? 16 : 0;
+    set_each(scale, [&](int i) { return as_float(s[i] << shift); });
+  }
+  if (w.zero_dtype == kU8)
+    set_each(zero, [&](int i) { return float(z[i]); });
+  else
+    set_each(zero, [&](int i) { return w.zero_dtype == kF32 ? as_float(z[i]) : 0.f; });
 }
 
 // Sums `v` over the warp: where there is more than one, each half of the lanes goes on with half of them, so that the whole takes kCount - 1

@@ -42,10 +42,12 @@ def _lacks(name: str, function: str) -> str:
     return "" if module is not None and hasattr(module, function) else f"has no kernel for {function}"
 
 
+Refused = tuple[tuple[str, str], ...]  # (backend, why)
+
+
 @functools.lru_cache(maxsize=256)
-def _choose(function: str, device_type: str, fp64: bool, wish: str | None, strict: bool, refused: tuple[tuple[str, str], ...] = ()) -> dispatch.Choice:
-    unfit = dict(_FP64) if fp64 else {}
-    unfit |= refused
+def _choose(function: str, device_type: str, fp64: bool, wish: str | None, strict: bool, refused: Refused = ()) -> dispatch.Choice:
+    unfit = (_FP64 if fp64 else {}) | dict(refused)
     for name in config.BACKENDS:
         # A backend that cannot run here is not imported to find out what it has.
         if name not in unfit and not dispatch.available_backends(device_type)[name] and (why := _lacks(name, function)):
@@ -59,7 +61,7 @@ def choose(function: str, device_type: str, dtype: torch.dtype, product: tuple[i
     ``product``: (T, N, K, format) of `linear`. A backend whose module has `takes(t, n, k, dtype, fmt) -> why not` is asked, and passed over if it
     declines; without ``product`` nobody is asked.
     """
-    refused: tuple[tuple[str, str], ...] = ()
+    refused: Refused = ()
     while True:
         choice = _choose(function, device_type, dtype == torch.float64, config.current_backend(), config.is_strict(), refused)
         takes = None if product is None else getattr(_module(choice.backend), "takes", None)

@@ -1,7 +1,8 @@
 """Products of the quant family on a GPU in CUDA C++ (`csrc/cuda/quant_gemv.cu`), for a few tokens: `linear` of `reference.quant`. On CPU tensors the
 same kernels run in the emulator (tests only).
 
-Inputs are checked by `ops.quant`: fp32, bf16 or fp16, nothing empty. Sums are fp32, in an order that shapes and format decide: results repeat bit for bit.
+Inputs are checked by `ops.quant`: fp32, bf16 or fp16, nothing empty. Sums are fp32, in an order that N, K and the format decide: results repeat bit
+for bit, and a token's do not depend on the others.
 """
 
 from __future__ import annotations

@@ -142,11 +142,6 @@ class QuantizedLinear(PackedWeight):
         shape = (self.out_features, self.in_features, self.format)
         choice, other = (ops.choose("linear", device, torch.float32, (tokens, *shape)) for tokens in (1, 64))
         more = "" if other == choice else f"; 64 tokens: {other.backend} ({other.reason})"
+        pieces = ops.choose("dequantize", device, torch.float32).backend
         what = f"QuantizedLinear[{self.format.spec}] {self.out_features}x{self.in_features} {self.weight.device}"
-        return [
-            (
-                what,
-                choice.backend,
-                f"{choice.reason}{more}; many tokens: dequantized in pieces by {ops.choose('dequantize', device, torch.float32).backend}, torch's GEMM",
-            )
-        ]
+        return [(what, choice.backend, f"{choice.reason}{more}; many tokens: dequantized in pieces by {pieces}, torch's GEMM")]
