@@ -18,6 +18,7 @@ namespace py = pybind11;
 namespace fa {
 
 void bind_cuda_sparse(py::module_& m);  // csrc/bindings_cuda_sparse.cpp
+void bind_cuda_quant(py::module_& m);  // csrc/bindings_cuda_quant.cpp
 
 namespace {
 
@@ -85,6 +86,7 @@ void cuda_prologue(int rule, uintptr_t desc, int64_t n, uintptr_t hypers, uintpt
 
 void bind_cuda(py::module_& m) {
   bind_cuda_sparse(m);
+  bind_cuda_quant(m);
   const auto no_gil = py::call_guard<py::gil_scoped_release>();
   using namespace py::literals;
   m.def("cuda_sweep", &cuda_sweep, no_gil, "rule"_a, "desc_ptr"_a, "n_tensors"_a, "chunks_ptr"_a, "n_chunks"_a, "chunk"_a, "rows_ptr"_a,

@@ -57,7 +57,7 @@ def short(mangled: str) -> str:
     name = re.search(r"\d+([A-Z][A-Za-z]+?)(?:I|E|$)(.*)", rule[1] + "E")
     plain = re.match(r"NS_(\d+)(.*)", rule[1])
     if not plain:
-        numbers = re.findall(r"E(\d+)|Lb([01])", rule[1] + "E")
+        numbers = re.findall(r"E(\d+)|L[bi](\d+)", rule[1] + "E")
         return f"{re.sub(r'.*[0-9]', '', kernel[1])}<{','.join(a or b for a, b in numbers) or rule[1]}>"
     assert name, mangled
     word, rest = plain[2][: int(plain[1])], plain[2][int(plain[1]) :]
@@ -154,6 +154,20 @@ def test_selection_reads_128_bits(built, kernel):
     # bf16 takes one access, fp32 two; of a score's second operand again. `mark` reads two runs at a time, twice.
     wanted = {"histogram<0>": 2, "mark<0>": 8, "mark<1>": 16}.get(kernel, 4)
     assert len(re.findall(r"\bLDG\.E\.128", body)) >= wanted
+    assert not re.findall(r"\b(?:LDL|STL)\b", body), "local memory"
+
+
+@pytest.mark.parametrize("kernel", [f"gemv<{t},{how}>" for t in (1, 2, 4, 8) for how in ("2,0", "4,0", "4,1", "8,0", "8,1")])
+def test_products_read_128_bits(built, kernel):
+    tool = cuobjdump()
+    if tool is None:
+        pytest.skip("needs a missing tool: cuobjdump (CUDA toolkit or Triton's wheel)")
+    functions = re.split(r"Function : ", run(tool, "-sass", f"{built[0]}/quant_gemv.sm_90"))[1:]
+    body = {short(f.split()[0]): f for f in functions}[kernel]
+    # codes of four rows, before the loop and in it, and x
+    assert len(re.findall(r"\bLDG\.E\.128", body)) >= 2 * 4 + int(kernel[5])
+    assert re.search(r"\bFFMA\b", body), "products may be contracted"
+    assert not re.findall(r"\b(?:LD|ST)\.E\S*", body), "accesses through generic addresses"
     assert not re.findall(r"\b(?:LDL|STL)\b", body), "local memory"
 
 

@@ -22,11 +22,13 @@ inline constexpr unsigned kAllLanes = 0xffffffffu;
 
 #if defined(FA_EMULATE)
 #include "../emulator/cuda_on_cpu.h"
+#define FA_NO_UNROLL
 #else
 #include <cuda_runtime.h>
 
 #define FA_DEVICE __device__ __forceinline__
 #define FA_UNROLL _Pragma("unroll")
+#define FA_NO_UNROLL _Pragma("unroll 1")
 #define FA_SHARED(type, name, ...) __shared__ type name __VA_ARGS__
 #define FA_LAUNCH(...) ::fa::launch(__VA_ARGS__)
 
@@ -88,5 +90,24 @@ inline int sm_count(int device) {
   check(cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device), "sm_count");
   return n;
 }
+
+class DeviceGuard {
+ public:
+  DeviceGuard(int device, const char* what) {
+    check(cudaGetDevice(&previous_), what);
+    if (previous_ == device) return;
+    check(cudaSetDevice(device), what);
+    moved_ = true;
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+  ~DeviceGuard() {
+    if (moved_) cudaSetDevice(previous_);
+  }
+
+ private:
+  int previous_ = 0;
+  bool moved_ = false;
+};
 
 }  // namespace fa

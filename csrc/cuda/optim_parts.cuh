@@ -4,12 +4,6 @@
 #include "../core/table.h"
 #include "elements.cuh"
 
-#if defined(__CUDACC__)
-#define FA_NO_UNROLL _Pragma("unroll 1")
-#else
-#define FA_NO_UNROLL
-#endif
-
 namespace fa::cuda {
 namespace {
 
@@ -132,25 +126,6 @@ FA_DEVICE void apply_decay(float (&p)[kEach], float (&g)[kEach], const Job& w, c
 }
 
 FA_DEVICE int64_t chunk_end(int64_t numel, int64_t offset, int32_t chunk) { return numel - offset < chunk ? numel : offset + chunk; }
-
-class DeviceGuard {
- public:
-  DeviceGuard(int device, const char* what) {
-    check(cudaGetDevice(&previous_), what);
-    if (previous_ == device) return;
-    check(cudaSetDevice(device), what);
-    moved_ = true;
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-  ~DeviceGuard() {
-    if (moved_) cudaSetDevice(previous_);
-  }
-
- private:
-  int previous_ = 0;
-  bool moved_ = false;
-};
 
 #if defined(FA_EMULATE)
 constexpr int64_t kMaxGrid = 64;  // small, so that tests see blocks that take several chunks

@@ -165,25 +165,6 @@ FA_DEVICE void store_bits(uint8_t* words, int64_t begin, int64_t n, uint32_t byt
   if (at < (n + 31) / 32 * 4) in_global(words)[at] = uint8_t(byte);
 }
 
-class DeviceGuard {
- public:
-  DeviceGuard(int device, const char* what) {
-    check(cudaGetDevice(&previous_), what);
-    if (previous_ == device) return;
-    check(cudaSetDevice(device), what);
-    moved_ = true;
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-  ~DeviceGuard() {
-    if (moved_) cudaSetDevice(previous_);
-  }
-
- private:
-  int previous_ = 0;
-  bool moved_ = false;
-};
-
 inline unsigned blocks_for(int64_t n) { return unsigned(n < 0x7fffffff ? n : 0x7fffffff); }
 
 }  // namespace fa::cuda

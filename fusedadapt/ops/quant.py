@@ -42,9 +42,12 @@ def _lacks(name: str, function: str) -> str:
     return "" if module is not None and hasattr(module, function) else f"has no kernel for {function}"
 
 
+Refused = tuple[tuple[str, str], ...]  # (backend, why)
+
+
 @functools.lru_cache(maxsize=256)
-def _choose(function: str, device_type: str, fp64: bool, wish: str | None, strict: bool) -> dispatch.Choice:
-    unfit = dict(_FP64) if fp64 else {}
+def _choose(function: str, device_type: str, fp64: bool, wish: str | None, strict: bool, refused: Refused = ()) -> dispatch.Choice:
+    unfit = (_FP64 if fp64 else {}) | dict(refused)
     for name in config.BACKENDS:
         # A backend that cannot run here is not imported to find out what it has.
         if name not in unfit and not dispatch.available_backends(device_type)[name] and (why := _lacks(name, function)):
@@ -52,9 +55,19 @@ def _choose(function: str, device_type: str, fp64: bool, wish: str | None, stric
     return dispatch.pick(f"quant.{function}", device_type, unfit=unfit)
 
 
-def choose(function: str, device_type: str, dtype: torch.dtype) -> dispatch.Choice:
-    """The backend of one function of this family for tensors of this device and dtype, and why."""
-    return _choose(function, device_type, dtype == torch.float64, config.current_backend(), config.is_strict())
+def choose(function: str, device_type: str, dtype: torch.dtype, product: tuple[int, int, int, QFormat] | None = None) -> dispatch.Choice:
+    """The backend of one function of this family for tensors of this device and dtype, and why.
+
+    ``product``: (T, N, K, format) of `linear`. A backend whose module has `takes(t, n, k, dtype, fmt) -> why not` is asked, and passed over if it
+    declines; without ``product`` nobody is asked.
+    """
+    refused: Refused = ()
+    while True:
+        choice = _choose(function, device_type, dtype == torch.float64, config.current_backend(), config.is_strict(), refused)
+        takes = None if product is None else getattr(_module(choice.backend), "takes", None)
+        if takes is None or product is None or not (why := takes(*product[:3], dtype, product[3])):
+            return choice
+        refused += ((choice.backend, why),)
 
 
 def run(function: str, t: Tensor) -> Any:
@@ -202,7 +215,7 @@ def _linear(x: Tensor, *args: Any) -> Tensor:
         y = x.new_zeros(t, n)
         return y if bias is None else y + bias.to(x.dtype)
     x = x if x.stride(1) == 1 and x.stride(0) >= k else x.contiguous()
-    module = _module(choose("linear", x.device.type, x.dtype).backend)
+    module = _module(choose("linear", x.device.type, x.dtype, (t, n, k, fmt)).backend)
     if _takes(module, t, n, k, x.dtype, fmt, False):
         out: Tensor = module.linear(x, parts, fmt, n, bias)  # type: ignore[union-attr]
         return out

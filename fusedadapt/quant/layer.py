@@ -141,12 +141,9 @@ class QuantizedLinear(PackedWeight):
 
     def __fusedadapt_explain__(self) -> list[tuple[str, str, str]]:
         device = self.weight.device.type
-        choice = ops.choose("linear", device, torch.float32)
+        shape = (self.out_features, self.in_features, self.format)
+        choice, other = (ops.choose("linear", device, torch.float32, (tokens, *shape)) for tokens in (1, 64))
+        more = "" if other == choice else f"; 64 tokens: {other.backend} ({other.reason})"
+        pieces = ops.choose("dequantize", device, torch.float32).backend
         what = f"QuantizedLinear[{self.format.spec}] {self.out_features}x{self.in_features} {self.weight.device}"
-        return [
-            (
-                what,
-                choice.backend,
-                f"{choice.reason}; many tokens: dequantized in pieces by {ops.choose('dequantize', device, torch.float32).backend}, torch's GEMM",
-            )
-        ]
+        return [(what, choice.backend, f"{choice.reason}{more}; many tokens: dequantized in pieces by {pieces}, torch's GEMM")]
