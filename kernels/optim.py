@@ -329,10 +329,10 @@ def step_(
     with torch.cuda.device_of(desc):  # Triton launches on the current device
         scalars = (_scalar(grad_scale, 1, device), _scalar(found_inf, 0, device), _scalar(clip, 1, device), seed - (seed >> 63 << 64), chunk)
         if block:
-            size, warps = optim_coded.tile(block)
+            size, options = optim_coded.tile(block)
             optim_coded.sweep[(chunks.shape[0],)](
                 desc, chunks, rows, *scalars, optim_coded.tables(device), entry.fn, entry.states, entry.stored, bool(stochastic), scattered,
-                block, size, **{**OPTIONS, "num_warps": warps},
+                block, size, **options,
             )  # fmt: skip
             return
         kernel, size = (optim_scattered.sweep, optim_scattered.BLOCK) if scattered else (sweep, BLOCK)

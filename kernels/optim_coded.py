@@ -7,6 +7,8 @@ A program owns whole blocks: a tile is a multiple of them. One compilation per r
 for compact entries and anchors. Logarithm and power are sums and products: codes are equal on every backend.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -41,7 +43,7 @@ from .common import (
     store_f32,
     trainable,
 )
-from .optim import _NOT_SPECIALIZED, code_of, eights, load_param, piece, prepare_gradient, store_param
+from .optim import _NOT_SPECIALIZED, OPTIONS, code_of, eights, load_param, piece, prepare_gradient, store_param
 
 # Where the tables lie in `tables`: of the decades the ends, slopes, offsets and last magnitudes, signed and unsigned; the maps; fp8's levels.
 SLOPE, OFFSET, LAST, MAP, LEVEL = (tl.constexpr(first) for first in (16, 32, 48, 64, 576))
@@ -281,13 +283,14 @@ def sweep(
         )  # fmt: skip
 
 
-def tile(group: int) -> tuple[int, int]:
-    """(elements of a tile, warps). Four elements a thread: with eight, two states, their codes and scales spill. Never two blocks: for pairs of
-    bytes Triton leaves a stack frame behind."""
-    block = max(group, 512)
+def tile(group: int) -> tuple[int, dict[str, Any]]:
+    """Elements of a tile, and the options of a launch. Four elements a thread: with eight, two states, their codes and scales spill; in 128 registers
+    four do on sm_100, so programs that leave room for others get 144. Never two blocks: for pairs of bytes Triton leaves a stack frame behind."""
+    block = max(group, 256)
     if block == 2 * group:
         block *= 2
-    return block, block // 128
+    warps = block // 128
+    return block, OPTIONS | {"num_warps": warps, "maxnreg": 144 if warps <= 4 else 128}
 
 
 _tables: dict[torch.device, torch.Tensor] = {}

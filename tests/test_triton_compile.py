@@ -38,19 +38,19 @@ def compile_one(job: str) -> tuple[str, dict]:
 
     kernel, arch = job.split("/sm_")
     rule, _, variant = kernel.partition("+")
-    fn, constants, warps = optim.square_sums, {"BLOCK": optim.BLOCK}, optim.OPTIONS["num_warps"]
+    fn, constants, options = optim.square_sums, {"BLOCK": optim.BLOCK}, optim.OPTIONS
     if rule != "square_sums":
         home, record = optim_scattered if variant == "scattered" else optim, optim.RULES[rule]
         fn, constants = home.sweep, {"BLOCK": home.BLOCK}
         if coded := re.fullmatch(r"coded(\d+)(s?)", variant):
             home, scattered = optim_coded, bool(coded[2])
-            size, warps = optim_coded.tile(int(coded[1]))
+            size, options = optim_coded.tile(int(coded[1]))
             fn, constants = home.sweep, {"BLOCK": size, "GROUP": int(coded[1]), "SCATTERED": scattered}
         constants.update(RULE=record.fn, STATES=record.states, STORED=record.stored, STOCHASTIC=variant == "stochastic")
     loose = [p.name for p in fn.params if not p.is_constexpr and not p.do_not_specialize]
     assert not loose, f"{kernel}: arguments whose value would force a new compilation: {loose}"
     signature = {p.name: "constexpr" if p.is_constexpr else POINTERS.get(p.name, p.annotation_type) for p in fn.params}
-    options = {**optim.OPTIONS, "num_warps": warps, "enable_fp_fusion": variant == "fused"}
+    options = {**options, "enable_fp_fusion": variant == "fused"}
     built = triton.compile(ASTSource(fn, signature, constants), target=GPUTarget("cuda", int(arch), 32), options=options)
     return job, {**measure(built.asm["ptx"]), **resources(built.asm["cubin"], built.hash), "shared": built.metadata.shared}
 

@@ -21,23 +21,23 @@ FA_DEVICE void places(int64_t (&at)[kEach], const TensorDesc& t, const Neighbour
 
 // Gradient, and parameter from wherever its full precision lies, in fp32.
 FA_DEVICE void load_inputs(float (&p)[kEach], float (&g)[kEach], const Job& w, const Neighbours& e, unsigned keep) {
-  const TensorDesc& t = w.t;
+  const TensorDesc& t = *w.source;
   const bool master = t.extra_dtype == kF32, whole = e.vector && !t.index;
   const int p_dtype = master ? int(kF32) : t.param_dtype;
   Raw raw_p, raw_g, low;
   if (whole) {
     const Neighbours all{e.first, 0xffu, true};
-    load(raw_p, master ? w.source->extra : t.param, p_dtype == kF32, all, 0xffu);
-    load(raw_g, t.grad, t.grad_dtype == kF32, all, 0xffu);
+    load(raw_p, master ? w.source->extra : w.source->param, p_dtype == kF32, all, 0xffu);
+    load(raw_g, w.source->grad, t.grad_dtype == kF32, all, 0xffu);
   } else {
     int64_t at[kEach], other[kEach];  // chosen one by one: a choice between two arrays would put both into local memory
     places(at, t, e);
     FA_UNROLL
     for (int j = 0; j < kEach; ++j) other[j] = t.compact_grad ? index(e, j) : at[j];
-    load_at(raw_g, t.grad, t.grad_dtype == kF32, other, keep);
+    load_at(raw_g, w.source->grad, t.grad_dtype == kF32, other, keep);
     FA_UNROLL
     for (int j = 0; j < kEach; ++j) at[j] = master ? index(e, j) : at[j];
-    load_at(raw_p, master ? w.source->extra : t.param, p_dtype == kF32, at, keep);
+    load_at(raw_p, master ? w.source->extra : w.source->param, p_dtype == kF32, at, keep);
   }
   widen(p, raw_p, p_dtype, whole);
   widen(g, raw_g, t.grad_dtype, whole);
@@ -50,7 +50,7 @@ FA_DEVICE void load_inputs(float (&p)[kEach], float (&g)[kEach], const Job& w, c
 
 template <class Rule>
 FA_DEVICE void update(const Job& w, const Globals& globals, const Neighbours& e, const Tables& tables) {
-  const TensorDesc& t = w.t;
+  const TensorDesc& t = *w.source;  // not the copy, which would take the registers of a second block
   constexpr int kS = Rule::kStates, kArrays = kS ? kS : 1;
   const int lanes = (1 << t.block_log2) / kEach;
   const int64_t block = e.valid ? e.first >> t.block_log2 : 0;
@@ -87,8 +87,20 @@ FA_DEVICE void update(const Job& w, const Globals& globals, const Neighbours& e,
   store_param<true>(w, globals, Neighbours{e.first, e.valid, false}, keep, p, at);
 }
 
+// Two blocks an SM where 128 registers are enough without spills.
 template <class Rule>
-__global__ void __launch_bounds__(kThreads, kBlocks)
+constexpr int blocks() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+  return Rule::kStates > 1 ? 1 : kBlocks;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  return Rule::kStates > 2 ? 1 : kBlocks;
+#else
+  return kBlocks;
+#endif
+}
+
+template <class Rule>
+__global__ void __launch_bounds__(kThreads, blocks<Rule>())
     coded_kernel(const TensorDesc* tensors, const Chunk* chunks, int64_t n_chunks, const Row* rows, Globals g) {
   if (g.found_inf && *g.found_inf != 0.f) return;
   FA_SHARED(Tables, tables);
