@@ -215,7 +215,7 @@ def test_quantized_bases_and_foreign_forwards_are_reported() -> None:
     foreign = model.base_model.model[1]
     foreign.forward = lambda x: type(foreign).forward(foreign, x)
     reasons = [entry.reason for entry in fa.patch(model).left]
-    assert reasons == ["quantized base layer (Linear4bit): not yet on the fast path", "the layer has a forward of its own, set by another library"]
+    assert reasons == ["quantized base layer (Linear4bit): no fused form", "the layer has a forward of its own, set by another library"]
 
 
 def test_unpatch_refuses_under_a_foreign_wrapper() -> None:
