@@ -110,7 +110,7 @@ def test_killed_and_resumed_is_bit_identical(tmp_path: Path) -> None:
     config = train.stored_config(kept)
     pairs, held_out = quick_data(40)
     lanes = train.build_lanes(config)
-    _, done = train.restore(kept, config, lanes, data.digest(pairs, held_out))
+    _, _, done = train.restore(kept, config, lanes, data.digest(pairs, held_out))
     again = train.build_lanes(config)
     for index in range(stopped + 2):
         batch = [pairs[i] for i in data.batch_indices(len(pairs), config.batch, config.seed, index)]

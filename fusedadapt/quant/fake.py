@@ -154,6 +154,20 @@ def _grad_scale(given: str | float | Tensor | None, x: Tensor, quant_max: int | 
     return total**-0.5
 
 
+def _check(x: Tensor, ste: str) -> None:
+    if not isinstance(x, Tensor) or x.dtype not in ops.DTYPES:
+        ops.refuse("x: a tensor in float32, bfloat16, float16 or float64", getattr(x, "dtype", type(x).__name__), "convert it")
+    if ste not in INSIDE:
+        ops.refuse(f"ste among {', '.join(INSIDE)}", repr(ste), "choose one of them")
+
+
+def _check_sizes(x: Tensor, scales: int, s: Tensor, z: Tensor | None, o: Tensor | None) -> None:
+    for name, t, sizes in (("scale", s, (scales,)), ("zero_point", z, (1, scales)), ("offset", o, (1, scales))):
+        if t is not None and (t.numel() not in sizes or t.device != x.device):
+            wanted = f"{name}: {' or '.join(str(n) for n in sizes)} elements on {x.device}"
+            ops.refuse(wanted, f"{tuple(t.shape)} on {t.device}", "pass one number a scale, moved there")
+
+
 def fake_quantize(
     x: Tensor,
     scale: Tensor | float,
@@ -199,20 +213,13 @@ def fake_quantize(
 
     Raises:
         ValueError: shapes that do not match, a range that is empty or beyond 2^22, an unknown ``ste``, a dtype that is not floating point.
-
     Esser et al., "Learned Step Size Quantization" (2020); Bhalgat et al., "LSQ+" (2020).
     """
-    if not isinstance(x, Tensor) or x.dtype not in ops.DTYPES:
-        ops.refuse("x: a tensor in float32, bfloat16, float16 or float64", getattr(x, "dtype", type(x).__name__), "convert it")
-    if ste not in INSIDE:
-        ops.refuse(f"ste among {', '.join(INSIDE)}", repr(ste), "choose one of them")
+    _check(x, ste)
     groups = _groups(x, axis, group_size)
     s, z, o = _tensor(scale, x), _tensor(zero_point, x), _tensor(offset, x)
     assert s is not None
-    for name, t, sizes in (("scale", s, (groups.scales,)), ("zero_point", z, (1, groups.scales)), ("offset", o, (1, groups.scales))):
-        if t is not None and (t.numel() not in sizes or t.device != x.device):
-            wanted = f"{name}: {' or '.join(str(n) for n in sizes)} elements on {x.device}"
-            ops.refuse(wanted, f"{tuple(t.shape)} on {t.device}", "pass one number a scale, moved there")
+    _check_sizes(x, groups.scales, s, z, o)
     bounds = _bounds(quant_min, quant_max, x)
     if bounds is None:
         ops.check_range(quant_min, quant_max)
