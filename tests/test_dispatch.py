@@ -101,9 +101,7 @@ def test_wish_falls_back_aloud_and_request_raises(modules, caplog: pytest.LogCap
 
 def test_strict_raises_instead_of_falling_back(modules):
     with config.strict():
-        with pytest.raises(
-            RuntimeError, match="a: expected no fallback .* would run on reference because cpp: compiled core not available"
-        ):
+        with pytest.raises(RuntimeError, match="a: expected no fallback .* would run on reference because cpp: compiled core not available"):
             dispatch.pick("a", "cpu")
         with config.backend("reference"):
             assert dispatch.pick("a", "cpu").backend == "reference"

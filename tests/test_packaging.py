@@ -18,9 +18,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ("fusedadapt", "kernels", "bench")
 CODE = (*SHIPPED, "csrc", "tests", "setup.py")
-LOCAL = shutil.ignore_patterns(
-    ".git", ".venv", "build", "dist", "*.egg-info", "*.so", "_build_info.py", "__pycache__", ".*_cache", "runs", "results"
-)
+LOCAL = shutil.ignore_patterns(".git", ".venv", "build", "dist", "*.egg-info", "*.so", "_build_info.py", "__pycache__", ".*_cache", "runs", "results")
 
 
 def files(*suffixes: str, under: tuple[str, ...] = CODE) -> list[Path]:

@@ -1,6 +1,5 @@
 """fa.sparse.merge: every method against oracles of its own, properties, hostile input, memory and interruption."""
 
-
 import merge_cases as cases
 import merge_oracles as oracle
 import numpy as np

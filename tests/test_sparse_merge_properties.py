@@ -1,6 +1,5 @@
 """What holds of every merge, and what merging refuses."""
 
-
 import merge_cases as cases
 import pytest
 import torch

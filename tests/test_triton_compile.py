@@ -6,17 +6,18 @@ access widths, spills, registers.
 The compiler runs in child processes: this one may have been told to interpret.
 """
 
-import concurrent.futures
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+import triton_gate as gate  # noqa: E402
+
 TABLE = ROOT / "bench" / "results" / "registers_triton.json"
 ARCHS = (80, 90, 100)
 EVERYWHERE = ("sgd", "lion", "adam", "adabelief", "diffgrad", "adahessian")  # these for every architecture, the others for sm_90
@@ -30,10 +31,6 @@ POINTERS["tables"] = "*fp32"
 def compile_one(job: str) -> tuple[str, dict]:
     """job: kernel/sm_arch; a kernel is a rule, a rule with "+scattered", "+coded" and its block ("+coded256s": scattered, too),
     "+stochastic" or "+fused" (must fail the gate), or "square_sums"."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from fusedadapt.kernels import optim, optim_coded, optim_scattered
 
     kernel, arch = job.split("/sm_")
@@ -47,52 +44,8 @@ def compile_one(job: str) -> tuple[str, dict]:
             size, options = optim_coded.tile(int(coded[1]))
             fn, constants = home.sweep, {"BLOCK": size, "GROUP": int(coded[1]), "SCATTERED": scattered}
         constants.update(RULE=record.fn, STATES=record.states, STORED=record.stored, STOCHASTIC=variant == "stochastic")
-    loose = [p.name for p in fn.params if not p.is_constexpr and not p.do_not_specialize]
-    assert not loose, f"{kernel}: arguments whose value would force a new compilation: {loose}"
-    signature = {p.name: "constexpr" if p.is_constexpr else POINTERS.get(p.name, p.annotation_type) for p in fn.params}
     options = {**options, "enable_fp_fusion": variant == "fused"}
-    built = triton.compile(ASTSource(fn, signature, constants), target=GPUTarget("cuda", int(arch), 32), options=options)
-    return job, {**measure(built.asm["ptx"]), **resources(built.asm["cubin"], built.hash), "shared": built.metadata.shared}
-
-
-def measure(ptx: str) -> dict:
-    count = lambda pattern: len(re.findall(pattern, ptx))
-    return {
-        "fused": count(r"\bfma\."),
-        "approximate": count(r"\.approx|\.full|\.ftz"),
-        "unrounded": count(r"\b(?:add|sub|mul|div|sqrt)\.f(?:32|64)\b"),
-        "generic": count(r"\b(?:ld|st)\.(?!global|shared|param)"),
-        "wide_loads": count(r"\bld\.global[.\w:]*\.v4\.b32"),
-        "wide_stores": count(r"\bst\.global[.\w:]*\.v4\.b32"),
-    }
-
-
-def resources(cubin: bytes, name: str) -> dict:
-    import tempfile
-
-    import triton
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"{name[:16]}.cubin"
-        path.write_bytes(cubin)
-        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        text = subprocess.run([tool, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
-    found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
-    return {"registers": found["REG"], "spilled": found["STACK"] + found["LOCAL"]}
-
-
-def compile_all(jobs: list[str]) -> dict[str, dict]:
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = str(ROOT)
-    shares = [jobs[k :: os.cpu_count() or 1] for k in range(os.cpu_count() or 1)]
-
-    def run(share):
-        child = subprocess.run([sys.executable, __file__, "--compile", *share], env=env, capture_output=True, text=True)
-        assert child.returncode == 0, child.stderr[-4000:]
-        return json.loads(child.stdout)
-
-    with concurrent.futures.ThreadPoolExecutor(len(shares)) as pool:
-        return dict(pair for part in pool.map(run, filter(None, shares)) for pair in part)
+    return job, gate.figures(gate.compiled_by_type(fn, int(arch), options, POINTERS, constants))
 
 
 def rules() -> list[str]:
@@ -106,7 +59,7 @@ def built():
     jobs = [f"{rule}/sm_{arch}" for rule in rules() for arch in ARCHS if arch == 90 or rule in EVERYWHERE]
     apart = [f"{rule}+scattered/sm_90" for rule in EVERYWHERE]
     coded = [f"{kernel}/sm_90" for kernel in CODED]
-    return compile_all([*jobs, *apart, *coded, "adam+stochastic/sm_90", "adam+fused/sm_90", "square_sums/sm_90"])
+    return gate.compile_all(__file__, [*jobs, *apart, *coded, "adam+stochastic/sm_90", "adam+fused/sm_90", "square_sums/sm_90"])
 
 
 @pytest.mark.slow
@@ -139,18 +92,7 @@ def test_aligned_path_moves_sixteen_bytes(built):
 
 @pytest.mark.slow
 def test_register_table(built):
-    """The committed table, exact for the compiler it was made with; any other must not need many more registers."""
-    import triton
-
-    committed = json.loads(TABLE.read_text())
-    for job, result in built.items():
-        if job.split("/")[0].endswith("+fused"):
-            continue
-        known = committed["kernels"][job]
-        if committed["triton"] == triton.__version__:
-            assert result == known, f"{job}: after a change that is meant, python tests/test_triton_compile.py --write"
-        else:
-            assert result["registers"] <= known["registers"] + 32, (job, result, known)
+    gate.check_table(TABLE, {job: result for job, result in built.items() if not job.split("/")[0].endswith("+fused")}, __file__)
 
 
 def main() -> None:
@@ -158,14 +100,9 @@ def main() -> None:
     if sys.argv[1] == "--compile":
         print(json.dumps([compile_one(job) for job in sys.argv[2:]]))
     elif sys.argv[1] == "--write":
-        import triton
-
         scattered = [f"{rule}+scattered" for rule in rules()]
         jobs = [f"{kernel}/sm_{arch}" for kernel in (*rules(), *scattered, *CODED, "adam+stochastic", "square_sums") for arch in ARCHS]
-        kernels = {job: result for job, result in sorted(compile_all(jobs).items())}
-        TABLE.parent.mkdir(parents=True, exist_ok=True)
-        lines = ",\n".join(f'    "{job}": {json.dumps(result)}' for job, result in kernels.items())
-        TABLE.write_text(f'{{\n  "triton": "{triton.__version__}",\n  "threads": 128,\n  "kernels": {{\n{lines}\n  }}\n}}\n')
+        gate.write_table(TABLE, gate.compile_all(__file__, jobs), threads=128)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,7 @@
 python tests/test_triton_fake_quant_compile.py --write     compiles everything for every architecture and rewrites the register table
 """
 
-import concurrent.futures
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -15,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from test_triton_compile import measure, resources  # noqa: E402
+import triton_gate as gate  # noqa: E402
 
 TABLE = ROOT / "bench" / "results" / "registers_triton_fake_quant.json"
 ARCHS = (80, 90, 100)
@@ -51,40 +48,18 @@ WIDE = {name: 1 if name.startswith("forward") else 2 for name, kernel in KERNELS
 
 
 def compile_one(job: str) -> tuple[str, dict]:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from fusedadapt.kernels import fake_quant
 
     kernel, arch = job.split("/sm_")
     name, element, constants = KERNELS[kernel]
-    fn = getattr(fake_quant, name)
-    loose = [p.name for p in fn.params if not p.is_constexpr and not p.do_not_specialize]
-    assert not loose, f"{kernel}: arguments whose value would force a new compilation: {loose}"
     types = {array: f"*{element}" for array in ("x", "y", "dy", "dx")} | dict.fromkeys(("scale", "zero", "offset", "bounds", "partial"), "*fp32")
-    signature = {p.name: "constexpr" if p.is_constexpr else types.get(p.name, p.annotation_type) for p in fn.params}
-    built = triton.compile(ASTSource(fn, signature, constants), target=GPUTarget("cuda", int(arch), 32), options=fake_quant.OPTIONS)
-    return job, {**measure(built.asm["ptx"]), **resources(built.asm["cubin"], built.hash), "shared": built.metadata.shared}
-
-
-def compile_all(jobs: list[str]) -> dict[str, dict]:
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = str(ROOT)
-    shares = [jobs[k :: os.cpu_count() or 1] for k in range(os.cpu_count() or 1)]
-
-    def run(share):
-        child = subprocess.run([sys.executable, __file__, "--compile", *share], env=env, capture_output=True, text=True)
-        assert child.returncode == 0, child.stderr[-4000:]
-        return json.loads(child.stdout)
-
-    with concurrent.futures.ThreadPoolExecutor(len(shares)) as pool:
-        return dict(pair for part in pool.map(run, filter(None, shares)) for pair in part)
+    built = gate.compiled_by_type(getattr(fake_quant, name), int(arch), fake_quant.OPTIONS, types, constants)
+    return job, gate.figures(built)
 
 
 @pytest.fixture(scope="module")
 def built():
-    return compile_all([f"{kernel}/sm_{arch}" for kernel in KERNELS for arch in ARCHS if arch == 90 or kernel in EVERYWHERE])
+    return gate.compile_all(__file__, [f"{kernel}/sm_{arch}" for kernel in KERNELS for arch in ARCHS if arch == 90 or kernel in EVERYWHERE])
 
 
 @pytest.mark.slow
@@ -108,16 +83,7 @@ def test_aligned_path_moves_sixteen_bytes(built):
 
 @pytest.mark.slow
 def test_register_table(built):
-    """The committed table, exact for the compiler it was made with; any other must not need many more registers."""
-    import triton
-
-    committed = json.loads(TABLE.read_text())
-    for job, result in built.items():
-        known = committed["kernels"][job]
-        if committed["triton"] == triton.__version__:
-            assert result == known, f"{job}: after a change that is meant, python tests/test_triton_fake_quant_compile.py --write"
-        else:
-            assert result["registers"] <= known["registers"] + 32, (job, result, known)
+    gate.check_table(TABLE, built, __file__)
 
 
 def main() -> None:
@@ -125,11 +91,7 @@ def main() -> None:
     if sys.argv[1] == "--compile":
         print(json.dumps([compile_one(job) for job in sys.argv[2:]]))
     elif sys.argv[1] == "--write":
-        import triton
-
-        kernels = dict(sorted(compile_all([f"{kernel}/sm_{arch}" for kernel in KERNELS for arch in ARCHS]).items()))
-        lines = ",\n".join(f'    "{job}": {json.dumps(result)}' for job, result in kernels.items())
-        TABLE.write_text(f'{{\n  "triton": "{triton.__version__}",\n  "kernels": {{\n{lines}\n  }}\n}}\n')
+        gate.write_table(TABLE, gate.compile_all(__file__, [f"{kernel}/sm_{arch}" for kernel in KERNELS for arch in ARCHS]))
 
 
 if __name__ == "__main__":

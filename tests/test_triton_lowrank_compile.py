@@ -6,21 +6,21 @@ The launchers run on empty CPU tensors with every kernel replaced by a recorder,
 exactly what a GPU would be asked to run, tile sizes and alignment included.
 """
 
-import concurrent.futures
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+import triton_gate as gate  # noqa: E402
+
 TABLE = ROOT / "bench" / "results" / "registers_triton_lowrank.json"
 ARCHS = (80, 90, 100)
 MODULES = ("parts", "shrink", "grads", "expand")
-TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int64": "i64", "float64": "fp64"}
 # call: (function, T, K or N, ranks, thresholds, dtype of the large operand, dtype of A and B, extras); the first kernel it launches is measured
 CALLS = {
     "shrink": ("shrink", 8192, 4096, [16], [0], "bf16", "bf16", ""),
@@ -67,31 +67,14 @@ def record(call: str, change: dict | None = None) -> list:
     import fusedadapt.kernels.lowrank  # noqa: F401
 
     modules = [sys.modules[f"fusedadapt.kernels.lowrank_{name}"] for name in MODULES]
-    launches: list = []
-
-    class Recorder:
-        def __init__(self, fn):
-            self.fn = fn
-
-        def __getitem__(self, grid):
-            return lambda *args, **options: launches.append((self.fn, grid, args, options))
-
-    places = [(module, name) for module in modules for name in vars(module) if name.endswith("_kernel")]
-    real = [getattr(module, name) for module, name in places]
-    for (module, name), fn in zip(places, real, strict=True):
-        setattr(module, name, Recorder(fn))
-    try:
-        run(torch, *{**dict(zip(("op", "t", "k", "ranks", "h", "big", "small", "extra"), CALLS[call], strict=True)), **(change or {})}.values())
-    finally:
-        for (module, name), fn in zip(places, real, strict=True):
-            setattr(module, name, fn)
-    return launches
+    given = {**dict(zip(("op", "t", "k", "ranks", "h", "big", "small", "extra"), CALLS[call], strict=True)), **(change or {})}
+    return gate.record(modules, lambda: run(torch, *given.values()))
 
 
 def run(torch, op, t, k, ranks, h, big, small, extra):
     from fusedadapt.kernels import lowrank
 
-    named = {short: getattr(torch, name) for name, short in TYPES.items()}
+    named = {short: getattr(torch, name) for name, short in gate.TYPES.items()}
     r = sum(ranks)
     x, u, seed = torch.empty(t, k, dtype=named[big]), torch.empty(t, r), torch.zeros(1, dtype=torch.int64)
     a = torch.empty((k, r) if extra == "transposed" or op == "bwd_dy" else (r, k), dtype=named[small or "fp32"])
@@ -110,31 +93,9 @@ def run(torch, op, t, k, ranks, h, big, small, extra):
     calls[op]()
 
 
-def specialized(fn, args) -> tuple[dict, dict, dict]:
-    """(signature, constants, attributes) as Triton's launcher would derive them."""
-    signature, constants, attributes = {}, {}, {}
-    for number, (p, value) in enumerate(zip(fn.params, args, strict=True)):
-        if p.is_constexpr or value is None or (isinstance(value, int) and value == 1 and not p.do_not_specialize):
-            signature[p.name], constants[p.name] = "constexpr", value
-        elif isinstance(value, int):
-            signature[p.name] = p.annotation_type or ("i32" if abs(value) < 2**31 else "i64")
-            if value % 16 == 0 and not p.do_not_specialize:
-                attributes[(number,)] = [["tt.divisibility", 16]]
-        else:
-            signature[p.name] = "*" + TYPES[str(value.dtype).split(".")[1]]
-            attributes[(number,)] = [["tt.divisibility", 16]]  # torch's allocations are
-    return signature, constants, attributes
-
-
 def compile_one(job: str) -> tuple[str, dict]:
-    import triton
-    from test_triton_compile import resources
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     call, arch = job.split("/sm_")
-    fn, _, args, options = record(call)[0]
-    built = triton.compile(ASTSource(fn, *specialized(fn, args)), target=GPUTarget("cuda", int(arch), 32), options=options)
+    built = gate.build(record(call)[0], int(arch))
     ptx = built.asm["ptx"]
     count = lambda pattern: len(re.findall(pattern, ptx))
     measured = {
@@ -148,52 +109,17 @@ def compile_one(job: str) -> tuple[str, dict]:
         "wide_stores": count(r"\bst\.global[.\w:]*\.v4\.b32"),
         "local": count(r"\b(?:ld|st)\.local"),
     }
-    measured["machine"] = machine(built.asm["cubin"])
-    return job, {**resources(built.asm["cubin"], built.hash), **measured}
-
-
-def machine(cubin: bytes, names: str = r"HGMMA|HMMA|UTC\w*MMA") -> dict[str, int]:
-    """Matrix instructions in the machine code, by name."""
-    import collections
-    import tempfile
-
-    import triton
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        text = subprocess.run([tool, "-sass", path], capture_output=True, text=True, check=True).stdout
-    return dict(sorted(collections.Counter(re.findall(rf"\b({names})\b", text)).items()))
-
-
-def child(*arguments: str):
-    """What this file prints when run with `arguments`, by an interpreter that does not interpret."""
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = str(ROOT)
-    done = subprocess.run([sys.executable, __file__, *arguments], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout)
-
-
-def compile_all(jobs: list[str]) -> dict[str, dict]:
-    shares = [jobs[k :: os.cpu_count() or 1] for k in range(os.cpu_count() or 1)]
-    with concurrent.futures.ThreadPoolExecutor(len(shares)) as pool:
-        return dict(pair for part in pool.map(lambda share: child("--compile", *share), filter(None, shares)) for pair in part)
+    measured["machine"] = gate.machine(built.asm["cubin"])
+    return job, {**gate.resources(built.asm["cubin"], built.hash), **measured}
 
 
 def compile_launches(calls: list[str]) -> dict[str, list[dict]]:
-    import triton
-    from test_triton_compile import resources
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     found: dict[str, list[dict]] = {}
     for call in calls:
         for change in ({}, {"t": 8191, "k": 4095}):
-            for fn, _, args, options in record(call, change)[0 if change else 1 :]:  # the first even one is measured above
-                built = triton.compile(ASTSource(fn, *specialized(fn, args)), target=GPUTarget("cuda", 90, 32), options=options)
-                result = {"kernel": fn.__name__, "even": not change, **resources(built.asm["cubin"], built.hash)}
+            for launch in record(call, change)[0 if change else 1 :]:  # the first even one is measured above
+                built = gate.build(launch, 90)
+                result = {"kernel": launch[0].__name__, "even": not change, **gate.resources(built.asm["cubin"], built.hash)}
                 found.setdefault(call, []).append(result)
     return found
 
@@ -204,7 +130,7 @@ def jobs(archs=ARCHS) -> list[str]:
 
 @pytest.fixture(scope="module")
 def built():
-    return compile_all(jobs())
+    return gate.compile_all(__file__, jobs())
 
 
 @pytest.mark.slow
@@ -241,29 +167,20 @@ def test_large_operands_move_sixteen_bytes(built):
 
 @pytest.mark.slow
 def test_register_table(built):
-    """The committed table, exact for the compiler it was made with; any other must not need many more registers."""
-    import triton
-
-    committed = json.loads(TABLE.read_text())
-    for job, result in built.items():
-        known = committed["kernels"][job]
-        if committed["triton"] == triton.__version__:
-            assert result == known, f"{job}: after a change that is meant, python tests/test_triton_lowrank_compile.py --write"
-        else:
-            assert result["registers"] <= known["registers"] + 32, (job, result, known)
+    gate.check_table(TABLE, built, __file__)
 
 
 @pytest.mark.slow
 def test_everything_launched_compiles():
     """All kernels of a call, not only the first, and the paths for odd sizes, whose rows start anywhere."""
     calls = ("shrink dropout", "bwd_x qkv dropout", "bwd_dy rank 64 everything", "add_ dropout", "scale_add_", "merge_", "dropout")
-    for call, kernels in child("--launches", *calls).items():
+    for call, kernels in gate.child(__file__, "--launches", *calls).items():
         assert kernels and all(r["spilled"] == 0 for r in kernels if r["even"]), (call, kernels)
 
 
 def test_values_cost_no_compilation():
     """Other p, T, ranks within the same power of two, and scale of course: the same kernel. Others: dropout in none, some or all segments."""
-    for call, keys in child("--keys").items():
+    for call, keys in gate.child(__file__, "--keys").items():
         assert len(set(keys)) == 1, (call, keys)
 
 
@@ -272,7 +189,7 @@ def keys() -> dict[str, list[str]]:
     found = {}
     for call in ("shrink qkv dropout", "bwd_x qkv dropout", "add_ qkv dropout", "bwd_dy", "merge_", "dropout"):
         ranks, h = CALLS[call][3:5]
-        key = lambda change, call=call: [(fn.__name__, specialized(fn, args), options) for fn, _, args, options in record(call, change)]
+        key = lambda change, call=call: [(fn.__name__, gate.specialized(fn, args), options) for fn, _, args, options in record(call, change)]
         changes: list[dict] = [{"t": 8191}, {"t": 4097}, {"h": [v and v + 1 for v in h]}]
         if call not in ("dropout", "bwd_dy"):  # B's row is R long: a rank that is not a multiple of 16 costs one more compilation
             changes += [{"ranks": [12] * len(ranks)}] + ([{"ranks": [16, 8, 12], "h": [9, 7, 1]}] if len(ranks) == 3 else [])
@@ -289,12 +206,7 @@ def main() -> None:
     elif sys.argv[1] == "--keys":
         print(json.dumps(keys()))
     elif sys.argv[1] == "--write":
-        import triton
-
-        kernels = dict(sorted(compile_all(jobs()).items()))
-        TABLE.parent.mkdir(parents=True, exist_ok=True)
-        lines = ",\n".join(f'    "{job}": {json.dumps(result)}' for job, result in kernels.items())
-        TABLE.write_text(f'{{\n  "triton": "{triton.__version__}",\n  "kernels": {{\n{lines}\n  }}\n}}\n')
+        gate.write_table(TABLE, gate.compile_all(__file__, jobs()))
 
 
 if __name__ == "__main__":

@@ -6,11 +6,8 @@ As in test_triton_lowrank_compile.py: the launchers run on empty CPU tensors wit
 not interpret.
 """
 
-import concurrent.futures
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,8 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from test_triton_compile import measure, resources  # noqa: E402
-from test_triton_lowrank_compile import TYPES, machine, specialized  # noqa: E402
+import triton_gate as gate  # noqa: E402
 
 TABLE = ROOT / "bench" / "results" / "registers_triton_quant_act.json"
 ARCHS = (80, 90, 100)
@@ -56,7 +52,7 @@ def runs_on(call: str, arch: int) -> bool:
 
 
 def record(call: str) -> tuple:
-    """(kernel, arguments, options) of the one launch of a call."""
+    """The one launch of a call."""
     import torch
 
     from fusedadapt.kernels import quant_act, quant_act_linear
@@ -65,64 +61,29 @@ def record(call: str) -> tuple:
     from fusedadapt.quant.formats import QFormat
     from fusedadapt.reference.quant import Parts
 
-    launches: list[tuple] = []
-
-    class Recorder:
-        def __init__(self, fn):
-            self.fn = fn
-
-        def __getitem__(self, grid):
-            return lambda *args, **options: launches.append((self.fn, args, options))
-
     spec, t, k, dtype = CALLS[call]
     act, n, y = QFormat.parse(spec), 64 if k > 1 << 17 else 4096, getattr(torch, dtype)
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (quant_act, quant_act_linear):
-            for name in [name for name in vars(module) if name.endswith("_kernel")]:
-                patch.setattr(module, name, Recorder(getattr(module, name)))
-        if call.startswith("codes"):
-            quant_act.act_quant(torch.empty(t, k, dtype=y), act)
-            return launches[0]
-        fmt = format_of(act.name, group_axis="block" if act.block[1] else "row")
-        assert activation_spec(act.name, fmt) == act.spec
-        parts = Parts(torch.empty(n, k, dtype=torch.uint8), torch.empty(fmt.grid(n, k)))
-        codes, scale, bias = torch.empty(t, k, dtype=torch.uint8), torch.empty(act.grid(t, k)), torch.empty(n)
-        if act.name == "int8":
-            quant_act.int8_linear(codes, scale, parts, fmt, n, bias, y)
-        else:
-            quant_act.fp8_linear(codes, scale, act, parts, fmt, n, bias, y)
-    return launches[0]
+    if call.startswith("codes"):
+        return gate.record([quant_act], lambda: quant_act.act_quant(torch.empty(t, k, dtype=y), act))[0]
+    fmt = format_of(act.name, group_axis="block" if act.block[1] else "row")
+    assert activation_spec(act.name, fmt) == act.spec
+    parts = Parts(torch.empty(n, k, dtype=torch.uint8), torch.empty(fmt.grid(n, k)))
+    codes, scale, bias = torch.empty(t, k, dtype=torch.uint8), torch.empty(act.grid(t, k)), torch.empty(n)
+    launchers = {
+        "int8": lambda: quant_act.int8_linear(codes, scale, parts, fmt, n, bias, y),
+        "fp8_e4m3": lambda: quant_act.fp8_linear(codes, scale, act, parts, fmt, n, bias, y),
+    }
+    return gate.record([quant_act, quant_act_linear], launchers[act.name])[0]
 
 
 def compile_one(job: str) -> tuple[str, dict]:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    TYPES.update(int8="i8", uint8="u8", float8_e4m3fn="fp8e4nv")
     call, arch = job.split("/sm_")
-    fn, args, options = record(call)
-    built = triton.compile(ASTSource(fn, *specialized(fn, args)), target=GPUTarget("cuda", int(arch), 32), options=options)
+    built = gate.build(record(call), int(arch))
     ptx = built.asm["ptx"]
-    count = lambda pattern: len(re.findall(pattern, ptx))
-    found = {**resources(built.asm["cubin"], built.hash), **measure(ptx), "shared": built.metadata.shared}
-    found["wide_copies"] = count(r"cp\.async\.c[ga]\.shared\.global[^;]*?, (?:0x10|16),")
-    found["generic"] = count(r"(?<!tcgen05\.)(?<!wait::)\b(?:ld|st)\.(?!global|shared|param)")  # tcgen05's are of the matrix units' own memory
-    return job, {**found, "machine": machine(built.asm["cubin"], "[HIQ]G?MMA|UTC.MMA")}
-
-
-def compile_all(jobs: list[str]) -> dict[str, dict]:
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = str(ROOT)
-    shares = [jobs[k :: os.cpu_count() or 1] for k in range(os.cpu_count() or 1)]
-
-    def run(share):
-        child = subprocess.run([sys.executable, __file__, "--compile", *share], env=env, capture_output=True, text=True)
-        assert child.returncode == 0, child.stderr[-4000:]
-        return json.loads(child.stdout)
-
-    with concurrent.futures.ThreadPoolExecutor(len(shares)) as pool:
-        return dict(pair for part in pool.map(run, filter(None, shares)) for pair in part)
+    found = {**gate.figures(built), "wide_copies": gate.wide_copies(ptx)}
+    # tcgen05's are of the matrix units' own memory
+    found["generic"] = len(re.findall(r"(?<!tcgen05\.)(?<!wait::)\b(?:ld|st)\.(?!global|shared|param)", ptx))
+    return job, {**found, "machine": gate.machine(built.asm["cubin"], "[HIQ]G?MMA|UTC.MMA")}
 
 
 def jobs() -> list[str]:
@@ -131,7 +92,7 @@ def jobs() -> list[str]:
 
 @pytest.fixture(scope="module")
 def built():
-    return compile_all(jobs())
+    return gate.compile_all(__file__, jobs())
 
 
 @pytest.mark.slow
@@ -168,16 +129,7 @@ def test_large_operands_move_sixteen_bytes(built):
 
 @pytest.mark.slow
 def test_register_table(built):
-    """The committed table, exact for the compiler it was made with; any other must not need many more registers."""
-    import triton
-
-    committed = json.loads(TABLE.read_text())
-    for job, result in built.items():
-        known = committed["kernels"][job]
-        if committed["triton"] == triton.__version__:
-            assert result == known, f"{job}: after a change that is meant, python tests/test_triton_quant_act_compile.py --write"
-        else:
-            assert result["registers"] <= known["registers"] + 32, (job, result, known)
+    gate.check_table(TABLE, built, __file__)
 
 
 def main() -> None:
@@ -185,11 +137,7 @@ def main() -> None:
     if sys.argv[1] == "--compile":
         print(json.dumps([compile_one(job) for job in sys.argv[2:]]))
     elif sys.argv[1] == "--write":
-        import triton
-
-        kernels = dict(sorted(compile_all(jobs()).items()))
-        lines = ",\n".join(f'    "{job}": {json.dumps(result)}' for job, result in kernels.items())
-        TABLE.write_text(f'{{\n  "triton": "{triton.__version__}",\n  "kernels": {{\n{lines}\n  }}\n}}\n')
+        gate.write_table(TABLE, gate.compile_all(__file__, jobs()))
 
 
 if __name__ == "__main__":

@@ -17,12 +17,8 @@ from pathlib import Path
 from types import ModuleType
 
 ROOT = Path(__file__).resolve().parents[1]
-if str(ROOT / "tests") not in sys.path:
-    sys.path.insert(0, str(ROOT / "tests"))
-
-from test_triton_compile import measure, resources  # noqa: E402
-
 TYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16", "int64": "i64", "float64": "fp64", "uint8": "u8", "int8": "i8", "int32": "i32"}
+TYPES["float8_e4m3fn"] = "fp8e4nv"
 
 
 class Recorder:
@@ -64,23 +60,68 @@ def specialized(fn, args) -> tuple[dict, dict, dict]:
 
 
 def build(launch, arch: int):
+    """A recorded launch, compiled."""
+    fn, _, args, options = launch
+    return compiled(fn, arch, options, *specialized(fn, args))
+
+
+def compiled(fn, arch: int, options: dict, signature: dict, constants: dict, attributes: dict | None = None):
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    fn, _, args, options = launch
-    return triton.compile(ASTSource(fn, *specialized(fn, args)), target=GPUTarget("cuda", arch, 32), options=options)
+    return triton.compile(ASTSource(fn, signature, constants, attributes), target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def compiled_by_type(fn, arch: int, options: dict, types: dict[str, str], constants: dict):
+    """A kernel whose arguments are named by type: no value of theirs may force a new compilation."""
+    loose = [p.name for p in fn.params if not p.is_constexpr and not p.do_not_specialize]
+    assert not loose, f"{fn.__name__}: arguments whose value would force a new compilation: {loose}"
+    signature = {p.name: "constexpr" if p.is_constexpr else types.get(p.name, p.annotation_type) for p in fn.params}
+    return compiled(fn, arch, options, signature, constants)
+
+
+def figures(built) -> dict:
+    """Arithmetic, memory accesses, registers and shared memory of a compiled kernel."""
+    return {**measure(built.asm["ptx"]), **resources(built.asm["cubin"], built.hash), "shared": built.metadata.shared}
+
+
+def measure(ptx: str) -> dict:
+    count = lambda pattern: len(re.findall(pattern, ptx))
+    return {
+        "fused": count(r"\bfma\."),
+        "approximate": count(r"\.approx|\.full|\.ftz"),
+        "unrounded": count(r"\b(?:add|sub|mul|div|sqrt)\.f(?:32|64)\b"),
+        "generic": count(r"\b(?:ld|st)\.(?!global|shared|param)"),
+        "wide_loads": count(r"\bld\.global[.\w:]*\.v4\.b32"),
+        "wide_stores": count(r"\bst\.global[.\w:]*\.v4\.b32"),
+    }
+
+
+def resources(cubin: bytes, name: str) -> dict:
+    import triton
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{name[:16]}.cubin"
+        path.write_bytes(cubin)
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        text = subprocess.run([tool, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
+    found = {key: int(value) for key, value in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text)}
+    return {"registers": found["REG"], "spilled": found["STACK"] + found["LOCAL"]}
+
+
+def wide_copies(ptx: str) -> int:
+    return len(re.findall(r"cp\.async\.c[ga]\.shared\.global[^;]*?, (?:0x10|16),", ptx))
 
 
 def measured(built) -> dict:
     """Arithmetic, memory accesses, matrix instructions, registers of a compiled kernel."""
-    ptx = built.asm["ptx"]
-    copies = len(re.findall(r"cp\.async\.c[ga]\.shared\.global[^;]*?, (?:0x10|16),", ptx))
-    found = {**resources(built.asm["cubin"], built.hash), **measure(ptx), "threads": 32 * built.metadata.num_warps, "shared": built.metadata.shared}
-    return {**found, "wide_copies": copies, "machine": machine(built.asm["cubin"])}
+    found = {**resources(built.asm["cubin"], built.hash), **measure(built.asm["ptx"])}
+    found.update(threads=32 * built.metadata.num_warps, shared=built.metadata.shared, wide_copies=wide_copies(built.asm["ptx"]))
+    return {**found, "machine": machine(built.asm["cubin"])}
 
 
-def machine(cubin: bytes) -> dict[str, int]:
+def machine(cubin: bytes, names: str = r"HGMMA|HMMA|UTC\w*MMA") -> dict[str, int]:
     """Matrix instructions in the machine code, by name."""
     import triton
 
@@ -89,7 +130,7 @@ def machine(cubin: bytes) -> dict[str, int]:
         path.write_bytes(cubin)
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
         text = subprocess.run([tool, "-sass", path], capture_output=True, text=True, check=True).stdout
-    return dict(sorted(collections.Counter(re.findall(r"\b(HGMMA|HMMA|UTC\w*MMA)\b", text)).items()))
+    return dict(sorted(collections.Counter(re.findall(rf"\b({names})\b", text)).items()))
 
 
 def child(file: str, *arguments: str):
@@ -120,8 +161,9 @@ def check_table(table: Path, built: dict[str, dict], file: str) -> None:
             assert result["registers"] <= known["registers"] + 32, (job, result, known)
 
 
-def write_table(table: Path, built: dict[str, dict]) -> None:
+def write_table(table: Path, built: dict[str, dict], threads: int | None = None) -> None:
     import triton
 
+    head = f'  "triton": "{triton.__version__}",\n' + (f'  "threads": {threads},\n' if threads else "")
     lines = ",\n".join(f'    "{job}": {json.dumps(result)}' for job, result in sorted(built.items()))
-    table.write_text(f'{{\n  "triton": "{triton.__version__}",\n  "kernels": {{\n{lines}\n  }}\n}}\n')
+    table.write_text(f'{{\n{head}  "kernels": {{\n{lines}\n  }}\n}}\n')
