@@ -42,8 +42,9 @@ $(STAMPS)/runtime: requirements.txt requirements-model.txt | $(PY)
 	$(PIP) --no-deps -r requirements-model.txt
 	touch $@
 
-$(STAMPS)/test: requirements-test.txt $(STAMPS)/runtime
+$(STAMPS)/test: requirements-test.txt requirements-oracles.txt $(STAMPS)/runtime
 	$(PIP) -r requirements-test.txt
+	$(PIP) --no-deps -r requirements-oracles.txt
 	touch $@
 
 # Without a compiler this still succeeds, as pure Python; pip hides what the build prints, so the reason is shown by the package on first use.

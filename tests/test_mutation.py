@@ -6,13 +6,14 @@ import importlib
 import os
 import shutil
 import subprocess
-import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
+from mutant_runner import run_tests
 from mutants import MUTANTS, Mutant
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,9 +76,13 @@ def compile_unit(tree: Path, unit: str, out: Path) -> Path:
     """One object file of the copy in ``tree``."""
     extra = ["-DFA_ISA=base"] if unit.endswith("_isa.cpp") else []
     includes = [f"-I{tree / 'csrc'}", f"-I{sysconfig.get_paths()['include']}", f"-I{importlib.import_module('pybind11').get_include()}"]
-    target = out / (unit.replace("/", "_") + ".o")
+    target = object_file(out, unit)
     call([str(compiler()), *FLAGS, *extra, *includes, "-c", str(tree / unit), "-o", str(target)])
     return target
+
+
+def object_file(folder: Path, unit: str) -> Path:
+    return folder / (unit.replace("/", "_") + ".o")
 
 
 def link(objects: list[Path], tree: Path) -> None:
@@ -103,29 +108,28 @@ def copy_tree(out: Path) -> Path:
 
 
 def run_targets(tree: Path, targets: list[str]) -> tuple[int, str]:
-    nodes = [f"tests/{t if '.py' in t else 'mutation_targets.py::' + t}" for t in targets]
-    environment = {**os.environ, "PYTHONPATH": f"{tree}{os.pathsep}{tree / 'tests'}", "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-W", "ignore", *nodes]
-    try:
-        run = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False, timeout=120)
-    except subprocess.TimeoutExpired:
-        return -1, "it hangs"
-    return run.returncode, run.stdout[-3000:] + run.stderr[-1000:]
+    return run_tests(tree, [f"tests/{t if '.py' in t else 'mutation_targets.py::' + t}" for t in targets])
 
 
 class Workshop:
-    """The sound copy, its objects, and a place for each mutant."""
+    """The sound copy, its objects, and a place for each mutant. A folder that another worker has prepared is taken as it is."""
 
     def __init__(self, folder: Path):
-        self.folder, self.sound = folder, copy_tree(folder / "sound")
-        objects = folder / "objects"
-        objects.mkdir()
-        stub = self.sound / "csrc" / "other_sets.cpp"
-        stub.write_text(OTHER_SETS)
+        self.folder, self.sound = folder, folder / "sound"
+        units = ("csrc/bindings.cpp", *(u for u in UNITS if u != "csrc/bindings.cpp"), "csrc/other_sets.cpp")
+        self.objects = {unit: object_file(folder / "objects", unit) for unit in units}
+        with FileLock(f"{folder}.lock"):
+            if not self.sound.exists():
+                self.prepare(folder / "preparing")
+
+    def prepare(self, tree: Path) -> None:
+        copy_tree(tree)
+        (self.folder / "objects").mkdir()
+        (tree / "csrc" / "other_sets.cpp").write_text(OTHER_SETS)
         with ThreadPoolExecutor(2) as pool:
-            units = ("csrc/bindings.cpp", *(u for u in UNITS if u != "csrc/bindings.cpp"), "csrc/other_sets.cpp")
-            self.objects = dict(zip(units, pool.map(lambda unit: compile_unit(self.sound, unit, objects), units)))
-        link(list(self.objects.values()), self.sound)
+            list(pool.map(lambda unit: compile_unit(tree, unit, self.folder / "objects"), self.objects))
+        link(list(self.objects.values()), tree)
+        tree.rename(self.sound)
 
     def judge(self, number: int) -> str:
         """What became of a mutant: "" if its target went red, else what is wrong. Number -1: no mutant, every target must be green."""
@@ -167,10 +171,10 @@ def verdicts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     if compiler() is None:
         pytest.skip("no C++ compiler to build mutants with")
     pytest.importorskip("triton")
-    shop = Workshop(tmp_path_factory.mktemp("mutants"))
-    if hasattr(request.config, "workerinput"):
-        yield shop.judge
+    if run := getattr(request.config, "workerinput", {}).get("testrunuid"):
+        yield Workshop(tmp_path_factory.getbasetemp().parent / f"mutants-{run}").judge
         return
+    shop = Workshop(tmp_path_factory.mktemp("mutants"))
     chosen = [item.callspec.params["number"] for item in request.session.items if item.function is test_mutant_is_caught]
     with ThreadPoolExecutor(2) as pool:
         futures = {n: pool.submit(shop.judge, n) for n in chosen}
