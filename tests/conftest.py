@@ -28,3 +28,13 @@ def quick_calls(monkeypatch: pytest.MonkeyPatch) -> None:
         return call(self, *args, **kwargs) if foreign else self.rewrite()(*args, **kwargs)
 
     monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", quick)
+
+
+@pytest.fixture
+def compiled_triton() -> None:
+    """A GPU is tested with compiled kernels: interpreted ones would pass there too, on the host."""
+    triton = pytest.importorskip("triton")
+    import torch
+
+    if torch.cuda.is_available():
+        assert not triton.knobs.runtime.interpret, "run the GPU tests with TRITON_INTERPRET=0 (bench/gpu.sh does)"

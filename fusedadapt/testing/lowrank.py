@@ -153,18 +153,18 @@ def laid_out(values: Tensor, layout: str) -> Tensor:
         return values.clone()
     shape = values.shape
     if layout == "rows apart":
-        return torch.full((*shape[:-1], shape[-1] + 5), torch.nan, dtype=values.dtype)[..., : shape[-1]].copy_(values)
+        return values.new_full((*shape[:-1], shape[-1] + 5), torch.nan)[..., : shape[-1]].copy_(values)
     if layout == "every second column":
-        return torch.full((*shape[:-1], shape[-1] * 2), torch.nan, dtype=values.dtype)[..., ::2].copy_(values)
+        return values.new_full((*shape[:-1], shape[-1] * 2), torch.nan)[..., ::2].copy_(values)
     if layout == "transposed":
         return values.movedim(-1, 0).contiguous().movedim(0, -1)
     if layout == "offset":
-        return torch.full((values.numel() + 3,), torch.nan, dtype=values.dtype)[3:].view(shape).copy_(values)
+        return values.new_full((values.numel() + 3,), torch.nan)[3:].view(shape).copy_(values)
     return values[:1].clone().expand(shape) if values.numel() else values.clone()
 
 
-def tensors_of(case: LowRankCase) -> Tensors:
-    """All tensors of the case by name, and "dy0", … the gradients of its outputs; values of order one."""
+def tensors_of(case: LowRankCase, device: torch.device | str = "cpu") -> Tensors:
+    """All tensors of the case by name, and "dy0", … the gradients of its outputs; values of order one, the same on every device."""
     g = torch.Generator().manual_seed(case.seed)
     wanted = case.shapes() | {f"dy{i}": (*case.lead, o.columns) for i, o in enumerate(case.outputs)}
     found = {}
@@ -174,7 +174,7 @@ def tensors_of(case: LowRankCase) -> Tensors:
             values = values / max(shape[-1], 1) ** 0.5
         elif name.endswith(("scale", "gate", "scaling")):
             values = 1 + 0.5 * values
-        found[name] = laid_out(values.to(case.dtype_of(name)), case.layouts.get(name, "plain"))
+        found[name] = laid_out(values.to(case.dtype_of(name)).to(device), case.layouts.get(name, "plain"))
     return found
 
 
@@ -332,14 +332,15 @@ def judge(case: LowRankCase, name: str, result: Tensor, rival: Tensor, true: Ten
     return Found(name, errors[0], errors[1], limit, float(size.norm()))
 
 
-def judge_case(case: LowRankCase, backend: str) -> list[Found]:
+def judge_case(case: LowRankCase, backend: str, device: torch.device | str = "cpu") -> list[Found]:
     """Every result of the case on a backend, against its limit. A NaN or a wrong shape or dtype counts as an infinite error."""
     tensors = tensors_of(case)
-    results: list[Any] = [ours(case, tensors, backend), eager(case, tensors), truth(case, tensors), truth(case, tensors, magnitude=True)]
+    mine = {name: t.cpu() for name, t in ours(case, tensors_of(case, device), backend).items()}
+    results: list[Any] = [mine, eager(case, tensors), truth(case, tensors), truth(case, tensors, magnitude=True)]
     found = []
-    for name, mine in results[0].items():
-        row = judge(case, name, results[0][name], results[1][name], results[2][name], results[3][name], results[2].get(f"rounded {name}"))
+    for name, got in mine.items():
+        row = judge(case, name, got, results[1][name], results[2][name], results[3][name], results[2].get(f"rounded {name}"))
         want = results[1][name]
-        sound = mine.shape == want.shape and mine.dtype == want.dtype and bool(mine.isfinite().all())
+        sound = got.shape == want.shape and got.dtype == want.dtype and bool(got.isfinite().all())
         found.append(row if sound else row._replace(ours=float("inf")))
     return found

@@ -1,0 +1,73 @@
+"""Where the GPU tests run: on a GPU if there is one (`bench/gpu.sh`). Elsewhere the same tests take a few cases to the CUDA kernels under the
+emulator and to the Triton kernels under the interpreter; what only a GPU has (streams, graphs, its memory) is skipped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+DEVICE = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+GPU = DEVICE.type == "cuda"
+BACKENDS = ("cuda", "triton") if GPU else ("emulated", "triton")
+needs_gpu = pytest.mark.skipif(not GPU, reason="needs an NVIDIA GPU")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def cases(on_gpu: int, elsewhere: int) -> int:
+    return on_gpu if GPU else elsewhere
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Equal shapes, dtypes and bits, wherever they are; a NaN equals a NaN."""
+    a, b = a.detach().cpu(), b.detach().cpu()
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if not a.is_floating_point() or a.dtype.itemsize == 1:
+        return torch.equal(a.view(torch.uint8) if a.dtype.itemsize == 1 else a, b.view(torch.uint8) if b.dtype.itemsize == 1 else b)
+    equal = (a == b) & (a.signbit() == b.signbit()) | a.isnan() & b.isnan()
+    return bool(equal.all())
+
+
+@contextlib.contextmanager
+def no_sync() -> Iterator[None]:
+    """Inside, whatever makes the host wait for the GPU raises."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def captured(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    """The step as a CUDA graph; it has run once before, on a side stream, and has not run by being captured."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
+def allocations(step: Callable[[], None]) -> int:
+    """Blocks the step takes from torch's GPU allocator."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    step()
+    torch.cuda.synchronize()
+    return int(torch.cuda.memory_stats()["allocation.all.allocated"] - before)
+
+
+def room_for(gibibytes: float) -> None:
+    """Skips the test where the GPU has less memory free."""
+    free = torch.cuda.mem_get_info()[0] / 2**30
+    if free < gibibytes:
+        pytest.skip(f"needs {gibibytes} GiB of free GPU memory; {free:.1f} there")
