@@ -4,6 +4,7 @@
 # fails does not keep the next from running: the exit code is that of the worst, and summary.txt lists them.
 #
 #   bench/gpu.sh                          results in bench/results/<device>/<date>
+#   bench/gpu.sh sanitizers               instead of the benches: compute-sanitizer's four tools over a few cases of every CUDA kernel
 #   OUT=/tmp/x PYTHON=python3.12 bench/gpu.sh
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -56,13 +57,22 @@ export PYTHON FUSEDADAPT_CORE=on FUSEDADAPT_CUDA=on FUSEDADAPT_CUDA_ARCHS=$arch 
 
 part build 180 bash -c build || { cat "$OUT/build.log"; exit 1; }
 part doctor 60 "$PYTHON" -m fusedadapt doctor
-part tests 200 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests
-if command -v compute-sanitizer >/dev/null; then
-  # The self-test runs three rules on odd sizes. Without the caching allocator, so that a write past a tensor is one past an allocation.
-  part memcheck 90 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 "$PYTHON" -m fusedadapt doctor --seconds 60
-else
-  echo "memcheck: not run, compute-sanitizer is not installed" | tee -a "$OUT/summary.txt"
+# the tests' conftest.py would otherwise choose Triton's interpreter
+export TRITON_INTERPRET=0
+tests=("$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests)
+"$PYTHON" -c 'import xdist' 2>/dev/null && tests+=(-n "$(($(nproc) > 12 ? 12 : $(nproc)))")
+if [[ ${1:-} == sanitizers ]]; then
+  # Without the caching allocator, so that a write past a tensor is one past an allocation.
+  export PYTORCH_NO_CUDA_MEMORY_CACHING=1 GPU_CASES=few
+  for tool in memcheck racecheck initcheck synccheck; do
+    part "$tool" 120 compute-sanitizer --tool "$tool" --error-exitcode 9 "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu \
+      -k "cuda and (bits or one_byte or masks or topk or scores or deltas or grow) or test_products_repeat and None" \
+      tests/test_gpu_optim.py tests/test_gpu_sparse.py tests/test_gpu_quant.py
+  done
+  cat "$OUT/summary.txt"
+  exit "$worst"
 fi
+part tests 220 "${tests[@]}"
 part bench 150 "$PYTHON" -m fusedadapt bench optim --device cuda --json "$OUT/optim.json"
 # 2 s a row; the 200 shapes of the grid take a twentieth of that each
 part lowrank 150 "$PYTHON" -m fusedadapt bench lowrank --device cuda --seconds 2 --json "$OUT/lowrank.json" --plots "$OUT"

@@ -5,6 +5,9 @@ emulator and to the Triton kernels under the interpreter; what only a GPU has (s
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -13,13 +16,15 @@ from torch import Tensor
 
 DEVICE = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 GPU = DEVICE.type == "cuda"
+#: under a sanitizer a few cases are enough: GPU_CASES=few
+MANY = GPU and os.environ.get("GPU_CASES", "many") != "few"
 BACKENDS = ("cuda", "triton") if GPU else ("emulated", "triton")
 needs_gpu = pytest.mark.skipif(not GPU, reason="needs an NVIDIA GPU")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def cases(on_gpu: int, elsewhere: int) -> int:
-    return on_gpu if GPU else elsewhere
+    return on_gpu if MANY else elsewhere
 
 
 def same(a: Tensor, b: Tensor) -> bool:
@@ -66,8 +71,13 @@ def allocations(step: Callable[[], None]) -> int:
     return int(torch.cuda.memory_stats()["allocation.all.allocated"] - before)
 
 
-def room_for(gibibytes: float) -> None:
-    """Skips the test where the GPU has less memory free."""
-    free = torch.cuda.mem_get_info()[0] / 2**30
-    if free < gibibytes:
-        pytest.skip(f"needs {gibibytes} GiB of free GPU memory; {free:.1f} there")
+@contextlib.contextmanager
+def room_for(gibibytes: float) -> Iterator[None]:
+    """One test at a time, of all processes, takes this much GPU memory; skipped where less is free."""
+    with open(os.path.join(tempfile.gettempdir(), "fusedadapt-large.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        free = torch.cuda.mem_get_info()[0] / 2**30
+        if free < gibibytes:
+            pytest.skip(f"needs {gibibytes} GiB of free GPU memory; {free:.1f} there")
+        yield
+        torch.cuda.empty_cache()

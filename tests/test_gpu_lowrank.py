@@ -163,17 +163,17 @@ def test_autocast() -> None:
 @needs_gpu
 def test_beyond_two_to_the_31_elements() -> None:
     """A token whose elements lie past the 32-bit offsets has the result of a token of the same values near the start."""
-    room_for(30)
-    k, n, r = 4096, 64, 4
-    tokens = 2**31 // k + 3
-    x = torch.zeros(tokens, k, dtype=B, device=DEVICE)
-    x[0] = x[-1] = new(k, dtype=B)
-    weight, a, b = new(n, k, seed=1, dtype=B) * 0.02, new(r, k, seed=2) * 0.02, new(n, r, seed=3)
-    y = fa.lora_linear(x, weight, a.requires_grad_(), b.requires_grad_(), scaling=2.0)
-    assert same(y[0], y[-1]) and not bool(y[1:-1].any())
-    y[-1].float().sum().backward()
-    dy = torch.ones(n, device=DEVICE)
-    torch.testing.assert_close(a.grad, 2.0 * torch.outer(dy @ b.detach(), x[-1].float()), rtol=1e-2, atol=1e-2)
+    with room_for(30):
+        k, n, r = 4096, 64, 4
+        tokens = 2**31 // k + 3
+        x = torch.zeros(tokens, k, dtype=B, device=DEVICE)
+        x[0] = x[-1] = new(k, dtype=B)
+        weight, a, b = new(n, k, seed=1, dtype=B) * 0.02, new(r, k, seed=2) * 0.02, new(n, r, seed=3)
+        y = fa.lora_linear(x, weight, a.requires_grad_(), b.requires_grad_(), scaling=2.0)
+        assert same(y[0], y[-1]) and not bool(y[1:-1].any())
+        y[-1].float().sum().backward()
+        dy = torch.ones(n, device=DEVICE)
+        torch.testing.assert_close(a.grad, 2.0 * torch.outer(dy @ b.detach(), x[-1].float()), rtol=1e-2, atol=1e-2)
 
 
 @needs_gpu

@@ -241,6 +241,7 @@ def test_wgrad(dtype: torch.dtype) -> None:
             Mask.from_bool(chosen, row_aligned=True),
             Mask.from_bool(chosen).indices(),
             Mask.from_bool(chosen).indices().long(),
+            chosen,
         ):
             got = masked_wgrad(dy, x, m)
             assert got.dtype == (torch.float64 if dtype == torch.float64 else torch.float32) and got.shape == wanted.shape

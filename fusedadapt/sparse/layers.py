@@ -17,8 +17,8 @@ from .mask import Mask
 
 
 def masked_wgrad(dy: Tensor, x: Tensor, mask: Mask | Tensor) -> Tensor:
-    """dW = dy^T x at the mask's elements: fp32 [nnz] (fp64 for fp64), in their flat order. dy: [..., N]; x: [..., K]; mask: of shape (N, K), or its
-    sorted flat positions.
+    """dW = dy^T x at the mask's elements: fp32 [nnz] (fp64 for fp64), in their flat order. dy: [..., N]; x: [..., K]; mask: a Mask or bool tensor of
+    shape (N, K), or its sorted flat positions.
 
     Memory beyond the result: one tile of dW and its operands, at most 8 MB.
 
@@ -26,6 +26,8 @@ def masked_wgrad(dy: Tensor, x: Tensor, mask: Mask | Tensor) -> Tensor:
         ValueError: shapes that do not fit.
     """
     shape = (dy.shape[-1], x.shape[-1])
+    if isinstance(mask, Tensor) and mask.dtype == torch.bool:
+        mask = Mask.from_bool(mask)
     if isinstance(mask, Mask) and tuple(mask.shape) != shape:
         raise ValueError(f"masked_wgrad: expected a mask of shape {shape}; got {tuple(mask.shape)}; make it from the layer's weight")
     index = mask.indices() if isinstance(mask, Mask) else mask
