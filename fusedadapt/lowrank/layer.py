@@ -116,9 +116,9 @@ class LoRALinear(PackedWeight):
         self.options = dict(record.options) | options
         base = self.weight.dtype if self.format is None else torch.float32
         self.adapter_dtype = adapter_dtype or wide(base)
-        # neither parameters nor buffers: .to() must leave them on the CPU in fp64, where a compiled graph reads them anew at each call
-        self.lora_scaling = torch.tensor(record.law(alpha, max(r, 1)), dtype=torch.float64)
-        self._dropout = torch.tensor(dropout, dtype=torch.float64)
+        # neither parameters nor buffers: .to() (and a torch.device context) must leave them on the CPU in fp64, where a compiled graph reads them
+        self.lora_scaling = torch.tensor(record.law(alpha, max(r, 1)), dtype=torch.float64, device="cpu")
+        self._dropout = torch.tensor(dropout, dtype=torch.float64, device="cpu")
         self.merged = False
         self._before: merge.Before | None = None
         if record.prepare is not None:
@@ -233,7 +233,7 @@ class LoRALinear(PackedWeight):
 
     def get_extra_state(self) -> Tensor:
         """(scaling, merged) for the state dict."""
-        return torch.tensor([self.scaling, float(self.merged)], dtype=torch.float64)
+        return torch.tensor([self.scaling, float(self.merged)], dtype=torch.float64, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         """Takes over the scaling; `merged` goes with the weight."""

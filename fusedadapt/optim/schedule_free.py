@@ -11,7 +11,6 @@ from typing_extensions import Unpack
 from . import compact
 from .base import Extras, FusedOptimizer, Params
 
-
 _SCALARS = ("weight_sum", "lr_max")
 
 

@@ -190,7 +190,7 @@ def global_index(p: Tensor, index: Tensor | None = None) -> np.ndarray:
     of these positions in its memory."""
     base, inner, outer = index_map(p)
     t = local(p.detach())
-    i = torch.arange(t.numel()) if index is None else index.cpu()
+    i = torch.arange(t.numel(), device="cpu") if index is None else index.cpu()
     element = base + i if inner <= 0 else base + i // inner * outer + i % inner
     if index is not None:
         return element.numpy().astype(np.uint64)
@@ -256,7 +256,8 @@ def _convert(opt: FusedOptimizer, label: str, p: Tensor, group: dict[str, Any], 
         compact.check_saved(op, label, p, saved, rule)
     for k, v in saved.items():
         if k == "step" or k in rule.aux:
-            v = torch.as_tensor(v if packed else float(v), dtype=torch.float32 if k == "step" else torch.float64).to(device, copy=True)
+            wide = torch.float32 if k == "step" else torch.float64
+            v = torch.as_tensor(v if packed else float(v), dtype=wide, device=device).clone()
         elif k == "cohorts":
             v = v.cpu().clone()
         elif isinstance(v, Tensor):

@@ -126,7 +126,7 @@ def _grow(optimizer: FusedOptimizer, param: Tensor, kept: Tensor, n: int, grow: 
     p = param.detach()
     given = None if grow != "gradient" and state != "seed" else _dense_gradient(param, gradient)
     if grow == "random":
-        draw = torch.rand(p.numel(), generator=torch.Generator().manual_seed(seed)).to(p.device)
+        draw = torch.rand(p.numel(), generator=torch.Generator().manual_seed(seed), dtype=torch.float32, device="cpu").to(p.device)
         scores = torch.where(kept, -1.0, draw)
     else:
         source = given[0] if grow == "gradient" and given is not None else _momentum(optimizer, param)
@@ -245,4 +245,4 @@ def _move_compact(
         held[k] = values.view(()) if one else values
     held.pop("cohorts", None)
     if not one:
-        held["cohorts"] = torch.tensor([0, *[count for _, count in ages[:-1]]]).cumsum(0)
+        held["cohorts"] = torch.tensor([0, *[count for _, count in ages[:-1]]], dtype=torch.int64, device="cpu").cumsum(0)
