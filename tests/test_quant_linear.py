@@ -198,8 +198,11 @@ def test_refusals() -> None:
         torch.ops.fusedadapt.q_linear(x, q.qdata, q.scale, q.scale, None, None, None, "nf4", 24)
     with pytest.raises(ValueError, match="text form"):
         torch.ops.fusedadapt.q_linear(x, *q.parts, None, "nf4,colour=3", 24)
-    with pytest.raises(TypeError, match="from_linear: expected a torch.nn.Linear"):
-        fa.QuantizedLinear.from_linear(nn.Conv1d(1, 1, 1))
+    mask = torch.ones(4, 4, dtype=torch.bool)
+    for wrong in (nn.Conv1d(1, 1, 1), fa.LoRALinear(4, 4), fa.MaskedLinear(4, 4, mask=mask), fa.QuantizedLinear.from_linear(nn.Linear(4, 4))):
+        with pytest.raises(TypeError, match="from_linear: expected a torch.nn.Linear"):  # their weight is not all they compute
+            fa.QuantizedLinear.from_linear(wrong)
+    assert q == q and q != packed("nf4", 24, 64) and q in {q: 1}
     with pytest.raises(ValueError, match="unknown|one of the formats"):
         fa.quantize(x, "nf5")
 

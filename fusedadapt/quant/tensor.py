@@ -15,7 +15,7 @@ from ..reference.quant import Parts
 from .formats import QFormat, format_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # equal is what is the same object, as for modules: == of tensors has no truth value
 class QuantizedTensor:
     """A weight stored in few bits; w = (value - zero) * S, see `fusedadapt.quant.formats`.
 
