@@ -19,7 +19,7 @@ _BUFFERS = ("scale", "zero", "super", "offset")
 
 
 def check_plain(op: str, linear: object) -> None:
-    """Raises TypeError for what is no nn.Linear, or computes more than its weight and bias say (an adapter, a weight that follows other parameters)."""
+    """Raises TypeError for what is no nn.Linear, or computes more than its weight and bias say (adapters, weights that follow other parameters)."""
     if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
         fix = "call its to_linear() first" if hasattr(linear, "to_linear") else "pass the plain layer"
         raise TypeError(f"{op}: expected a torch.nn.Linear; got {type(linear).__name__}; {fix}")
