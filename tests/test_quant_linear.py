@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -172,6 +173,14 @@ def test_layer_state(case: str) -> None:
     half = copy.deepcopy(layer).to(torch.bfloat16)
     assert half.bias.dtype == torch.bfloat16 and all(torch.equal(a, b) for a, b in zip(half.quantized.parts, layer.quantized.parts) if a is not None)
     assert torch.equal(layer.to_linear().weight, layer.dequantize())
+
+
+@pytest.mark.parametrize("name", ["nf4", "int4", "nvfp4"])
+def test_saved_by_torch_and_loaded_without_pickles_of_strangers(name: str, tmp_path: Path) -> None:
+    q = fa.quantize(new(8, 64, seed=1), name)
+    torch.save({"w": q}, tmp_path / "file")
+    back = torch.load(tmp_path / "file", weights_only=True)["w"]
+    assert repr(back) == repr(q) and torch.equal(back.dequantize(), q.dequantize())
 
 
 def test_another_format_is_not_loaded() -> None:

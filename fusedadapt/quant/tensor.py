@@ -79,6 +79,10 @@ class QuantizedTensor:
         return f"QuantizedTensor({tuple(self.shape)}, {self.format.spec}, {bits:.3f} bits/weight, device={str(self.device)!r})"
 
 
+# torch.load(weights_only=True) takes them as it takes tensors: they hold nothing else that runs.
+torch.serialization.add_safe_globals([QuantizedTensor, QFormat])
+
+
 def quantize(w: Tensor, format: str | QFormat = "nf4", group_size: int | None = None, **options: Any) -> QuantizedTensor:
     """A weight in few bits.
 

@@ -87,6 +87,8 @@ def _checked(optimizer: FusedOptimizer, param: Tensor, fraction: float | None, k
         raise ValueError("grow_prune: expected a plain parameter; got a DTensor; each process would choose its own share")
     if (fraction is None) == (k is None):
         raise ValueError(f"grow_prune: expected fraction or k; got {'both' if k is not None else 'neither'}")
+    if k is not None and (isinstance(k, bool) or not isinstance(k, int)):
+        raise ValueError(f"grow_prune: expected an integer k; got {k!r}; a share is fraction=")
     if fraction is not None and not 0.0 <= fraction <= 1.0:
         raise ValueError(f"grow_prune: expected a fraction in [0, 1]; got {fraction}")
     for name, value, choices in (("grow", grow, ("gradient", "random", "momentum")), ("state", state, ("zero", "seed"))):
