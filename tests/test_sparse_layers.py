@@ -207,6 +207,17 @@ def test_made_on_the_meta_device_and_filled_later(cls: Any) -> None:
     assert torch.equal(layer(x), whole(x))
 
 
+def test_in_inference_mode() -> None:
+    """Made there, and used there between two steps of training."""
+    layer, x = MaskedLinear(K, N, mask=mask()), torch.randn(3, K)
+    with torch.inference_mode():
+        made = MaskedLinear(K, N, mask=mask())
+        assert torch.equal(made(x), nn.functional.linear(x, made.weight, made.bias)) and torch.equal(made(x), made.to_linear()(x))
+        layer(x)
+    layer(x).sum().backward()
+    assert layer.values.grad is not None
+
+
 def test_pruning_and_making_new() -> None:
     layer = MaskedLinear(K, N, mask=mask(), prune=True)
     assert bool((layer.weight[~mask()] == 0).all()) and bool((layer.weight[mask()] != 0).all())

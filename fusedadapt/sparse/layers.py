@@ -142,7 +142,7 @@ class MaskedLinear(nn.Linear):
         self._seen = self._state()
 
     def _state(self) -> tuple[int, int]:
-        return self.values._version, self.values.data_ptr()
+        return -1 if self.values.is_inference() else self.values._version, self.values.data_ptr()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _follow(self) -> None:
@@ -151,7 +151,7 @@ class MaskedLinear(nn.Linear):
         Always writes, since torch's fused optimizers change parameters without counting a version. Where nothing says that they changed, autograd is
         not told either, so that a layer may be used several times before one backward pass.
         """
-        if self._seen != self._state():
+        if self._seen != self._state() or self.weight.is_inference():  # which has no version, and no autograd to tell
             self.sync_()
         else:
             with _unsafe_preserve_version_counter(self.weight):
