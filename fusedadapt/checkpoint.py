@@ -223,7 +223,7 @@ def _read_tensor(path: Any, file: BinaryIO, name: str, entry: list[Any], span: t
     if hashlib.blake2b(data, digest_size=16).hexdigest() != expected:
         raise _damaged(path, f"tensor {name} ({code} {shape}) does not match its hash")
     if not data:
-        return torch.empty(shape, dtype=DTYPES[code])
+        return torch.empty(shape, dtype=DTYPES[code], device="cpu")
     return torch.frombuffer(data, dtype=DTYPES[code]).reshape(shape)
 
 

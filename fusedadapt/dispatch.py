@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -20,6 +22,9 @@ log = logging.getLogger("fusedadapt")
 # reference: only by name.
 _ORDER = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
 _said: set[tuple[str, str]] = set()
+# What `explain` of a callable writes down, and the modules that remember what was picked.
+_heard: ContextVar[list[tuple[str, str, str]] | None] = ContextVar("fusedadapt_heard", default=None)
+_CHOOSERS = tuple(f"fusedadapt.ops.{name}" for name in ("lowrank", "quant", "quant_act", "fake_quant", "sparse"))
 
 
 class Choice(NamedTuple):
@@ -117,6 +122,14 @@ def available_backends(device_type: str) -> dict[str, str]:
 
 
 def pick(op: str, device_type: str, requested: str | None = None, *, unfit: Mapping[str, str] | None = None) -> Choice:
+    """`_pick`, heard by `explain`."""
+    choice, heard = _pick(op, device_type, requested, unfit), _heard.get()
+    if heard is not None and (row := (f"{op} {device_type}", *choice)) not in heard:
+        heard.append(row)
+    return choice
+
+
+def _pick(op: str, device_type: str, requested: str | None, unfit: Mapping[str, str] | None) -> Choice:
     """The backend for `op` on tensors of `device_type`.
 
     Args:
@@ -178,11 +191,15 @@ def say_once(key: str, text: str) -> None:
 def explain(obj: Any) -> list[tuple[str, str, str]]:
     """Prints and returns what runs where for an optimizer or module of ours, or a PEFT model: rows (what, backend or path, why).
 
-    A `torch.nn.Module` is searched for parts of ours and for PEFT's adapter layers, patched (see `fusedadapt.patch`) or not.
+    A `torch.nn.Module` is searched for parts of ours and for PEFT's adapter layers, patched (see `fusedadapt.patch`) or not. Any other callable is
+    called, without arguments, and every op of ours that it runs is a row, in order: ``explain(lambda: lora_linear(x, w, a, b))``. (An optimizer that
+    has made a step chooses nothing anew: explain it by itself.)
 
     Raises:
-        TypeError: nothing of either in `obj`.
+        TypeError: nothing of either in `obj`, a callable that needs arguments, or one that runs no op of ours.
     """
+    if callable(obj) and not isinstance(obj, type) and not hasattr(obj, "named_modules") and not hasattr(obj, "__fusedadapt_explain__"):
+        return _printed(_listen(obj))
     parts = [("", obj)] if hasattr(obj, "__fusedadapt_explain__") else list(getattr(obj, "named_modules", tuple)())
     rows: list[tuple[str, str, str]] = []
     for prefix, part in parts:
@@ -192,6 +209,32 @@ def explain(obj: Any) -> list[tuple[str, str, str]]:
         rows += importlib.import_module("fusedadapt.integrations.peft").explain_layers(obj)
     if not rows:
         raise TypeError(f"explain: expected an optimizer or module of fusedadapt's; got {type(obj).__name__}; pass what fusedadapt made")
+    return _printed(rows)
+
+
+def _listen(call: Callable[..., Any]) -> list[tuple[str, str, str]]:
+    """One row for each choice of a backend that the call makes."""
+    name = getattr(call, "__name__", type(call).__name__)
+    needed = [p.name for p in inspect.signature(call).parameters.values() if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if needed:
+        raise TypeError(
+            f"explain: expected a callable without arguments; {name} needs {', '.join(needed)}; wrap the call: explain(lambda: {name}(...))"
+        )
+    for module in _CHOOSERS:
+        if module in sys.modules:
+            sys.modules[module]._choose.cache_clear()
+    rows: list[tuple[str, str, str]] = []
+    token = _heard.set(rows)
+    try:
+        call()
+    finally:
+        _heard.reset(token)
+    if not rows:
+        raise TypeError(f"explain: expected a callable that runs ops of fusedadapt's; {name} ran none; explain an optimizer or a module by itself")
+    return rows
+
+
+def _printed(rows: list[tuple[str, str, str]]) -> list[tuple[str, str, str]]:
     widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
     for what, backend, why in rows:
         print(f"{what:<{widths[0]}}  {backend:<{widths[1]}}  {why}".rstrip())

@@ -149,12 +149,12 @@ def _run(rule: str, backend: str, device_type: str, dtype: Any) -> list[Any]:
     from . import optim
 
     generator = torch.Generator().manual_seed(1)
-    start = [torch.randn(n, generator=generator, dtype=torch.float32) for n in SIZES]
+    start = [torch.randn(n, generator=generator, dtype=torch.float32, device="cpu") for n in SIZES]
     params = [torch.nn.Parameter(t.to(device_type, dtype)) for t in start]
     optimizer = getattr(optim, rule)(params, lr=1e-3, weight_decay=0.01, backend=backend)
     for _ in range(STEPS):
         for p in params:
-            p.grad = torch.randn(p.numel(), generator=generator, dtype=torch.float32).to(device_type, dtype)
+            p.grad = torch.randn(p.numel(), generator=generator, dtype=torch.float32, device="cpu").to(device_type, dtype)
         optimizer.step()
     return [p.detach().double().cpu() for p in params]
 

@@ -202,7 +202,7 @@ def merge_(w: torch.Tensor, v: torch.Tensor, a: torch.Tensor, row_scale: torch.T
             k_unit, x_unit, r_unit, t.rows, t.cols, rank, rank < R, num_warps=t.warps, num_stages=t.stages, **OPTIONS,
         )  # fmt: skip
     kept, wanted = sums.cpu().T.tolist()
-    return torch.tensor([exact_sum(kept), exact_sum(wanted)], dtype=torch.float64)
+    return torch.tensor([exact_sum(kept), exact_sum(wanted)], dtype=torch.float64, device="cpu")
 
 
 def exact_sum(values: list[float]) -> float:

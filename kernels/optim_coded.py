@@ -299,7 +299,7 @@ _tables: dict[torch.device, torch.Tensor] = {}
 def tables(device: torch.device) -> torch.Tensor:
     """What decoding and encoding look up: fp32 [704], made at the first step on a device."""
     if device not in _tables:
-        decades = torch.zeros(4, 2, 8)
+        decades = torch.zeros(4, 2, 8, dtype=torch.float32, device="cpu")
         for signed in (True, False):
             for table, row in zip(decades[:, int(not signed)], lowbit.decades(signed), strict=True):
                 table[: len(row)] = row

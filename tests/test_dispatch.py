@@ -147,3 +147,27 @@ def test_explain_prints_and_returns_rows(capsys: pytest.CaptureFixture[str]):
     assert capsys.readouterr().out == "step  cpp  first choice\n1.step  cpp  first choice\n"
     with pytest.raises(TypeError, match="explain: expected an optimizer or module of fusedadapt's; got ReLU"):
         dispatch.explain(torch.nn.ReLU())
+
+
+def test_explain_of_a_callable_lists_the_ops_it_runs(capsys: pytest.CaptureFixture[str]):
+    import torch
+
+    import fusedadapt as fa
+
+    def call():
+        fa.lora_linear(torch.randn(2, 4), torch.randn(3, 4), torch.randn(1, 4), torch.randn(3, 1))
+        fa.quantize(torch.randn(4, 64, dtype=torch.float64))
+        fa.sparse.topk_mask(torch.randn(9), k=2)
+        torch.randn(2) + 1
+
+    for _ in range(2):  # what was remembered from the first time is heard again
+        rows = fa.explain(call)
+        assert [what.split(".")[0] for what, _, _ in rows[:1]] == ["lowrank"] and len(set(rows)) == len(rows)
+        assert {what.split(".")[0] for what, _, _ in rows} == {"lowrank", "quant", "sparse"} and all(why for _, _, why in rows)
+    with fa.backend("reference"):
+        assert {backend for _, backend, _ in fa.explain(call)} == {"reference"}
+    assert "lowrank.shrink cpu" in capsys.readouterr().out
+    with pytest.raises(TypeError, match="lora_linear needs x, weight, lora_A, lora_B; wrap the call"):
+        fa.explain(fa.lora_linear)
+    with pytest.raises(TypeError, match="ran none"):
+        fa.explain(lambda: torch.zeros(2) + 1)

@@ -153,6 +153,21 @@ def test_merged_state_goes_with_the_weight(method):
     assert layer.merged  # adapters alone change nothing about the weight
 
 
+@pytest.mark.parametrize("method", ["lora", "dora", "adalora", "ia3", "ssf"])
+def test_made_on_the_meta_device_and_filled_later(method):
+    """Shapes without memory, dropout included; the scalars stay numbers."""
+    whole = make(method, p=0.25)
+    with torch.device("meta"):
+        layer = LoRALinear(K, N, r=3, lora_alpha=6, lora_dropout=0.25, method=method)
+        x = torch.empty(3, K, requires_grad=True)
+    assert layer(x).shape == (3, N) and layer.scaling == whole.scaling and layer.lora_dropout == 0.25
+    layer(x).sum().backward()
+    assert x.grad.shape == x.shape
+    layer.to_empty(device="cpu").load_state_dict(whole.state_dict())
+    given = torch.randn(3, K)
+    assert torch.equal(layer.eval()(given), whole.eval()(given))
+
+
 def test_to_moves_the_module_and_not_its_scalars():
     layer = make(p=0.5).to(torch.bfloat16)
     assert layer.lora_scaling.dtype == torch.float64 and layer.scaling == 2.0 and layer.lora_dropout == 0.5
@@ -301,13 +316,15 @@ def test_errors_name_what_was_wrong():
         ({"dropout_form": "peft"}, TypeError, "got \\['dropout_form'\\]"),
         ({"method": "dora", "dropout_form": "both"}, ValueError, "'paper' or 'peft'"),
         ({"method": "ia3", "init": "pissa"}, ValueError, "expected init=True"),
+        ({"lora_alpha": float("nan")}, ValueError, "finite lora_alpha"),
+        ({"adapter_dtype": torch.int32}, ValueError, "floating-point adapter_dtype"),
     ):
         with pytest.raises(error, match=text):
             LoRALinear.from_linear(base, **arguments)
         with pytest.raises(error, match=text):
             LoRALinear(K, N, **arguments)
     assert base.weight.requires_grad  # nothing changed
-    for wrong in (nn.Conv1d(2, 2, 1), LoRALinear(K, N)):
+    for wrong in (nn.Conv1d(2, 2, 1), LoRALinear(K, N), fa.MaskedLinear(K, N, mask=torch.ones(N, K, dtype=torch.bool))):
         with pytest.raises(TypeError, match="expected a torch.nn.Linear"):
             LoRALinear.from_linear(wrong)
     layer = make()

@@ -99,6 +99,10 @@ def test_errors_name_the_tensor() -> None:
     [
         (lambda p: AdamW([p], lr=-1.0), "lr .*>= 0"),
         (lambda p: AdamW([p], betas=(1.0, 0.9)), "beta1"),
+        (lambda p: AdamW([p], betas=(0.9,)), "betas as a tuple of 2"),  # the second was 0 without a word
+        (lambda p: AdamW([p], betas=(0.9, 0.99, 0.999)), "betas as a tuple of 2"),
+        (lambda p: AdamW([p], betas=None), "betas as a tuple of 2"),
+        (lambda p: OPTIMIZERS["AdEMAMix"]([p], betas=(0.9, 0.99)), "betas as a tuple of 3"),
         (lambda p: AdamW([p], eps=float("nan")), "eps"),
         (lambda p: AdamW([p], weight_decay=-0.1), "weight_decay"),
         (lambda p: AdamW([p], differentiable=True), "differentiable"),
@@ -106,6 +110,9 @@ def test_errors_name_the_tensor() -> None:
         (lambda p: AdamW([p], state_dtype="int3"), "state_dtype"),
         (lambda p: AdamW([p], masks={p: torch.ones(3, dtype=torch.bool)}), "mask"),
         (lambda p: AdamW([p], masks={torch.nn.Parameter(torch.ones(2)): torch.ones(2, dtype=torch.bool)}), "masks"),
+        (lambda p: AdamW([p], masks=[torch.ones(4, dtype=torch.bool)]), "masks as a dict"),
+        (lambda p: AdamW([("w", p)], masks={"w": torch.ones(4, dtype=torch.bool)}), "'w' as a key"),
+        (lambda p: AdamW([p], masks={p: [True] * 4}), "got list"),
         (lambda p: Adam([torch.nn.Parameter(p.detach() + 0j)]), "real parameters"),
         (lambda p: AdamW([torch.nn.Parameter(p.detach().half())]), "fp16"),
         (lambda p: AdamW([torch.nn.Parameter(p.detach().half())], state_dtype="fp32", master_weights="split"), "bf16 parameters"),

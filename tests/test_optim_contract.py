@@ -49,7 +49,7 @@ def test_from_and_to_torch(name: str) -> None:
             theirs = from_torch(theirs)
             assert isinstance(theirs, OPTIMIZERS[name])
         if t == 4:
-            theirs = to_torch(theirs)
+            theirs = to_torch(theirs) if name == "Adam" else theirs.to_torch()
             assert type(theirs) is getattr(torch.optim, name)
         feed(params, t), feed(twin, t)
         theirs.step(), reference.step()
@@ -57,6 +57,42 @@ def test_from_and_to_torch(name: str) -> None:
         torch.testing.assert_close(p, q, rtol=2e-6, atol=1e-7)
     with pytest.raises(TypeError, match="from_torch"):
         from_torch(torch.optim.ASGD(model()))
+    with pytest.raises(TypeError, match="torch has no AdaBelief"):
+        AdaBelief(model()).to_torch()
+
+
+@pytest.mark.parametrize("name", ["Lion", "AdaBelief", "ScheduleFreeAdamW"])
+def test_checkpoints_of_official_packages(name: str) -> None:
+    """A run of the official package goes on here, and from here there again, as if nothing had happened."""
+    package, theirs = {
+        "Lion": ("lion_pytorch", "Lion"), "AdaBelief": ("adabelief_pytorch", "AdaBelief"), "ScheduleFreeAdamW": ("schedulefree", "AdamWScheduleFree")
+    }[name]  # fmt: skip
+    options = {"lr": 0.01, "weight_decay": 0.1} | ({"print_change_log": False} if name == "AdaBelief" else {})
+    official, ours = getattr(pytest.importorskip(package), theirs), OPTIMIZERS[name]
+    params, alone = (torch.nn.ParameterList(p.detach().double() for p in model()) for _ in range(2))
+    reference, saved = official(alone, **options), None
+    optimizers = [official(params, **options), ours(params, **options), official(params, **options)]
+    for opt in (reference, *optimizers):
+        if hasattr(opt, "train"):
+            opt.train()
+    for part, opt in enumerate(optimizers):
+        if saved is not None:
+            opt.load_state_dict(saved)
+        for t in range(8 * part, 8 * part + 8):
+            feed(params, t), feed(alone, t)
+            opt.step(), reference.step()
+        saved = copy.deepcopy(opt.state_dict())
+    for p, q in zip(params, alone, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "absent"), [("SophiaG", "bs"), ("ADOPT", "clip_lambda")])
+def test_options_that_official_codes_keep_outside_their_groups(name: str, absent: str) -> None:
+    opt = OPTIMIZERS[name](model())
+    saved = opt.state_dict()
+    given = saved["param_groups"][0].pop(absent)
+    opt.load_state_dict(saved)
+    assert opt.param_groups[0][absent] == given
 
 
 @pytest.mark.parametrize("name", list(OPTIMIZERS))

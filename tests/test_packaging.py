@@ -55,6 +55,20 @@ def test_only_config_reads_the_environment():
     assert readers, "config.py reads it, so a scan that finds nothing is broken"
 
 
+def test_tensors_say_what_and_where_they_are():
+    """torch's default dtype and device are the user's (test_defaults.py): scratch that follows them is of another size, or elsewhere."""
+    typed = {"empty", "zeros", "ones", "full", "tensor", "linspace", "rand", "randn", "eye"}
+    makers = typed | {"arange", "randint", "randperm", "empty_strided"}
+    apart = ("fusedadapt/finetune", "fusedadapt/parity", "fusedadapt/testing", "fusedadapt/sparse/select.py", "fusedadapt/quant/foreign")
+    found = []
+    for at, n in parsed("fusedadapt", "kernels"):
+        if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and ast.unparse(n.func.value) == "torch" and n.func.attr in makers:
+            given = {keyword.arg for keyword in n.keywords}
+            if not at.startswith(apart) and not (({"dtype", "device"} if n.func.attr in typed else {"device"}) <= given):
+                found.append(f"{at} {ast.unparse(n)}")
+    assert found == []
+
+
 def test_no_handler_catches_everything():
     def catches_all(handler: ast.ExceptHandler) -> bool:
         kinds = handler.type.elts if isinstance(handler.type, ast.Tuple) else [handler.type]

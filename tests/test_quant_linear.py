@@ -6,6 +6,7 @@ import copy
 import io
 import pickle
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -174,6 +175,14 @@ def test_layer_state(case: str) -> None:
     assert torch.equal(layer.to_linear().weight, layer.dequantize())
 
 
+@pytest.mark.parametrize("name", ["nf4", "int4", "nvfp4"])
+def test_saved_by_torch_and_loaded_without_pickles_of_strangers(name: str, tmp_path: Path) -> None:
+    q = fa.quantize(new(8, 64, seed=1), name)
+    torch.save({"w": q}, tmp_path / "file")
+    back = torch.load(tmp_path / "file", weights_only=True)["w"]
+    assert repr(back) == repr(q) and torch.equal(back.dequantize(), q.dequantize())
+
+
 def test_another_format_is_not_loaded() -> None:
     a, b = (fa.QuantizedLinear.from_linear(nn.Linear(64, 24), name) for name in ("nf4", "fp4"))
     with pytest.raises(RuntimeError, match="expected a state in fp4; got nf4"):
@@ -198,8 +207,11 @@ def test_refusals() -> None:
         torch.ops.fusedadapt.q_linear(x, q.qdata, q.scale, q.scale, None, None, None, "nf4", 24)
     with pytest.raises(ValueError, match="text form"):
         torch.ops.fusedadapt.q_linear(x, *q.parts, None, "nf4,colour=3", 24)
-    with pytest.raises(TypeError, match="from_linear: expected a torch.nn.Linear"):
-        fa.QuantizedLinear.from_linear(nn.Conv1d(1, 1, 1))
+    mask = torch.ones(4, 4, dtype=torch.bool)
+    for wrong in (nn.Conv1d(1, 1, 1), fa.LoRALinear(4, 4), fa.MaskedLinear(4, 4, mask=mask), fa.QuantizedLinear.from_linear(nn.Linear(4, 4))):
+        with pytest.raises(TypeError, match="from_linear: expected a torch.nn.Linear"):  # their weight is not all they compute
+            fa.QuantizedLinear.from_linear(wrong)
+    assert q == q and q != packed("nf4", 24, 64) and q in {q: 1}
     with pytest.raises(ValueError, match="unknown|one of the formats"):
         fa.quantize(x, "nf5")
 

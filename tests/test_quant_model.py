@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import fusedadapt as fa
-from fusedadapt.quant import FORMATS, QuantizedLinear, quantize
+from fusedadapt.quant import FORMATS, QuantizedLinear, load_model_, quantize, save_pretrained
 from fusedadapt.quant.model import quantize_model_
 
 
@@ -266,6 +266,39 @@ def test_a_scale_out_of_range_is_named():
     with pytest.raises(ValueError, match="within the range of int4.*0 comes back with NaN"):
         quantize_model_(model, "int4", scale_dtype=torch.float16)
     assert type(model[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("formats", [["nf4"], ["mxfp4"], ["int4", "nf4"]])
+def test_saved_and_loaded(formats, tied, tmp_path):
+    """Codes are moved, not made anew; tied weights stand in the files once; shards or not, one format or several."""
+    model = Tiny(tied)
+    for format, skip in zip(formats, (["blocks.1.*", "lm_head"], ["lm_head"]), strict=False):
+        quantize_model_(model, format, skip)
+    want = model(IDS)
+    assert save_pretrained(model, tmp_path / "out", max_shard_bytes=4000) == tmp_path / "out"
+    torch.manual_seed(1)
+    other = Tiny(tied)
+    load_model_(other, tmp_path / "out")
+    assert torch.equal(other(IDS), want) and kinds(other) == kinds(model)
+    with pytest.raises(FileExistsError, match="new or empty folder"):
+        save_pretrained(model, tmp_path / "out")
+
+
+def test_what_cannot_be_saved_leaves_nothing(tiny, tmp_path):
+    with pytest.raises(TypeError, match="expected a torch.nn.Module; got OrderedDict"):
+        save_pretrained(tiny.state_dict(), tmp_path / "out")
+    with pytest.raises(ValueError, match="got none; call quantize_model_ first"):
+        save_pretrained(tiny, tmp_path / "out")
+    quantize_model_(tiny, "nf4")
+    tiny.norm.to("meta")
+    with pytest.raises(ValueError, match=r"norm.weight, norm.bias are on the meta device"):
+        save_pretrained(tiny, tmp_path / "out")
+    tiny.norm = nn.LayerNorm(32)
+    tiny.blocks[1]["up"] = fa.LoRALinear.from_linear(tiny.blocks[1]["up"], r=2)
+    with pytest.raises(ValueError, match=r"blocks.1.up is a LoRALinear on packed bytes"):
+        save_pretrained(tiny, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_explain_names_the_layers(tiny):

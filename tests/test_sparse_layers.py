@@ -197,6 +197,27 @@ def test_used_twice_before_one_backward_pass(cls: Any) -> None:
         torch.autograd.grad(y, [layer.bias, layer.values])  # x needs no gradient, but the weight is saved: told, as by any layer
 
 
+@pytest.mark.parametrize("cls", [MaskedLinear, SparseDeltaLinear])
+def test_made_on_the_meta_device_and_filled_later(cls: Any) -> None:
+    whole = cls(K, N, mask=mask())
+    layer = cls(K, N, mask=mask(), device="meta")
+    assert layer(torch.empty(3, K, device="meta")).shape == (3, N)
+    layer.to_empty(device="cpu").load_state_dict(whole.state_dict())
+    x = torch.randn(3, K)
+    assert torch.equal(layer(x), whole(x))
+
+
+def test_in_inference_mode() -> None:
+    """Made there, and used there between two steps of training."""
+    layer, x = MaskedLinear(K, N, mask=mask()), torch.randn(3, K)
+    with torch.inference_mode():
+        made = MaskedLinear(K, N, mask=mask())
+        assert torch.equal(made(x), nn.functional.linear(x, made.weight, made.bias)) and torch.equal(made(x), made.to_linear()(x))
+        layer(x)
+    layer(x).sum().backward()
+    assert layer.values.grad is not None
+
+
 def test_pruning_and_making_new() -> None:
     layer = MaskedLinear(K, N, mask=mask(), prune=True)
     assert bool((layer.weight[~mask()] == 0).all()) and bool((layer.weight[mask()] != 0).all())
@@ -296,4 +317,13 @@ def test_bad_input() -> None:
     ):
         with pytest.raises(ValueError, match=said):
             call()
+    assert sheared.weight.requires_grad
+    for layer in (nn.Conv1d(1, 1, 1), fa.LoRALinear(K, N), fa.QuantizedLinear.from_linear(linear), MaskedLinear(K, N, mask=mask())):
+        with pytest.raises(TypeError, match=r"MaskedLinear.from_linear: expected a torch.nn.Linear; got"):
+            MaskedLinear.from_linear(layer, mask())
+    with pytest.raises(TypeError, match="bool tensor as mask; got NoneType"):
+        MaskedLinear.from_linear(linear, None)
+    for x in (torch.zeros(2, K + 1), torch.tensor(1.0), torch.zeros(2, K, dtype=torch.bfloat16)):
+        with pytest.raises(ValueError, match=r"MaskedLinear: expected x of shape \[..., 20\] in torch.float32"):
+            MaskedLinear(K, N, mask=mask())(x)
     assert bits(linear.weight) == before and linear.weight.requires_grad and math.isfinite(float(linear.weight.detach().sum()))

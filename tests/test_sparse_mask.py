@@ -103,6 +103,9 @@ def test_files(tmp_path: Path) -> None:
         assert loaded[name] == mask and loaded[name].row_aligned == mask.row_aligned and torch.equal(loaded[name].words, mask.words)
     masks["a.b"].save(tmp_path / "one")
     assert Mask.load(tmp_path / "one") == masks["a.b"]
+    torch.save(masks, tmp_path / "by torch")
+    assert torch.load(tmp_path / "by torch", weights_only=True) == masks
+    (tmp_path / "by torch").unlink()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["masks.safetensors", "one"], "no temporary file stays"
     whole = (tmp_path / "one").read_bytes()
     for broken in (whole[:-1], whole[:20], b"", b"x" * 100):

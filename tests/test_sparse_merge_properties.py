@@ -154,6 +154,8 @@ def test_all_differences_are_listed_at_once(base, tuned, tmp_path):
 
 
 def test_models_that_are_none(base, tuned):
+    with pytest.raises(TypeError, match=r"state dict or a path; got Linear; pass model.state_dict\(\)"):
+        merge(torch.nn.Linear(2, 2), [torch.nn.Linear(2, 2)], "ties", density=0.5)
     with pytest.raises(ValueError, match="at least one"):
         merge(base, [], density=0.5)
     with pytest.raises(ValueError, match="pass \\[model"):

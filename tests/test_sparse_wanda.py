@@ -88,6 +88,7 @@ def test_wanda_bad_input():
         ((w, norm[:3], 0.5), {}, "8 columns; got 3"),
         ((w, norm * math.inf, 0.5), {}, "finite"),
         ((w, ColumnStats(8), 0.5), {}, "empty"),
+        ((w, torch.zeros(0, 8), 0.5), {}, "empty"),
         ((w[0], norm, 0.5), {}, r"\[N, K\]"),
         ((w, norm, 0.5), {"ties": "inclusive"}, "ties"),
         ((w, norm, 0.5), {"scope": "global"}, "scope"),

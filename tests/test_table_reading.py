@@ -14,7 +14,7 @@ import torch
 from test_optim_process import in_fork
 from torch import Tensor, nn
 
-from fusedadapt import _core
+from fusedadapt import _core, dispatch
 from fusedadapt.optim import SGD, AdamW, shim
 
 PATHS = ("shim", "dlpack")
@@ -241,3 +241,12 @@ def test_a_torch_without_the_functions_is_read_through_dlpack(caplog: pytest.Log
         SHIM_NAMES = _core.SHIM_NAMES[1:]
 
     assert shim._make(Wrong) is None
+
+
+def test_inference_mode_at_the_first_step(path: str) -> None:
+    """The functions are looked for at the first step, wherever that happens; parameters made there step, too."""
+    core = dispatch.core()
+    with torch.inference_mode():
+        assert path == "dlpack" or shim._make(core) is not None
+        _, params = make()
+    assert all(torch.equal(p, q) for p, q in zip(params, make()[1], strict=True))

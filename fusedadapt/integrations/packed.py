@@ -136,4 +136,4 @@ def _same(code: Tensor, values: tuple[float, ...]) -> bool:
 
 
 def _is_dynamic(code: Tensor) -> bool:
-    return _same(code, tuple(torch.tensor(dynamic_map()).tolist()))
+    return _same(code, tuple(torch.tensor(dynamic_map(), dtype=torch.float32, device="cpu").tolist()))

@@ -34,14 +34,14 @@ _lib.define("peft_numbers(Tensor key, str[] names) -> Tensor")
 
 def _numbers(key: Tensor, names: Sequence[str]) -> Tensor:
     forward = _live[int(key)]
-    found = torch.tensor([layers.numbers_of(forward.layer, forward.kind, name) for name in names], dtype=torch.float64)
+    found = torch.tensor([layers.numbers_of(forward.layer, forward.kind, name) for name in names], dtype=torch.float64, device="cpu")
     if (found[:, 1] >= 1).any():
         raise ValueError(f"fusedadapt.patch: {forward.name}: expected dropout p below 1 in a compiled model; got 1; disable the adapter instead")
     return found
 
 
 _lib.impl("peft_numbers", _numbers, "CompositeExplicitAutograd")
-torch.library.register_fake("fusedadapt::peft_numbers", lambda key, names: torch.empty((len(names), 2), dtype=torch.float64), lib=_lib)
+torch.library.register_fake("fusedadapt::peft_numbers", lambda key, names: torch.empty((len(names), 2), dtype=torch.float64, device="cpu"), lib=_lib)
 
 
 class FusedForward:

@@ -128,7 +128,7 @@ class RankAllocator:
     def _prune(self, allowed: int) -> dict[str, Tensor]:
         drop = self.initial_budget - allowed
         if drop == 0:
-            return {name: torch.ones(layer.r, dtype=torch.bool) for name, layer in self.layers.items()}
+            return {name: torch.ones(layer.r, dtype=torch.bool, device="cpu") for name, layer in self.layers.items()}
         scores = self.scores()
         # everything at or below the threshold goes: ties with it can push the total below the budget
         threshold = torch.cat([score.cpu() for score in scores.values()]).kthvalue(drop).values

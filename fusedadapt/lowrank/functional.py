@@ -156,9 +156,9 @@ def _scalars(segments: Sequence[Segment], training: bool) -> tuple[Tensor, bool]
         dropping = dropping or isinstance(p, Tensor) or p > 0
         values += [1.0 if _is_trained(s.scaling) else s.scaling, p]
     if not values:
-        return torch.zeros(0, 2, dtype=torch.float64), False
+        return torch.zeros(0, 2, dtype=torch.float64, device="cpu"), False
     if not torch.compiler.is_compiling() and not any(isinstance(value, Tensor) for value in values):
-        return torch.tensor(values, dtype=torch.float64).view(-1, 2), dropping
+        return torch.tensor(values, dtype=torch.float64, device="cpu").view(-1, 2), dropping
     return torch.stack([_scalar(value) for value in values]).view(-1, 2), dropping
 
 
@@ -166,7 +166,7 @@ def _scalar(value: float | Tensor) -> Tensor:
     if isinstance(value, Tensor):
         return value.detach().to(torch.float64).reshape(())
     # A product with a tensor, because a compiler then treats the number as a value; torch.tensor(number) would be a constant of the graph.
-    return torch.ones((), dtype=torch.float64) * value
+    return torch.ones((), dtype=torch.float64, device="cpu") * value
 
 
 def _is_trained(scaling: float | Tensor) -> bool:

@@ -48,9 +48,9 @@ def random(A: Tensor, B: Tensor) -> None:
 def orthogonal(A: Tensor, B: Tensor) -> None:
     """A and B random in complementary halves of an orthonormal basis of rank space: B A is zero, they are not (r = 1: B is). PEFT's "orthogonal"."""
     r, dtype = A.shape[0], wide(A.dtype)
-    q = torch.linalg.qr(torch.randn(r, r, dtype=dtype))[0]
-    A.copy_((torch.randn(A.shape[1], (r + 1) // 2, dtype=dtype) @ q[0::2]).T / 10)
-    B.copy_(torch.randn(r // 2, B.shape[0], dtype=dtype).T @ q[1::2] / 10)
+    q = torch.linalg.qr(torch.randn(r, r, dtype=dtype, device="cpu"))[0]
+    A.copy_((torch.randn(A.shape[1], (r + 1) // 2, dtype=dtype, device="cpu") @ q[0::2]).T / 10)
+    B.copy_(torch.randn(r // 2, B.shape[0], dtype=dtype, device="cpu").T @ q[1::2] / 10)
 
 
 PLAIN: dict[str, Callable[[Tensor, Tensor], None]] = {"kaiming": kaiming, "gaussian": gaussian, "random": random, "orthogonal": orthogonal}

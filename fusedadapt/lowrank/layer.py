@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..ops import lowrank as ops
-from ..quant.layer import PackedWeight, QuantizedLinear
+from ..quant.layer import PackedWeight, QuantizedLinear, check_plain
 from ..quant.tensor import QuantizedTensor
 from ..reference.lowrank import wide
 from . import inits, merge
@@ -96,10 +97,10 @@ class LoRALinear(PackedWeight):
 
         A `QuantizedLinear` stays packed (QLoRA); `merge` then quantizes the sum anew, and `unmerge` brings the former bytes back.
 
-        Arguments and errors as the class; TypeError if ``linear`` is not a plain nn.Linear.
+        Arguments and errors as the class; TypeError if ``linear`` is neither that nor a plain nn.Linear.
         """
-        if not isinstance(linear, nn.Linear) or isinstance(linear, LoRALinear):
-            raise TypeError(f"LoRALinear.from_linear: expected a torch.nn.Linear; got {type(linear).__name__}; pass the layer to adapt")
+        if not isinstance(linear, QuantizedLinear):
+            check_plain("LoRALinear.from_linear", linear)
         record = _checked(method, r, lora_dropout, options)
         self = cls.__new__(cls)
         nn.Linear.__init__(self, linear.in_features, linear.out_features, linear.bias is not None, device="meta")
@@ -112,13 +113,17 @@ class LoRALinear(PackedWeight):
     def _adapt(
         self, record: Method, r: int, alpha: float, dropout: float, init: Init, adapter_dtype: torch.dtype | None, options: dict[str, Any]
     ) -> None:
+        if not math.isfinite(alpha):
+            raise ValueError(f"LoRALinear[{record.name}]: expected a finite lora_alpha; got {alpha}; choose a number, often r or 2 r")
+        if adapter_dtype is not None and not adapter_dtype.is_floating_point:
+            raise ValueError(f"LoRALinear[{record.name}]: expected a floating-point adapter_dtype; got {adapter_dtype}; choose torch.float32")
         self.method, self.r, self.lora_alpha = record.name, r if record.ranked else 0, alpha
         self.options = dict(record.options) | options
         base = self.weight.dtype if self.format is None else torch.float32
         self.adapter_dtype = adapter_dtype or wide(base)
-        # neither parameters nor buffers: .to() must leave them on the CPU in fp64, where a compiled graph reads them anew at each call
-        self.lora_scaling = torch.tensor(record.law(alpha, max(r, 1)), dtype=torch.float64)
-        self._dropout = torch.tensor(dropout, dtype=torch.float64)
+        # neither parameters nor buffers: .to() (and a torch.device context) must leave them on the CPU in fp64, where a compiled graph reads them
+        self.lora_scaling = torch.tensor(record.law(alpha, max(r, 1)), dtype=torch.float64, device="cpu")
+        self._dropout = torch.tensor(dropout, dtype=torch.float64, device="cpu")
         self.merged = False
         self._before: merge.Before | None = None
         if record.prepare is not None:
@@ -233,7 +238,7 @@ class LoRALinear(PackedWeight):
 
     def get_extra_state(self) -> Tensor:
         """(scaling, merged) for the state dict."""
-        return torch.tensor([self.scaling, float(self.merged)], dtype=torch.float64)
+        return torch.tensor([self.scaling, float(self.merged)], dtype=torch.float64, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         """Takes over the scaling; `merged` goes with the weight."""

@@ -206,7 +206,7 @@ def _apply(weight: Tensor, change: Change) -> float:
     if change.col_scale is None:
         sums = torch.ops.fusedadapt.lr_merge_(target, change.v, change.a, change.row_scale)
     else:
-        sums = torch.zeros(2, dtype=torch.float64)
+        sums = torch.zeros(2, dtype=torch.float64, device="cpu")
         step = max(1, (1 << 22) // max(1, target.shape[1]))  # rows at a time: fp64 scratch of 32 MB
         for i in range(0, target.shape[0], step):
             old = target[i : i + step].double()

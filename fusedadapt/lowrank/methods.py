@@ -80,7 +80,7 @@ class VeraProjection(nn.Module):
         generator = torch.Generator().manual_seed(key)
         for name, shape in (("A", (r, in_features)), ("B", (out_features, r))):
             bound = math.sqrt(6 / shape[1])
-            drawn = torch.empty(shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+            drawn = torch.empty(shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
             self.register_buffer(name, drawn.to(dtype), persistent=save)
 
 

@@ -25,7 +25,7 @@ class IncrementalPCA:
         self.components: Tensor | None = None
         self.singular: Tensor | None = None
         self.variance_ratio: Tensor | None = None
-        self.converged = torch.zeros(components, dtype=torch.bool)
+        self.converged = torch.zeros(components, dtype=torch.bool, device="cpu")
         self._mean: Tensor | None = None
         self._waiting: list[Tensor] = []
 

@@ -41,7 +41,7 @@ def fake_backward(dy: Tensor, x: Tensor, rule: Rule, ste: str, sums: bool) -> tu
     Scratch: 16 bytes per run and 16,384 elements of it; where runs are below 16 elements, 16 bytes per column and 256 rows.
     """
     dx = torch.empty_like(x)
-    d_scale, d_offset = (torch.empty(rule.scale.numel() if sums else 0) for _ in range(2))
+    d_scale, d_offset = (torch.empty(rule.scale.numel() if sums else 0, dtype=torch.float32, device="cpu") for _ in range(2))
     out = (d_scale.data_ptr(), d_offset.data_ptr()) if sums else (0, 0)
     _core.fake_quant_backward(_job(x, rule), _INSIDE[ste], dy.data_ptr(), dx.data_ptr(), *out, torch.get_num_threads())
     return dx, d_scale, d_offset

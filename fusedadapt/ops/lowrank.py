@@ -296,7 +296,7 @@ def _check_merge(w: Tensor, v: Tensor, a: Tensor, row_scale: Tensor | None) -> N
 )
 def _merge_(w: Tensor, v: Tensor, a: Tensor, row_scale: Tensor | None) -> Tensor:
     if w.numel() == 0:
-        return torch.zeros(2, dtype=torch.float64)
+        return torch.zeros(2, dtype=torch.float64, device="cpu")
     result: Tensor = _in_place(lambda out: _run("merge_", w)(out, v.contiguous(), a, _dense(row_scale)), w)
     return result
 
@@ -307,8 +307,10 @@ _direct = SimpleNamespace(lr_shrink=_shrink, lr_bwd_x=_bwd_x, lr_add_=_add_, lr_
 
 
 def is_direct(x: Tensor) -> bool:
-    """Whether nothing but the kernels wants to see an op on `x`: no compiler, no dispatch mode (FLOP counters, fakes), no tensor subclass."""
-    return not torch.compiler.is_compiling() and type(x) in (Tensor, torch.nn.Parameter) and torch._C._len_torch_dispatch_stack() == 0
+    """Whether nothing but the kernels wants to see an op on `x`: no compiler, no dispatch mode (FLOP counters, fakes), no tensor subclass, no
+    meta tensor (whose seed has no value)."""
+    plain = type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta
+    return plain and not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
 
 
 def ops_for(x: Tensor) -> Any:

@@ -45,7 +45,7 @@ def _key(seed: Tensor | None) -> int:
 def shrink(x: Tensor, a: Tensor, seed: Tensor | None, thresholds: Sequence[int], ranks: Sequence[int]) -> Tensor:
     """U = drop(x) A^T. x: T x K; a: R x K. Returns T x R, fp32."""
     a_ = _adapter(a)
-    u = torch.empty(x.shape[0], a.shape[0], dtype=torch.float32)
+    u = torch.empty(x.shape[0], a.shape[0], dtype=torch.float32, device="cpu")
     _core.lr_shrink(_matrix(x), _matrix(a_), u.data_ptr(), _key(seed), thresholds, ranks, torch.get_num_threads())
     return u
 
@@ -53,7 +53,7 @@ def shrink(x: Tensor, a: Tensor, seed: Tensor | None, thresholds: Sequence[int],
 def bwd_x(x: Tensor, u: Tensor, seed: Tensor | None, thresholds: Sequence[int], ranks: Sequence[int]) -> Tensor:
     """M = u^T drop(x). x: T x K; u: T x R. Returns R x K, fp32."""
     u = _fp32(u)
-    m = torch.empty(u.shape[1], x.shape[1], dtype=torch.float32)
+    m = torch.empty(u.shape[1], x.shape[1], dtype=torch.float32, device="cpu")
     _core.lr_bwd_x(_matrix(x), u.data_ptr(), u.shape[1], m.data_ptr(), _key(seed), thresholds, ranks, torch.get_num_threads())
     return m
 
@@ -68,7 +68,7 @@ def scale_add_(y0: Tensor, v: Tensor | None, a: Tensor | None, row_scale: Tensor
     """y0 += v a (rounded once, in place); returns row_scale * y0 + bias, computed before that rounding. y0: T x N; v: T x R; a: R x N."""
     v, a, row_scale = None if v is None else _fp32(v), _adapter(a), _fp32(row_scale)
     bias = None if bias is None else _fp32(bias)
-    y = torch.empty(y0.shape, dtype=y0.dtype)
+    y = torch.empty(y0.shape, dtype=y0.dtype, device="cpu")
     _core.lr_scale_add(_matrix(y0), _address(v), _matrix(a), row_scale.data_ptr(), _address(bias), _matrix(y), torch.get_num_threads())
     return y
 
@@ -83,11 +83,11 @@ def bwd_dy(
     (t, n), fp32 = dy.shape, torch.float32
     v, b, row_scale = None if v is None else _fp32(v), _adapter(b), None if row_scale is None else _fp32(row_scale)
     rank = 0 if v is None else v.shape[1]
-    scaled = torch.empty(0 if row_scale is None else (t, n), dtype=dy.dtype)
-    dv = torch.empty(0 if b is None else (t, b.shape[1]), dtype=fp32)
-    mb = torch.empty(0 if v is None else (n, rank), dtype=fp32)
-    db = torch.empty(n if need_bias else 0, dtype=fp32)
-    dg = torch.empty(0 if y0 is None else n, dtype=fp32)
+    scaled = torch.empty(0 if row_scale is None else (t, n), dtype=dy.dtype, device="cpu")
+    dv = torch.empty(0 if b is None else (t, b.shape[1]), dtype=fp32, device="cpu")
+    mb = torch.empty(0 if v is None else (n, rank), dtype=fp32, device="cpu")
+    db = torch.empty(n if need_bias else 0, dtype=fp32, device="cpu")
+    dg = torch.empty(0 if y0 is None else n, dtype=fp32, device="cpu")
     out = [part.data_ptr() for part in (dv, mb, db, dg)]
     scaled_ = _ABSENT if row_scale is None else _matrix(scaled)
     _core.lr_bwd_dy(_matrix(dy), _address(v), rank, _matrix(b), _address(row_scale), _matrix(y0), scaled_, out, torch.get_num_threads())
@@ -96,7 +96,7 @@ def bwd_dy(
 
 def dropout(x: Tensor, seed: Tensor, threshold: int) -> Tensor:
     """drop(x) of segment 0, in x's dtype."""
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = torch.empty(x.shape, dtype=x.dtype, device="cpu")
     _core.lr_dropout(_matrix(x), _matrix(out), _key(seed), threshold, torch.get_num_threads())
     return out
 
@@ -104,7 +104,7 @@ def dropout(x: Tensor, seed: Tensor, threshold: int) -> Tensor:
 def skinny_w(w: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     """(C = W A^T, squared norms of W's rows) from one read of W. w: N x K; a: R x K. Returns N x R and N, fp32."""
     a_ = _adapter(a)
-    c, squares = torch.empty(w.shape[0], a.shape[0], dtype=torch.float32), torch.empty(w.shape[0], dtype=torch.float32)
+    c, squares = torch.empty(w.shape[0], a.shape[0], dtype=torch.float32, device="cpu"), torch.empty(w.shape[0], dtype=torch.float32, device="cpu")
     _core.lr_skinny_w(_matrix(w), _matrix(a_), c.data_ptr(), squares.data_ptr(), torch.get_num_threads())
     return c, squares
 
@@ -115,6 +115,6 @@ def merge_(w: Tensor, v: Tensor, a: Tensor, row_scale: Tensor | None) -> Tensor:
     Returns fp64 [2]: (sum D * (W' - W), sum D * D) for the wanted change D.
     """
     v, a_, row_scale = _fp32(v), _adapter(a), None if row_scale is None else _fp32(row_scale)
-    stats = torch.empty(2, dtype=torch.float64)
+    stats = torch.empty(2, dtype=torch.float64, device="cpu")
     _core.lr_merge(_matrix(w), v.data_ptr(), _matrix(a_), _address(row_scale), stats.data_ptr(), torch.get_num_threads())
     return stats

@@ -24,7 +24,7 @@ _SCRATCH = 64 << 20
 def act_quant(x: Tensor, fmt: QFormat) -> tuple[Tensor, Tensor]:
     """(codes, uint8 of x's shape; scales, fp32 of `fmt.grid`) from one pass over x. x: T x K, unit stride inside a row."""
     t, k = x.shape
-    q, scale = torch.empty(t, k, dtype=torch.uint8), torch.empty(fmt.grid(t, k), dtype=torch.float32)
+    q, scale = torch.empty(t, k, dtype=torch.uint8, device="cpu"), torch.empty(fmt.grid(t, k), dtype=torch.float32, device="cpu")
     spec = (x.data_ptr(), _CODES[x.dtype], t, k, x.stride(0))
     _core.qa_quantize(spec, fmt.sides(t, k)[1], _KINDS[fmt.name], q.data_ptr(), scale.data_ptr(), torch.get_num_threads())
     return q, scale
@@ -33,7 +33,7 @@ def act_quant(x: Tensor, fmt: QFormat) -> tuple[Tensor, Tensor]:
 def int8_linear(codes: Tensor, x_scale: Tensor, parts: Parts, fmt: QFormat, n: int, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """y, T x N, from int8 codes (T x K, bytes) and scales of x."""
     t, k = codes.shape
-    y, w_scale = torch.empty(t, n, dtype=dtype), row_scales(parts, fmt, n).contiguous()
+    y, w_scale = torch.empty(t, n, dtype=dtype, device="cpu"), row_scales(parts, fmt, n).contiguous()
     bias_ = None if bias is None else bias.float().contiguous()
     _core.qa_int8_product(
         (codes.data_ptr(), parts.qdata.data_ptr()), (x_scale.data_ptr(), w_scale.data_ptr()), 0 if bias_ is None else bias_.data_ptr(),
@@ -47,7 +47,7 @@ def fp8_linear(
 ) -> Tensor:  # fmt: skip
     """y, T x N, from fp8 codes (T x K, bytes) and scales of x, coded as ``act``."""
     t, k = codes.shape
-    y, rows = torch.empty(t, n, dtype=dtype), max(1, _SCRATCH // (4 * k))
+    y, rows = torch.empty(t, n, dtype=dtype, device="cpu"), max(1, _SCRATCH // (4 * k))
     widen, bias_ = quant.run("dequantize", codes), None if bias is None else bias.float()
     for row in range(0, t, rows):
         end = min(t, row + rows)

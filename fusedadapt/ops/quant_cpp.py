@@ -22,7 +22,7 @@ _NO_BLOCKS = 1 << 62
 
 
 def _fp32(numbers: Sequence[float]) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.float32)
+    return torch.tensor(numbers, dtype=torch.float32, device="cpu")
 
 
 @functools.cache
@@ -38,7 +38,7 @@ def _scale_numbers(name: str) -> Tensor:
 
 @functools.cache
 def _cuts(t: Table) -> tuple[Tensor, Tensor]:
-    return _fp32(t.cuts), torch.tensor(t.codes, dtype=torch.uint8)
+    return _fp32(t.cuts), torch.tensor(t.codes, dtype=torch.uint8, device="cpu")
 
 
 def _grid(fmt: QFormat, n: int, k: int) -> tuple[int, int, int]:
@@ -70,7 +70,7 @@ def _weight(parts: Parts, fmt: QFormat, n: int, k: int) -> tuple[int, ...]:
 def stats(w: Tensor, fmt: QFormat) -> tuple[Tensor, Tensor]:
     """(least, largest) element of every group, fp32 of shape `fmt.grid`; NaN where a group has one. w: N x K, contiguous."""
     n, k = w.shape
-    lo, hi = (torch.empty(fmt.grid(n, k), dtype=torch.float32) for _ in range(2))
+    lo, hi = (torch.empty(fmt.grid(n, k), dtype=torch.float32, device="cpu") for _ in range(2))
     rows, columns = (1, n * k) if fmt.flat else (n, k)
     _core.q_stats(w.data_ptr(), _CODES[w.dtype], rows, columns, _grid(fmt, n, k), lo.data_ptr(), hi.data_ptr(), torch.get_num_threads())
     return lo, hi
@@ -80,7 +80,7 @@ def encode(w: Tensor, factor: Tensor, zero: Tensor | None, fmt: QFormat) -> Tens
     """Packed codes, uint8 of shape `fmt.packed`. w: N x K, contiguous; factor, zero: fp32 of shape `fmt.grid`."""
     n, k = w.shape
     factor, zero = factor.contiguous(), None if zero is None else zero.contiguous()
-    out = torch.empty(fmt.packed(n, k), dtype=torch.uint8)
+    out = torch.empty(fmt.packed(n, k), dtype=torch.uint8, device="cpu")
     codes = fmt.codes
     cuts, order = (None, None) if codes is None else _cuts(codes)
     flags = fmt.divide, fmt.zero == "fp32", codes is not None and codes.magnitude, codes is not None and codes.sign_bit
@@ -93,7 +93,7 @@ def encode(w: Tensor, factor: Tensor, zero: Tensor | None, fmt: QFormat) -> Tens
 
 def dequantize(parts: Parts, fmt: QFormat, n: int, k: int, row0: int, row1: int, dtype: torch.dtype) -> Tensor:
     """Rows row0..row1 of the n x k weight: (value - zero) * S in fp32, rounded once to ``dtype``."""
-    out = torch.empty(row1 - row0, k, dtype=dtype)
+    out = torch.empty(row1 - row0, k, dtype=dtype, device="cpu")
     _core.q_dequantize(_weight(parts, fmt, n, k), row0, row1, _CODES[dtype], out.data_ptr(), torch.get_num_threads())
     return out
 
@@ -105,14 +105,14 @@ def _matrix(x: Tensor) -> tuple[int, int, int, int]:
 def linear(x: Tensor, parts: Parts, fmt: QFormat, n: int, bias: Tensor | None) -> Tensor:
     """y = x W^T + bias, summed in fp32, rounded once. x: T x K, unit stride inside a row."""
     bias = None if bias is None else bias.to(torch.float32).contiguous()
-    y = torch.empty(x.shape[0], n, dtype=x.dtype)
+    y = torch.empty(x.shape[0], n, dtype=x.dtype, device="cpu")
     _core.q_linear(_matrix(x), _weight(parts, fmt, n, x.shape[1]), _address(bias), y.data_ptr(), torch.get_num_threads())
     return y
 
 
 def linear_dx(dy: Tensor, parts: Parts, fmt: QFormat, n: int, k: int) -> Tensor:
     """dx = dy W, summed in fp32, rounded once. dy: T x N, unit stride inside a row."""
-    dx = torch.empty(dy.shape[0], k, dtype=dy.dtype)
+    dx = torch.empty(dy.shape[0], k, dtype=dy.dtype, device="cpu")
     _core.q_linear_dx(_matrix(dy), _weight(parts, fmt, n, k), dx.data_ptr(), torch.get_num_threads())
     return dx
 

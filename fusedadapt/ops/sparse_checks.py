@@ -43,7 +43,7 @@ def empty_words(n: int, device: torch.device) -> Tensor:
 
 def table(rows: list[list[int]], device: torch.device) -> Tensor:
     """On the device without waiting: pinned memory is kept by torch until the copy has run."""
-    table = torch.tensor(rows, dtype=torch.int64)
+    table = torch.tensor(rows, dtype=torch.int64, device="cpu")
     return table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table
 
 

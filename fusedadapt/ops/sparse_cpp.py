@@ -47,7 +47,7 @@ def histogram(items: Sequence[Item], score: str, nan: str, shift: int, bits: int
     [2^bits]. Scratch: 16 bytes per bin and thread."""
     if not 0 < bits <= 20 or shift < 0 or shift + bits > 32:
         refuse("histogram", "0 < bits <= 20 and shift + bits <= 32", f"shift {shift}, bits {bits}", "use LEVELS")
-    out = torch.empty(1 << bits, dtype=torch.int64)
+    out = torch.empty(1 << bits, dtype=torch.int64, device="cpu")
     of = -1 if prefix is None else int(prefix)
     sources = [_item("histogram", item, score) for item in items]
     _core().histogram(sources, score, nan, shift, bits, of, out.data_ptr(), torch.get_num_threads())
@@ -91,8 +91,8 @@ def nm(x: Tensor, other: Tensor | None, score: str, nan: str, n: int, m: int) ->
 
 def energy(items: Sequence[Item], score: str) -> tuple[Tensor, Tensor, Tensor]:
     """(counts int64, sums fp64, sums of squares fp64), each [2048], of the scores by the top 11 bits of their keys, NaN in bin 0."""
-    counts = torch.empty(2048, dtype=torch.int64)
-    sums, squares = torch.empty(2048, dtype=torch.float64), torch.empty(2048, dtype=torch.float64)
+    counts = torch.empty(2048, dtype=torch.int64, device="cpu")
+    sums, squares = torch.empty(2048, dtype=torch.float64, device="cpu"), torch.empty(2048, dtype=torch.float64, device="cpu")
     sources = [_item("energy", item, score) for item in items]
     _core().energy(sources, score, counts.data_ptr(), sums.data_ptr(), squares.data_ptr(), torch.get_num_threads())
     return counts, sums, squares
@@ -102,7 +102,7 @@ def colstat(x: Tensor) -> Tensor:
     """Sum of squares of each column of x [T, K], added in fp64 in an order that depends on the shape alone: fp32 [K]."""
     if _flat("colstat", "x", x).dim() != 2:
         refuse("colstat", "a matrix [T, K]", tuple(x.shape), "flatten it to rows")
-    out = torch.empty(x.shape[1])
+    out = torch.empty(x.shape[1], dtype=torch.float32, device="cpu")
     _core().colstat(x.data_ptr(), CODES[x.dtype], x.shape[0], x.shape[1], out.data_ptr(), torch.get_num_threads())
     return out
 
@@ -119,14 +119,14 @@ def pack(mask: Tensor) -> Tensor:
 
 def unpack(words: Tensor, n: int) -> Tensor:
     """bool [n]."""
-    mask = torch.empty(n, dtype=torch.bool)
+    mask = torch.empty(n, dtype=torch.bool, device="cpu")
     _core().unpack(words_of("unpack", words, n, CPU).data_ptr(), n, mask.data_ptr(), torch.get_num_threads())
     return mask
 
 
 def prefix(words: Tensor) -> Tensor:
     """Exclusive popcounts per 32 words (1,024 elements), the total last: int64 [ceil(words / 32) + 1]."""
-    out = torch.empty((_flat("prefix", "words", words, (torch.int32,)).numel() + 31) // 32 + 1, dtype=torch.int64)
+    out = torch.empty((_flat("prefix", "words", words, (torch.int32,)).numel() + 31) // 32 + 1, dtype=torch.int64, device="cpu")
     _core().prefix(words.data_ptr(), words.numel(), out.data_ptr(), torch.get_num_threads())
     return out
 
@@ -134,7 +134,7 @@ def prefix(words: Tensor) -> Tensor:
 def indices(words: Tensor, n: int) -> Tensor:
     """Sorted flat positions of the set bits: int32 below 2^31 elements, else int64."""
     before = prefix(words_of("indices", words, n, CPU))
-    out = torch.empty(int(before[-1]), dtype=torch.int64 if n >> 31 else torch.int32)
+    out = torch.empty(int(before[-1]), dtype=torch.int64 if n >> 31 else torch.int32, device="cpu")
     _core().indices(words.data_ptr(), words.numel(), before.data_ptr(), out.data_ptr(), out.element_size() == 8, torch.get_num_threads())
     return out
 
@@ -182,7 +182,7 @@ def _swappable(op: str, x: Tensor, values: Tensor) -> None:
 
 def gather(x: Tensor, words: Tensor, prefix: Tensor) -> Tensor:
     """The chosen elements of a flat x, in order, in x's dtype."""
-    values = torch.empty(int(prefix[-1]), dtype=x.dtype)
+    values = torch.empty(int(prefix[-1]), dtype=x.dtype, device="cpu")
     _by_words("gather", x, words, prefix, values)
     return values
 
@@ -220,7 +220,7 @@ def _by_index(op: str, x: Tensor, index: Tensor, values: Tensor, alpha: float = 
 
 def gather_at(x: Tensor, index: Tensor) -> Tensor:
     """x[index] of a flat x, in x's dtype; `index`: int32 or int64, any order."""
-    values = torch.empty(index.numel(), dtype=x.dtype)
+    values = torch.empty(index.numel(), dtype=x.dtype, device="cpu")
     _by_index("gather", x, index, values)
     return values
 

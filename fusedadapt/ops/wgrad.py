@@ -60,7 +60,7 @@ def _tile(dy: Tensor, x: Tensor, wide: torch.dtype) -> Tensor:
     """dy^T x, contiguous, at least in the operands' precision."""
     if not dense.widens(x):
         return dy.t() @ x
-    total = torch.zeros(dy.shape[1], x.shape[1], dtype=wide)
+    total = torch.zeros(dy.shape[1], x.shape[1], dtype=wide, device=x.device)
     step = max(16, _WIDE // max(1, x.shape[1]))
     for t in range(0, x.shape[0], step):
         total.addmm_(dy[t : t + step].t().to(wide), x[t : t + step].to(wide))

@@ -91,8 +91,11 @@ class AdaBelief(FusedOptimizer):
     added a second time outside the root (the paper adds it once). ``rectify`` (threshold rho_t >= 5): before it, a momentum step
     (``degenerated_to_sgd``) or none; amsgrad then only stores its maximum. ``fixed_decay``: p *= 1 - weight_decay, without lr.
     The surprise g - m_new is computed as beta1 (g - m_old), the same number without its cancellation.
-    States: ``exp_avg``, ``exp_avg_var``, with amsgrad ``max_exp_avg_var``.
+    States: ``exp_avg``, ``exp_avg_var``, with amsgrad ``max_exp_avg_var``. ``print_change_log``: accepted for the official code's sake; nothing is
+    printed.
     """
+
+    official_group = frozenset(("buffer",))
 
     examples = (
         {}, {"rectify": False, "eps": 1e-8}, {"amsgrad": True}, {"amsgrad": True, "rectify": False, "eps": 1e-10}, {"degenerated_to_sgd": False},
@@ -102,10 +105,19 @@ class AdaBelief(FusedOptimizer):
     def __init__(
         self, params: Params, lr: float | Tensor = 1e-3, betas: Betas = (0.9, 0.999), eps: float = 1e-16, weight_decay: float = 0,
         amsgrad: bool = False, weight_decouple: bool = True, fixed_decay: bool = False, rectify: bool = True, degenerated_to_sgd: bool = True,
-        **extras: Unpack[Extras],
+        print_change_log: bool = False, **extras: Unpack[Extras],
     ):  # fmt: skip
         flags = dict(weight_decouple=weight_decouple, fixed_decay=fixed_decay, rectify=rectify, degenerated_to_sgd=degenerated_to_sgd)
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, **flags), extras)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As every optimizer's here, and made to load into adabelief-pytorch: it keeps a cache in its groups (here an empty one), and takes powers of
+        the step count, which must therefore be wide: from an fp32 one its rho_t has three digits."""
+        saved = super().state_dict()
+        for group in saved["param_groups"]:
+            group["buffer"] = [[None, None, None] for _ in range(10)]
+        saved["state"] = {i: s | {"step": s["step"].double()} if s["step"].dim() == 0 else s for i, s in saved["state"].items()}
+        return saved
 
     def _rule(self, group: dict[str, Any]) -> str:
         return "adabelief_amsgrad" if group["amsgrad"] else "adabelief"
@@ -155,6 +167,7 @@ class AdEMAMix(FusedOptimizer):
     """
 
     examples = ({}, {"alpha": 5.0, "alpha_warmup": 20, "beta3_warmup": 20}, {"betas": (0.0, 0.99, 0.999)})
+    n_betas = 3
     decay = "decoupled"
 
     def __init__(
@@ -171,8 +184,9 @@ class AdEMAMix(FusedOptimizer):
         def half_life(beta: float) -> float:
             return math.log(0.5) / math.log(beta + 1e-8) - 1.0
 
+        fields = super()._hyper(group)  # checks the betas, too
         beta1, _, beta3 = group["betas"]
-        return super()._hyper(group) | {
+        return fields | {
             "alpha": group["alpha"], "alpha_warmup": float(group["alpha_warmup"] or 0), "beta3_warmup": float(group["beta3_warmup"] or 0),
             "half1": half_life(beta1), "half3": half_life(beta3),
         }  # fmt: skip

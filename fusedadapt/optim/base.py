@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from operator import itemgetter
 from typing import Any, ClassVar, TypedDict
 
@@ -73,6 +73,10 @@ class FusedOptimizer(Optimizer):
 
     #: variant of the options -> keyword arguments that select it; tests, parity, benches and tables iterate these
     examples: ClassVar[tuple[dict[str, Any], ...]] = ({},)
+    #: entries of the official code's parameter groups that ours do without: written by `state_dict`, left out by `load_state_dict`
+    official_group: ClassVar[frozenset[str]] = frozenset()
+    #: how many betas the rule has, if any
+    n_betas: ClassVar[int] = 2
     #: hyper-parameters that weight_decay feeds: "l2" (coupled) or "decoupled"
     decay: ClassVar[str] = "l2"
     _step_supports_amp_scaling = True
@@ -126,8 +130,11 @@ class FusedOptimizer(Optimizer):
         on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"  # read there, by the prologue: the host would have to wait
         fields = {"lr": 0.0 if on_device else float(lr), "sign": -1.0 if group["maximize"] else 1.0, "eps": group.get("eps", 0.0)}
         fields[self.decay] = group.get("weight_decay", 0.0)
-        for i, beta in enumerate(group.get("betas", ())):
-            fields[f"beta{i + 1}"] = beta
+        if "betas" in group:
+            betas = group["betas"]
+            if not isinstance(betas, Sequence) or len(betas) != self.n_betas:
+                raise ValueError(f"{type(self).__name__}: expected betas as a tuple of {self.n_betas} numbers; got {betas!r}")
+            fields |= {f"beta{i + 1}": beta for i, beta in enumerate(betas)}
         return fields
 
     def _initial(self, name: str, p: Tensor, group: dict[str, Any]) -> Tensor | float:
@@ -362,6 +369,12 @@ class FusedOptimizer(Optimizer):
         """
         states.load(self, state_dict)
         self._reset()
+
+    def to_torch(self) -> Optimizer:
+        """torch's optimizer of the same name on the same parameters, state and all: see `fusedadapt.optim.to_torch`."""
+        from .interop import to_torch
+
+        return to_torch(self)
 
     def __getstate__(self) -> dict[str, Any]:
         # as torch, without hooks, and without the `step` a learning-rate scheduler wraps around ours: neither can be pickled

@@ -63,6 +63,8 @@ def cohorts(state: dict[str, Any]) -> list[tuple[int, int, int]]:
 def check_options(opt: FusedOptimizer, masks: dict[Tensor, Tensor]) -> None:
     """Raises ValueError where compact states or anchors cannot be."""
     op = type(opt).__name__
+    if not isinstance(masks, dict):
+        raise ValueError(f"{op}: expected masks as a dict {{parameter: mask}}; got {type(masks).__name__}; say which parameter each mask is for")
     if opt.decay_to == "init" and opt.decay not in ("l2", "decoupled"):
         raise ValueError(f'{op}: expected decay_to="zero"; got "init"; this rule applies its decay itself, at the point where gradients are taken')
     if opt.mask_state != "compact":

@@ -138,7 +138,7 @@ class CpuPlan(Plan):
         self.table.set_hypers(hypers)
 
     def squares(self, scalars: Scalars) -> Tensor:
-        return torch.tensor(self.table.cpu_squares(torch.get_num_threads(), address(scalars.grad_scale)), dtype=torch.float64)
+        return torch.tensor(self.table.cpu_squares(torch.get_num_threads(), address(scalars.grad_scale)), dtype=torch.float64, device="cpu")
 
     def run(self, scalars: Scalars) -> None:
         scale, found, clip, seed, stochastic = scalars
@@ -224,9 +224,9 @@ class ReferencePlan(Plan):
 
     def _row(self, group: int, step: float, *aux: float) -> tuple[Any, float, list[float]]:
         """The row of a group at the step after ``step``; that step, and the scalars after it."""
-        fields = {k: torch.tensor(v, dtype=torch.float64) for k, v in zip(HYPER_FIELDS, self.hypers[group], strict=True)}
-        now = torch.tensor(step + 1.0, dtype=torch.float64)
-        row, after = reference.make_rows(self.rule, fields, now, [torch.tensor(a, dtype=torch.float64) for a in aux])
+        fields = {k: torch.tensor(v, dtype=torch.float64, device="cpu") for k, v in zip(HYPER_FIELDS, self.hypers[group], strict=True)}
+        now = torch.tensor(step + 1.0, dtype=torch.float64, device="cpu")
+        row, after = reference.make_rows(self.rule, fields, now, [torch.tensor(a, dtype=torch.float64, device="cpu") for a in aux])
         return reference.scalar_row(row), float(now), [float(a) for a in after]
 
     @torch.no_grad()

@@ -36,14 +36,20 @@ class DevicePlan(Plan):
     def __init__(self, *args: Any):
         super().__init__(*args)
         self._version = self._structure = -1
-        self._desc = self._gradient_chunks = self._rows = self._clocks = torch.empty(0)
+        self._desc = self._gradient_chunks = self._rows = self._clocks = torch.empty(0, dtype=torch.float32, device="cpu")
         self._shares: list[Share] = []
         self._spare: list[Tensor] = []
         self._captured: list[Tensor] = []
         self._chunk = self._gradient_chunk = 0
 
     def _upload(self, data: bytes | Tensor, dtype: torch.dtype, width: int) -> Tensor:
-        host = data if isinstance(data, Tensor) else torch.frombuffer(bytearray(data), dtype=dtype) if data else torch.empty(0, dtype=dtype)
+        host = (
+            data
+            if isinstance(data, Tensor)
+            else torch.frombuffer(bytearray(data), dtype=dtype)
+            if data
+            else torch.empty(0, dtype=dtype, device="cpu")
+        )
         if self.device.type == "cuda":
             host = self._pin(host.view(-1))
         return host.to(self.device, non_blocking=True).view(-1, width)
@@ -53,7 +59,9 @@ class DevicePlan(Plan):
         reads this very memory at each replay, and pinning is not allowed: a buffer set aside earlier is used up and kept for good."""
         if not torch.cuda.is_current_stream_capturing():
             while len(self._spare) < 8:
-                self._spare.append(torch.empty(WORDS * max(len(self.entries), len(self.table.owners)) + 2 * 65536, dtype=torch.int64).pin_memory())
+                self._spare.append(
+                    torch.empty(WORDS * max(len(self.entries), len(self.table.owners)) + 2 * 65536, dtype=torch.int64, device="cpu").pin_memory()
+                )
             return host.pin_memory()
         raw = host.view(torch.int64)
         if not self._spare or len(raw) > len(self._spare[-1]):
@@ -85,8 +93,12 @@ class DevicePlan(Plan):
     def _split(self, described: bytes) -> None:
         """The chunks of each sweep and of the gradient norm."""
         chunks = self.table.chunk_list(self._chunk)
-        words = torch.frombuffer(bytearray(described), dtype=torch.int64).view(-1, WORDS) if described else torch.empty(0, WORDS, dtype=torch.int64)
-        pieces = torch.frombuffer(bytearray(chunks), dtype=torch.int64).view(-1, 2) if chunks else torch.empty(0, 2, dtype=torch.int64)
+        words = (
+            torch.frombuffer(bytearray(described), dtype=torch.int64).view(-1, WORDS)
+            if described
+            else torch.empty(0, WORDS, dtype=torch.int64, device="cpu")
+        )
+        pieces = torch.frombuffer(bytearray(chunks), dtype=torch.int64).view(-1, 2) if chunks else torch.empty(0, 2, dtype=torch.int64, device="cpu")
         scattered = (words[:, INDEX] != 0) | (words[:, ANCHOR] != 0)
         block = torch.where((words[:, SCALE0:] != 0).any(1), 1 << (words[:, KINDS] >> 24 & 255), 0)
         kind = (2 * block + scattered)[pieces[:, 0]]
@@ -99,7 +111,7 @@ class DevicePlan(Plan):
 
     def set_hypers(self, hypers: list[list[float]]) -> None:
         super().set_hypers(hypers)
-        self._hypers = self._upload(torch.tensor(hypers, dtype=torch.float64), torch.float64, len(HYPER_FIELDS))
+        self._hypers = self._upload(torch.tensor(hypers, dtype=torch.float64, device="cpu"), torch.float64, len(HYPER_FIELDS))
 
     def set_lr(self, group: int, lr: Tensor) -> None:
         """A Tensor lr on this device: read by the prologue, never by the host."""
@@ -178,13 +190,13 @@ class TritonPlan(DevicePlan):
         super().__init__(*args)
         self._kernels = importlib.import_module("fusedadapt.kernels.optim")
         self._clocks_module = importlib.import_module("fusedadapt.kernels.optim_clocks")
-        self._groups = torch.empty(0, dtype=torch.int64)
+        self._groups = torch.empty(0, dtype=torch.int64, device="cpu")
 
     def prepare(self) -> None:
         before = self._structure
         super().prepare()
         if before != self._structure:
-            groups = torch.tensor([e.group for e in self.owners()], dtype=torch.int64)
+            groups = torch.tensor([e.group for e in self.owners()], dtype=torch.int64, device="cpu")
             self._groups = groups.to(self.device)
 
     def _squares(self, partial: Tensor, scalars: Scalars) -> None:

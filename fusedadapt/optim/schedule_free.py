@@ -11,15 +11,19 @@ from typing_extensions import Unpack
 from . import compact
 from .base import Extras, FusedOptimizer, Params
 
+_SCALARS = ("weight_sum", "lr_max")
+
 
 class ScheduleFreeAdamW(FusedOptimizer):
     """Schedule-Free AdamW (arXiv 2405.15682), equal to schedulefree 1.4.1's AdamWScheduleFree.
 
     Call ``train()`` before training and ``eval()`` before evaluating or saving the model: the parameter holds y while training (where gradients are
     taken) and the average x while evaluating. States: ``z``, ``exp_avg_sq``; scalars ``weight_sum``, ``lr_max``. The decay acts at y.
+    The official code counts steps and keeps the scalars per group: checkpoints carry both forms.
     """
 
     examples = ({}, {"warmup_steps": 10, "r": 0.5, "betas": (0.95, 0.98)}, {"weight_lr_power": 1.0})
+    official_group = frozenset(("k", "weight_sum", "lr_max", "scheduled_lr"))
     decay = "alpha"  # the rule applies it itself, at y
     _step_rule = "schedule_free_adamw"
 
@@ -35,6 +39,26 @@ class ScheduleFreeAdamW(FusedOptimizer):
 
     def _initial(self, name: str, p: Tensor, group: dict[str, Any]) -> Tensor | float:
         return p if name == "z" else 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """As every optimizer's here. Loads into schedulefree where all parameters of a group have made the same steps."""
+        saved = super().state_dict()
+        for group in saved["param_groups"]:
+            states = [saved["state"][i] for i in group["params"] if i in saved["state"]]
+            scalars = {tuple(float(s[name]) for name in ("step", *_SCALARS)) for s in states if s["step"].dim() == 0} or {(0.0, 0.0, -1.0)}
+            if len(scalars) == 1:
+                steps, weight_sum, lr_max = scalars.pop()
+                group |= {"k": int(steps), "weight_sum": weight_sum, "lr_max": lr_max, "scheduled_lr": 0.0}
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As every optimizer's here; of schedulefree's, each parameter takes over its group's step count and scalars."""
+        state = dict(state_dict.get("state") or {})
+        for group in state_dict.get("param_groups") or ():
+            for i in group["params"]:
+                if "k" in group and state.get(i) and "step" not in state[i]:
+                    state[i] = state[i] | {"step": group["k"]} | {name: group[name] for name in _SCALARS}
+        super().load_state_dict(state_dict | {"state": state} if state else state_dict)
 
     def update_(self) -> None:
         if not self.param_groups[0]["train_mode"]:

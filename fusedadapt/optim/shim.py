@@ -26,6 +26,7 @@ def _make(core: Any) -> Any:
     try:
         library = ctypes.CDLL(torch._C.__file__)  # loaded already; a name is searched in the libraries it depends on, too
         addresses = [ctypes.cast(library[name], ctypes.c_void_p).value for name in core.SHIM_NAMES]
-        return core.Shim(addresses, torch.nn.Parameter(torch.zeros(0, device="cpu"), requires_grad=False))
+        with torch.inference_mode(False):  # the probe's version is looked for; tensors made in inference mode have none
+            return core.Shim(addresses, torch.nn.Parameter(torch.zeros(0, dtype=torch.float32, device="cpu"), requires_grad=False))
     except (OSError, AttributeError, ValueError):
         return None

@@ -142,10 +142,14 @@ def pack_masks(opt: FusedOptimizer, masks: dict[Tensor, Tensor]) -> dict[Tensor,
     op, mine = type(opt).__name__, [p for g in opt.param_groups for p in g["params"]]
     out = {}
     for p, mask in masks.items():
+        if not isinstance(p, Tensor):
+            raise ValueError(f"{op}: expected masks={{parameter: mask}}; got {p!r} as a key; pass the parameter itself")
         k = next((i for i, q in enumerate(mine) if q is p), None)
         if k is None:
             raise ValueError(f"{op}: expected masks for this optimizer's parameters; got one for another tensor of shape {tuple(p.shape)}")
         mask = mask.to_bool() if hasattr(mask, "to_bool") else mask
+        if not isinstance(mask, Tensor):
+            raise ValueError(f"{op}: expected masks of bool tensors or sparse.Mask; got {type(mask).__name__} for {names(opt.param_groups)[k]}")
         if mask.dtype != torch.bool or mask.shape != p.shape:
             name = names(opt.param_groups)[k]
             raise ValueError(f"{op}: expected a bool mask of shape {tuple(p.shape)} for {name}; got {mask.dtype} of shape {tuple(mask.shape)}")
@@ -186,7 +190,7 @@ def global_index(p: Tensor, index: Tensor | None = None) -> np.ndarray:
     of these positions in its memory."""
     base, inner, outer = index_map(p)
     t = local(p.detach())
-    i = torch.arange(t.numel()) if index is None else index.cpu()
+    i = torch.arange(t.numel(), device="cpu") if index is None else index.cpu()
     element = base + i if inner <= 0 else base + i // inner * outer + i % inner
     if index is not None:
         return element.numpy().astype(np.uint64)
@@ -195,8 +199,12 @@ def global_index(p: Tensor, index: Tensor | None = None) -> np.ndarray:
 
 # --- checkpoints -------------------------------------------------------------------------------------------------------------------------
 
-# Options that only some versions or libraries write: their absence in a saved group is no sign of another rule.
-_OPTIONAL = {"foreach", "fused", "capturable", "differentiable", "maximize", "seed", "param_names", "initial_lr", "decoupled_weight_decay"}
+# Options that only some versions or libraries write: their absence in a saved group is no sign of another rule. The last ones are no group options
+# in the official AdaBelief, ADOPT and Sophia.
+_OPTIONAL = {
+    "foreach", "fused", "capturable", "differentiable", "maximize", "seed", "param_names", "initial_lr", "decoupled_weight_decay",
+    "weight_decouple", "fixed_decay", "rectify", "degenerated_to_sgd", "clip_lambda", "bs",
+}  # fmt: skip
 
 
 def load(opt: FusedOptimizer, state_dict: dict[str, Any]) -> None:
@@ -216,7 +224,8 @@ def load(opt: FusedOptimizer, state_dict: dict[str, Any]) -> None:
         if absent:
             raise ValueError(f"{op}.load_state_dict: expected groups with {sorted(absent)}; they are not there: another rule saved this state")
         kept = {k: v for k, v in old.items() if k in _OPTIONAL and k != "initial_lr"}
-        groups.append({**kept, **copy.deepcopy({k: v for k, v in new.items() if k != "params"}), "params": old["params"]})
+        given = {k: v for k, v in new.items() if k != "params" and k not in opt.official_group}
+        groups.append({**kept, **copy.deepcopy(given), "params": old["params"]})
         check_hypers(opt, groups[-1], opt._hyper(groups[-1]))
     ids = [i for g in saved_groups for i in g["params"]]
     params = [p for g in opt.param_groups for p in g["params"]]
@@ -247,7 +256,8 @@ def _convert(opt: FusedOptimizer, label: str, p: Tensor, group: dict[str, Any], 
         compact.check_saved(op, label, p, saved, rule)
     for k, v in saved.items():
         if k == "step" or k in rule.aux:
-            v = torch.as_tensor(v if packed else float(v), dtype=torch.float32 if k == "step" else torch.float64).to(device, copy=True)
+            wide = torch.float32 if k == "step" else torch.float64
+            v = torch.as_tensor(v if packed else float(v), dtype=wide, device=device).clone()
         elif k == "cohorts":
             v = v.cpu().clone()
         elif isinstance(v, Tensor):

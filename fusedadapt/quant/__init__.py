@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .linear import quantized_linear as quantized_linear
     from .load import load_model_ as load_model_
     from .model import quantize_model_ as quantize_model_
+    from .save import save_pretrained as save_pretrained
     from .stream import quantize_checkpoint as quantize_checkpoint
     from .tensor import QuantizedTensor as QuantizedTensor
     from .tensor import quantize as quantize
@@ -36,6 +37,7 @@ _HOMES = {
     "quantize_model_": "model",
     "quantized_linear": "linear",
     "quantized_linear_act": "activations",
+    "save_pretrained": "save",
 }
 __all__ = [*_HOMES]  # noqa: PLE0604 - names, all of them
 

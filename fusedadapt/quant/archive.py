@@ -139,7 +139,7 @@ def read_tensor(entry: Entry, name: str) -> Tensor:
     """The tensor, in memory of its own. ValueError if the file ends early or torch has no such dtype; OSError."""
     if entry.dtype is None:
         raise ValueError(f"checkpoint: expected a dtype that torch has; {name} in {entry.file.name} is {entry.code}; convert it")
-    flat = torch.empty(entry.nbytes, dtype=torch.uint8)
+    flat = torch.empty(entry.nbytes, dtype=torch.uint8, device="cpu")
     view, done = flat.numpy().data, 0
     with open(entry.file, "rb", buffering=0) as file:
         file.seek(entry.begin)

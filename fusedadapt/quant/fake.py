@@ -126,7 +126,7 @@ def _tensor(value: Tensor | float | None, x: Tensor) -> Tensor | None:
 def _bounds(quant_min: int | Tensor, quant_max: int | Tensor, x: Tensor) -> Tensor | None:
     if not isinstance(quant_min, Tensor) and not isinstance(quant_max, Tensor):
         return None
-    ends = [torch.as_tensor(b, device=x.device).detach().to(wide(x.dtype)).reshape(-1) for b in (quant_min, quant_max)]
+    ends = [torch.as_tensor(b, dtype=wide(x.dtype), device=x.device).detach().reshape(-1) for b in (quant_min, quant_max)]
     return torch.stack(torch.broadcast_tensors(*ends))
 
 

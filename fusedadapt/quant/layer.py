@@ -18,6 +18,13 @@ from .tensor import QuantizedTensor, quantize
 _BUFFERS = ("scale", "zero", "super", "offset")
 
 
+def check_plain(op: str, linear: object) -> None:
+    """Raises TypeError for what is no nn.Linear, or computes more than its weight and bias say (adapters, weights that follow other parameters)."""
+    if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
+        fix = "call its to_linear() first" if hasattr(linear, "to_linear") else "pass the plain layer"
+        raise TypeError(f"{op}: expected a torch.nn.Linear; got {type(linear).__name__}; {fix}")
+
+
 class PackedWeight(nn.Linear):
     """A linear layer whose ``weight`` may be packed bytes: then ``format`` says which, and buffers weight_* hold the rest of the quantized tensor."""
 
@@ -94,9 +101,9 @@ class QuantizedLinear(PackedWeight):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, format: str | QFormat = "nf4", group_size: int | None = None, **options: Any) -> QuantizedLinear:
-        """The layer with its weight quantized; its bias is shared. Arguments and errors as `fusedadapt.quantize`."""
-        if not isinstance(linear, nn.Linear) or isinstance(linear, QuantizedLinear):
-            raise TypeError(f"QuantizedLinear.from_linear: expected a torch.nn.Linear; got {type(linear).__name__}; pass the layer to quantize")
+        """The layer with its weight quantized; its bias is shared. Arguments and errors as `fusedadapt.quantize`; TypeError if it
+        is not a plain nn.Linear."""
+        check_plain("QuantizedLinear.from_linear", linear)
         return cls(quantize(linear.weight, format, group_size, **options), linear.bias).train(linear.training)
 
     @classmethod

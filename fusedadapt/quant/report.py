@@ -138,7 +138,7 @@ def checked_device(device: torch.device | str | None) -> torch.device | None:
         return None
     try:
         found = torch.device(device)
-        torch.empty(0, device=found)
+        torch.empty(0, dtype=torch.uint8, device=found)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         raise ValueError(
             f"quantize: expected a device that is here; got {device!r} ({str(error).splitlines()[0]}); leave device out for the CPU"

@@ -70,17 +70,16 @@ def quantize_checkpoint(
         FileExistsError: ``out`` has something in it. OSError while writing.
     """
     fmt, skipped, included = format_of(format, group_size, **options), Patterns(skip, "skip"), Patterns(include, "include")
-    device, archive, target = checked_device(device), opened(Path(source)), Path(out)
+    device, archive = checked_device(device), opened(Path(source))
     config = read_config(archive.folder)
     _refuse_quantized(archive, config)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"quantize: expected {target} to be a new or empty folder; it is there already; choose another or remove it")
+    target = checked_target("quantize", out)
     picked = choose(archive, config, skipped, included)
     report = QuantizationReport(fmt.spec, left=dict(picked.left), notes=[f"layers: {picked.how}"])
     for patterns, word in ((skipped, "skip"), (included, "include")):
         if patterns.patterns != DEFAULT_SKIP and (unused := patterns.unused()):
             report.notes.append(f"{word}: no layer of that name: {', '.join(unused)}")
-    with _new_folder(target) as folder:
+    with new_folder(target) as folder:
         _write(archive, folder, picked, fmt, device, max_shard_bytes, report, advance)
         if archive.folder is not None:
             _copy_companions(archive.folder, folder)
@@ -101,7 +100,7 @@ def _write(
     advance: Advance | None,
 ) -> None:
     """All tensors, in the order of the source's files."""
-    shards, chosen = _Shards(folder, limit), set(picked.chosen)
+    shards, chosen = Shards(folder, limit), set(picked.chosen)
     total = sum(entry.nbytes for entry in archive.entries.values())
     for name, entry in archive.entries.items():
         if name in chosen:
@@ -114,7 +113,16 @@ def _write(
     shards.close()
 
 
-def _is_bitsandbytes(fmt: QFormat) -> bool:
+def checked_target(op: str, out: str | Path) -> Path:
+    """A folder to be: FileExistsError if there is something in it."""
+    target = Path(out)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{op}: expected {target} to be a new or empty folder; it is there already; choose another or remove it")
+    return target
+
+
+def is_bitsandbytes(fmt: QFormat) -> bool:
+    """Whether the format is written as bitsandbytes writes it."""
     return fmt.name in ("nf4", "fp4")
 
 
@@ -135,13 +143,13 @@ def _quantized(
     moved = w if device is None else w.to(device)
     qt, layer = measured(name.removesuffix(".weight"), moved, lambda: quantize(moved, fmt))
     report.layers.append(layer)
-    if _is_bitsandbytes(fmt):
+    if is_bitsandbytes(fmt):
         qt = qt if qt.dtype != torch.float64 else replace(qt, dtype=torch.float32)  # bitsandbytes has no fp64
         return foreign.to_bitsandbytes(qt.to("cpu"), name), {}
     return foreign.to_plain(qt.to("cpu"), name)
 
 
-class _Shards:
+class Shards:
     """Tensors gathered into files of bounded size. How many there are, and so their names, is known at the end."""
 
     def __init__(self, folder: Path, limit: int) -> None:
@@ -191,7 +199,7 @@ class _Shards:
 
 
 @contextlib.contextmanager
-def _new_folder(target: Path) -> Iterator[Path]:
+def new_folder(target: Path) -> Iterator[Path]:
     """A folder that takes the name `target` when the block ends without an error, and is gone when it does not."""
     target.parent.mkdir(parents=True, exist_ok=True)
     for stale in target.parent.glob(f".{target.name}.*.tmp"):
@@ -228,18 +236,22 @@ def _config(config: Mapping[str, Any], fmt: QFormat, archive: Archive, picked: L
     usual = max(set(kinds), key=kinds.count)
     if "dtype" not in adapted and "torch_dtype" not in adapted:
         adapted["torch_dtype"] = usual  # otherwise guessed from the file's first tensors, which are fp32 scales now
-    if not _is_bitsandbytes(fmt):
-        adapted["quantization_config"] = {"quant_method": "fusedadapt", "format": fmt.spec}
-        return adapted
-    quantized = {picked.names[name] for name in picked.chosen}
-    adapted["quantization_config"] = {
+    quantized = {picked.names[name] for name in picked.chosen} if is_bitsandbytes(fmt) else set()
+    adapted["quantization_config"] = quantization_config(fmt, compute or usual, skip_list(picked.modules, quantized))
+    return adapted
+
+
+def quantization_config(fmt: QFormat | None, compute: str, skipped: list[str]) -> dict[str, Any]:
+    """That entry of config.json. ``fmt``: of all layers, or None; ``compute``: in which bitsandbytes multiplies; ``skipped``: what stays as it is."""
+    if fmt is None or not is_bitsandbytes(fmt):
+        return {"quant_method": "fusedadapt", "format": "mixed" if fmt is None else fmt.spec}
+    return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,
         "load_in_8bit": False,
         "bnb_4bit_quant_type": fmt.name,
         "bnb_4bit_use_double_quant": fmt.scale == "nested",
-        "bnb_4bit_compute_dtype": compute or usual,
+        "bnb_4bit_compute_dtype": compute,
         "bnb_4bit_quant_storage": "uint8",
-        "llm_int8_skip_modules": skip_list(picked.modules, quantized),
+        "llm_int8_skip_modules": skipped,
     }
-    return adapted

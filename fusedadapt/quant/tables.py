@@ -33,15 +33,15 @@ class Table:
 
 
 def _down(v: Tensor) -> Tensor:
-    return torch.nextafter(v, torch.tensor(-torch.inf))
+    return torch.nextafter(v, torch.tensor(-torch.inf, dtype=torch.float32, device="cpu"))
 
 
 def _between(points: Sequence[float], codes: Sequence[int], ties: str) -> tuple[float, ...]:
     """Cuts halfway between ascending points, in fp32. Ties go to the lower point ("low") or to the even code ("even")."""
-    v = torch.tensor(points, dtype=torch.float32)
+    v = torch.tensor(points, dtype=torch.float32, device="cpu")
     middle = (v[:-1] + v[1:]) * 0.5
     if ties == "even":
-        odd = torch.tensor([code % 2 == 1 for code in codes[:-1]])
+        odd = torch.tensor([code % 2 == 1 for code in codes[:-1]], dtype=torch.bool, device="cpu")
         middle = torch.where(odd, _down(middle), middle)
     return tuple(middle.tolist())
 
@@ -104,7 +104,7 @@ _FP4_CUTS = (0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333,
 
 
 def _rounded(values: Sequence[float]) -> tuple[float, ...]:
-    return tuple(torch.tensor(values, dtype=torch.float32).tolist())
+    return tuple(torch.tensor(values, dtype=torch.float32, device="cpu").tolist())
 
 
 def nf4() -> Table:
@@ -133,7 +133,7 @@ def dynamic_map(signed: bool = True) -> tuple[float, ...]:
     """
     found = []
     for e in range(7):
-        edges = torch.linspace(0.1, 1, 2**e + 1 if signed else 2 ** (e + 1) + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2**e + 1 if signed else 2 ** (e + 1) + 1, dtype=torch.float32, device="cpu")
         middles = (edges[:-1] + edges[1:]) / 2.0
         positive = (10.0 ** (e - 6) * middles).tolist()
         found += positive + ([-v for v in positive] if signed else [])

@@ -15,7 +15,7 @@ from ..reference.quant import Parts
 from .formats import QFormat, format_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # equal is what is the same object, as for modules: == of tensors has no truth value
 class QuantizedTensor:
     """A weight stored in few bits; w = (value - zero) * S, see `fusedadapt.quant.formats`.
 
@@ -77,6 +77,10 @@ class QuantizedTensor:
     def __repr__(self) -> str:
         bits = 8 * self.nbytes / max(1, math.prod(self.shape))
         return f"QuantizedTensor({tuple(self.shape)}, {self.format.spec}, {bits:.3f} bits/weight, device={str(self.device)!r})"
+
+
+# torch.load(weights_only=True) takes them as it takes tensors: they hold nothing else that runs.
+torch.serialization.add_safe_globals([QuantizedTensor, QFormat])
 
 
 def quantize(w: Tensor, format: str | QFormat = "nf4", group_size: int | None = None, **options: Any) -> QuantizedTensor:

@@ -39,7 +39,7 @@ def zero_code(kind: str) -> int:
 def dynamic_map(signed: bool) -> Tensor:
     """The 256 ascending values, fp32: decade 10^(e-6) [0.1, 1], e = 0..6, in 2^e cells (unsigned: twice as many), a cell's middle each; 0; 1."""
     positive = [d * (0.1 + 0.9 * (j + 0.5) / n) for e, d in enumerate(_DECADES) for n in [_cells(e, signed)] for j in range(n)]
-    return torch.tensor([*([-v for v in reversed(positive)] if signed else []), 0.0, *positive, 1.0])
+    return torch.tensor([*([-v for v in reversed(positive)] if signed else []), 0.0, *positive, 1.0], dtype=torch.float32, device="cpu")
 
 
 @functools.cache
@@ -52,7 +52,12 @@ def decades(signed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     top = float(2 * cells[6])
     offset = [0.0 if signed else 2.0, *(n * 8.0 / 9.0 for n in cells[1:]), top]
     last = [*(2.0 * n - 1.0 for n in cells), top]
-    return torch.tensor(end), torch.tensor(slope), torch.tensor(offset), torch.tensor(last)
+    return (
+        torch.tensor(end, dtype=torch.float32, device="cpu"),
+        torch.tensor(slope, dtype=torch.float32, device="cpu"),
+        torch.tensor(offset, dtype=torch.float32, device="cpu"),
+        torch.tensor(last, dtype=torch.float32, device="cpu"),
+    )
 
 
 def dynamic_code(x: Tensor, signed: bool) -> Tensor:
@@ -119,7 +124,7 @@ def _expanded_code(v: Tensor, inverse: Tensor, k: Tensor) -> Tensor:
 @functools.cache
 def levels() -> Tensor:
     """log2(q / 448) of the 128 magnitudes, fp32; 0 for the first, which is 0."""
-    c = torch.arange(128, dtype=torch.int32)
+    c = torch.arange(128, dtype=torch.int32, device="cpu")
     return torch.where(c == 0, 0.0, log2_series(e4m3_magnitude(c.clamp(min=1)) / 448.0))
 
 

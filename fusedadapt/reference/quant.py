@@ -74,7 +74,7 @@ def encode(w: Tensor, factor: Tensor, zero: Tensor | None, fmt: QFormat) -> Tens
     n, k = w.shape
     f = spread(factor, fmt, n, k)
     v = w.float() / f if fmt.divide else w.float() * f
-    v = torch.where((f == 0) | ~f.isfinite() | v.isnan(), torch.zeros((), device=w.device), v)
+    v = torch.where((f == 0) | ~f.isfinite() | v.isnan(), torch.zeros((), device=w.device, dtype=torch.float32), v)
     if fmt.table:
         codes = _lookup(v, table(fmt.table))
     elif zero is None:
@@ -143,7 +143,7 @@ def scales(parts: Parts, fmt: QFormat) -> Tensor:
         return parts.scale.view(torch.float8_e4m3fn).float() * parts.super
     if fmt.scale == "nested":
         assert parts.super is not None and parts.offset is not None
-        values = torch.tensor(table("dynamic").values, device=parts.scale.device)
+        values = torch.tensor(table("dynamic").values, device=parts.scale.device, dtype=torch.float32)
         codes = parts.scale.reshape(-1)
         above = parts.super.repeat_interleave(NESTED_BLOCK)[: codes.numel()]
         return (values[codes.long()] * above + parts.offset).view(parts.scale.shape)
@@ -153,7 +153,7 @@ def scales(parts: Parts, fmt: QFormat) -> Tensor:
 def dequantize(parts: Parts, fmt: QFormat, n: int, k: int, row0: int, row1: int, dtype: torch.dtype) -> Tensor:
     """Rows row0..row1 of the n x k weight: (value - zero) * S in fp32, rounded once to ``dtype``."""
     codes = unpack(parts.qdata, fmt, n, k)[row0:row1]
-    value = torch.tensor(fmt.values, device=codes.device)[codes.long()]
+    value = torch.tensor(fmt.values, device=codes.device, dtype=torch.float32)[codes.long()]
     if parts.zero is not None:
         value = value - spread(parts.zero.float(), fmt, n, k, row0, row1)
     return (value * spread(scales(parts, fmt), fmt, n, k, row0, row1)).to(dtype)

@@ -29,7 +29,7 @@ def act_quant(x: Tensor, fmt: QFormat) -> tuple[Tensor, Tensor]:
 
 def int8_sums(codes: Tensor, w: Tensor) -> Tensor:
     """sum_k codes[t, k] w[n, k] of int8 codes as fp32: exact integers per CHUNK columns, rounded, added in order. T x K, N x K."""
-    total = torch.zeros(codes.shape[0], w.shape[0], device=codes.device)
+    total = torch.zeros(codes.shape[0], w.shape[0], device=codes.device, dtype=torch.float32)
     for k in range(0, w.shape[1], CHUNK):
         exact = codes[:, k : k + CHUNK].double() @ w[:, k : k + CHUNK].double().t()  # below 2^53: exact in any order
         total += exact.float()

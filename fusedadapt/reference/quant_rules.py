@@ -44,7 +44,7 @@ def _absmax(lo: Tensor, hi: Tensor, *, keep_tiny: bool = False) -> Tensor:
 
 def _over(t: Tensor, number: float) -> Tensor:
     """t / number, one IEEE division: on a GPU torch multiplies by the reciprocal of a Python number, which is an ulp off now and then."""
-    return t / torch.full((), number, device=t.device)
+    return t / torch.full((), number, device=t.device, dtype=torch.float32)
 
 
 def _stored(scale: Tensor, fmt: QFormat) -> Tensor:
@@ -75,7 +75,7 @@ def absmax(w: Tensor, lo: Tensor, hi: Tensor, fmt: QFormat) -> Found:
     above = blocks.abs().amax(-1)
     t = table("dynamic")
     v = (blocks * torch.where(above < _TINY, 0.0, 1.0 / above)[:, None]).view(-1)[: rest.numel()]
-    codes = torch.bucketize(v, torch.tensor(t.cuts, device=v.device)).to(torch.uint8)
+    codes = torch.bucketize(v, torch.tensor(t.cuts, device=v.device, dtype=torch.float32)).to(torch.uint8)
     return Found(codes, factor, super=above, offset=offset)
 
 
@@ -119,7 +119,7 @@ def mx(w: Tensor, lo: Tensor, hi: Tensor, fmt: QFormat) -> Found:
     amax = torch.maximum(-lo, hi)
     t = table(fmt.table)
     largest = t.values[t.codes[-1]]
-    exponent = int(torch.tensor(largest).log2().floor())
+    exponent = int(torch.tensor(largest, dtype=torch.float32, device="cpu").log2().floor())
     bits = amax.view(torch.int32) & 0x7FFFFFFF
     if fmt.scale_rule == "rceil":
         bits = _over(amax, largest).view(torch.int32)

@@ -47,7 +47,7 @@ def sqrt(x: Tensor) -> Tensor:
 
 def ipow(b: Tensor, n: Tensor) -> Tensor:
     """b^n for whole n by repeated squaring, the order of multiplications csrc/core/numbers.h uses."""
-    b, out, n = torch.as_tensor(b, dtype=torch.float64), torch.ones_like(n), n.to(torch.int64)
+    b, out, n = torch.as_tensor(b, dtype=torch.float64, device=n.device), torch.ones_like(n), n.to(torch.int64)
     for _ in range(25):  # fp32 step counters end at 2^24
         out = where(n % 2 == 1, out * b, out)
         b, n = b * b, n // 2

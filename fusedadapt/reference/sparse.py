@@ -60,12 +60,12 @@ def score_at(key: int) -> float:
     if key in (0, TOP):
         return math.nan
     bits = key ^ 0x80000000 if key & 0x80000000 else key ^ 0xFFFFFFFF
-    return float(torch.tensor(bits - (1 << 32) if bits >> 31 else bits, dtype=torch.int64).to(torch.int32).view(torch.float32))
+    return float(torch.tensor(bits - (1 << 32) if bits >> 31 else bits, dtype=torch.int64, device="cpu").to(torch.int32).view(torch.float32))
 
 
 def histogram(keys: Sequence[Tensor], shift: int, bits: int, prefix: int | None) -> Tensor:
     """Counts (int64, 2^bits) of (key >> shift) % 2^bits over the elements whose key >> (shift + bits) is `prefix` (None: all)."""
-    total = torch.zeros(1 << bits, dtype=torch.int64)
+    total = torch.zeros(1 << bits, dtype=torch.int64, device="cpu")
     for key in keys:
         flat = key.reshape(-1)
         if prefix is not None:

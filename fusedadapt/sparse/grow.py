@@ -87,6 +87,8 @@ def _checked(optimizer: FusedOptimizer, param: Tensor, fraction: float | None, k
         raise ValueError("grow_prune: expected a plain parameter; got a DTensor; each process would choose its own share")
     if (fraction is None) == (k is None):
         raise ValueError(f"grow_prune: expected fraction or k; got {'both' if k is not None else 'neither'}")
+    if k is not None and (isinstance(k, bool) or not isinstance(k, int)):
+        raise ValueError(f"grow_prune: expected an integer k; got {k!r}; a share is fraction=")
     if fraction is not None and not 0.0 <= fraction <= 1.0:
         raise ValueError(f"grow_prune: expected a fraction in [0, 1]; got {fraction}")
     for name, value, choices in (("grow", grow, ("gradient", "random", "momentum")), ("state", state, ("zero", "seed"))):
@@ -126,7 +128,7 @@ def _grow(optimizer: FusedOptimizer, param: Tensor, kept: Tensor, n: int, grow: 
     p = param.detach()
     given = None if grow != "gradient" and state != "seed" else _dense_gradient(param, gradient)
     if grow == "random":
-        draw = torch.rand(p.numel(), generator=torch.Generator().manual_seed(seed)).to(p.device)
+        draw = torch.rand(p.numel(), generator=torch.Generator().manual_seed(seed), dtype=torch.float32, device="cpu").to(p.device)
         scores = torch.where(kept, -1.0, draw)
     else:
         source = given[0] if grow == "gradient" and given is not None else _momentum(optimizer, param)
@@ -245,4 +247,4 @@ def _move_compact(
         held[k] = values.view(()) if one else values
     held.pop("cohorts", None)
     if not one:
-        held["cohorts"] = torch.tensor([0, *[count for _, count in ages[:-1]]]).cumsum(0)
+        held["cohorts"] = torch.tensor([0, *[count for _, count in ages[:-1]]], dtype=torch.int64, device="cpu").cumsum(0)

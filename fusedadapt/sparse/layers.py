@@ -13,6 +13,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from ..ops import dense
 from ..ops import sparse as ops
 from ..ops import wgrad as _wgrad  # noqa: F401 - defines torch.ops.fusedadapt.masked_wgrad
+from ..quant.layer import check_plain
 from .mask import Mask
 
 
@@ -94,7 +95,8 @@ class MaskedLinear(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, mask: Mask | Tensor, *, prune: bool = False) -> MaskedLinear:
-        """Takes over `linear`'s own weight and bias (shared, not copied)."""
+        """Takes over `linear`'s own weight and bias (shared, not copied). TypeError if it is not a plain nn.Linear."""
+        check_plain(f"{cls.__name__}.from_linear", linear)
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -105,16 +107,20 @@ class MaskedLinear(nn.Linear):
 
     @torch.no_grad()
     def _choose(self, mask: Mask | Tensor, prune: bool) -> None:
+        if not isinstance(mask, Mask | Tensor):
+            raise TypeError(
+                f"{type(self).__name__}: expected a sparse.Mask or a bool tensor as mask; got {type(mask).__name__}; make one, e.g. w != 0"
+            )
         mask = mask if isinstance(mask, Mask) else Mask.from_bool(mask)
         if tuple(mask.shape) != tuple(self.weight.shape):
             raise ValueError(f"{type(self).__name__}: expected a mask of shape {tuple(self.weight.shape)}; got {tuple(mask.shape)}")
-        mask = mask.flat().to(self.weight.device)
-        self.weight.requires_grad_(False)
         if not self.weight.is_contiguous():
             raise ValueError(f"{type(self).__name__}: expected a contiguous weight; got strides {self.weight.stride()}; call .contiguous() first")
+        self.weight.requires_grad_(False)
+        index = mask.flat().indices().to(self.weight.device)
         if prune:
-            self.weight.masked_fill_(~mask.to_bool(), 0.0)  # a product would leave -0 and NaN
-        self.register_buffer("index", mask.indices())
+            self.weight.masked_fill_(~mask.to_bool().to(self.weight.device), 0.0)  # a product would leave -0 and NaN
+        self.register_buffer("index", index)
         self.values = nn.Parameter(self._start(ops.run("gather_at", self.weight)(self.weight.view(-1), self.index)))
         self._seen: tuple[int, int] | None = None
 
@@ -138,7 +144,7 @@ class MaskedLinear(nn.Linear):
         self._seen = self._state()
 
     def _state(self) -> tuple[int, int]:
-        return self.values._version, self.values.data_ptr()
+        return -1 if self.values.is_inference() else self.values._version, self.values.data_ptr()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _follow(self) -> None:
@@ -147,7 +153,7 @@ class MaskedLinear(nn.Linear):
         Always writes, since torch's fused optimizers change parameters without counting a version. Where nothing says that they changed, autograd is
         not told either, so that a layer may be used several times before one backward pass.
         """
-        if self._seen != self._state():
+        if self._seen != self._state() or self.weight.is_inference():  # which has no version, and no autograd to tell
             self.sync_()
         else:
             with _unsafe_preserve_version_counter(self.weight):
@@ -156,9 +162,13 @@ class MaskedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         self._follow()
         bias: Tensor | None = self.bias
-        cast = torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64
+        device = x.device.type
+        cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64
+        if x.shape[-1:] != (self.in_features,) or (not cast and x.dtype != self.weight.dtype):
+            expected, got = f"x of shape [..., {self.in_features}] in {self.weight.dtype}", f"{tuple(x.shape)} in {x.dtype}"
+            raise ValueError(f"{type(self).__name__}: expected {expected}; got {got}; convert x or the layer, or use torch.autocast")
         if cast:  # as autocast does with F.linear, which it cannot see in backward; the weight is converted anew there instead of kept
-            dtype = torch.get_autocast_dtype(x.device.type)
+            dtype = torch.get_autocast_dtype(device)
             x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
         y: Tensor = _apply(x.reshape(-1, self.in_features), self.weight, bias, self.values, self.index, self.alpha, cast)
         return y.reshape(*x.shape[:-1], self.out_features)

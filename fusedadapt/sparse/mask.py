@@ -170,6 +170,9 @@ class Mask:
         return load_masks(path)["mask"]
 
 
+torch.serialization.add_safe_globals([Mask])  # for torch.load(weights_only=True)
+
+
 def save_masks(path: str | Path, masks: dict[str, Mask]) -> None:
     """Writes name -> Mask as one safetensors file: temporary file, fsync, rename."""
     from ..files import write_safetensors

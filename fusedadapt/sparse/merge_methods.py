@@ -179,7 +179,7 @@ def rank_drop(job: Job, name: str, out: Tensor, shape: Sequence[int]) -> None:
     recipe, block = job.recipe(name), max(1, _BLOCK // max(1, row)) * row
     factors = [1.0] * len(tensors)
     if job.compat == "mergekit":
-        sums = torch.zeros(len(tensors), 2, dtype=torch.float64)
+        sums = torch.zeros(len(tensors), 2, dtype=torch.float64, device="cpu")
         for first in range(0, out.numel(), block):
             for i, tensor in enumerate(tensors):
                 every, some = _ranked(job, i, base, tensor, row, first, min(first + block, out.numel()), recipe)
@@ -226,7 +226,7 @@ def fisher(tensors: Sequence[Tensor], information: Sequence[Tensor], weights: Se
     step = 1 << 20
     for i in range(0, out.numel(), step):
         b = slice(i, i + step)
-        top = bottom = torch.zeros((), dtype=truth.wide(out.dtype))
+        top = bottom = torch.zeros((), dtype=truth.wide(out.dtype), device=out.device)
         for x, f, c in zip(tensors, information, weights, strict=True):
             share = c * f[b].to(truth.wide(out.dtype)).clamp(min=floor)
             top, bottom = top + share * x[b].to(share.dtype), bottom + share

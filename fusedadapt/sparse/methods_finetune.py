@@ -98,8 +98,8 @@ class SaRA:
         the loss. 0 if no matrix is that large. A full SVD: dear for large layers."""
         found = [p for p in self.masks if p.dim() == 2 and min(p.shape) > smallest]
         if not found:
-            return torch.zeros(())
-        p = found[int(torch.randint(len(found), (1,), generator=generator))]
+            return torch.zeros((), dtype=torch.float32, device="cpu")
+        p = found[int(torch.randint(len(found), (1,), generator=generator, device="cpu"))]
         return torch.linalg.matrix_norm(p * self.masks[p].to_bool(), "nuc")
 
 

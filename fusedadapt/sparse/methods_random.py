@@ -42,12 +42,12 @@ def random_mask(
     few = min(k, n - k)
     generator = torch.Generator().manual_seed(seed_of("random_mask", seed, name))
     # Draws with repeats until there are enough different ones. The set is symmetric in its elements, so any of the surplus may go.
-    chosen = torch.zeros(0, dtype=torch.int64)
+    chosen = torch.zeros(0, dtype=torch.int64, device="cpu")
     while chosen.numel() < few:
-        more = torch.randint(n, (2 * (few - chosen.numel()) + 16,), generator=generator)
+        more = torch.randint(n, (2 * (few - chosen.numel()) + 16,), generator=generator, device="cpu")
         chosen = torch.unique(torch.cat((chosen, more)))
     if chosen.numel() > few:
-        chosen = chosen[torch.randperm(chosen.numel(), generator=generator)[:few]].sort().values
+        chosen = chosen[torch.randperm(chosen.numel(), generator=generator, device="cpu")[:few]].sort().values
     mask = Mask.from_indices(chosen, tuple(shape))
     return (mask if few == k else ~mask).to(device)
 
@@ -164,7 +164,7 @@ def half_fine_tuning_(
         count = len(names) // 2 + (odd and up)
         up = up != bool(odd)
         generator = torch.Generator().manual_seed(seed_of("hft", seed, stage, key))
-        trained |= {names[i] for i in torch.randperm(len(names), generator=generator)[:count].tolist()}
+        trained |= {names[i] for i in torch.randperm(len(names), generator=generator, device="cpu")[:count].tolist()}
     for name, p in params.items():
         p.requires_grad_(name in trained)
         if name not in trained:

@@ -183,12 +183,15 @@ def dropped_count(n: int, density: float) -> int:
 def _norm(w: Tensor, given: Tensor | ColumnStats) -> Tensor:
     if w.dim() != 2:
         raise ValueError(f"wanda_mask: expected a weight [N, K]; got shape {tuple(w.shape)}; flatten a convolution's input dimensions first")
-    if isinstance(given, ColumnStats):
+    if not isinstance(given, Tensor | ColumnStats):
+        raise TypeError(f"wanda_mask: expected activations or ColumnStats; got {type(given).__name__}; run calibration data through the layer")
+    if isinstance(given, ColumnStats) or given.dim() > 1:
+        given = given if isinstance(given, ColumnStats) else ColumnStats.of(given)
         if given.rows == 0:
             raise ValueError("wanda_mask: expected statistics of at least one row; these are empty; run calibration data through the layer")
         norm = given.norm
     else:
-        norm = given.detach().float() if given.dim() == 1 else ColumnStats.of(given).norm
+        norm = given.detach().float()
     if norm.numel() != w.shape[1]:
         raise ValueError(f"wanda_mask: expected statistics of {w.shape[1]} columns; got {norm.numel()}; they belong to another layer")
     if not bool(norm.isfinite().all()):

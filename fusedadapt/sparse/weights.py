@@ -21,6 +21,8 @@ class Model:
     """name -> tensor, read when asked for and moved to `device` if one is given. ``about``: name -> (dtype, shape) without reading."""
 
     def __init__(self, source: Source, device: torch.device | str | None = None) -> None:
+        if not isinstance(source, str | Path | Mapping):
+            raise TypeError(f"merge: expected a state dict or a path; got {type(source).__name__}; pass model.state_dict()")
         self.path = None if isinstance(source, Mapping) else Path(source)
         self.device = None if device is None else torch.device(device)
         self._tensors = source if isinstance(source, Mapping) else None
