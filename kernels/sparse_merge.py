@@ -45,7 +45,8 @@ def kept(part, d, seed, stream, start, lane, valid, BLOCK: tl.constexpr):
     chance = tl.load(part + 3)
     if chance >= 0:
         model = (tl.load(part + 4) & 0xFFFFFFFF).to(tl.uint32)
-        random = random16_run(seed, start, model, stream, BLOCK) & 0xFFFF
+        # interpreted, a number from 2^31 on arrives as 64 bits, whatever the kernel's signature says
+        random = random16_run(seed, start, model, stream.to(tl.uint32), BLOCK) & 0xFFFF
         keep = keep & (random.to(tl.int64) < chance)
     return keep
 
@@ -245,10 +246,9 @@ def _table(op: str, parts: Sequence[Part], n: int, device: torch.device) -> Tens
     return checks.table(rows, device)
 
 
-def _random(recipe: Recipe) -> tuple[int, int]:
-    """(seed, stream) as signed numbers of 64 and 32 bits: as unsigned ones Triton would take a stream from 2^31 on for 64 bits wide."""
-    seed, stream = recipe.seed & 0xFFFFFFFFFFFFFFFF, recipe.stream & 0xFFFFFFFF
-    return seed - (seed >> 63 << 64), stream - (stream >> 31 << 32)
+def _seed(recipe: Recipe) -> int:
+    seed = recipe.seed & 0xFFFFFFFFFFFFFFFF
+    return seed - (seed >> 63 << 64)
 
 
 def merge_(out: Tensor, base: Tensor | None, parts: Sequence[Part], recipe: Recipe) -> None:
@@ -263,7 +263,7 @@ def merge_(out: Tensor, base: Tensor | None, parts: Sequence[Part], recipe: Reci
     if n:
         with torch.cuda.device_of(out):
             merge_kernel[(triton.cdiv(n, BLOCK),)](
-                target[0], of[0], table, len(parts), n, target[1], of[1], *_random(recipe), recipe.lambda_, divisor, int(normalize),
+                target[0], of[0], table, len(parts), n, target[1], of[1], _seed(recipe), recipe.stream, recipe.lambda_, divisor, int(normalize),
                 int(positive), int(aligned), COMBINE.index(recipe.combine), base is not None, BLOCK, **OPTIONS,
             )  # fmt: skip
     torch.autograd.graph.increment_version((out,))
@@ -277,7 +277,7 @@ def votes(base: Tensor | None, parts: Sequence[Part], recipe: Recipe) -> int:
     if n:
         with torch.cuda.device_of(out):
             votes_kernel[(out.numel(),)](
-                out, of[0], table, len(parts), n, of[1], *_random(recipe), base is not None, BLOCK, **OPTIONS
+                out, of[0], table, len(parts), n, of[1], _seed(recipe), recipe.stream, base is not None, BLOCK, **OPTIONS
             )  # fmt: skip
     return int(out.sum())
 
@@ -289,7 +289,7 @@ def norms(base: Tensor | None, part: Part, recipe: Recipe) -> tuple[float, float
     out = torch.zeros(triton.cdiv(n, PIECE), 2, dtype=torch.float64, device=device)
     if n:
         with torch.cuda.device_of(out):
-            norms_kernel[(out.shape[0],)](out, of[0], table, n, of[1], *_random(recipe), base is not None, **OPTIONS)
+            norms_kernel[(out.shape[0],)](out, of[0], table, n, of[1], _seed(recipe), recipe.stream, base is not None, **OPTIONS)
     every = some = 0.0
     for a, b in out.tolist():
         every, some = every + a, some + b
