@@ -126,7 +126,7 @@ def test_adahessian_estimates_a_quadratic_exactly() -> None:
 
 
 OFFICIAL = {
-    "Lion": ("lion_pytorch", "Lion", ({}, {"betas": (0.95, 0.98)})),
+    "Lion": ("lion_pytorch", "Lion", OPTIMIZERS["Lion"].examples),
     "AdaBelief": ("adabelief_pytorch", "AdaBelief", OPTIMIZERS["AdaBelief"].examples),
     "ScheduleFreeAdamW": ("schedulefree", "AdamWScheduleFree", OPTIMIZERS["ScheduleFreeAdamW"].examples),
 }

@@ -54,7 +54,7 @@ LIBS: dict[str, dict[str, Adapter]] = {
             global_options=("weight_decouple", "fixed_decay", "rectify", "degenerated_to_sgd"),
         )
     },
-    "lion_pytorch": {"Lion": Adapter("lion_pytorch:Lion", {"decoupled_weight_decay": False})},
+    "lion_pytorch": {"Lion": Adapter("lion_pytorch:Lion", {}, global_options=("decoupled_weight_decay",))},
     "schedulefree": {
         "ScheduleFreeAdamW": Adapter("schedulefree:AdamWScheduleFree", group={"step": "k", "weight_sum": "weight_sum", "lr_max": "lr_max"})
     },
