@@ -2,6 +2,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <atomic>
+
 #include "bindings.h"
 #include "core/dtypes.h"
 #include "core/philox.h"
@@ -27,9 +30,28 @@ const T* address(uintptr_t a) {
 struct CpuPlan {
   std::vector<Hyper> hypers;
   std::vector<Chunk> chunks, gradient_chunks;
-  uint64_t structure = 0;
+  uint64_t structure = 0, version = 0;
   int64_t chunk = 0;
+  size_t groups = 0;  // hyper-parameters the tensors need
   cpu::Rows rows;
+};
+
+// Advances the versions of parameters where the sweep comes by: a pass of its own finds them gone from the cache.
+class Versions : public cpu::Watch {
+ public:
+  explicit Versions(const Table& table) : table_(table) {}
+  void near(int64_t k) override { __builtin_prefetch(table_.shim()->version(table_.handles[size_t(k)]), 1); }
+  void start(int64_t k) override {
+    try {
+      table_.shim()->bump_version(table_.handles[size_t(k)]);
+    } catch (const std::exception&) {
+      refused = true;  // an inference tensor, which has no version: torch's own function skips it
+    }
+  }
+  std::atomic<bool> refused{false};
+
+ private:
+  const Table& table_;
 };
 
 class BoundTable : public Table {
@@ -67,18 +89,25 @@ class BoundTable : public Table {
     return plan.chunks;
   }
 
-  bool cpu_step(int rule, int threads, uintptr_t grad_scale, uintptr_t found_inf, uintptr_t clip, uint64_t seed, bool stochastic) {
+  // 0: found_inf, nothing changed. 1: the caller has to advance the versions. 2: that is done.
+  int cpu_step(int rule, int threads, uintptr_t grad_scale, uintptr_t found_inf, uintptr_t clip, uint64_t seed, bool stochastic) {
     if (rule < 0 || rule >= kRuleCount) throw std::invalid_argument("cpu_step: unknown rule");
-    for (const TensorDesc& t : tensors)
-      if (t.group < 0 || size_t(t.group) >= plan.hypers.size()) throw std::invalid_argument("cpu_step: set_hypers first");
-    if (found_inf && *address<float>(found_inf) != 0.f) return false;
+    if (plan.version != version) {
+      plan.groups = 0;
+      for (const TensorDesc& t : tensors) plan.groups = std::max(plan.groups, t.group < 0 ? SIZE_MAX : size_t(t.group) + 1);
+      plan.rows.attach(tensors);
+      plan.version = version;
+    }
+    if (plan.groups > plan.hypers.size()) throw std::invalid_argument("cpu_step: set_hypers first");
+    if (found_inf && *address<float>(found_inf) != 0.f) return 0;
     const auto& chunks = chunks_for_step();
     const Globals globals{address<float>(grad_scale), nullptr, address<float>(clip), seed, stochastic, int32_t(plan.chunk)};
     py::gil_scoped_release release;
     plan.rows.build(rule, tensors, plan.hypers);
-    cpu::sweep(rule, tensors, chunks, plan.rows, globals, threads);
-    plan.rows.commit(tensors);
-    return true;
+    Versions versions(*this);
+    cpu::sweep(rule, tensors, chunks, plan.rows, globals, threads, handles.empty() ? nullptr : &versions);
+    plan.rows.commit();
+    return handles.empty() || versions.refused ? 1 : 2;
   }
 
   std::vector<double> cpu_squares(int threads, uintptr_t grad_scale) {

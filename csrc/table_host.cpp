@@ -175,7 +175,7 @@ int Table::scan(int threads) {
 
 // One entry that look_at_all left to Python.
 void Table::read_entry(size_t i, bool* changed) {
-  const bool overridden = bool(entries_[i].override_grad), was = entries_[i].compact_grad;
+  const bool overridden = std::exchange(warm_[i].overridden, false), was = entries_[i].compact_grad;
   const py::object grad = py::reinterpret_steal<py::object>(gradient(entries_[i]));
   const bool live = !grad.is_none();
   if (entries_[i].compact_grad != was) warm_[i].sound = entries_[i].sound = false;  // what was checked was a gradient of the other kind
@@ -213,6 +213,10 @@ void Table::refresh() {
   resized |= n != tensors.size();
   tensors.resize(n);
   owners.resize(n);
+  handles.clear();
+  const auto serves = [&](int64_t i) { return warm_[size_t(i)].direct && entries_[size_t(i)].desc.numel > 0; };
+  if (shim_ && std::all_of(active.begin(), active.end(), serves))
+    for (int64_t i : active) handles.push_back(shim_->of(warm_[size_t(i)].param));
   if (resized) structure = version;
 }
 

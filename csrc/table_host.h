@@ -42,9 +42,15 @@ class Table {
   int scan(int threads);
   // Before the first `add`. Entries that hold plain tensors are then read through it, by several threads at once.
   void use_shim(const Shim* shim) { shim_ = shim; }
+  // at::Tensor* of the parameter of each of `tensors`, for a sweep that advances versions as it goes; none unless that serves them all.
+  std::vector<const void*> handles;
+  const Shim* shim() const { return shim_; }
   // After a step, for autograd. False, with nothing promised, if a parameter is one that the shim does not read.
   bool bump_versions(int threads) const;
-  void use_gradient(int64_t entry, pybind11::object grad) { entries_[entry].override_grad = std::move(grad); }
+  void use_gradient(int64_t entry, pybind11::object grad) {
+    entries_[entry].override_grad = std::move(grad);
+    warm_[entry].overridden = true;
+  }
   void check_overlap() const;
 
   std::vector<int64_t> missing, strided, active;  // entry numbers
@@ -72,13 +78,16 @@ class Table {
   struct Held {
     PyObject* object = nullptr;
     Seen seen;
+    const void* body = nullptr;  // where its TensorImpl was: to prefetch
   };
   // What the warm path compares, apart from Entry: two cache lines of a tensor with two states, where an Entry has a dozen.
   struct alignas(64) Warm {
     PyObject *param = nullptr, *state = nullptr;
     Seen p, g;
+    const void* body = nullptr;  // where the parameter's TensorImpl was: to prefetch
     bool direct = false;  // plain tensors, read through the shim
     bool live = false, sound = false;
+    bool overridden = false;  // the entry has an override_grad
     int16_t n_values = 0;
     Held values[kMaxValues];  // what the state dict held, in its order
   };
@@ -108,6 +117,7 @@ class Table {
   bool glance(const Warm& w, const void* tensor, Seen* now) const;
   Verdict compare(size_t i, const void* grad);
   Verdict look(size_t i);
+  void fetch(size_t i) const;
   void look_at_all(int threads);
   void remember(size_t i, PyObject* grad);
   void validate(int64_t index, Entry& e);

@@ -10,6 +10,8 @@ namespace py = pybind11;
 
 namespace fa {
 
+constexpr size_t kAhead = 16;  // entries between a prefetch and its use
+
 PyObject* Table::gradient(Entry& e) {
   e.compact_grad = false;
   if (e.override_grad) return std::exchange(e.override_grad, py::object()).release().ptr();
@@ -77,10 +79,26 @@ Table::Verdict Table::compare(size_t i, const void* grad) {
 // What can be said of an entry without Python's help; any thread may ask while the caller holds the interpreter.
 Table::Verdict Table::look(size_t i) {
   Warm& w = warm_[i];
-  if (!w.direct || entries_[i].override_grad) return kRead;
+  if (!w.direct || w.overridden) return kRead;
   const void* grad = shim_->grad(shim_->of(w.param));
   if (grad) return w.live ? compare(i, grad) : kRead;
   return std::exchange(w.live, false) ? kMoved : kSame;
+}
+
+// States lie where nothing but the step looks: with cold caches they are what reading the table waits for (5,000 tensors of 256, two threads, after a
+// step of torch's: 1.35 ms without this, 0.8 with it).
+void Table::fetch(size_t i) const {
+  if (i + kAhead < warm_.size()) __builtin_prefetch(warm_[i + kAhead].state);
+  const Warm& w = warm_[i];
+  if (!w.direct) return;
+  const auto tensor = [&](PyObject* object, const void* body) {
+    __builtin_prefetch(shim_->of(object));
+    for (int line = 0; line < 4; ++line) __builtin_prefetch(static_cast<const char*>(body) + 64 * line);
+  };
+  tensor(w.param, w.body);
+  __builtin_prefetch(reinterpret_cast<const PyDictObject*>(w.state)->ma_keys);
+  for (int k = 0; k < w.n_values; ++k)
+    if (w.values[k].body) tensor(w.values[k].object, w.values[k].body);
 }
 
 void Table::look_at_all(int threads) {
@@ -90,7 +108,10 @@ void Table::look_at_all(int threads) {
   threads = 1;  // a dict may only be walked by one thread that Python knows
 #endif
   cpu::parallel_for(int64_t(entries_.size()), 256, threads, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) verdicts_[size_t(i)] = look(size_t(i));
+    for (int64_t i = first; i < last; ++i) {
+      if (i + int64_t(kAhead) < last) fetch(size_t(i) + kAhead);
+      verdicts_[size_t(i)] = look(size_t(i));
+    }
   });
 }
 
@@ -104,15 +125,17 @@ void Table::remember(size_t i, PyObject* grad) {
     return held && glance(w, reference(w, object), seen) && seen->data == l.data;
   };
   bool ok = see(w.param, e.p, &w.p) && see(grad, e.g, &w.g);
+  if (w.direct) w.body = Shim::impl(shim_->of(w.param));
   Py_ssize_t at = 0;
   w.n_values = 0;
   for (PyObject *key, *value; ok && PyDict_Next(w.state, &at, &key, &value);) {
     if (w.n_values == kMaxValues) return;
     Held& h = w.values[w.n_values++];
-    h = {value, {}};
+    h = {value, {}, nullptr};
     // Scalars and the like are ours, and whoever moves them to another device moves the parameter too: their identity is enough.
     for (size_t k = 0; k < slots_.size(); ++k)
       if (e.objects[k].ptr() == value && (like_param(k) || k >= scale_of(0))) ok &= see(value, e.layouts[k], &h.seen);
+    if (w.direct && ok && h.seen.signature) h.body = Shim::impl(shim_->of(value));
   }
   w.sound = ok;
 }

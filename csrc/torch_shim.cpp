@@ -15,6 +15,8 @@ const std::vector<const char*> Shim::kNames = {
     "_ZNK3c1010TensorImpl4gradEv", "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE",
 };
 
+constexpr size_t kVersionWithin = 64;  // of a TensorImpl, which is three times that
+
 Shim::Shim(const std::vector<uintptr_t>& addresses, const py::object& probe) {
   const auto require = [](bool good, const char* what) {
     if (!good) throw std::invalid_argument(std::string("Shim: ") + what);
@@ -33,6 +35,13 @@ Shim::Shim(const std::vector<uintptr_t>& addresses, const py::object& probe) {
   require(probe.attr("grad").is_none(), "a probe without a gradient expected");
   undefined_ = impl(grad_(expected));
   require(undefined_ != nullptr && layout_(tensor, &strided_) == 0, "cannot read the probe");
+  const py::object twin = probe.attr("detach")(), other = probe.attr("clone")();  // one shares the version counter, the other does not
+  const auto word = [](const py::object& t, size_t o) {
+    return impl(reinterpret_cast<const char*>(t.attr("_cdata").cast<uintptr_t>()) + o);
+  };
+  const auto storage = reinterpret_cast<const void*>(py::object(probe.attr("untyped_storage")()).attr("_cdata").cast<uintptr_t>());
+  for (size_t o = sizeof(void*); !version_ && o <= kVersionWithin; o += sizeof(void*))
+    if (word(probe, o) && word(probe, o) != storage && word(probe, o) == word(twin, o) && word(probe, o) != word(other, o)) version_ = o;
   const auto version = probe.attr("_version").cast<int64_t>();
   bump_(tensor);
   require(probe.attr("_version").cast<int64_t>() == version + 1, "cannot advance the probe's version");

@@ -27,6 +27,8 @@ class Shim {
   // False for what has no plain memory (sparse, opaque, freed lazily, ...). The signature stands for dtype, device, shape and strides.
   bool read(const void* tensor, void** data, uint64_t* signature) const;
   void bump_version(const void* tensor) const { bump_(tensor); }
+  // The address of the version counter: to prefetch, never to read.
+  const void* version(const void* tensor) const { return version_ ? impl(static_cast<const char*>(impl(tensor)) + version_) : nullptr; }
 
  private:
   template <class T>
@@ -38,7 +40,8 @@ class Shim {
   const void* (*grad_)(const void* impl);
   void (*bump_)(const void* tensor);
   const void* undefined_ = nullptr;
-  size_t offset_ = 0;
+  size_t offset_ = 0;                  // of the TensorImpl* in the Python object
+  size_t version_ = 0;                 // of the version counter* in the TensorImpl; 0: not found
   int32_t strided_ = 0;
 };
 

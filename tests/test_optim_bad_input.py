@@ -6,6 +6,7 @@ from samples import feed, model, snapshot, unchanged
 
 import fusedadapt as fa
 from fusedadapt.optim import OPTIMIZERS, AdaBelief, Adam, AdamW, Lion
+from fusedadapt.optim import state as states
 
 # --- layouts -----------------------------------------------------------------------------------------------------------------------------
 
@@ -165,7 +166,7 @@ def test_out_of_memory_leaves_no_half_state(monkeypatch: pytest.MonkeyPatch) -> 
     params = model()
     opt = AdamW(params)
     feed(params, 0)
-    real, calls = torch.full_like, []
+    real, calls = states.Arena.full_like, []
 
     def failing(*args, **kwargs):
         calls.append(1)
@@ -174,7 +175,7 @@ def test_out_of_memory_leaves_no_half_state(monkeypatch: pytest.MonkeyPatch) -> 
         return real(*args, **kwargs)
 
     before = [p.detach().clone() for p in params]
-    monkeypatch.setattr(torch, "full_like", failing)
+    monkeypatch.setattr(states.Arena, "full_like", failing)
     with pytest.raises(torch.OutOfMemoryError):
         opt.step()
     monkeypatch.undo()

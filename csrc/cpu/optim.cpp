@@ -51,12 +51,16 @@ const Kernels* best() {
 
 std::atomic<const Kernels*> chosen{nullptr};
 
-// Chunks per work item: small tensors are handed out in batches so that an item is worth its hand-out.
+// Chunks per work item: small tensors are handed out in batches so that an item is worth its hand-out. A sample of the chunks tells their size.
 int64_t grain_of(const std::vector<TensorDesc>& tensors, const std::vector<Chunk>& chunks) {
-  int64_t total = 0;
-  for (const TensorDesc& t : tensors) total += t.numel;
-  const int64_t mean = chunks.empty() ? 1 : std::max<int64_t>(total / int64_t(chunks.size()), 1);
-  return std::max<int64_t>(1, 16384 / mean);
+  constexpr size_t kSample = 64;
+  const size_t stride = chunks.size() / kSample + 1;
+  int64_t total = 0, seen = 0;
+  for (size_t c = 0; c < chunks.size(); c += stride, ++seen) {
+    const bool ends = c + 1 == chunks.size() || chunks[c + 1].tensor != chunks[c].tensor;
+    total += (ends ? tensors[chunks[c].tensor].numel : chunks[c + 1].offset) - chunks[c].offset;
+  }
+  return std::max<int64_t>(1, 16384 / std::max<int64_t>(total / std::max<int64_t>(seen, 1), 1));
 }
 
 // The first lines of a chunk's arrays: a small tensor is over before the hardware has noticed that it is read in order.
@@ -93,12 +97,18 @@ bool use_isa(const char* name) {
   return k != nullptr;
 }
 
+void Rows::attach(const std::vector<TensorDesc>& tensors) {
+  meters_.clear();
+  for (const TensorDesc& t : tensors) meters_.push_back({t.step, {t.aux[0], t.aux[1]}, t.group, t.row});
+}
+
 void Rows::build(int rule, std::vector<TensorDesc>& tensors, const std::vector<Hyper>& hypers) {
   rows.clear();
   clocks.clear();
   std::vector<int> last(hypers.size(), -1);  // most tensors of a group share its last row
   std::vector<std::pair<int, Clock>> keys;
-  for (TensorDesc& t : tensors) {
+  for (size_t i = 0; i < meters_.size(); ++i) {
+    Meter& t = meters_[i];
     const Clock before{double(*t.step), {t.aux[0] ? *t.aux[0] : 0.0, t.aux[1] ? *t.aux[1] : 0.0}};
     const auto same = [&](const std::pair<int, Clock>& k) {
       return k.first == t.group && k.second.step == before.step && k.second.aux[0] == before.aux[0] && k.second.aux[1] == before.aux[1];
@@ -115,12 +125,13 @@ void Rows::build(int rule, std::vector<TensorDesc>& tensors, const std::vector<H
       rows.push_back(row);
       clocks.push_back(now);
     }
-    last[t.group] = t.row = found;
+    last[t.group] = found;
+    if (t.row != found) t.row = tensors[i].row = found;
   }
 }
 
-void Rows::commit(const std::vector<TensorDesc>& tensors) const {
-  for (const TensorDesc& t : tensors) {
+void Rows::commit() const {
+  for (const Meter& t : meters_) {
     *t.step = float(clocks[t.row].step);
     for (int k = 0; k < 2; ++k)
       if (t.aux[k]) *t.aux[k] = clocks[t.row].aux[k];
@@ -150,16 +161,22 @@ std::vector<double> squares(const std::vector<TensorDesc>& tensors, const std::v
 }
 
 void sweep(int rule, const std::vector<TensorDesc>& tensors, const std::vector<Chunk>& chunks, const Rows& rows, const Globals& globals,
-           int threads) {
+           int threads, Watch* watch) {
   const Kernels& chosen_kernels = kernels();
   const UpdateFn update = chosen_kernels.update[rule];
   const float scale = globals.grad_scale ? *globals.grad_scale : 1.f, clip = globals.clip ? *globals.clip : 1.f;
   const int states = kRuleTable[rule].states, stored = kRuleTable[rule].stored;
-  parallel_for(int64_t(chunks.size()), grain_of(tensors, chunks), threads, [&](int64_t first, int64_t last) {
-    for (int64_t c = first; c < last; ++c) {
-      if (c + 2 < last) prefetch(tensors[chunks[c + 2].tensor], chunks[c + 2].offset, states);
+  const auto n = int64_t(chunks.size());
+  // After a clip's norm backwards: the gradients it read last are still in the cache.
+  const auto at = [&](int64_t k) { return globals.clip ? n - 1 - k : k; };
+  parallel_for(n, grain_of(tensors, chunks), threads, [&](int64_t first, int64_t last) {
+    for (int64_t k = first; k < last; ++k) {
+      const int64_t c = at(k);
+      if (k + 2 < last) prefetch(tensors[chunks[at(k + 2)].tensor], chunks[at(k + 2)].offset, states);
+      if (watch && k + 4 < last) watch->near(chunks[at(k + 4)].tensor);
+      if (watch && chunks[c].offset == 0) watch->start(chunks[c].tensor);
       const TensorDesc& t = tensors[chunks[c].tensor];
-      const bool ends = c + 1 == int64_t(chunks.size()) || chunks[c + 1].tensor != chunks[c].tensor;
+      const bool ends = c + 1 == n || chunks[c + 1].tensor != chunks[c].tensor;
       const int64_t end = ends ? t.numel : chunks[c + 1].offset;
       const Piece piece{&t, &rows.rows[t.row], chunks[c].offset, end, scale, clip, globals.seed, globals.stochastic != 0};
       if (t.block_log2)

@@ -7,6 +7,7 @@
 #include "../core/philox.h"
 #include "../core/rules.h"
 #include "optim.h"
+#include "optim_pairs.h"
 
 #define FA_CAT2(a, b) a##b
 #define FA_CAT(a, b) FA_CAT2(a, b)
@@ -16,7 +17,6 @@
 namespace fa::cpu {
 namespace {
 
-constexpr int kTile = 512;
 using Keep = uint32_t;  // all ones: trainable, zero: frozen
 
 template <class To, class From, class Convert>
@@ -195,10 +195,13 @@ Kept expand_mask(const uint32_t* mask, int64_t offset, int n, Keep* keep) {
   return any == 0 ? Kept::kNone : all == ~0u ? Kept::kAll : Kept::kSome;
 }
 
-// Gradient as the rule sees it: unscaled, clipped, negated for maximize, with the coupled decay added (towards the anchor `a`, if any).
-float* prepare_gradient(const Piece& w, const Row& r, const float* g, const float* p, const float* a, int n, float* buffer) {
-  if (w.scale == 1.f && w.clip == 1.f && r.sign == 1.f && r.l2 == 0.f) return const_cast<float*>(g);
+// Gradient as the rule sees it: unscaled, clipped, negated for maximize, with the coupled decay added (towards the anchor `a`, if any). Where a factor
+// is all of it, that is left to the rule's own loop.
+const float* prepare_gradient(const Piece& w, const Row& r, const float* g, const float* p, const float* a, int n, float* buffer,
+                              float* left) {
   const float scale = w.scale, factor = w.clip, sign = r.sign, l2 = r.l2;
+  *left = scale == 1.f && l2 == 0.f ? factor * sign : 1.f;
+  if (scale == 1.f && l2 == 0.f) return g;
   if (l2 == 0.f)
     for (int i = 0; i < n; ++i) buffer[i] = g[i] / scale * factor * sign;
   else if (a)
@@ -218,7 +221,7 @@ void decay_to_anchor(float* __restrict p, const float* __restrict a, const Keep*
 }
 
 template <class Rule, bool kMasked>
-void run_tile(float* p, const float* g, float* const* s, const Keep* keep, int n, const Row& row) {
+void run_tile(float* p, const float* g, float factor, float* const* s, const Keep* keep, int n, const Row& row) {
   const Row r = row;
   float* __restrict s0 = s[0], * __restrict s1 = s[1], * __restrict s2 = s[2], * __restrict s3 = s[3];
 #pragma GCC ivdep
@@ -228,70 +231,13 @@ void run_tile(float* p, const float* g, float* const* s, const Keep* keep, int n
     if (Rule::kStates > 1) st[1] = s1[i];
     if (Rule::kStates > 2) st[2] = s2[i];
     if (Rule::kStates > 3) st[3] = s3[i];
-    const float old = p[i], fresh = Rule::step(old * r.decay, g[i], st, r);
+    const float old = p[i], fresh = Rule::step(old * r.decay, g[i] * factor, st, r);
     p[i] = kMasked ? choose(keep[i], fresh, old) : fresh;
     if (Rule::kStored > 0) s0[i] = kMasked ? choose(keep[i], st[0], s0[i]) : st[0];
     if (Rule::kStored > 1) s1[i] = kMasked ? choose(keep[i], st[1], s1[i]) : st[1];
     if (Rule::kStored > 2) s2[i] = kMasked ? choose(keep[i], st[2], s2[i]) : st[2];
     if (Rule::kStored > 3) s3[i] = kMasked ? choose(keep[i], st[3], s3[i]) : st[3];
   }
-}
-
-// Two neighbouring bf16 in one word. Taking them apart and together costs two cheap operations each and keeps all lanes 32 bits wide; a loop over
-// single elements spends a quarter of its instructions on packing.
-using Pair = uint32_t __attribute__((aligned(2), may_alias));
-FA_HD float first_of(Pair w) { return as_float(w << 16); }
-FA_HD float second_of(Pair w) { return as_float(w & 0xffff0000u); }
-FA_HD Pair pair_of(float a, float b) { return (round_bf16_high(a) >> 16) | (round_bf16_high(b) & 0xffff0000u); }
-
-FA_HD Pair choose_pair(Pair keep, Pair fresh, Pair old) { return (fresh & keep) | (old & ~keep); }
-
-// The common 16-bit case (everything bf16, no unscaling, no L2) converts in registers. `keep`: a word per pair, ones where trainable.
-template <class Rule, bool kMasked>
-void run_bf16(const Piece& w, const Row& row, const Pair* keep, int64_t begin, int64_t pairs) {
-  const TensorDesc& t = *w.tensor;
-  const Row r = row;
-  const float clip = w.clip;
-  const auto at = [&](const void* base) { return reinterpret_cast<Pair*>(static_cast<uint16_t*>(const_cast<void*>(base)) + begin); };
-  Pair* __restrict p = at(t.param);
-  const Pair* __restrict g = at(t.grad);
-  Pair* __restrict s0 = at(t.state[0]), * __restrict s1 = at(t.state[1]), * __restrict s2 = at(t.state[2]), * __restrict s3 = at(t.state[3]);
-#pragma GCC ivdep
-  for (int64_t i = 0; i < pairs; ++i) {
-    float a[kMaxStates], b[kMaxStates];
-    if (Rule::kStates > 0) a[0] = first_of(s0[i]), b[0] = second_of(s0[i]);
-    if (Rule::kStates > 1) a[1] = first_of(s1[i]), b[1] = second_of(s1[i]);
-    if (Rule::kStates > 2) a[2] = first_of(s2[i]), b[2] = second_of(s2[i]);
-    if (Rule::kStates > 3) a[3] = first_of(s3[i]), b[3] = second_of(s3[i]);
-    const float pa = Rule::step(first_of(p[i]) * r.decay, first_of(g[i]) * clip * r.sign, a, r);
-    const float pb = Rule::step(second_of(p[i]) * r.decay, second_of(g[i]) * clip * r.sign, b, r);
-    p[i] = kMasked ? choose_pair(keep[i], pair_of(pa, pb), p[i]) : pair_of(pa, pb);
-    if (Rule::kStored > 0) s0[i] = kMasked ? choose_pair(keep[i], pair_of(a[0], b[0]), s0[i]) : pair_of(a[0], b[0]);
-    if (Rule::kStored > 1) s1[i] = kMasked ? choose_pair(keep[i], pair_of(a[1], b[1]), s1[i]) : pair_of(a[1], b[1]);
-    if (Rule::kStored > 2) s2[i] = kMasked ? choose_pair(keep[i], pair_of(a[2], b[2]), s2[i]) : pair_of(a[2], b[2]);
-    if (Rule::kStored > 3) s3[i] = kMasked ? choose_pair(keep[i], pair_of(a[3], b[3]), s3[i]) : pair_of(a[3], b[3]);
-  }
-}
-
-// A tile at a time under a mask, else all at once; returns where the last, odd element remains to be done.
-template <class Rule>
-int64_t update_bf16(const Piece& w, const Row& r) {
-  const uint32_t* mask = w.tensor->mask;
-  if (!mask) {
-    run_bf16<Rule, false>(w, r, nullptr, w.begin, (w.end - w.begin) / 2);
-    return w.end - (w.end - w.begin) % 2;
-  }
-  alignas(64) Pair keep[kTile / 2];
-  int64_t begin = w.begin;
-  for (; begin + 1 < w.end; begin += kTile) {
-    const int n = int(w.end - begin < kTile ? w.end - begin : kTile);
-    for (int k = 0; 32 * k < n; ++k) {
-      const uint32_t word = mask[begin / 32 + k];
-      for (int j = 0; j < 16; ++j) keep[16 * k + j] = ((0u - (word >> 2 * j & 1u)) & 0xffffu) | ((0u - (word >> (2 * j + 1) & 1u)) << 16);
-    }
-    run_bf16<Rule, true>(w, r, keep, begin, n / 2);
-  }
-  return w.end - (w.end - w.begin) % 2;
 }
 
 bool all_are(DType dtype, const TensorDesc& t, int states) {
@@ -306,7 +252,7 @@ bool direct_bf16(const Piece& w, const Row& r, int states) {
 
 // Everything fp32 and nothing to widen, prepare or freeze: the piece is one tile.
 bool in_place(const Piece& w, const Row& r, int states) {
-  return all_are(kF32, *w.tensor, states) && !w.tensor->mask && w.scale == 1.f && w.clip == 1.f && r.sign == 1.f && r.l2 == 0.f;
+  return all_are(kF32, *w.tensor, states) && !w.tensor->mask && w.scale == 1.f && r.l2 == 0.f;
 }
 
 template <class Rule>
@@ -325,7 +271,8 @@ void update(const Piece& w) {
     float* p = load_param(t, offset, n, pb);
     const float* g = load_tile(const_cast<void*>(t.grad), t.grad_dtype, offset, n, gb);
     const float* a = t.anchor ? load_tile(const_cast<void*>(t.anchor), t.anchor_dtype, offset, n, ab) : nullptr;
-    g = prepare_gradient(w, *w.row, g, p, a, n, ub);
+    float factor;
+    g = prepare_gradient(w, *w.row, g, p, a, n, ub, &factor);
     if (a) {
       decay_to_anchor(p, a, keep, w.row->pull, n);
       r.decay = 1.f;
@@ -333,9 +280,9 @@ void update(const Piece& w) {
     float* s[kMaxStates] = {};
     for (int k = 0; k < Rule::kStates; ++k) s[k] = load_tile(t.state[k], t.state_dtype[k], offset, n, sb[k]);
     if (keep)
-      run_tile<Rule, true>(p, g, s, keep, n, r);
+      run_tile<Rule, true>(p, g, factor, s, keep, n, r);
     else
-      run_tile<Rule, false>(p, g, s, nullptr, n, r);
+      run_tile<Rule, false>(p, g, factor, s, nullptr, n, r);
     for (int k = 0; k < Rule::kStored; ++k) store_tile(t.state[k], t.state_dtype[k], offset, n, s[k], keep);
     store_param(w, offset, n, p, keep);
   }

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from .base import FusedOptimizer
 
 
+VERSIONS_TO_ADVANCE = 1  # what cpu_step returns where it has not done so itself
+
+
 class Entry(NamedTuple):
     param: Tensor
     group: int
@@ -142,7 +145,8 @@ class CpuPlan(Plan):
 
     def run(self, scalars: Scalars) -> None:
         scale, found, clip, seed, stochastic = scalars
-        if self.table.cpu_step(self._index, torch.get_num_threads(), address(scale), address(found), address(clip), seed, stochastic):
+        done = self.table.cpu_step(self._index, torch.get_num_threads(), address(scale), address(found), address(clip), seed, stochastic)
+        if done == VERSIONS_TO_ADVANCE:
             self.bump_versions()
 
 

@@ -84,11 +84,41 @@ def check_hypers(opt: FusedOptimizer, group: dict[str, Any], fields: dict[str, f
 # --- states ------------------------------------------------------------------------------------------------------------------------------
 
 
+class Arena:
+    """Memory for the states of small tensors, one after the other: a step over thousands of them then reads a stream, which the hardware fetches
+    ahead, and not thousands of places. Each is a tensor of its own, no view of another; some share a storage, at most ``BLOCK`` bytes."""
+
+    LARGEST = 2**16  # bytes of a state that comes here
+    BLOCK = 2**20
+    ALIGN = 64  # a cache line belongs to one state
+
+    def __init__(self, sizes: list[int]) -> None:
+        """``sizes``: bytes of the states to come; a block is no longer than what they need."""
+        self._left = sum(self._room(size) for size in sizes if size <= self.LARGEST)
+        self._blocks: dict[tuple[torch.device, torch.dtype], tuple[Tensor, int]] = {}
+
+    def _room(self, size: int) -> int:
+        return -(-size // self.ALIGN) * self.ALIGN
+
+    def full_like(self, p: Tensor, start: float, dtype: torch.dtype) -> Tensor:
+        """`torch.full_like` in the memory order of ``p``."""
+        room = self._room(p.numel() * dtype.itemsize)
+        if type(p) is not Tensor or not p.is_contiguous() or not 0 < room <= self.LARGEST:
+            return torch.full_like(p, start, dtype=dtype, memory_format=torch.preserve_format)
+        block, used = self._blocks.get((p.device, dtype), (None, 0))
+        if block is None or used + room > block.nbytes:
+            block, used = torch.zeros(max(room, min(self._left, self.BLOCK)) // dtype.itemsize, dtype=dtype, device=p.device), 0
+        self._blocks[p.device, dtype] = (block, used + room)
+        self._left -= room
+        state = torch.empty(0, dtype=dtype, device=p.device).set_(block.untyped_storage(), used // dtype.itemsize, p.shape, p.stride())
+        return state.fill_(start) if start else state
+
+
 def fresh_states(opt: FusedOptimizer, entries: list[Entry], rule: Rule) -> list[dict[str, Tensor]]:
     """Start values for parameters that meet their first gradient. 0-d scalars of one call are views of one buffer: thousands of them would
     otherwise be thousands of allocations."""
     steps: dict[torch.device, Tensor] = {}
-    out = []
+    arena, out = Arena([e.param.numel() * state_dtype(opt, e.param).itemsize for e in entries for _ in rule.states]), []
     for device in {local(e.param.detach()).device for e in entries}:
         steps[device] = torch.zeros(len(entries), dtype=torch.float32, device=device)
     for k, e in enumerate(entries):
@@ -107,7 +137,7 @@ def fresh_states(opt: FusedOptimizer, entries: list[Entry], rule: Rule) -> list[
             elif index is not None:
                 new[name] = torch.full(index.shape, start, dtype=dtype, device=p.device)
             else:
-                new[name] = torch.full_like(p, start, dtype=dtype, memory_format=torch.preserve_format)
+                new[name] = arena.full_like(p, start, dtype)
             if form:
                 new.update(coded.encode({}, name, new[name], form))
         for name, value in rule.aux.items():

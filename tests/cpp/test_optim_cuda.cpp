@@ -228,11 +228,12 @@ void run(int rule, const std::vector<Case>& cases, const std::string& name, int3
     fa::cuda::sweep(rule, gpu.table.data(), chunks.data(), int64_t(chunks.size()), rows.data(), g, {0, nullptr});
     if (!skipped) {
       fa::cpu::Rows cpu_rows;
+      cpu_rows.attach(cpu.table);
       cpu_rows.build(rule, cpu.table, h);
       for (size_t t = 0; t < cases.size(); ++t)
         require(!std::memcmp(&rows[t], &cpu_rows.rows[size_t(cpu.table[t].row)], sizeof(fa::Row)), name + " row " + std::to_string(t));
       fa::cpu::sweep(rule, cpu.table, fa::cpu::make_chunks(cpu.table, 4096), cpu_rows, g, 1);
-      cpu_rows.commit(cpu.table);
+      cpu_rows.commit();
     }
     compare(gpu, cpu, before, name + " launch " + std::to_string(launch));
   }
