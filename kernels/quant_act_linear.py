@@ -83,14 +83,14 @@ def int8_kernel(
     if CHUNK > 0:
         total = tl.zeros([ROWS, COLS], tl.float32)
         for first in range(0, K, DEPTH):
-            acc = tl.dot(load_tile(x, row < T, first, K, DEPTH), tl.trans(load_tile(w, col < N, first, K, DEPTH)), acc)
+            acc = tl.dot(load_tile(x, row < T, first, K, DEPTH), tl.trans(load_tile(w, col < N, first, K, DEPTH)), acc, out_dtype=tl.int32)
             if (first + DEPTH) % CHUNK == 0:
                 total += acc.to(tl.float32)
                 acc = tl.zeros([ROWS, COLS], tl.int32)
         total += acc.to(tl.float32)  # + 0 where a chunk has just ended
     else:
         for first in range(0, K, DEPTH):
-            acc = tl.dot(load_tile(x, row < T, first, K, DEPTH), tl.trans(load_tile(w, col < N, first, K, DEPTH)), acc)
+            acc = tl.dot(load_tile(x, row < T, first, K, DEPTH), tl.trans(load_tile(w, col < N, first, K, DEPTH)), acc, out_dtype=tl.int32)
         total = acc.to(tl.float32)
     total = (total * tl.load(x_scale + row, row < T, 0.0)[:, None]) * tl.load(w_scale + col, col < N, 0.0)[None, :]
     store_tile(y, total, bias, row, col, (row < T)[:, None] & (col < N)[None, :], N)

@@ -54,7 +54,7 @@ LIBS: dict[str, dict[str, Adapter]] = {
             global_options=("weight_decouple", "fixed_decay", "rectify", "degenerated_to_sgd"),
         )
     },
-    "lion_pytorch": {"Lion": Adapter("lion_pytorch:Lion", {}, global_options=("decoupled_weight_decay",))},
+    "lion_pytorch": {"Lion": Adapter("lion_pytorch:Lion", {"decoupled_weight_decay": False})},
     "schedulefree": {
         "ScheduleFreeAdamW": Adapter("schedulefree:AdamWScheduleFree", group={"step": "k", "weight_sum": "weight_sum", "lr_max": "lr_max"})
     },
@@ -85,8 +85,9 @@ class Foreign:
         defaults = {k: p.default for k, p in ours.items() if p.default is not p.empty}
         # Options they lack go back to our default. Those a group leaves out are spelled out: their defaults come from the first group.
         groups = [defaults | {k: v for k, v in options.items() if k in known} for options in case.groups]
+        adapter = self._adapters[case.optimizer]
         for options in groups:
-            options |= {k: groups[0][k] for k in self._adapters[case.optimizer].global_options}
+            options |= {k: groups[0][k] for k in adapter.global_options} | {k: v for k, v in adapter.fixed.items() if k in options}
         return Case(case.seed, case.optimizer, tuple(groups), {}, case.tensors, case.steps)
 
     def build(self, case: Case, params: list[Tensor]) -> Any:
