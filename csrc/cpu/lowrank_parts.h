@@ -82,13 +82,13 @@ const Tile kWide[] = {nullptr,
 #endif
 };
 
-// `columns` <= kWidth of c; up to the next multiple of kLanes are written.
-void product(const Product& g, int64_t rows, int64_t columns, float* c) {
+// Rows [first, first + rows) of a. `columns` <= kWidth of c; up to the next multiple of kLanes are written.
+void product(const Product& g, int64_t rows, int64_t columns, float* c, int64_t first = 0) {
   const bool wide = columns > kLanes;
   const int64_t tall = wide ? kTall : 12;
   for (int64_t tiles = ceil_div(rows, tall), m = 0; tiles > 0; --tiles) {
     const int64_t height = ceil_div(rows - m, tiles);
-    (wide ? kWide : kNarrow)[height](g, g.a + m * g.a_m, c + m * g.c_m);
+    (wide ? kWide : kNarrow)[height](g, g.a + (first + m) * g.a_m, c + m * g.c_m);
     m += height;
   }
 }
