@@ -18,11 +18,11 @@ namespace {
 template <class Format>
 FA_INLINE void fill_row(const Matrix& x, int64_t t, int64_t k, int64_t columns, const uint16_t* keep, float* to) {
   using E = typename Format::E;
-  const E* row = static_cast<const E*>(x.data) + t * x.stride;
-  for (int64_t j = 0; j < columns; j += kLanes) {
-    const F f = widen_at<Format>(row + k + j, columns - j);
-    store(to + j, keep ? masked(f, load<S>(keep + j)) : f);
-  }
+  const E* row = static_cast<const E*>(x.data) + t * x.stride + k;
+  const auto put = [&](int64_t j, F f) { store(to + j, keep ? masked(f, load<S>(keep + j)) : f); };
+  int64_t j = 0;
+  for (; j + kLanes <= columns; j += kLanes) put(j, Format::widen(load<typename Format::V>(row + j)));
+  if (j < columns) put(j, widen_at<Format>(row + j, columns - j));
 }
 
 void fill(const Matrix& x, int64_t t, int64_t k, int64_t rows, int64_t columns, uint64_t seed, const Segment& s, float* block) {
@@ -167,7 +167,10 @@ template <class From, class To>
 FA_INLINE void add_row(const Matrix& y, const Matrix& out, const float* sum, int64_t t, int64_t k, int64_t columns) {
   const auto* from = static_cast<const typename From::E*>(y.data) + t * y.stride + k;
   auto* to = static_cast<typename To::E*>(out.data) + t * out.stride + k;
-  for (int64_t j = 0; j < columns; j += kLanes) narrow_at<To>(to + j, widen_at<From>(from + j, columns - j) + load<F>(sum + j), columns - j);
+  const auto added = [&](int64_t j) { return widen_at<From>(from + j, columns - j) + load<F>(sum + j); };
+  int64_t j = 0;
+  for (; j + 2 * kLanes <= columns; j += 2 * kLanes) To::store_pair(to + j, added(j), added(j + kLanes));
+  for (; j < columns; j += kLanes) narrow_at<To>(to + j, added(j), columns - j);
 }
 
 template <class Format>
