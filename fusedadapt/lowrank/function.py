@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..ops import base as base_ops
-from ..ops.base import Base, Low
+from ..ops.base import Base
+from ..ops.dense_low import Low
 from ..ops.lowrank import is_direct, ops_for
 from . import mid as middle
 from .mid import Mid
