@@ -81,14 +81,13 @@ def _widened_add(
     x: Tensor, w: Tensor, bias: Tensor | None, transposed: bool, u: Tensor, a: Tensor, seed: Tensor | None, p: Any, ranks: Sequence[int]
 ) -> Tensor:
     thresholds = lowrank.thresholds("dense_widened_add", seed, p, ranks)
-    if not x.shape[0] or lowrank.choose("add_", x.device.type, x.dtype).backend != "cpp":
+    round_add = getattr(lowrank.backend_of("add_", x), "round_add", None)  # the C++ backend has it
+    if round_add is None or not x.shape[0]:
         return add(dense.widened(x, w, bias, transposed), Low(u, a, seed, p, ranks))
-    from . import lowrank_cpp
-
     width, u = a.shape[1], u.contiguous()
 
     def finish(tile: Tensor, out: Tensor, row: int, column: int) -> None:
         rows, columns = tile.shape
-        lowrank_cpp.round_add(tile, out, (row, column, width), u[row : row + rows], a[:, column : column + columns], seed, thresholds, ranks)
+        round_add(tile, out, (row, column, width), u[row : row + rows], a[:, column : column + columns], seed, thresholds, ranks)
 
     return dense.widened(x, w, bias, transposed, finish)

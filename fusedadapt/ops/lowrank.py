@@ -41,7 +41,8 @@ def choose(op: str, device_type: str, dtype: torch.dtype) -> dispatch.Choice:
     return _choose(op, device_type, dtype == torch.float64, config.current_backend(), config.is_strict())
 
 
-def _backend(op: str, data: Tensor) -> ModuleType:
+def backend_of(op: str, data: Tensor) -> ModuleType:
+    """The module of the backend that `choose` names."""
     return _module(choose(op, data.device.type, data.dtype).backend)
 
 
@@ -141,7 +142,7 @@ def _flops_shrink(x: Any, a: Any, *_: Any, **__: Any) -> int:
 def _shrink(x: Tensor, a: Tensor, seed: Tensor | None, p: Tensor | None, ranks: Sequence[int], backend: ModuleType | None = None) -> Tensor:
     if x.numel() == 0:
         return _fp32(x, x.shape[0], a.shape[0]).zero_()
-    return (backend or _backend("shrink", x)).shrink(_rows(x), a, seed, thresholds("shrink", seed, p, ranks), ranks)
+    return (backend or backend_of("shrink", x)).shrink(_rows(x), a, seed, thresholds("shrink", seed, p, ranks), ranks)
 
 
 def _check_bwd_x(x: Tensor, u: Tensor, seed: Tensor | None, p: Tensor | None, ranks: Sequence[int]) -> None:
@@ -163,7 +164,7 @@ def _flops_bwd_x(x: Any, u: Any, *_: Any, **__: Any) -> int:
 def _bwd_x(x: Tensor, u: Tensor, seed: Tensor | None, p: Tensor | None, ranks: Sequence[int], backend: ModuleType | None = None) -> Tensor:
     if x.numel() == 0:
         return _fp32(x, u.shape[1], x.shape[1]).zero_()
-    return (backend or _backend("bwd_x", x)).bwd_x(_rows(x), u.contiguous(), seed, thresholds("bwd_x", seed, p, ranks), ranks)
+    return (backend or backend_of("bwd_x", x)).bwd_x(_rows(x), u.contiguous(), seed, thresholds("bwd_x", seed, p, ranks), ranks)
 
 
 def check_low(op: str, y: Tensor, shape: Sequence[Any], u: Tensor, a: Tensor, seed: Tensor | None, p: Tensor | None, ranks: Sequence[int]) -> None:
@@ -190,7 +191,7 @@ def _flops_add(y: Any, u: Any, *_: Any, **__: Any) -> int:
 )
 def _add_(y: Tensor, u: Tensor, a: Tensor, seed: Tensor | None, p: Tensor | None, ranks: Sequence[int], backend: ModuleType | None = None) -> None:
     if y.numel():
-        _in_place(lambda out: (backend or _backend("add_", y)).add_(out, u.contiguous(), a, seed, thresholds("add_", seed, p, ranks), ranks), y)
+        _in_place(lambda out: (backend or backend_of("add_", y)).add_(out, u.contiguous(), a, seed, thresholds("add_", seed, p, ranks), ranks), y)
 
 
 def _check_scale_add(y0: Tensor, v: Tensor | None, a: Tensor | None, row_scale: Tensor, bias: Tensor | None) -> None:
@@ -218,7 +219,7 @@ def _scale_add_(y0: Tensor, v: Tensor | None, a: Tensor | None, row_scale: Tenso
     if y0.numel() == 0:
         return y0.new_empty(y0.shape)
     result: Tensor = _in_place(
-        lambda out: (backend or _backend("scale_add_", y0)).scale_add_(out, _dense(v), a, row_scale.contiguous(), _dense(bias)), y0
+        lambda out: (backend or backend_of("scale_add_", y0)).scale_add_(out, _dense(v), a, row_scale.contiguous(), _dense(bias)), y0
     )
     return result
 
@@ -261,7 +262,7 @@ def _bwd_dy(
     if dy.numel() == 0:
         return tuple(part.zero_() for part in _fake_bwd_dy(dy, v, b, row_scale, y0, need_bias))
     y0 = y0 if y0 is None else _rows(y0)
-    out: tuple[Tensor, ...] = (backend or _backend("bwd_dy", dy)).bwd_dy(_rows(dy), _dense(v), b, _dense(row_scale), y0, need_bias)
+    out: tuple[Tensor, ...] = (backend or backend_of("bwd_dy", dy)).bwd_dy(_rows(dy), _dense(v), b, _dense(row_scale), y0, need_bias)
     return out
 
 
@@ -274,7 +275,7 @@ def _check_dropout(x: Tensor, seed: Tensor, p: Tensor) -> None:
 def _dropout(x: Tensor, seed: Tensor, p: Tensor) -> Tensor:
     if x.numel() == 0:
         return x.new_empty(x.shape)
-    out: Tensor = _backend("dropout", x).dropout(_rows(x), seed, thresholds("dropout", seed, p, [1])[0])
+    out: Tensor = backend_of("dropout", x).dropout(_rows(x), seed, thresholds("dropout", seed, p, [1])[0])
     return out
 
 
@@ -292,7 +293,7 @@ def _check_skinny_w(w: Tensor, a: Tensor) -> None:
 def _skinny_w(w: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     if w.numel() == 0:
         return _fp32(w, w.shape[0], a.shape[0]).zero_(), _fp32(w, w.shape[0]).zero_()
-    out: tuple[Tensor, Tensor] = _backend("skinny_w", w).skinny_w(_rows(w), a)
+    out: tuple[Tensor, Tensor] = backend_of("skinny_w", w).skinny_w(_rows(w), a)
     return out
 
 
@@ -312,7 +313,7 @@ def _check_merge(w: Tensor, v: Tensor, a: Tensor, row_scale: Tensor | None) -> N
 def _merge_(w: Tensor, v: Tensor, a: Tensor, row_scale: Tensor | None) -> Tensor:
     if w.numel() == 0:
         return torch.zeros(2, dtype=torch.float64)
-    result: Tensor = _in_place(lambda out: _backend("merge_", w).merge_(out, v.contiguous(), a, _dense(row_scale)), w)
+    result: Tensor = _in_place(lambda out: backend_of("merge_", w).merge_(out, v.contiguous(), a, _dense(row_scale)), w)
     return result
 
 
