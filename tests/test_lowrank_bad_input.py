@@ -215,3 +215,11 @@ def test_ops_do_not_drop_the_dropout(op: str) -> None:
 def test_the_widened_product_refuses() -> None:
     with pytest.raises(ValueError, match=r"fusedadapt.dense_widened: expected x of 8 columns; got \(5, 7\); pass"):
         ops.dense_widened(ones(T, 7), ones(N, K), None, False)
+    seed, p = torch.tensor([1]), torch.tensor([0.5])
+    for u, a, ranks, text in (
+        (ones(T, 3), ones(3, K), [3], rf"expected a of shape \(3, {N}\); got shape \(3, {K}\); pass matching shapes"),
+        (ones(T + 1, 3), ones(3, N), [3], rf"expected u of shape \({T}, any\); got shape \({T + 1}, 3\)"),
+        (ones(T, 3), ones(3, N), [2], r"expected ranks of at least 1 that add up to 3; got \[2\]"),
+    ):
+        with pytest.raises(ValueError, match=rf"fusedadapt.lr_dense_widened_add: {text}"):
+            ops.dense_widened_add(ones(T, K), ones(N, K), None, False, u, a, seed, p, ranks)

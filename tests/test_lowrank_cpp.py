@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import fusedadapt as fa
 from fusedadapt.reference import lowrank as reference
 from fusedadapt.testing import poisoned_memory
 
@@ -87,6 +88,13 @@ def in_place(call: Callable[..., Tensor | None]) -> Callable[..., list[Tensor]]:
     return on_copy
 
 
+def round_add(tile: Tensor, *rest: object) -> Tensor:
+    """The sum in `tile`'s dtype, from a tile in fp32; the reference has no such function."""
+    out = torch.empty(tile.shape[0], tile.shape[1] + 3, dtype=tile.dtype)[:, :-3]
+    cpp.round_add(tile.float(), out, (0, 0, 0), *rest)  # type: ignore[arg-type]
+    return out
+
+
 def calls(backend: object, c: Case) -> dict[str, tuple[Callable[..., object], list[Tensor | None], list[object]]]:
     """Function, tensors, other arguments."""
     f = lambda name: getattr(backend, name)
@@ -95,6 +103,7 @@ def calls(backend: object, c: Case) -> dict[str, tuple[Callable[..., object], li
         "shrink": (f("shrink"), [c.x, c.a], drops),
         "bwd_x": (f("bwd_x"), [c.x, c.u], drops),
         "add_": (in_place(f("add_")), [c.x, c.u, c.a], drops),
+        "round_add": (round_add if backend is cpp else in_place(f("add_")), [c.x, c.u, c.a], drops),
         "scale_add_": (in_place(f("scale_add_")), [c.x, c.u, c.a, c.column, c.bias], []),
         "scale_add_ alone": (in_place(f("scale_add_")), [c.x, None, None, c.column, None], []),
         "bwd_dy": (f("bwd_dy"), [c.x, c.u, c.a.T, c.column, c.y0], [True]),
@@ -203,7 +212,44 @@ def test_one_mask_for_all_functions(isa: str) -> None:
     assert torch.equal(u != 0, torch.stack([both[0][:, 4], both[0][:, 299], both[1][:, 7]], 1) != 0)
 
 
+def test_tiles_of_a_product_are_the_whole(isa: str) -> None:
+    """A tile takes its masks from where it lies in the matrix: bits do not depend on the cut."""
+    t, k, ranks, thresholds, gen = 75, 1160, [3, 16], [6554, 0], torch.Generator().manual_seed(1)
+    tile, u, a = (torch.randn(*shape, generator=gen) for shape in ((t, k), (t, 19), (19, k)))
+    whole, parts = torch.empty(t, k, dtype=torch.bfloat16), torch.empty(t, k, dtype=torch.bfloat16)
+    cpp.round_add(tile, whole, (0, 0, k), u, a, SEED, thresholds, ranks)
+    for i in (slice(0, 51), slice(51, t)):
+        for j in (slice(0, 5), slice(5, 1100), slice(1100, k)):
+            cpp.round_add(tile[i, j], parts[i, j], (i.start, j.start, k), u[i], a[:, j], SEED, thresholds, ranks)
+    assert torch.equal(whole, parts)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_branch_joins_widened_tiles(transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any number of tiles; rounded once, so never less exact than product and branch one after the other."""
+    monkeypatch.setattr("fusedadapt.ops.dense._SCRATCH", 1)  # tiles of 64 x 64
+    t, k, n, gen = 150, 90, 130, torch.Generator().manual_seed(1)
+    x, w = (torch.randn(*shape, generator=gen).bfloat16() for shape in ((t, n if transposed else k), (n, k)))
+    width = k if transposed else n
+    bias = None if transposed else torch.randn(n, generator=gen).bfloat16()
+    u, a = torch.randn(t, 5, generator=gen), torch.randn(5, width, generator=gen)
+    p = torch.tensor([0.1, 0.0], dtype=torch.float64)
+    ops = torch.ops.fusedadapt
+    ours = ops.dense_widened_add(x, w, bias, transposed, u, a, SEED, p, [4, 1])
+    steps = ops.dense_widened(x, w, bias, transposed)
+    ops.lr_add_(steps, u, a, SEED, p, [4, 1])
+    exact = x.double() @ (w.double() if transposed else w.double().T) + (0 if bias is None else bias.double())
+    reference.add_(exact, u.double(), a.double(), SEED, [6554, 0], [4, 1])
+    assert norm(ours.double() - exact) <= norm(exact.bfloat16().double() - exact) + 1e-6 * norm(exact)
+    assert norm(ours.double() - exact) < norm(steps.double() - exact)
+    with fa.backend("reference"):
+        other = ops.dense_widened_add(x, w, bias, transposed, u, a, SEED, p, [4, 1])
+    assert torch.equal(other, steps) or norm(other.double() - steps.double()) <= 1e-3 * norm(exact)
+
+
 def test_refuses_what_it_cannot_read() -> None:
+    with pytest.raises(ValueError, match="starts from fp32"):
+        cpp.round_add(torch.ones(2, 2).half(), torch.ones(2, 2), (0, 0, 2), torch.ones(2, 1), torch.ones(1, 2), None, [0], [1])
     with pytest.raises(KeyError):
         cpp.shrink(torch.ones(2, 2, dtype=torch.int32), torch.ones(1, 2), None, [0], [1])
     with pytest.raises(ValueError, match="add up"):

@@ -214,12 +214,16 @@ void bwd_x(const Matrix& x, const float* u, float* m, const std::vector<Segment>
     });
 }
 
-void add(const Matrix& y, const float* u, const Matrix& a, const std::vector<Segment>& segments, uint64_t seed, int threads) {
+void add(const Matrix& y, const Matrix& out, const Origin& origin, const float* u, const Matrix& a, const std::vector<Segment>& segments,
+         uint64_t seed, int threads) {
   const Kernels& k = kernels();
   const Trim trim;
   const std::vector<Segment> list = joined(segments);
   Writing w;
   w.y = y;
+  w.out = out;
+  w.origin = origin;
+  if (!origin.total) w.origin.total = y.columns;
   w.segments = view(list, seed);
   w.u = u;
   w.rank = a.rows;

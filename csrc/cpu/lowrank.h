@@ -59,6 +59,11 @@ struct Partial {
   int64_t stride = 0;
 };
 
+// Of a tile of a larger matrix of `total` columns: where it starts there, which is what its masks go by. total 0: the matrix is whole.
+struct Origin {
+  int64_t row = 0, column = 0, total = 0;
+};
+
 enum class Write { kAdd, kScaleAdd, kMerge };
 
 struct Writing {
@@ -70,7 +75,8 @@ struct Writing {
   int64_t rank = 0;
   const float* row_scale = nullptr;  // kMerge: per row of y; kScaleAdd: per column (a row of the weight)
   const float* bias = nullptr;
-  Matrix out;  // kScaleAdd: row_scale * y + bias
+  Matrix out;  // kScaleAdd: row_scale * y + bias. kAdd: takes the sum instead of y, which is fp32 then
+  Origin origin;
 };
 
 constexpr int64_t kBlockRows = 48, kPiece = 1024;  // rows of a block; columns that `write` is given at a time
@@ -99,7 +105,9 @@ const Kernels& kernels();  // what cpu::use_isa chose; avx2 needs FMA here
 // The functions of the reference. `segments` need first, rank, threshold and stream only.
 void shrink(const Matrix& x, const Matrix& a, float* u, std::vector<Segment> segments, uint64_t seed, int threads);
 void bwd_x(const Matrix& x, const float* u, float* m, const std::vector<Segment>& segments, uint64_t seed, int threads);
-void add(const Matrix& y, const float* u, const Matrix& a, const std::vector<Segment>& segments, uint64_t seed, int threads);
+// y += drop(u a); with `out`, which may have another dtype, y stays as it is (fp32) and out takes the sum.
+void add(const Matrix& y, const Matrix& out, const Origin& origin, const float* u, const Matrix& a, const std::vector<Segment>& segments,
+         uint64_t seed, int threads);
 // v, a: both or none
 void scale_add(const Matrix& y0, const float* v, const Matrix& a, const float* row_scale, const float* bias, const Matrix& y, int threads);
 

@@ -33,7 +33,8 @@ void tile(const Product& g, const float* a, float* c) {
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) sum[m][v] = F{};
   const float* b = g.b;
-  const int64_t a_m = g.a_m, a_p = g.a_p, b_p = g.b_p;
+  const int64_t a_m = g.a_m, a_p = g.a_p, b_p = g.b_p, c_m = g.c_m;
+  const bool add = g.add;
 #pragma GCC unroll 2
   for (int64_t p = g.depth; p > 0; --p, a += a_p, b += b_p) {
     F right[V];
@@ -46,13 +47,16 @@ void tile(const Product& g, const float* a, float* c) {
       for (int v = 0; v < V; ++v) sum[m][v] = fma(left, right[v], sum[m][v]);
     }
   }
+  if (add) {
+#pragma GCC unroll 32
+    for (int m = 0; m < M; ++m)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) sum[m][v] += load<F>(c + m * c_m + v * kLanes);
+  }
 #pragma GCC unroll 32
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) {
-      float* at = c + m * g.c_m + v * kLanes;
-      store(at, g.add ? load<F>(at) + sum[m][v] : sum[m][v]);
-    }
+    for (int v = 0; v < V; ++v) store(c + m * c_m + v * kLanes, sum[m][v]);
 }
 
 // Twelve sums hide the latency of the multiply-add: 6 x 2 vectors, 12 x 1 where one vector is all there is.
@@ -82,15 +86,11 @@ const Tile kWide[] = {nullptr,
 #endif
 };
 
-// `columns` <= kWidth of c; up to the next multiple of kLanes are written.
-void product(const Product& g, int64_t rows, int64_t columns, float* c) {
+// Rows [first, first + rows) of a. `columns` <= kWidth of c; up to the next multiple of kLanes are written.
+void product(const Product& g, int64_t rows, int64_t columns, float* c, int64_t first = 0) {
   const bool wide = columns > kLanes;
   const int64_t tall = wide ? kTall : 12;
-  for (int64_t tiles = ceil_div(rows, tall), m = 0; tiles > 0; --tiles) {
-    const int64_t height = ceil_div(rows - m, tiles);
-    (wide ? kWide : kNarrow)[height](g, g.a + m * g.a_m, c + m * g.c_m);
-    m += height;
-  }
+  for (int64_t m = 0; m < rows; m += tall) (wide ? kWide : kNarrow)[least(tall, rows - m)](g, g.a + (first + m) * g.a_m, c + m * g.c_m);
 }
 
 // ---- dropout ----

@@ -75,6 +75,10 @@ struct F32 {
   using V = F;
   FA_INLINE F widen(V v) { return v; }
   FA_INLINE V narrow(F f) { return f; }
+  FA_INLINE void store_pair(E* p, F a, F b) {
+    store(p, a);
+    store(p + kLanes, b);
+  }
   FA_INLINE float widen_one(E e) { return e; }
   FA_INLINE E narrow_one(float f) { return f; }
 };
@@ -83,14 +87,25 @@ struct BF16 {
   using E = uint16_t;
   using V = H;
   FA_INLINE F widen(V v) { return F(__builtin_convertvector(v, U) << 16); }
+  FA_INLINE U round(F f) {
+    const U u = U(f);
+    return (f != f ? u | 0x400000u : u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  }
   FA_INLINE V narrow(F f) {
-    const U u = U(f), nan = U(f != f);
-    const U rounded = (((u + 0x7fffu + ((u >> 16) & 1u)) & ~nan) | ((u | 0x400000u) & nan)) >> 16;
 #if defined(__AVX2__) && !defined(__AVX512F__)
-    const __m256i packed = _mm256_packus_epi32(__m256i(rounded), __m256i(rounded));
+    const __m256i packed = _mm256_packus_epi32(__m256i(round(f)), __m256i(round(f)));
     return H(_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
 #else
-    return __builtin_convertvector(rounded, H);
+    return __builtin_convertvector(round(f), H);
+#endif
+  }
+  // Two neighbours, in one word where that is cheaper.
+  FA_INLINE void store_pair(E* p, F a, F b) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    store(p, _mm256_permute4x64_epi64(_mm256_packus_epi32(__m256i(round(a)), __m256i(round(b))), 0xd8));
+#else
+    store(p, narrow(a));
+    store(p + kLanes, narrow(b));
 #endif
   }
   FA_INLINE float widen_one(E e) { return bf16_to_float(e); }
@@ -118,6 +133,10 @@ struct F16 {
     return v;
   }
 #endif
+  FA_INLINE void store_pair(E* p, F a, F b) {
+    store(p, narrow(a));
+    store(p + kLanes, narrow(b));
+  }
   FA_INLINE float widen_one(E e) { return half_to_float(e); }
   FA_INLINE E narrow_one(float f) { return float_to_half(f); }
 };

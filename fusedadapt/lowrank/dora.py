@@ -17,7 +17,7 @@ from ..ops import lowrank as _ops  # noqa: F401 - defines torch.ops.fusedadapt.l
 from ..ops.base import Base
 from ..quant.tensor import QuantizedTensor
 from ..reference.lowrank import wide
-from .function import _no_autocast
+from .function import _no_autocast, as_tensor
 from .functional import Output, Segment, _cast, _check_dtypes, _check_outputs, _scalars, _seed, lora_linear
 
 ops = torch.ops.fusedadapt
@@ -179,5 +179,5 @@ def dora_linear_peft(
     _check_dtypes(x, (output,))
     x2 = x.reshape(-1, x.shape[-1])
     scalars, _ = _scalars(output.segments, training)
-    y: Tensor = _apply(x2, output.bias, A, B, scale, _seed(seed, x2), scalars, *output.base)
+    y: Tensor = _apply(x2, output.bias, A, B, scale, _seed(seed, x2), as_tensor(scalars), *output.base)
     return y.reshape(*x.shape[:-1], weight.shape[0])

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from ..ops import base as base_ops
 from ..ops.base import Base
+from ..ops.dense_low import Low
 from ..ops.lowrank import is_direct, ops_for
 from . import mid as middle
 from .mid import Mid
@@ -23,10 +24,14 @@ from .mid import Mid
 #: tensors of an output and of a segment, in the order in which `LowRankLinear` takes them
 OUTPUT = ("weight", "bias", "row_scale", "scale", "zero", "super", "offset")
 SEGMENT = ("A", "B", "rank_gate", "token_gate", "core")
+_BIAS, _ROW_SCALE = OUTPUT.index("bias"), OUTPUT.index("row_scale")
+_A, _B, *_BETWEEN = range(len(SEGMENT))
 #: (activation of each segment, scale_bias, format of a packed weight or "", its N, its K) of each output: hashable, so that a compiled graph can be
 #: guarded by it
 Entry = tuple[tuple[str | None, ...], bool, str, int, int]
 Plan = tuple[Entry, ...]
+#: (scaling, p) of each segment
+Numbers = tuple[tuple[float, float], ...]
 
 
 def _no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
@@ -42,12 +47,17 @@ def _stack(parts: Sequence[Tensor], dim: int) -> Tensor:
     return torch.cat([part if same else part.float() for part in parts], dim)
 
 
+def _columns(t: Tensor, first: int, count: int) -> Tensor:
+    return t if t.shape[1] == count else t[:, first : first + count]
+
+
 class _Output:
     """One output's tensors and those of its segments; `at`: where in the argument list each stands."""
 
     def __init__(self, tensors: Sequence[Tensor | None], start: int, plan: Entry, scales: Any, first: int) -> None:
         self.activations, self.scale_bias, spec, n, k = plan
         self.start, self.first, self.segments = start, first, start + len(OUTPUT)
+        self.end = self.segments + len(SEGMENT) * len(self.activations)
         weight, self.bias, self.row_scale, scale, zero, above, offset = tensors[start : self.segments]
         assert weight is not None
         self.base = Base(weight, scale, zero, above, offset, spec, n, k)
@@ -59,24 +69,25 @@ class _Output:
             self.A.append(a)
             self.B.append(b)
             self.mids.append(Mid(scales[first + j], rank_gate, token_gate, core, activation))
+        self.ranks = [a.shape[0] for a in self.A]
 
-    @property
-    def ranks(self) -> list[int]:
-        return [a.shape[0] for a in self.A]
-
-    def needs(self, wanted: Sequence[bool]) -> dict[str, Any]:
-        """``wanted``: needs_input_grad of the tensors. By name: of the output's own; of the segments a list."""
-        own = {name: wanted[self.start + i] for i, name in enumerate(OUTPUT)}
-        starts = [self.segments + len(SEGMENT) * j for j in range(len(self.A))]
-        return own | {name: [wanted[s + i] for s in starts] for i, name in enumerate(SEGMENT)}
+    def any_of(self, wanted: Sequence[bool], *names: int) -> bool:
+        """Whether a segment's gradient by one of these names is wanted. ``wanted``: needs_input_grad of the tensors."""
+        return any(True in wanted[self.segments + name : self.end : len(SEGMENT)] for name in names)
 
 
-def _numbers(x: Tensor, scalars: Tensor) -> tuple[Any, Any]:
+def as_tensor(scalars: Tensor | Numbers) -> Tensor:
+    """fp64 CPU [segments, 2]."""
+    return scalars if isinstance(scalars, Tensor) else torch.tensor(scalars, dtype=torch.float64).view(-1, 2)
+
+
+def _numbers(x: Tensor, scalars: Tensor | Numbers) -> tuple[Any, Any]:
     """(scaling, p) of all segments: numbers, or tensors where a compiler must not see their values."""
     if not is_direct(x):
-        return scalars[:, 0], scalars[:, 1]
-    rows = scalars.tolist()
-    return [row[0] for row in rows], [row[1] for row in rows]
+        given = as_tensor(scalars)
+        return given[:, 0], given[:, 1]
+    rows = scalars.tolist() if isinstance(scalars, Tensor) else scalars
+    return [row[0] for row in rows], tuple([row[1] for row in rows])
 
 
 def _outputs(tensors: Sequence[Tensor | None], plan: Plan, scales: Any) -> list[_Output]:
@@ -89,11 +100,11 @@ def _outputs(tensors: Sequence[Tensor | None], plan: Plan, scales: Any) -> list[
 
 
 class LowRankLinear(torch.autograd.Function):
-    """(plan, x [T, K], col_scale [K] | None, seed int64 [1] | None, scalars fp64 CPU [segments, 2]: scaling and p, *tensors) -> one y an output."""
+    """(plan, x [T, K], col_scale [K] | None, seed int64 [1] | None, scalars: Numbers or fp64 CPU [segments, 2], *tensors) -> one y an output."""
 
     @staticmethod
     def forward(
-        ctx: Any, plan: Plan, x: Tensor, col_scale: Tensor | None, seed: Tensor | None, scalars: Tensor, *tensors: Tensor | None
+        ctx: Any, plan: Plan, x: Tensor, col_scale: Tensor | None, seed: Tensor | None, scalars: Tensor | Numbers, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
         with _no_autocast(x.device.type):
             ops, (scales, p) = ops_for(x), _numbers(x, scalars)
@@ -103,53 +114,55 @@ class LowRankLinear(torch.autograd.Function):
             u = ops.lr_shrink(xs, _stack([a for o in outputs for a in o.A], 0), seed, p, ranks) if ranks else None
             results, kept, column = [], [], 0
             for output in outputs:
-                bias_first = output.row_scale is None or output.scale_bias
-                y = base_ops.linear(xs, output.base, output.bias if bias_first else None)
-                v = b = None
+                v = b = y0 = None
                 if output.A:
                     assert u is not None
                     v, b = _values(u, output, column), _stack(output.B, 1).t()
                     column += sum(output.ranks)
-                if output.row_scale is not None:
-                    y0, y = y, ops.lr_scale_add_(y, v, b, output.row_scale, None if bias_first else output.bias)
-                    kept.append(y0 if output.row_scale.requires_grad else None)
+                if output.row_scale is None:
+                    y = base_ops.linear(xs, output.base, output.bias, None if v is None or b is None else Low(v, b, None, None, [v.shape[1]]))
                 else:
-                    kept.append(None)
-                    if v is not None:
-                        ops.lr_add_(y, v, b, None, None, [v.shape[1]])
+                    y0 = base_ops.linear(xs, output.base, output.bias if output.scale_bias else None)
+                    y = ops.lr_scale_add_(y0, v, b, output.row_scale, None if output.scale_bias else output.bias)
+                    y0 = y0 if output.row_scale.requires_grad else None
+                kept.append(y0)
                 results.append(y)
             ctx.plan, ctx.device_type = plan, x.device.type
+            ctx.numbers, given = (None, scalars) if isinstance(scalars, Tensor) else (scalars, None)
             needs_x = _needs_x(ctx.needs_input_grad[5:], outputs) or ctx.needs_input_grad[2]
-            ctx.save_for_backward(x if needs_x else None, col_scale, seed, scalars, u, *kept, *tensors)
+            ctx.save_for_backward(x if needs_x else None, col_scale, seed, given, u, *kept, *tensors)
             ctx.set_materialize_grads(False)
             return tuple(results)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, col_scale, seed, scalars, u, *rest = ctx.saved_tensors
+        x, col_scale, seed, given, u, *rest = ctx.saved_tensors
         kept, tensors = rest[: len(ctx.plan)], rest[len(ctx.plan) :]
         _, want_x, want_col, _, _, *wanted = ctx.needs_input_grad
+        scalars = ctx.numbers if given is None else given
         with _no_autocast(ctx.device_type):
-            sample = next((dy for dy in grads if dy is not None), scalars)
+            sample = next((dy for dy in grads if dy is not None), None)
+            if sample is None:
+                return (None,) * (5 + len(tensors))
             ops, (scales, p) = ops_for(sample), _numbers(sample, scalars)
             outputs = _outputs(tensors, ctx.plan, scales)
             xs = x if x is None or col_scale is None else (x * col_scale).to(x.dtype)
             found: list[Tensor | None] = [None] * len(tensors)
-            into_x, dx, dus, column = want_x or want_col, None, [], 0
+            into_x, dy0s, dus, column = want_x or want_col, [], [], 0
             for output, dy, y0 in zip(outputs, grads, kept, strict=True):
                 width = sum(output.ranks)
+                dy0 = None
                 if dy is None:
-                    dus.append(None if u is None or not width else torch.zeros_like(u[:, column : column + width]))
+                    dus.append(None if u is None or not width else torch.zeros_like(_columns(u, column, width)))
                 else:
                     dy0, du = _through_output(ops, output, dy, y0, u, column, wanted, found, into_x)
                     dus.append(du)
                     if wanted[output.start]:
                         found[output.start] = (dy0.t() @ xs).to(output.base.weight.dtype)
-                    if into_x:
-                        dx = base_ops.linear_dx(dy0, output.base) if dx is None else dx.add_(base_ops.linear_dx(dy0, output.base))
+                dy0s.append(dy0)
                 column += width
-            dx = _through_x(ops, outputs, xs, seed, p, dus, wanted, found, dx)
+            dx = _through_x(ops, outputs, xs, seed, p, dus, wanted, found, dy0s if into_x else ())
             d_col = None
             if want_col and dx is not None:
                 d_col = ops.lr_bwd_dy(dx, None, None, None, x, False)[4].to(col_scale.dtype)  # sum over the tokens of dx * x, in fp32
@@ -162,14 +175,14 @@ def _values(u: Tensor, output: _Output, column: int) -> Tensor:
     """V of all segments of one output, side by side."""
     parts = []
     for rank, mid in zip(output.ranks, output.mids, strict=True):
-        parts.append(middle.forward(u[:, column : column + rank], mid))
+        parts.append(middle.forward(_columns(u, column, rank), mid))
         column += rank
     return _stack(parts, 1)
 
 
 def _needs_x(wanted: Sequence[bool], outputs: list[_Output]) -> bool:
     """A's gradient and a trained weight's are the only ones that read x again."""
-    return any(any(needs["A"]) or needs["weight"] for needs in (o.needs(wanted) for o in outputs))
+    return any([wanted[o.start] or o.any_of(wanted, _A) for o in outputs])
 
 
 def _through_output(
@@ -184,31 +197,31 @@ def _through_output(
     into_x: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """From dy to dY0 and dU of one output, leaving the gradients met on the way in `found`."""
-    needs = output.needs(wanted)
-    upstream = into_x or any(any(needs[name]) for name in ("A", "rank_gate", "token_gate", "core"))
-    v = _values(u, output, column) if u is not None and any(needs["B"]) else None
+    upstream = into_x or any((output.any_of(wanted, _A), output.any_of(wanted, *_BETWEEN)))
+    v = _values(u, output, column) if u is not None and output.any_of(wanted, _B) else None
     b = _stack(output.B, 1) if output.B and upstream else None
-    want_scale = needs["row_scale"]
-    scaled, dv, mb, db, dg = ops.lr_bwd_dy(dy, v, b, output.row_scale, y0 if want_scale else None, needs["bias"])
-    if needs["bias"]:
+    want_bias, want_scale = wanted[output.start + _BIAS], wanted[output.start + _ROW_SCALE]
+    scaled, dv, mb, db, dg = ops.lr_bwd_dy(dy, v, b, output.row_scale, y0 if want_scale else None, want_bias)
+    if want_bias:
         assert output.bias is not None
         db = db * output.row_scale.to(db.dtype) if output.row_scale is not None and output.scale_bias else db
-        found[output.start + 1] = db.to(output.bias.dtype)
+        found[output.start + _BIAS] = db.to(output.bias.dtype)
     if want_scale:
         assert output.row_scale is not None
-        found[output.start + 2] = dg.to(output.row_scale.dtype)
-    dus, r, r2 = [], 0, 0
+        found[output.start + _ROW_SCALE] = dg.to(output.row_scale.dtype)
+    dus: list[Tensor] = []
+    r = r2 = 0
     for j, (b_j, mid) in enumerate(zip(output.B, output.mids, strict=True)):
         at, inner, rank = output.segments + len(SEGMENT) * j, b_j.shape[1], output.A[j].shape[0]
-        if needs["B"][j]:
-            found[at + 1] = mb[:, r2 : r2 + inner].to(b_j.dtype)
+        if wanted[at + _B]:
+            found[at + _B] = _columns(mb, r2, inner).to(b_j.dtype)
         if upstream:
             assert u is not None
-            part = middle.backward(u[:, column + r : column + r + rank], dv[:, r2 : r2 + inner], mid)
+            part = middle.backward(_columns(u, column + r, rank), _columns(dv, r2, inner), mid)
             dus.append(part.u)
             for i, (own, grad) in enumerate(((mid.rank_gate, part.rank_gate), (mid.token_gate, part.token_gate), (mid.core, part.core))):
-                if own is not None and grad is not None and wanted[at + 2 + i]:
-                    found[at + 2 + i] = grad.to(own.dtype)
+                if own is not None and grad is not None and wanted[at + _BETWEEN[i]]:
+                    found[at + _BETWEEN[i]] = grad.to(own.dtype)
         r, r2 = r + rank, r2 + inner
     return dy if output.row_scale is None else scaled, _stack(dus, 1) if dus else None
 
@@ -222,17 +235,22 @@ def _through_x(
     dus: list[Tensor | None],
     wanted: Sequence[bool],
     found: list[Tensor | None],
-    dx: Tensor | None,
+    dy0s: Sequence[Tensor | None],
 ) -> Tensor | None:
-    """A's gradients from one read of x, and dx += drop(dU A)."""
+    """A's gradients from one read of x, and dx: the products of ``dy0s`` (none: not asked for) and drop(dU A)."""
     known = next((du for du in dus if du is not None), None)
-    if known is None:
-        return dx
-    # An output that needs nothing upstream has no dU, but its segments keep their places in the stack, which number the masks.
-    width = [sum(output.ranks) for output in outputs]
-    du = _stack([known.new_zeros(known.shape[0], w) if d is None else d for d, w in zip(dus, width, strict=True) if w], 1)
-    ranks = [rank for output in outputs for rank in output.ranks]
-    if any(any(output.needs(wanted)["A"]) for output in outputs):
+    du, low, ranks = None, None, [rank for output in outputs for rank in output.ranks]
+    if known is not None:
+        # An output that needs nothing upstream has no dU, but its segments keep their places in the stack, which number the masks.
+        width = [sum(output.ranks) for output in outputs]
+        du = _stack([known.new_zeros(known.shape[0], w) if d is None else d for d, w in zip(dus, width, strict=True) if w], 1)
+        if dy0s:
+            low = Low(du, _stack([a for output in outputs for a in output.A], 0), seed, p, ranks)
+    dx = None
+    for output, dy0 in zip(outputs, dy0s, strict=False):
+        if dy0 is not None:
+            dx = base_ops.linear_dx(dy0, output.base, low) if dx is None else dx.add_(base_ops.linear_dx(dy0, output.base))
+    if du is not None and any([output.any_of(wanted, _A) for output in outputs]):
         ma, row = ops.lr_bwd_x(xs, du, seed, p, ranks), 0
         for output in outputs:
             for j, a in enumerate(output.A):
@@ -240,6 +258,4 @@ def _through_x(
                 if wanted[at]:
                     found[at] = ma[row : row + a.shape[0]].to(a.dtype)
                 row += a.shape[0]
-    if dx is not None:
-        ops.lr_add_(dx, du, _stack([a for output in outputs for a in output.A], 0), seed, p, ranks)
     return dx

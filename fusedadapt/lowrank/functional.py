@@ -13,7 +13,7 @@ from ..ops.base import Base
 from ..ops.lowrank import DTYPES
 from ..quant.tensor import QuantizedTensor
 from ..reference.lowrank import ACTIVATIONS, wide
-from .function import LowRankLinear
+from .function import Entry, LowRankLinear, Numbers
 
 _apply: Any = LowRankLinear.apply
 
@@ -134,32 +134,34 @@ def lora_linear_group(
             x = x.to(dtype)
             outputs = [_cast(output, dtype) for output in outputs]
     _check_dtypes(x, outputs)
-    x2 = x.reshape(-1, x.shape[-1])
+    flat_x = x.dim() == 2  # then no views, which cost autograd a node each
+    x2 = x if flat_x else x.reshape(-1, x.shape[-1])
     scalars, dropping = _scalars(segments, training)
     flat: list[Tensor | None] = []
+    plan: list[Entry] = []
     for output in outputs:
         base = output.base
+        plan.append((tuple([s.activation for s in output.segments]), output.scale_bias, base.spec, base.n, base.k))
         flat += [base.weight, output.bias, output.row_scale, *base.parts[1:]]
         for s in output.segments:
             flat += [s.A, s.B, s.rank_gate, _token_gate(s, x2), s.core]
-    plan = tuple((tuple(s.activation for s in o.segments), o.scale_bias, o.base.spec, o.base.n, o.base.k) for o in outputs)
-    results = _apply(plan, x2, col_scale, _seed(seed, x2) if dropping else None, scalars, *flat)
-    return [y.reshape(*lead, y.shape[-1]) for y in results]
+    results = _apply(tuple(plan), x2, col_scale, _seed(seed, x2) if dropping else None, scalars, *flat)
+    return list(results) if flat_x else [y.reshape(*lead, y.shape[-1]) for y in results]
 
 
-def _scalars(segments: Sequence[Segment], training: bool) -> tuple[Tensor, bool]:
-    """(scaling, p) of each segment as an fp64 CPU tensor, and whether a mask is drawn: a tensor p counts as one."""
-    values: list[float | Tensor] = []
+def _scalars(segments: Sequence[Segment], training: bool) -> tuple[Tensor | Numbers, bool]:
+    """(scaling, p) of each segment, as numbers or as an fp64 CPU tensor, and whether a mask is drawn: a tensor p counts as one."""
+    values: list[tuple[float | Tensor, float | Tensor]] = []
     dropping = False
     for s in segments:
         p = s.dropout_p if training else 0.0
         dropping = dropping or isinstance(p, Tensor) or p > 0
-        values += [1.0 if _is_trained(s.scaling) else s.scaling, p]
+        values.append((1.0 if _is_trained(s.scaling) else s.scaling, p))
+    if not torch.compiler.is_compiling() and not any([isinstance(value, Tensor) for pair in values for value in pair]):
+        return tuple([(float(s), float(p)) for s, p in values]), dropping
     if not values:
         return torch.zeros(0, 2, dtype=torch.float64, device="cpu"), False
-    if not torch.compiler.is_compiling() and not any(isinstance(value, Tensor) for value in values):
-        return torch.tensor(values, dtype=torch.float64, device="cpu").view(-1, 2), dropping
-    return torch.stack([_scalar(value) for value in values]).view(-1, 2), dropping
+    return torch.stack([_scalar(value) for pair in values for value in pair]).view(-1, 2), dropping
 
 
 def _scalar(value: float | Tensor) -> Tensor:

@@ -67,6 +67,10 @@ def forward(u: Tensor, mid: Mid) -> Tensor:
         v = activate(mid.activation, v)
     if mid.token_gate is not None:
         v = v * mid.token_gate.to(u.dtype)[:, None]
+    return _scaled(v, mid)
+
+
+def _scaled(v: Tensor, mid: Mid) -> Tensor:
     return v if isinstance(mid.scaling, float) and mid.scaling == 1.0 else v * mid.scaling
 
 
@@ -74,7 +78,7 @@ def backward(u: Tensor, dv: Tensor, mid: Mid) -> MidGrads:
     """Gradients of U and of the parts, given dV."""
     gated = u if mid.rank_gate is None else u * mid.rank_gate.to(u.dtype)
     mixed = gated if mid.core is None else gated @ mid.core.to(u.dtype)
-    d, d_token, d_core, d_rank = dv * mid.scaling, None, None, None
+    d, d_token, d_core, d_rank = _scaled(dv, mid), None, None, None
     if mid.token_gate is not None:
         active = mixed if mid.activation is None else activate(mid.activation, mixed)
         d_token = (d * active).sum(1)

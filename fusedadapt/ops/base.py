@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import dense
+from . import dense_low
 from . import quant as _quant  # noqa: F401 - defines torch.ops.fusedadapt.q_*
+from .dense_low import Low
 
 
 class Base(NamedTuple):
@@ -39,20 +40,20 @@ _PIECE = 1 << 20  # elements of W dequantized at a time
 TENSORS = Base._fields[:5]
 
 
-def linear(x: Tensor, base: Base, bias: Tensor | None = None) -> Tensor:
-    """x W^T + bias. x: T x K."""
+def linear(x: Tensor, base: Base, bias: Tensor | None = None, low: Low | None = None) -> Tensor:
+    """x W^T + bias, and what a low-rank branch adds. x: T x K."""
     if not base.spec:
-        return dense.linear(x, base.weight, bias)
+        return dense_low.linear(x, base.weight, bias, low)
     y: Tensor = torch.ops.fusedadapt.q_linear(x, *base.parts, bias, base.spec, base.n)
-    return y
+    return y if low is None else dense_low.add(y, low)
 
 
-def linear_dx(dy: Tensor, base: Base) -> Tensor:
-    """dy W. dy: T x N."""
+def linear_dx(dy: Tensor, base: Base, low: Low | None = None) -> Tensor:
+    """dy W, and what a low-rank branch adds. dy: T x N."""
     if not base.spec:
-        return dense.linear_dx(dy, base.weight)
+        return dense_low.linear_dx(dy, base.weight, low)
     dx: Tensor = torch.ops.fusedadapt.q_linear_dx(dy, *base.parts, base.spec, base.n, base.k)
-    return dx
+    return dx if low is None else dense_low.add(dx, low)
 
 
 def skinny_w(base: Base, a: Tensor) -> tuple[Tensor, Tensor]:

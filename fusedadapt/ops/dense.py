@@ -7,6 +7,7 @@ AVX2). There tiles of both operands are widened to fp32 scratch of bounded size,
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,10 +54,21 @@ def linear_dx(dy: Tensor, w: Tensor) -> Tensor:
     return dy @ w
 
 
-def _widened(x: Tensor, w: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-    inner, width = (w.shape[0], w.shape[1]) if transposed else (w.shape[1], w.shape[0])
+def check(x: Tensor, w: Tensor, transposed: bool) -> None:
+    """Raises ValueError where x does not fit the weight."""
+    inner = w.shape[0 if transposed else -1]
     if x.dim() != 2 or w.dim() != 2 or x.shape[1] != inner:
         raise ValueError(f"fusedadapt.dense_widened: expected x of {inner} columns; got {tuple(x.shape)}; pass matching shapes")
+
+
+def _round(tile: Tensor, out: Tensor, row: int, column: int) -> None:
+    out.copy_(tile)
+
+
+def widened(x: Tensor, w: Tensor, bias: Tensor | None, transposed: bool, finish: Callable[[Tensor, Tensor, int, int], None] = _round) -> Tensor:
+    """x W^T + bias, or x W where ``transposed``. ``finish`` gets an fp32 tile of it, where it goes, and that place's first row and column."""
+    check(x, w, transposed)
+    inner, width = (w.shape[0], w.shape[1]) if transposed else (w.shape[1], w.shape[0])
     y = x.new_empty(x.shape[0], width)
     block = max(64, _SCRATCH // max(1, inner))
     wide_bias = None if bias is None else bias.float()
@@ -65,7 +77,7 @@ def _widened(x: Tensor, w: Tensor, bias: Tensor | None, transposed: bool) -> Ten
         for i in range(0, x.shape[0], block):
             rows = x[i : i + block].float()
             product = rows @ tile if wide_bias is None else torch.addmm(wide_bias[j : j + block], rows, tile)
-            y[i : i + block, j : j + block] = product
+            finish(product, y[i : i + block, j : j + block], i, j)
     return y
 
 
@@ -77,6 +89,6 @@ def _flops(x: Any, w: Any, *_: Any, **__: Any) -> int:
     return 2 * int(x[0]) * int(w[0]) * int(w[1])
 
 
-_lib.impl("dense_widened", _widened, "CompositeExplicitAutograd")
+_lib.impl("dense_widened", lambda x, w, bias, transposed: widened(x, w, bias, transposed), "CompositeExplicitAutograd")
 torch.library.register_fake("fusedadapt::dense_widened", _fake, lib=_lib)
 register_flop_formula(torch.ops.fusedadapt.dense_widened)(_flops)

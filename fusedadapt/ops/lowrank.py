@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Sequence
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any, NoReturn
 
 import torch
@@ -41,8 +41,9 @@ def choose(op: str, device_type: str, dtype: torch.dtype) -> dispatch.Choice:
     return _choose(op, device_type, dtype == torch.float64, config.current_backend(), config.is_strict())
 
 
-def _run(op: str, data: Tensor) -> Callable[..., Any]:
-    return getattr(_module(choose(op, data.device.type, data.dtype).backend), op)
+def backend_of(op: str, data: Tensor) -> ModuleType:
+    """The module of the backend that `choose` names."""
+    return _module(choose(op, data.device.type, data.dtype).backend)
 
 
 def _refuse(op: str, expected: str, got: object, fix: str) -> NoReturn:
@@ -82,14 +83,20 @@ def _segments(op: str, seed: Tensor | None, p: Tensor | None, ranks: Sequence[in
         _refuse(op, f"p: {len(ranks)} probabilities on the CPU", None if p is None else f"{tuple(p.shape)} on {p.device}", "give one a segment")
 
 
-def _thresholds(op: str, seed: Tensor | None, p: Tensor | list[float] | None, ranks: Sequence[int]) -> list[int]:
+def thresholds(op: str, seed: Tensor | None, p: Tensor | tuple[float, ...] | None, ranks: Sequence[int]) -> tuple[int, ...]:
     """Of each segment. The values of p are known only here, not when a compiler traces the checks."""
-    values: list[float] = [0.0] * len(ranks) if p is None else p if isinstance(p, list) else p.flatten().tolist()
+    if p is None:
+        return (0,) * len(ranks)
+    return _checked_thresholds(op, seed is not None, p if isinstance(p, tuple) else tuple(p.flatten().tolist()))
+
+
+@functools.lru_cache(maxsize=256)
+def _checked_thresholds(op: str, seeded: bool, values: tuple[float, ...]) -> tuple[int, ...]:
     if not all(0 <= v < 1 for v in values):
-        _refuse(op, "p in [0, 1)", values, "choose probabilities below 1")
-    if seed is None and any(values):
+        _refuse(op, "p in [0, 1)", list(values), "choose probabilities below 1")
+    if not seeded and any(values):
         _refuse(op, "a seed with p > 0", None, "pass one int64")
-    return [reference.threshold_of(v) for v in values]
+    return tuple(reference.threshold_of(v) for v in values)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -132,10 +139,10 @@ def _flops_shrink(x: Any, a: Any, *_: Any, **__: Any) -> int:
     lambda x, a, seed, p, ranks: _fp32(x, x.shape[0], a.shape[0]),
     _flops_shrink,
 )
-def _shrink(x: Tensor, a: Tensor, seed: Tensor | None, p: Tensor | None, ranks: Sequence[int]) -> Tensor:
+def _shrink(x: Tensor, a: Tensor, seed: Tensor | None, p: Tensor | None, ranks: Sequence[int], backend: ModuleType | None = None) -> Tensor:
     if x.numel() == 0:
         return _fp32(x, x.shape[0], a.shape[0]).zero_()
-    return _run("shrink", x)(_rows(x), a, seed, _thresholds("shrink", seed, p, ranks), list(ranks))
+    return (backend or backend_of("shrink", x)).shrink(_rows(x), a, seed, thresholds("shrink", seed, p, ranks), ranks)
 
 
 def _check_bwd_x(x: Tensor, u: Tensor, seed: Tensor | None, p: Tensor | None, ranks: Sequence[int]) -> None:
@@ -154,17 +161,22 @@ def _flops_bwd_x(x: Any, u: Any, *_: Any, **__: Any) -> int:
     lambda x, u, seed, p, ranks: _fp32(x, u.shape[1], x.shape[1]),
     _flops_bwd_x,
 )
-def _bwd_x(x: Tensor, u: Tensor, seed: Tensor | None, p: Tensor | None, ranks: Sequence[int]) -> Tensor:
+def _bwd_x(x: Tensor, u: Tensor, seed: Tensor | None, p: Tensor | None, ranks: Sequence[int], backend: ModuleType | None = None) -> Tensor:
     if x.numel() == 0:
         return _fp32(x, u.shape[1], x.shape[1]).zero_()
-    return _run("bwd_x", x)(_rows(x), u.contiguous(), seed, _thresholds("bwd_x", seed, p, ranks), list(ranks))
+    return (backend or backend_of("bwd_x", x)).bwd_x(_rows(x), u.contiguous(), seed, thresholds("bwd_x", seed, p, ranks), ranks)
+
+
+def check_low(op: str, y: Tensor, shape: Sequence[Any], u: Tensor, a: Tensor, seed: Tensor | None, p: Tensor | None, ranks: Sequence[int]) -> None:
+    """Whether drop(u a) can be added to a matrix of that shape, where y is."""
+    _matrix(op, "u", u, rows=shape[0], like=y)
+    _matrix(op, "a", a, rows=u.shape[1], columns=shape[1], like=y)
+    _segments(op, seed, p, ranks, u.shape[1], y)
 
 
 def _check_add(y: Tensor, u: Tensor, a: Tensor, seed: Tensor | None, p: Tensor | None, ranks: Sequence[int]) -> None:
     _matrix("add_", "y", y)
-    _matrix("add_", "u", u, rows=y.shape[0], like=y)
-    _matrix("add_", "a", a, rows=u.shape[1], columns=y.shape[1], like=y)
-    _segments("add_", seed, p, ranks, u.shape[1], y)
+    check_low("add_", y, y.shape, u, a, seed, p, ranks)
 
 
 def _flops_add(y: Any, u: Any, *_: Any, **__: Any) -> int:
@@ -177,9 +189,9 @@ def _flops_add(y: Any, u: Any, *_: Any, **__: Any) -> int:
     lambda y, u, a, seed, p, ranks: None,
     _flops_add,
 )
-def _add_(y: Tensor, u: Tensor, a: Tensor, seed: Tensor | None, p: Tensor | None, ranks: Sequence[int]) -> None:
+def _add_(y: Tensor, u: Tensor, a: Tensor, seed: Tensor | None, p: Tensor | None, ranks: Sequence[int], backend: ModuleType | None = None) -> None:
     if y.numel():
-        _in_place(lambda out: _run("add_", y)(out, u.contiguous(), a, seed, _thresholds("add_", seed, p, ranks), list(ranks)), y)
+        _in_place(lambda out: (backend or backend_of("add_", y)).add_(out, u.contiguous(), a, seed, thresholds("add_", seed, p, ranks), ranks), y)
 
 
 def _check_scale_add(y0: Tensor, v: Tensor | None, a: Tensor | None, row_scale: Tensor, bias: Tensor | None) -> None:
@@ -203,10 +215,12 @@ def _flops_scale_add(y0: Any, v: Any, *_: Any, **__: Any) -> int:
     lambda y0, v, a, row_scale, bias: y0.new_empty(y0.shape),
     _flops_scale_add,
 )
-def _scale_add_(y0: Tensor, v: Tensor | None, a: Tensor | None, row_scale: Tensor, bias: Tensor | None) -> Tensor:
+def _scale_add_(y0: Tensor, v: Tensor | None, a: Tensor | None, row_scale: Tensor, bias: Tensor | None, backend: ModuleType | None = None) -> Tensor:
     if y0.numel() == 0:
         return y0.new_empty(y0.shape)
-    result: Tensor = _in_place(lambda out: _run("scale_add_", y0)(out, _dense(v), a, row_scale.contiguous(), _dense(bias)), y0)
+    result: Tensor = _in_place(
+        lambda out: (backend or backend_of("scale_add_", y0)).scale_add_(out, _dense(v), a, row_scale.contiguous(), _dense(bias)), y0
+    )
     return result
 
 
@@ -242,11 +256,13 @@ def _flops_bwd_dy(dy: Any, v: Any, b: Any, *_: Any, **__: Any) -> int:
     _fake_bwd_dy,
     _flops_bwd_dy,
 )
-def _bwd_dy(dy: Tensor, v: Tensor | None, b: Tensor | None, row_scale: Tensor | None, y0: Tensor | None, need_bias: bool) -> tuple[Tensor, ...]:
+def _bwd_dy(
+    dy: Tensor, v: Tensor | None, b: Tensor | None, row_scale: Tensor | None, y0: Tensor | None, need_bias: bool, backend: ModuleType | None = None
+) -> tuple[Tensor, ...]:
     if dy.numel() == 0:
         return tuple(part.zero_() for part in _fake_bwd_dy(dy, v, b, row_scale, y0, need_bias))
     y0 = y0 if y0 is None else _rows(y0)
-    out: tuple[Tensor, ...] = _run("bwd_dy", dy)(_rows(dy), _dense(v), b, _dense(row_scale), y0, need_bias)
+    out: tuple[Tensor, ...] = (backend or backend_of("bwd_dy", dy)).bwd_dy(_rows(dy), _dense(v), b, _dense(row_scale), y0, need_bias)
     return out
 
 
@@ -259,7 +275,7 @@ def _check_dropout(x: Tensor, seed: Tensor, p: Tensor) -> None:
 def _dropout(x: Tensor, seed: Tensor, p: Tensor) -> Tensor:
     if x.numel() == 0:
         return x.new_empty(x.shape)
-    out: Tensor = _run("dropout", x)(_rows(x), seed, _thresholds("dropout", seed, p, [1])[0])
+    out: Tensor = backend_of("dropout", x).dropout(_rows(x), seed, thresholds("dropout", seed, p, [1])[0])
     return out
 
 
@@ -277,7 +293,7 @@ def _check_skinny_w(w: Tensor, a: Tensor) -> None:
 def _skinny_w(w: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
     if w.numel() == 0:
         return _fp32(w, w.shape[0], a.shape[0]).zero_(), _fp32(w, w.shape[0]).zero_()
-    out: tuple[Tensor, Tensor] = _run("skinny_w", w)(_rows(w), a)
+    out: tuple[Tensor, Tensor] = backend_of("skinny_w", w).skinny_w(_rows(w), a)
     return out
 
 
@@ -297,13 +313,25 @@ def _check_merge(w: Tensor, v: Tensor, a: Tensor, row_scale: Tensor | None) -> N
 def _merge_(w: Tensor, v: Tensor, a: Tensor, row_scale: Tensor | None) -> Tensor:
     if w.numel() == 0:
         return torch.zeros(2, dtype=torch.float64, device="cpu")
-    result: Tensor = _in_place(lambda out: _run("merge_", w)(out, v.contiguous(), a, _dense(row_scale)), w)
+    result: Tensor = _in_place(lambda out: backend_of("merge_", w).merge_(out, v.contiguous(), a, _dense(row_scale)), w)
     return result
 
 
-# The ops without the dispatcher and without their checks (70 us of a forward and backward pass): for callers that have checked, where nobody
-# listens at the dispatcher. `p` may be a list here.
-_direct = SimpleNamespace(lr_shrink=_shrink, lr_bwd_x=_bwd_x, lr_add_=_add_, lr_scale_add_=_scale_add_, lr_bwd_dy=_bwd_dy)
+class _Direct:
+    """The ops without the dispatcher and without their checks (70 us of a forward and backward pass), on a backend that is looked up once: for
+    callers that have checked, where nobody listens at the dispatcher. `p` is a tuple of numbers here."""
+
+    def __init__(self, *key: Any) -> None:
+        self._key = key
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        run = functools.partial(_RUNS[name], backend=_module(_choose(name.removeprefix("lr_"), *self._key).backend))
+        setattr(self, name, run)
+        return run
+
+
+_RUNS = {"lr_shrink": _shrink, "lr_bwd_x": _bwd_x, "lr_add_": _add_, "lr_scale_add_": _scale_add_, "lr_bwd_dy": _bwd_dy}
+_direct = functools.lru_cache(maxsize=64)(_Direct)
 
 
 def is_direct(x: Tensor) -> bool:
@@ -315,4 +343,6 @@ def is_direct(x: Tensor) -> bool:
 
 def ops_for(x: Tensor) -> Any:
     """torch.ops.fusedadapt, or the functions behind it where `is_direct`."""
-    return _direct if is_direct(x) else torch.ops.fusedadapt
+    if not is_direct(x):
+        return torch.ops.fusedadapt
+    return _direct(x.device.type, x.dtype == torch.float64, config.current_backend(), config.is_strict())
