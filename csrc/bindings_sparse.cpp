@@ -79,12 +79,11 @@ void bind_selection(py::module_& m) {
     py::gil_scoped_release release;
     cpu::rows(job, threads);
   });
-  m.def("energy",
-        [](const std::vector<Item>& items, const std::string& score, uintptr_t parts, int threads) {
-          const auto sources = sources_of(items, score, "lowest");
-          py::gil_scoped_release release;
-          cpu::energy(sources, threads, at<int64_t>(parts));
-        });
+  m.def("energy", [](const std::vector<Item>& items, const std::string& score, uintptr_t parts, int threads) {
+    const auto sources = sources_of(items, score, "lowest");
+    py::gil_scoped_release release;
+    cpu::energy(sources, threads, at<int64_t>(parts));
+  });
   m.def("colstat", [](uintptr_t x, int dtype, int64_t rows, int64_t columns, int64_t slices, uintptr_t out, int threads) {
     py::gil_scoped_release release;
     cpu::colstat(at<void>(x), dtype, rows, columns, slices, threads, at<float>(out));

@@ -111,7 +111,8 @@ void move_all(Move what, const std::vector<IndexJob>& jobs, int threads) {
       const Piece& piece = pieces[size_t(p)];
       const MoveJob& move = piece.job->move;
       const auto run = [&](const auto* index) {
-        dispatch(what, move, [&](auto op, auto x, auto v) { by_indices<op.value, decltype(x), decltype(v)>(move, index, piece.first, piece.last); });
+        dispatch(what, move,
+                 [&](auto op, auto x, auto v) { by_indices<op.value, decltype(x), decltype(v)>(move, index, piece.first, piece.last); });
       };
       piece.job->wide ? run(static_cast<const int64_t*>(piece.job->index)) : run(static_cast<const int32_t*>(piece.job->index));
     }
