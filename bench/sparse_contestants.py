@@ -99,6 +99,7 @@ def _wgrad(c: Contestant, given: Problem) -> Built:
 def _adamw(c: Contestant, given: Problem) -> Built:
     p = nn.Parameter(given.tensors[0].clone())
     options = dict(c.options)
+    compact_grad = options.pop("compact_grad", False)
     if options:
         options["masks"] = {p: given.mask(0)}
     try:
@@ -107,6 +108,9 @@ def _adamw(c: Contestant, given: Problem) -> Built:
         raise Absent(str(error)) from error
     p.grad = given.draw(*p.shape)
     optimizer.step()
+    if compact_grad:
+        p.compact_grad = p.grad.view(-1)[optimizer.state[p]["index"].long()]  # type: ignore[attr-defined]
+        p.grad = None
     return Built(optimizer.step)
 
 

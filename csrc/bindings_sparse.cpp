@@ -79,15 +79,14 @@ void bind_selection(py::module_& m) {
     py::gil_scoped_release release;
     cpu::rows(job, threads);
   });
-  m.def("energy",
-        [](const std::vector<Item>& items, const std::string& score, uintptr_t counts, uintptr_t sums, uintptr_t squares, int threads) {
-          const auto sources = sources_of(items, score, "lowest");
-          py::gil_scoped_release release;
-          cpu::energy(sources, threads, at<int64_t>(counts), at<double>(sums), at<double>(squares));
-        });
-  m.def("colstat", [](uintptr_t x, int dtype, int64_t rows, int64_t columns, uintptr_t out, int threads) {
+  m.def("energy", [](const std::vector<Item>& items, const std::string& score, uintptr_t parts, int threads) {
+    const auto sources = sources_of(items, score, "lowest");
     py::gil_scoped_release release;
-    cpu::colstat(at<void>(x), dtype, rows, columns, threads, at<float>(out));
+    cpu::energy(sources, threads, at<int64_t>(parts));
+  });
+  m.def("colstat", [](uintptr_t x, int dtype, int64_t rows, int64_t columns, int64_t slices, uintptr_t out, int threads) {
+    py::gil_scoped_release release;
+    cpu::colstat(at<void>(x), dtype, rows, columns, slices, threads, at<float>(out));
   });
 }
 
@@ -136,14 +135,15 @@ void bind_moves(py::module_& m) {
     py::gil_scoped_release release;
     cpu::move_words(op, move_job(x, dtype, values, value_dtype, alpha), at<uint32_t>(words), words_n, at<int64_t>(prefix), threads);
   });
-  m.def("move_indices", [](const std::string& what, uintptr_t x, int dtype, uintptr_t values, int value_dtype, double alpha,
-                           uintptr_t index, int64_t count, bool wide, int threads) {
+  // (x, its dtype, values, their dtype, positions, how many, whether 64-bit)
+  using Job = std::tuple<uintptr_t, int, uintptr_t, int, uintptr_t, int64_t, bool>;
+  m.def("move_all", [](const std::string& what, const std::vector<Job>& given, double alpha, int threads) {
     const auto op = cpu::Move(find("move", what, {"gather", "scatter", "add", "swap"}));
+    std::vector<cpu::IndexJob> jobs;
+    for (const auto& [x, dtype, values, value_dtype, index, count, wide] : given)
+      jobs.push_back({move_job(x, dtype, values, value_dtype, alpha), at<void>(index), count, wide});
     py::gil_scoped_release release;
-    if (wide)
-      cpu::move_indices(op, move_job(x, dtype, values, value_dtype, alpha), at<int64_t>(index), count, threads);
-    else
-      cpu::move_indices(op, move_job(x, dtype, values, value_dtype, alpha), at<int32_t>(index), count, threads);
+    cpu::move_all(op, jobs, threads);
   });
 }
 

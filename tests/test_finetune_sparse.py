@@ -43,6 +43,13 @@ def tensors(tree: Any) -> Iterator[torch.Tensor]:
         yield from [node] if isinstance(node, torch.Tensor) else tensors(node)
 
 
+def nodes(tree: Any) -> Iterator[dict[Any, Any]]:
+    if isinstance(tree, dict):
+        yield tree
+    for node in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (list, tuple)) else ():
+        yield from nodes(node)
+
+
 def test_the_largest_of_all_weights_together_are_chosen() -> None:
     encoder = model.tiny(0)
     flat = torch.cat([p.detach().abs().reshape(-1) for p in encoder.parameters()])
@@ -80,6 +87,8 @@ def test_killed_and_resumed_is_bit_identical(tmp_path: Path, monkeypatch: pytest
         assert (whole / name).read_bytes() == (broken / name).read_bytes(), name
     trees = [load_tree(folder / train.CHECKPOINT) for folder in (whole, broken)]
     states = [list(tensors(tree["optimizer"])) for tree in trees]
+    compact = [state for state in nodes(trees[0]["optimizer"]) if "index" in state]
+    assert compact and all(t.numel() <= state["index"].numel() for state in compact for name, t in state.items() if name != "mask")
     assert states[0] and bits(states[0]) == bits(states[1])
     assert trees[0]["extra"]["history"][0]["loss"] == trees[1]["extra"]["history"][0]["loss"]
 
@@ -91,6 +100,11 @@ def test_the_delta_makes_the_model_of_the_one_before(tmp_path: Path, capsys: pyt
     after = load_file(tmp_path / "model" / "model.safetensors")
     delta = SparseDelta.load(tmp_path / sparse.DELTA)
     assert facts["frozen_changed"] == 0 and facts["trained"] == delta.nnz == int(0.05 * facts["parameters"])
+    # AdamW: two states and a position an element, a mask and a step a tensor; dense: two states of every element. The pooler has no gradient.
+    used = {name: e for name, e in delta.entries.items() if "pooler" not in name}
+    chosen, whole = (sum(sizes) for sizes in zip(*((e.values.numel(), before[name].numel()) for name, e in used.items())))
+    assert 12 * chosen <= facts["state_bytes"] <= 12 * chosen + whole / 8 + 64 * len(used)
+    assert 8 * whole <= facts["dense_state_bytes"] <= 8 * whole + whole / 8 + 64 * len(used)
     assert facts["delta_bytes"] == (tmp_path / sparse.DELTA).stat().st_size
     moved = sum(int((after[name] != p).sum()) for name, p in before.items())
     assert 0.9 * delta.nnz < moved <= delta.nnz
@@ -98,7 +112,8 @@ def test_the_delta_makes_the_model_of_the_one_before(tmp_path: Path, capsys: pyt
     delta.apply_(weights)
     assert all(bits([weights[name]]) == bits([after[name]]) for name in weights)
     printed = " ".join(capsys.readouterr().out.split())
-    assert "weights trained (5.00%), 0 others changed; optimizer state" in printed and "as a delta" in printed and "MRR" in printed
+    assert "weights trained (5.00%), 0 others changed; optimizer state" in printed and "less than of whole tensors" in printed
+    assert "as a delta" in printed and "MRR" in printed
 
 
 def test_tensors_without_a_chosen_element_cost_nothing() -> None:

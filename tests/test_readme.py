@@ -41,10 +41,12 @@ def test_the_examples_of_the_adapters_run(number: int) -> None:
         methods.METHODS.update(known)
 
 
-def test_the_example_of_the_sparse_masks() -> None:
-    (code,) = examples((DOCS / "sparse.md").read_text(encoding="utf-8"))
+def test_the_examples_of_the_sparse_masks() -> None:
+    first, wanda = examples((DOCS / "sparse.md").read_text(encoding="utf-8"))
     names: dict[str, object] = {}
-    exec(compile(code, "sparse.md", "exec"), names)
+    exec(compile(wanda, "sparse.md", "exec"), names)
+    assert names["mask"].nnz == 32 * 32 and names["report"].density == 0.5
+    exec(compile(first, "sparse.md", "exec"), names)
     assert all(torch.equal(p, names["before"][name]) for name, p in names["model"].named_parameters())
 
 

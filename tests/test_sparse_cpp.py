@@ -247,20 +247,15 @@ def test_nm(n, m):
 @pytest.mark.parametrize("name", KINDS)
 def test_energy(name):
     items = [item(name, (n,), "given", torch.float32, seed=n) for n in (70000, 0, 200001, 33)]
-    got, expected = cpp.energy(items, "given"), ref.energy(items, "given")
-    assert torch.equal(got[0], expected[0])
-    for a, b in zip(got[1:], expected[1:]):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=0, equal_nan=True)
-    check([t.view(torch.int64) for t in got], lambda: [t.view(torch.int64) for t in cpp.energy(items, "given")])
+    check([t.view(torch.int64) for t in ref.energy(items, "given")], lambda: [t.view(torch.int64) for t in cpp.energy(items, "given")])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_colstat(dtype):
     for shape in ((0, 5), (3, 0), (1, 1), (1000, 7), (129, 1025), (700, 513)):
         x = kind("normal", shape[0] * shape[1], dtype).view(shape)
-        got = cpp.colstat(x)
-        torch.testing.assert_close(got, ref.colstat(x), rtol=1.2e-7, atol=0)
-        check(got, cpp.colstat, x)
+        check(ref.colstat(x), cpp.colstat, x)
+        torch.testing.assert_close(ref.colstat(x), x.double().square().sum(0).float(), rtol=1.2e-7, atol=0)
 
 
 @pytest.mark.parametrize("density", [0.0, 0.02, 0.5, 1.0])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fusedadapt as fa
+from fusedadapt.ops import sparse as ops
 from fusedadapt.sparse import Mask, SparseDelta, coding
 from fusedadapt.sparse.delta import Entry
 
@@ -109,6 +110,32 @@ def test_stacked_deltas_come_off_in_the_opposite_order() -> None:
     assert module["l"].weight._version > version, "autograd sees it"
     delta.revert_()
     assert equal({n: p.detach() for n, p in module.named_parameters()}, before)
+
+
+def test_tied_weights_under_two_names(backend: str) -> None:
+    """Both names' changes are added, one after the other, and come off again."""
+    w = torch.randn(50, generator=torch.Generator().manual_seed(1))
+    was = w.clone()
+    at = torch.arange(0, 50, 3, dtype=torch.int32)
+    delta = SparseDelta({name: Entry(at, torch.full((17,), 0.3), w.shape) for name in ("a", "b", "c")})
+    for views in ({"a": w, "b": w.view(50), "c": torch.zeros(50)}, {"a": w[:50], "b": torch.zeros(50), "c": w}):
+        delta.apply_(views)
+        wanted = was.clone()
+        wanted[at.long()] = (was[at.long()] + 0.3) + 0.3
+        assert torch.equal(w, wanted)
+        delta.revert_()
+        assert torch.equal(w, was)
+
+
+def test_the_model_moves_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, int]] = []
+    run = ops.run("move_all", torch.zeros(1))
+    monkeypatch.setattr(ops, "run", lambda op, data: lambda what, jobs, alpha: (calls.append((what, len(jobs))), run(what, jobs, alpha)))
+    base = {name: w for name, w in state(0).items() if w.numel()}
+    delta = SparseDelta({name: Entry(torch.tensor([0], dtype=torch.int32), torch.ones(1), w.shape) for name, w in base.items()})
+    delta.apply_(base)
+    delta.revert_()
+    assert calls == [("gather", len(base)), ("add", len(base)), ("scatter", len(base))]
 
 
 def test_exchanging_twice_changes_nothing() -> None:

@@ -234,3 +234,28 @@ def test_more_bad_input() -> None:
         with pytest.raises(ValueError, match=said):
             call()
     assert topk_mask([], k=0) == [] and topk_mask({}, density=0.5) == {}
+
+
+@pytest.mark.parametrize("backend", ["emulated", "triton"])
+@pytest.mark.parametrize("ties", ["lowest_index", "inclusive", "exclusive"])
+def test_a_list_on_the_kernels_of_a_gpu(backend: str, ties: str, monkeypatch: pytest.MonkeyPatch, quick_calls: None) -> None:
+    """One selection over the whole list: nothing is joined, sorted or fetched to the host on the way."""
+    tensors = [data(kind, n, dtype, 3) for kind, n, dtype in zip(KINDS, (700, 0, 33, 1025, 400, 64), itertools.cycle(DTYPES))]
+    n = sum(t.numel() for t in tensors)
+    expected = [brute([scores(t, "abs", None) for t in tensors], k, ties, "highest") for k in (0, 1, n // 3, n)]
+    with fa.backend(backend), fa.strict(), monkeypatch.context() as patch:
+        for name in ("cat", "sort", "topk", "argsort"):
+            patch.setattr(torch, name, None)
+        got = [topk_mask(tensors, k=k, ties=ties) for k in (0, 1, n // 3, n)]
+        words = [[m.words.clone() for m in masks] for masks in got]
+    for masks, w, wanted in zip(got, words, expected):
+        assert same(masks, wanted) and all(torch.equal(m.words, x) for m, x in zip(masks, w))
+
+
+@pytest.mark.parametrize("scope", ["row", "block"])
+def test_rows_on_triton(scope: str, quick_calls: None) -> None:
+    x, factors = data("few values", 6 * 96, torch.float32).view(6, 96), data("random", 96, torch.float32).abs()
+    options = {"k": 7, "scope": scope, "block_size": 24 if scope == "block" else None, "score": "abs_scaled", "other": factors}
+    with fa.backend("triton"), fa.strict():
+        got = topk_mask(x, **options)
+    assert got == topk_mask(x, **options)

@@ -6,6 +6,7 @@ import triton
 from torch import Tensor
 
 from fusedadapt.kernels import sparse as gpu
+from fusedadapt.kernels import sparse_mask, sparse_rows
 from fusedadapt.reference import merge as merging
 from fusedadapt.reference import sparse as truth
 from fusedadapt.reference import sparse_parts as ref
@@ -78,6 +79,7 @@ def test_selection_of_every_size(name):
         keys = [ref._keys(items[0], "abs", nan)]
         for k in sorted({1, n // 3, n} - {0}) if n else []:
             assert same(selected(items, "abs", nan, keys, k), [truth.pack(m) for m in truth.topk(keys, k)]), (n, k)
+            assert same(gpu.select(items, "abs", nan, k), [truth.pack(m) for m in truth.topk(keys, k)]), (n, k)
         if n >= 1023:
             check_levels(items, "abs", nan, keys, n // 3)
         got = gpu.mark(items, "abs", nan, torch.tensor([truth.TOP + 1]), torch.tensor([0]))
@@ -91,6 +93,8 @@ def test_lists_of_mixed_sizes_and_every_score(score):
         keys = [ref._keys(i, score, "highest") for i in items]
         k = sum(x.numel() for x, _ in items) // 2
         assert same(selected(items, score, "highest", keys, k), [truth.pack(m) for m in truth.topk(keys, k)]), name
+        for ties in ("lowest_index", "inclusive", "exclusive"):
+            assert same(gpu.select(items, score, "highest", k, ties), ref.select(items, score, "highest", k, ties)), (name, ties)
         check_levels(items, score, "highest", keys, k)
 
 
@@ -100,6 +104,103 @@ def test_ties_cross_chunks_and_tensors():
     for k in (0, 9999, 10031, 25000, 39032):
         got = gpu.mark(items, "abs", "highest", truth.key_of(torch.tensor([0.25])), torch.tensor([k]))
         assert same(got, [truth.pack(m) for m in truth.mark(keys, int(truth.key_of(torch.tensor(0.25))), k)]), k
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_list_of_bf16_takes_two_levels(name):
+    items = [item(name, (n,), "abs", torch.bfloat16, n) for n in (5000, 0, 1025, 33)]
+    for k, nan in ((0, "highest"), (1, "lowest"), (2000, "highest"), (2000, "lowest"), (6057, "lowest"), (6058, "highest")):
+        assert same(gpu.select(items, "abs", nan, k), ref.select(items, "abs", nan, k)), (k, nan)
+
+
+@pytest.mark.parametrize("length", [1, 3, 4, 8, 32, 33, 64, 200, 1024])
+def test_rows(length):
+    """By rank, by radix; rows that are whole words, share words, or begin on new ones."""
+    for number, name in enumerate(KINDS):
+        score = truth.SCORES[(length + number) % 5]
+        columns = length * (2 if number % 2 else 1)  # a row, or a block of one
+        x, other = item(name, (3 if length > 32 else 11, columns), score, DTYPES[number % 3], seed=number)
+        for turn, k in enumerate((length // 3, 0, 1, length)):
+            ties = ("lowest_index", "inclusive", "exclusive")[(turn + number) % 3]
+            if turn == 0 or length < 70:
+                given = (x, other, score, ("highest", "lowest")[turn % 2], k, length, ties, (number + turn) % 2 == 0)
+                assert torch.equal(gpu.rows(*given), ref.rows(*given)), (name, k, ties)
+
+
+@pytest.mark.parametrize("score", ["abs", "abs_scaled"])
+@pytest.mark.parametrize("length", [1000, 1024])
+def test_rows_longer_than_a_tile_are_read_again(monkeypatch, score, length):
+    monkeypatch.setattr(sparse_rows, "_TILES", (64, 128, 256))
+    monkeypatch.setattr(sparse_rows, "_LONG", 256)
+    for name, k in (("ties", 400), ("special", 1), ("normal", 999)):
+        x, other = item(name, (3, length), score, torch.bfloat16, seed=2)
+        for aligned in (False, True):
+            given = (x, other, score, "highest", k, length, "lowest_index", aligned)
+            assert torch.equal(gpu.rows(*given), ref.rows(*given)), (name, aligned)
+
+
+def test_rows_over_several_rows_of_x():
+    x, factors = kind("normal", 12 * 40, torch.float32).view(12, 40), kind("normal", 40, torch.float32, 3).abs()
+    given = (x, factors, "abs_scaled", "highest", 50, 120, "lowest_index", False)
+    assert torch.equal(gpu.rows(*given), ref.rows(*given))
+
+
+@pytest.mark.parametrize("score", ["given", "abs", "abs_scaled"])
+def test_energy_is_exact(score):
+    for name in KINDS:
+        items = [item(name, (n,), score, DTYPES[n % 3], n) for n in (9000, 0, 33, 5)]
+        for a, b in zip(gpu.energy(items, score), ref.energy(items, score)):
+            assert torch.equal(a.view(torch.int64), b.view(torch.int64)), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_colstat(dtype):
+    for shape in ((0, 5), (3, 0), (1, 1), (200, 7), (130, 300)):
+        x = kind("normal", shape[0] * shape[1], dtype).view(shape)
+        assert same([gpu.colstat(x)], [ref.colstat(x)]), shape
+
+
+@pytest.mark.parametrize("base_dtype", [None, *DTYPES])
+def test_cuts(base_dtype):
+    for number, name in enumerate(KINDS):
+        n = (9000, 1025, 31, 3000, 20001)[number]
+        models = [kind(name, n, dtype, i, i % 2 == 0) for i, dtype in enumerate((*DTYPES, torch.bfloat16))]
+        base = None if base_dtype is None else kind("ties", n, base_dtype, 9)
+        for counts in ([n // 3, 1, n - 1, n // 2], [0, n, n // 5, n + 3]):
+            assert gpu.cuts(base, models, counts) == merging.cuts(base, models, counts), (name, counts)
+    assert gpu.cuts(None, [], []) == []
+
+
+def test_one_launch_moves_a_model(monkeypatch):
+    """Types, sizes and 32- and 64-bit positions in one table; bits that are NaN in any type survive."""
+    launches = []
+    kernel = sparse_mask.move_kernel
+    monkeypatch.setattr(sparse_mask, "move_kernel", Counted(kernel, launches))
+    for op in sparse_mask.MOVES:
+        ours, theirs = [], []
+        for number, n in enumerate((0, 1, 5000, 37, 2500, 1024)):
+            index = (torch.rand(n, generator=generator(n)) < 0.5).nonzero().view(-1)
+            x, dtype = kind("special", n, DTYPES[number % 3], number), DTYPES[(number + (op in ("scatter", "add"))) % 3]
+            values = kind("special", index.numel(), dtype, number + 5)
+            at = index if number % 2 else index.int()
+            ours.append((x.clone(), at, values.clone()))
+            theirs.append((x, at, values))
+        gpu.move_all(op, ours, 0.3)
+        ref.move_all(op, theirs, 0.3)
+        for a, b in zip(ours, theirs):
+            for got, wanted in ((a[0], b[0]), (a[2], b[2])):
+                assert ((got == wanted) | (got.isnan() & wanted.isnan())).all(), op
+    assert len(launches) == 4
+    gpu.move_all("add", [], 1.0)
+
+
+class Counted:
+    def __init__(self, kernel, launches: list):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        self.launches.append(grid)
+        return self.kernel[grid]
 
 
 @pytest.mark.parametrize("n, m", [(0, 4), (1, 2), (2, 4), (4, 8), (3, 5), (5, 16)])
@@ -116,6 +217,8 @@ def test_masks(density):
             mask = (torch.rand(n + start, generator=generator(n)) < density)[start:]
             words = gpu.pack(mask)
             assert same([words, gpu.unpack(words, n), gpu.prefix(words)], [ref.pack(mask), mask, ref.prefix(words)])
+            index = gpu.indices(words, n)
+            assert same([index, gpu.from_indices(index, n), gpu.from_indices(index.long(), n)], [ref.indices(words, n), words, words])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

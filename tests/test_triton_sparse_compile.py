@@ -17,6 +17,7 @@ import triton_gate as gate  # noqa: E402
 TABLE = ROOT / "bench" / "results" / "registers_triton_sparse.json"
 ARCHS = (80, 90, 100)
 POINTERS = {"items": "*i64", "chunks": "*i64", "prefix": "*i64", "threshold": "*i64", "equal": "*i64", "before": "*i64", "parts": "*i64"}
+POINTERS["rows"] = "*i64"
 # kernel: (function, constants, pointers of other types)
 KERNELS = {
     "histogram abs": ("histogram_kernel", dict(SCORE=0, BINS=2048, TILE=4096), dict(out="*i64")),
@@ -30,17 +31,32 @@ KERNELS = {
     "pack": ("pack_kernel", dict(TILE=4096), {}),
     "unpack": ("unpack_kernel", dict(TILE=4096), dict(words="*i32")),
     "counts": ("counts_kernel", dict(GROUPS=64), dict(words="*i32", counts="*i64")),
-    "gather bf16": ("move_kernel", dict(OP=0, TILE=1024), dict(x="*i16", values="*i16", index="*i32")),
-    "scatter bf16 fp32": ("move_kernel", dict(OP=1, TILE=1024), dict(x="*bf16", values="*fp32", index="*i32")),
-    "add bf16": ("move_kernel", dict(OP=2, TILE=1024), dict(x="*bf16", values="*bf16", index="*i32")),
-    "swap fp32": ("move_kernel", dict(OP=3, TILE=1024), dict(x="*i32", values="*i32", index="*i64")),
+    "indices": ("indices_kernel", dict(TILE=1024), dict(words="*i32", out="*i32")),
+    "set indices": ("set_indices_kernel", dict(TILE=1024), dict(words="*i32", index="*i32")),
+    "gather": ("move_kernel", dict(OP=0, TILE=1024), {}),
+    "scatter": ("move_kernel", dict(OP=1, TILE=1024), {}),
+    "add": ("move_kernel", dict(OP=2, TILE=1024), {}),
+    "swap": ("move_kernel", dict(OP=3, TILE=1024), {}),
+    "find bin": ("find_bin_kernel", dict(BINS=2048), dict(counts="*i64", found="*i64")),
+    "place diff": ("place_kernel", dict(SCORE=1, TILE=2048), dict(ties="*i64", out="*i64")),
+    "rows 64": ("rows_kernel", dict(SCORE=0, TILE=64, ONE=True, WIDE=False, PART=False, LAYOUT=2), {}),
+    "rows 4096": ("rows_kernel", dict(SCORE=0, TILE=4096, ONE=True, WIDE=True, PART=False, LAYOUT=0), {}),
+    "rows scaled 4096": ("rows_kernel", dict(SCORE=2, TILE=4096, ONE=True, WIDE=True, PART=True, LAYOUT=0), {}),
+    "rows scaled 8192": ("rows_kernel", dict(SCORE=2, TILE=8192, ONE=True, WIDE=True, PART=True, LAYOUT=0), {}),
+    "rows scaled 16384": ("rows_kernel", dict(SCORE=2, TILE=16384, ONE=True, WIDE=True, PART=True, LAYOUT=0), {}),
+    "rows diff 16384": ("rows_kernel", dict(SCORE=1, TILE=16384, ONE=True, WIDE=True, PART=False, LAYOUT=0), {}),
+    "rows diff 8192": ("rows_kernel", dict(SCORE=1, TILE=8192, ONE=True, WIDE=False, PART=False, LAYOUT=1), {}),
+    "rows long": ("rows_kernel", dict(SCORE=3, TILE=2048, ONE=False, WIDE=True, PART=False, LAYOUT=0), {}),
+    "energy": ("energy_kernel", dict(SCORE=0, TILE=2048), dict(out="*i64")),
+    "colstat": ("colstat_kernel", dict(BLOCK=256), dict(out="*fp64")),
+    "add slices": ("add_slices_kernel", dict(BLOCK=256), dict(parts="*fp64", out="*fp32")),
     "merge sum": ("merge_kernel", dict(COMBINE=0, HAS_BASE=True, BLOCK=1024), {}),
     "merge paper": ("merge_kernel", dict(COMBINE=1, HAS_BASE=True, BLOCK=1024), {}),
     "merge mergekit": ("merge_kernel", dict(COMBINE=3, HAS_BASE=True, BLOCK=1024), {}),
     "votes": ("votes_kernel", dict(HAS_BASE=True, BLOCK=1024), dict(out="*i64")),
     "norms": ("norms_kernel", dict(HAS_BASE=True), dict(out="*fp64")),
 }
-EVERYWHERE = ("histogram abs", "mark abs", "merge paper", "add bf16")
+EVERYWHERE = ("histogram abs", "mark abs", "merge paper", "add", "rows scaled 16384", "energy")
 WIDE = {
     "nm 4": 3,
     "pack": 1,
@@ -51,16 +67,24 @@ WIDE = {
     "mark diff": 6,
     "merge sum": 6,
     "merge paper": 9,
+    "rows 4096": 6,
+    "rows scaled 16384": 6,
+    "energy": 3,
 }  # 128-bit loads
 
 
 def compile_one(job: str) -> tuple[str, dict]:
-    from fusedadapt.kernels import sparse, sparse_merge
+    from fusedadapt.kernels import sparse_mask, sparse_merge, sparse_parts, sparse_rows, sparse_select, sparse_stats
 
     kernel, arch = job.split("/sm_")
     name, constants, pointers = KERNELS[kernel]
-    home = sparse if hasattr(sparse, name) else sparse_merge
-    built = gate.compiled_by_type(getattr(home, name), int(arch), home.OPTIONS, POINTERS | pointers, constants)
+    home = next(m for m in (sparse_mask, sparse_merge, sparse_rows, sparse_select, sparse_stats) if hasattr(m, name))
+    options = sparse_merge.OPTIONS if home is sparse_merge else sparse_parts.OPTIONS
+    if name == "rows_kernel":
+        options = options | {"num_warps": sparse_rows.warps(constants["TILE"])}
+    elif name in ("colstat_kernel", "add_slices_kernel"):
+        options = sparse_stats.STRIP
+    built = gate.compiled_by_type(getattr(home, name), int(arch), options, POINTERS | pointers, constants)
     return job, gate.figures(built)
 
 

@@ -10,25 +10,38 @@
 namespace fa::cpu {
 namespace {
 
-constexpr int kBlock = 1024;  // lines of p and g that a block touches at low density: 128 KB, to be written back from L2
-constexpr int kAhead = 48;    // elements between a prefetch and its use
+constexpr int kBlock = 64;  // small: the lines of p are in L1 when they are written, and the next block's arrive while this one is computed
+constexpr int kAhead = 48;  // elements between a prefetch and its use
 
-// `left`: how many positions may be read from `at` on. One array at a time: two at once took a third longer (measured, 1 % of 33 M).
-template <class T, class Index>
-void gather(void* to, const void* from, const Index* at, int n, int64_t left) {
-  const T* base = static_cast<const T*>(from);
-  T* __restrict out = static_cast<T*>(to);
-  const int ahead = int(std::max<int64_t>(std::min<int64_t>(n, left - kAhead), 0));
-  for (int i = 0; i < ahead; ++i) {
-    __builtin_prefetch(base + at[i + kAhead], 1);
-    out[i] = base[at[i]];
-  }
-  for (int i = ahead; i < n; ++i) out[i] = base[at[i]];
+// The chosen elements of p and, unless it is null, of g, side by side: their cache misses overlap (one array after the other took 40 % longer). `left`:
+// how many positions may be read from `at` on.
+template <class P, class G, class Index>
+void gather(void* p_to, const void* p_from, void* g_to, const void* g_from, const Index* at, int n, int64_t left) {
+  const P* p = static_cast<const P*>(p_from);
+  const G* g = static_cast<const G*>(g_from);
+  P* __restrict p_out = static_cast<P*>(p_to);
+  G* __restrict g_out = static_cast<G*>(g_to);
+  const auto both = [&](auto with_g) {
+    const int ahead = int(std::max<int64_t>(std::min<int64_t>(n, left - kAhead), 0));
+    for (int i = 0; i < n; ++i) {
+      if (i < ahead) {
+        __builtin_prefetch(p + at[i + kAhead], 1);
+        if constexpr (with_g.value) __builtin_prefetch(g + at[i + kAhead], 0);
+      }
+      p_out[i] = p[at[i]];
+      if constexpr (with_g.value) g_out[i] = g[at[i]];
+    }
+  };
+  g ? both(std::true_type{}) : both(std::false_type{});
 }
 
 template <class Index>
-void gather(void* to, const void* from, int dtype, const Index* at, int n, int64_t left) {
-  dtype_size(dtype) == 4 ? gather<uint32_t>(to, from, at, n, left) : gather<uint16_t>(to, from, at, n, left);
+void gather(void* p_to, const TensorDesc& t, void* g_to, const Index* at, int n, int64_t left) {
+  const void* g = t.compact_grad ? nullptr : t.grad;
+  const bool wide_p = dtype_size(t.param_dtype) == 4, wide_g = dtype_size(t.grad_dtype) == 4;
+  const auto run = wide_p ? (wide_g ? gather<uint32_t, uint32_t, Index> : gather<uint32_t, uint16_t, Index>)
+                          : (wide_g ? gather<uint16_t, uint32_t, Index> : gather<uint16_t, uint16_t, Index>);
+  run(p_to, t.param, g_to, g, at, n, left);
 }
 
 template <class P, class Index>
@@ -61,8 +74,7 @@ void run(UpdateFn update, const Piece& w) {
     block.grad = t.compact_grad ? shifted(t.grad, t.grad_dtype) : g;
     block.numel = part.end = n;
     const int64_t left = t.numel - offset;
-    gather(p, t.param, t.param_dtype, at, n, left);
-    if (!t.compact_grad) gather(g, t.grad, t.grad_dtype, at, n, left);
+    gather(p, t, g, at, n, left);
     update(part);
     wide ? scatter<uint32_t>(t.param, p, at, n) : scatter<uint16_t>(t.param, p, at, n);
   }

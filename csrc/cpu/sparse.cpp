@@ -204,33 +204,36 @@ void rows(const Rows32& job, int threads) {
       [](std::vector<int32_t>&) {});
 }
 
-void energy(const std::vector<Source>& items, int threads, int64_t* counts, double* sums, double* squares) {
-  constexpr int kBins = 1 << kEnergyBits, kSlices = 16;  // a fixed number: doubles are added in an order no setting may change
-  const std::vector<Part> parts = parts_of(items);
+void energy(const std::vector<Source>& items, int threads, int64_t* parts) {
+  constexpr size_t kBins = size_t(1) << kEnergyBits;
+  static_assert(kPiece <= kEnergyPiece, "squares must not overflow");
+  std::memset(parts, 0, 4 * kBins * sizeof(int64_t));
+  const std::vector<Part> pieces = parts_of(items);
   const SparseKernels& k = sparse_kernels();
-  std::vector<int64_t> count(size_t(kBins) * kSlices);
-  std::vector<double> sum(count.size()), square(count.size());
-  parallel_for(kSlices, 1, threads, [&](int64_t first, int64_t last) {
-    for (int64_t s = first; s < last; ++s)
-      for (size_t p = parts.size() * size_t(s) / kSlices; p < parts.size() * size_t(s + 1) / kSlices; ++p)
-        k.energy(items[parts[p].item], parts[p].begin, parts[p].end, &count[size_t(s * kBins)], &sum[size_t(s * kBins)],
-                 &square[size_t(s * kBins)]);
-  });
-  for (size_t b = 0; b < kBins; ++b) {
-    counts[b] = 0;
-    sums[b] = squares[b] = 0;
-    for (size_t s = 0; s < kSlices; ++s) {
-      counts[b] += count[s * kBins + b];
-      sums[b] += sum[s * kBins + b];
-      squares[b] += square[s * kBins + b];
-    }
-  }
+  struct Sums {
+    Zeroed<uint64_t> piece, all;
+  };
+  share_out(
+      pieces.size(), threads, [&] { return Sums{zeroed<uint64_t>(4 * kBins), zeroed<uint64_t>(4 * kBins)}; },
+      [&](Sums& sums, size_t p) {
+        uint64_t *piece = sums.piece.get(), *all = sums.all.get();
+        k.energy(items[pieces[p].item], pieces[p].begin, pieces[p].end, piece);
+        for (size_t b = 0; b < kBins; ++b, piece += 4) {
+          if (!piece[0]) continue;
+          all[b] += piece[0];
+          all[kBins + b] += piece[1];
+          all[2 * kBins + b] += uint32_t(piece[2]);
+          all[3 * kBins + b] += piece[2] >> 32;
+          piece[0] = piece[1] = piece[2] = 0;
+        }
+      },
+      [&](Sums& sums) {
+        for (size_t i = 0; i < 4 * kBins; ++i) parts[i] += int64_t(sums.all[i]);
+      });
 }
 
-void colstat(const void* x, int dtype, int64_t rows, int64_t columns, int threads, float* out) {
+void colstat(const void* x, int dtype, int64_t rows, int64_t columns, int64_t slices, int threads, float* out) {
   constexpr int64_t kStrip = 512;
-  // By the shape alone: the order of the sums must not depend on the threads.
-  const int64_t slices = std::clamp<int64_t>(std::min(rows / 64, (1 << 17) / std::max<int64_t>(columns, 1)), 1, 16);
   const int64_t strips = (columns + kStrip - 1) / kStrip;
   const SparseKernels& k = sparse_kernels();
   std::vector<double> acc(size_t(slices * columns));

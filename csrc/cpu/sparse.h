@@ -31,6 +31,7 @@ struct Rows32 {
 constexpr int kCopies = 4;  // of every counter, side by side: equal keys in a row would wait for one counter
 constexpr int64_t kLongRow = 1 << 16;  // longer runs are selected by histogram, all threads on one run
 constexpr int kEnergyBits = 11;
+constexpr int64_t kEnergyPiece = 1 << 16;  // squares of 24 bits: as many as 64 bits hold the sum of
 constexpr int64_t kPrefixWords = 32;  // words per entry of a mask's prefix
 
 struct SparseKernels {
@@ -43,7 +44,8 @@ struct SparseKernels {
   void (*mark_equal)(const Source&, int64_t begin, int64_t end, int32_t threshold, int64_t budget, uint32_t* words);
   // Runs [first, last) of at most kLongRow elements; unless aligned, first * length is a multiple of 32. keys: row_scratch(length) numbers.
   void (*rows)(const Rows32&, int64_t first, int64_t last, int32_t* keys);
-  void (*energy)(const Source&, int64_t begin, int64_t end, int64_t* counts, double* sums, double* squares);
+  // Adds at most kEnergyPiece elements to sums[4 << kEnergyBits]: of each bin how many, their significands, those squared, nothing.
+  void (*energy)(const Source&, int64_t begin, int64_t end, uint64_t* sums);
   void (*pack)(const uint8_t* mask, int64_t n, uint32_t* words);
   int64_t (*popcount)(const uint32_t* words, int64_t n);
   // acc[c - c0] += the squares of column c over rows [t0, t1).
@@ -65,8 +67,9 @@ struct Kth {
 Kth kth_key(const std::vector<Source>& items, int64_t k, int threads);  // k in 1..n
 void mark(const std::vector<Source>& items, int64_t threshold, int64_t equal, const std::vector<uint32_t*>& words, int threads);
 void rows(const Rows32& job, int threads);
-void energy(const std::vector<Source>& items, int threads, int64_t* counts, double* sums, double* squares);
-void colstat(const void* x, int dtype, int64_t rows, int64_t columns, int threads, float* out);
+// parts: [4][1 << kEnergyBits] as reference/sparse.py, energy_parts. Integers: exact in any order.
+void energy(const std::vector<Source>& items, int threads, int64_t* parts);
+void colstat(const void* x, int dtype, int64_t rows, int64_t columns, int64_t slices, int threads, float* out);
 
 // sparse_mask.cpp: masks in their three forms.
 void pack(const uint8_t* mask, int64_t n, uint32_t* words, int threads);
@@ -89,7 +92,12 @@ struct MoveJob {
   float alpha;  // kAdd: x = round(x + alpha * value)
 };
 void move_words(Move what, const MoveJob& job, const uint32_t* words, int64_t words_n, const int64_t* prefix, int threads);
-template <class Index>
-void move_indices(Move what, const MoveJob& job, const Index* index, int64_t count, int threads);
+struct IndexJob {
+  MoveJob move;
+  const void* index;
+  int64_t count;
+  bool wide;  // 64-bit positions
+};
+void move_all(Move what, const std::vector<IndexJob>& jobs, int threads);  // the threads share the elements of all jobs
 
 }  // namespace fa::cpu

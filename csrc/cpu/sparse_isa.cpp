@@ -264,17 +264,18 @@ void rows(const Rows32& job, int64_t first, int64_t last, int32_t* keys) {
 
 // ---- sums
 
-void energy(const Source& s, int64_t begin, int64_t end, int64_t* counts, double* sums, double* squares) {
+void energy(const Source& s, int64_t begin, int64_t end, uint64_t* sums) {
   alignas(64) float scores[kTile];
   for (int64_t offset = begin; offset < end; offset += kTile) {
     const int n = int(least(kTile, end - offset));
     tile_scores(s, offset, n, scores);
     for (int i = 0; i < n; ++i) {
-      const uint32_t bin = (uint32_t(key_of(scores[i], kLowest)) ^ kSign) >> (32 - kEnergyBits);
-      const double wide = double(scores[i]);
-      ++counts[bin];
-      sums[bin] += wide;
-      squares[bin] += wide * wide;
+      const uint32_t size = as_bits(scores[i]) & 0x7fffffffu;
+      const uint64_t significand = (size & 0x7fffffu) | uint32_t(size > 0x7fffffu) << 23;
+      uint64_t* bin = sums + 4 * ((uint32_t(key_of(scores[i], kLowest)) ^ kSign) >> (32 - kEnergyBits));
+      ++bin[0];
+      bin[1] += significand;
+      bin[2] += significand * significand;
     }
   }
 }

@@ -59,16 +59,14 @@ void by_words(const MoveJob& job, const uint32_t* words, int64_t words_n, const 
 }
 
 template <Move what, class X, class V, class Index>
-void by_indices(const MoveJob& job, const Index* index, int64_t count, int threads) {
+void by_indices(const MoveJob& job, const Index* index, int64_t first, int64_t last) {
   constexpr int64_t kAhead = 16;  // positions whose lines are asked for early
-  parallel_for(count, 1 << 14, threads, [&](int64_t first, int64_t last) {
-    auto* x = static_cast<typename X::Bits*>(job.x);
-    auto* v = static_cast<typename V::Bits*>(job.values);
-    for (int64_t i = first; i < last; ++i) {
-      if (i + kAhead < last) __builtin_prefetch(x + index[i + kAhead], what != kGather);
-      move_one<what, X, V>(x + index[i], v + i, job.alpha);
-    }
-  });
+  auto* x = static_cast<typename X::Bits*>(job.x);
+  auto* v = static_cast<typename V::Bits*>(job.values);
+  for (int64_t i = first; i < last; ++i) {
+    if (i + kAhead < last) __builtin_prefetch(x + index[i + kAhead], what != kGather);
+    move_one<what, X, V>(x + index[i], v + i, job.alpha);
+  }
 }
 
 // call(X{}, V{}) for two storage codes.
@@ -99,12 +97,26 @@ void move_words(Move what, const MoveJob& job, const uint32_t* words, int64_t wo
   dispatch(what, job, [&](auto op, auto x, auto v) { by_words<op.value, decltype(x), decltype(v)>(job, words, words_n, prefix, threads); });
 }
 
-template <class Index>
-void move_indices(Move what, const MoveJob& job, const Index* index, int64_t count, int threads) {
-  dispatch(what, job, [&](auto op, auto x, auto v) { by_indices<op.value, decltype(x), decltype(v)>(job, index, count, threads); });
+void move_all(Move what, const std::vector<IndexJob>& jobs, int threads) {
+  constexpr int64_t kPiece = 1 << 14;
+  struct Piece {
+    const IndexJob* job;
+    int64_t first, last;
+  };
+  std::vector<Piece> pieces;
+  for (const IndexJob& job : jobs)
+    for (int64_t i = 0; i < job.count; i += kPiece) pieces.push_back({&job, i, std::min(i + kPiece, job.count)});
+  parallel_for(int64_t(pieces.size()), 1, threads, [&](int64_t first, int64_t last) {
+    for (int64_t p = first; p < last; ++p) {
+      const Piece& piece = pieces[size_t(p)];
+      const MoveJob& move = piece.job->move;
+      const auto run = [&](const auto* index) {
+        dispatch(what, move,
+                 [&](auto op, auto x, auto v) { by_indices<op.value, decltype(x), decltype(v)>(move, index, piece.first, piece.last); });
+      };
+      piece.job->wide ? run(static_cast<const int64_t*>(piece.job->index)) : run(static_cast<const int32_t*>(piece.job->index));
+    }
+  });
 }
-
-template void move_indices(Move, const MoveJob&, const int32_t*, int64_t, int);
-template void move_indices(Move, const MoveJob&, const int64_t*, int64_t, int);
 
 }  // namespace fa::cpu

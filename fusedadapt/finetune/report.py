@@ -110,7 +110,7 @@ def notes(result: Result) -> list[str]:
     if (s := result.sparse) is not None:
         lines.append(
             f"{s.trained:,} of {s.parameters:,} weights trained ({s.trained / s.parameters:.2%}), {s.frozen_changed} others changed; "
-            f"optimizer state {s.state_bytes / 1e6:,.1f} MB"
+            f"optimizer state {s.state_bytes / 1e6:,.1f} MB, {(s.dense_state_bytes - s.state_bytes) / 1e6:,.1f} MB less than of whole tensors"
         )
         per = s.delta_bytes / s.delta_entries if s.delta_entries else 0.0
         lines.append(f"what was trained, as a delta: {s.delta_bytes / 1e6:,.2f} MB ({per:.2f} bytes per weight); MRR {mrrs(result)}")

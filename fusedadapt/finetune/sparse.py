@@ -16,7 +16,7 @@ from ..sparse import Mask, SparseDelta, topk_mask
 SELECT = {"magnitude": "the largest weights", "gradient": "the largest |weight x gradient| on the first batch"}
 #: a share of the weights learns like the whole model does only at a larger step
 LR_FACTOR = 4.0
-MASK_STATE = "dense"
+MASK_STATE = "compact"
 DELTA = "delta.safetensors"
 
 Masks = dict[str, Mask]
@@ -54,20 +54,28 @@ def unpacked(stored: Mapping[str, Any], device: str) -> Masks:
 
 @dataclass
 class Summary:
-    """Elements trained and in all; bytes of the optimizer's state; the delta's entries and bytes on disk; elements outside the masks whose bits
-    changed (0, or something is wrong)."""
+    """Elements trained and in all; bytes of the optimizer's state, and what it would take with states of its tensors' shapes; the delta's entries and
+    bytes on disk; elements outside the masks whose bits changed (0, or something is wrong)."""
 
     trained: int
     parameters: int
     state_bytes: int
+    dense_state_bytes: int
     delta_entries: int
     delta_bytes: int
     frozen_changed: int
 
 
-def state_bytes(optimizer: Any) -> int:
-    """Bytes of all tensors in the optimizer's state, masks included."""
-    return sum(t.numel() * t.element_size() for state in optimizer.state.values() for t in state.values() if isinstance(t, Tensor))
+def state_bytes(optimizer: Any) -> tuple[int, int]:
+    """Bytes of all tensors in the optimizer's state, masks included: as they are, and as they would be in the shapes of their parameters."""
+    held = dense = 0
+    for p, state in optimizer.state.items():
+        chosen = state["index"].shape if "index" in state else None
+        for name, t in state.items():
+            if isinstance(t, Tensor):
+                held += t.nbytes
+                dense += 0 if name == "index" else p.numel() * t.itemsize if t.shape == chosen else t.nbytes
+    return held, dense
 
 
 def finish(base: Mapping[str, Tensor], final: Mapping[str, Tensor], masks: Mapping[str, Mask], optimizer: Any, folder: Path) -> Summary:
@@ -78,4 +86,4 @@ def finish(base: Mapping[str, Tensor], final: Mapping[str, Tensor], masks: Mappi
     changed = SparseDelta.from_diff(base, final, kind="set").masks()
     outside = sum((mask - on_cpu[name]).nnz for name, mask in changed.items())
     trained, every = sum(mask.nnz for mask in on_cpu.values()), sum(mask.numel() for mask in on_cpu.values())
-    return Summary(trained, every, state_bytes(optimizer), delta.nnz, (folder / DELTA).stat().st_size, outside)
+    return Summary(trained, every, *state_bytes(optimizer), delta.nnz, (folder / DELTA).stat().st_size, outside)

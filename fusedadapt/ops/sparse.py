@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -60,9 +60,13 @@ def run(op: str, data: Tensor) -> Callable[..., Any]:
     return _find(choose(op, data.device.type, data.dtype).backend, op)
 
 
-def offers(op: str, data: Tensor) -> bool:
-    """Whether the backend that selects for `data` also has `op`, so that asking for it changes no backend."""
-    return _find(choose("histogram", data.device.type, data.dtype).backend, op) is not None
+def move_all(op: str, jobs: Sequence[tuple[Tensor, Tensor, Tensor]], alpha: float = 1.0) -> None:
+    """gather, scatter, add or swap for any number of (x, positions, values): one launch for each device, whatever the number of tensors."""
+    groups: dict[tuple[torch.device, bool], list[tuple[Tensor, Tensor, Tensor]]] = {}
+    for job in jobs:
+        groups.setdefault((job[0].device, job[0].dtype == torch.float64), []).append(job)
+    for group in groups.values():
+        run("move_all", group[0][0])(op, group, alpha)
 
 
 def levels(data: Tensor, score: str) -> tuple[tuple[int, int], ...]:

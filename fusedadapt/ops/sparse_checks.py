@@ -119,3 +119,25 @@ def positions(op: str, index: Tensor, n: int, ordered: bool, device: torch.devic
 
     if not known(index, ("positions", n, ordered), find or good):
         bad_positions(op, n, ordered)
+
+
+def move(op: str, x: Tensor, index: Tensor, values: Tensor, device: torch.device) -> int:
+    """Refuses a move that does not fit (its positions are the caller's to check). x's dtype | values' << 8 | 64-bit positions << 16."""
+    flat(op, "x", x, device=device)
+    flat(op, "values", values, device=device)
+    vector(op, index, device)
+    if values.numel() != index.numel():
+        refuse(op, f"{index.numel()} values, one per position", values.numel(), "pass the values of these positions")
+    if op in ("gather", "swap"):
+        swappable(op, x, values)
+    return CODES[x.dtype] | CODES[values.dtype] << 8 | (index.dtype == torch.int64) << 16
+
+
+def swappable(op: str, x: Tensor, values: Tensor) -> None:
+    if x.dtype != values.dtype:
+        refuse(op, f"values of x's dtype {x.dtype}", values.dtype, "an exchange must lose nothing")
+
+
+def moved(op: str, jobs: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
+    """Tells autograd what a move wrote."""
+    torch.autograd.graph.increment_version([t for x, _, values in jobs for t in {"gather": [values], "swap": [x, values]}.get(op, [x])])

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from .sparse_checks import CODES, Item, bad_positions, empty_words, flat, refuse, row, vector
+from ..reference.sparse import TOP, column_slices, energy_of, kept_ties
+from .sparse_checks import CODES, Item, bad_positions, empty_words, flat, move, moved, refuse, row, swappable, vector
 from .sparse_checks import words as words_of
 
 LEVELS = ((16, 16), (0, 16))
@@ -63,6 +64,15 @@ def kth_key(items: Sequence[Item], score: str, nan: str, k: int) -> tuple[int, i
     return key, above, same
 
 
+def select(items: Sequence[Item], score: str, nan: str, k: int, ties: str = "lowest_index") -> list[Tensor]:
+    """Words of the k largest keys over all tensors together, k in 0..n."""
+    key, equal = TOP + 1, 0
+    if k:
+        key, above, same = kth_key(items, score, nan, k)
+        equal = kept_ties(ties, k - above, same)
+    return mark(items, score, nan, torch.tensor([key]), torch.tensor([equal]))
+
+
 def mark(items: Sequence[Item], score: str, nan: str, threshold: Tensor, equal: Tensor) -> list[Tensor]:
     """Words of the keys above `threshold` (int64 [1]) and of the first `equal` (int64 [1]) that are equal to it, in order through the list."""
     words = [empty_words(x.numel(), CPU) for x, _ in items]
@@ -90,20 +100,20 @@ def nm(x: Tensor, other: Tensor | None, score: str, nan: str, n: int, m: int) ->
 
 
 def energy(items: Sequence[Item], score: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(counts int64, sums fp64, sums of squares fp64), each [2048], of the scores by the top 11 bits of their keys, NaN in bin 0."""
-    counts = torch.empty(2048, dtype=torch.int64, device="cpu")
-    sums, squares = torch.empty(2048, dtype=torch.float64, device="cpu"), torch.empty(2048, dtype=torch.float64, device="cpu")
-    sources = [_item("energy", item, score) for item in items]
-    _core().energy(sources, score, counts.data_ptr(), sums.data_ptr(), squares.data_ptr(), torch.get_num_threads())
-    return counts, sums, squares
+    """(counts int64, sums fp64, sums of squares fp64), each [2048], of the scores by the top 11 bits of their keys, NaN in bin 0. The sums are exact,
+    then rounded once (`reference.sparse.energy_of`)."""
+    parts = torch.empty(4, 2048, dtype=torch.int64, device="cpu")
+    _core().energy([_item("energy", item, score) for item in items], score, parts.data_ptr(), torch.get_num_threads())
+    return energy_of(parts)
 
 
 def colstat(x: Tensor) -> Tensor:
-    """Sum of squares of each column of x [T, K], added in fp64 in an order that depends on the shape alone: fp32 [K]."""
+    """Sum of squares of each column of x [T, K], added in fp64 in the order of `reference.sparse.column_slices`: fp32 [K]."""
     if _flat("colstat", "x", x).dim() != 2:
         refuse("colstat", "a matrix [T, K]", tuple(x.shape), "flatten it to rows")
     out = torch.empty(x.shape[1], dtype=torch.float32, device="cpu")
-    _core().colstat(x.data_ptr(), CODES[x.dtype], x.shape[0], x.shape[1], out.data_ptr(), torch.get_num_threads())
+    slices = column_slices(*x.shape)
+    _core().colstat(x.data_ptr(), CODES[x.dtype], x.shape[0], x.shape[1], slices, out.data_ptr(), torch.get_num_threads())
     return out
 
 
@@ -175,11 +185,6 @@ def _by_words(op: str, x: Tensor, words: Tensor, prefix: Tensor, values: Tensor,
     _core().move_words(op, x.data_ptr(), x_type, values.data_ptr(), v_type, alpha, words.data_ptr(), words.numel(), prefix.data_ptr(), threads)
 
 
-def _swappable(op: str, x: Tensor, values: Tensor) -> None:
-    if x.dtype != values.dtype:
-        refuse(op, f"values of x's dtype {x.dtype}", values.dtype, "an exchange must lose nothing")
-
-
 def gather(x: Tensor, words: Tensor, prefix: Tensor) -> Tensor:
     """The chosen elements of a flat x, in order, in x's dtype."""
     values = torch.empty(int(prefix[-1]), dtype=x.dtype, device="cpu")
@@ -201,44 +206,41 @@ def add_(x: Tensor, words: Tensor, prefix: Tensor, values: Tensor, alpha: float)
 
 def swap_(x: Tensor, words: Tensor, prefix: Tensor, values: Tensor) -> None:
     """Exchanges x[chosen] and values (of x's dtype), bit for bit: again, and nothing has happened."""
-    _swappable("swap", x, values)
+    swappable("swap", x, values)
     _by_words("swap", x, words, prefix, values)
     _written(x, values)
 
 
-def _by_index(op: str, x: Tensor, index: Tensor, values: Tensor, alpha: float = 1.0) -> None:
-    _flat(op, "x", x)
-    _flat(op, "values", values)
-    # What is written must be written once: threads share the list. Reading may go in any order.
-    _check_index(op, index, x.numel(), op != "gather")
-    if values.numel() != index.numel():
-        refuse(op, f"{index.numel()} values, one per position", values.numel(), "pass the values of these positions")
-    threads = torch.get_num_threads()
-    wide, x_type, v_type = index.element_size() == 8, CODES[x.dtype], CODES[values.dtype]
-    _core().move_indices(op, x.data_ptr(), x_type, values.data_ptr(), v_type, alpha, index.data_ptr(), index.numel(), wide, threads)
+def move_all(op: str, jobs: Sequence[tuple[Tensor, Tensor, Tensor]], alpha: float = 1.0) -> None:
+    """gather, scatter, add or swap for any number of (x, positions, values) in one call, its threads sharing all of them. Positions of what is
+    written: sorted, no repeats."""
+    rows = []
+    for x, index, values in jobs:
+        codes = move(op, x, index, values, CPU)
+        # What is written must be written once: threads share the list. Reading may go in any order.
+        _check_index(op, index, x.numel(), op != "gather")
+        rows.append((x.data_ptr(), codes & 0xFF, values.data_ptr(), codes >> 8 & 0xFF, index.data_ptr(), index.numel(), bool(codes >> 16)))
+    _core().move_all(op, rows, alpha, torch.get_num_threads())
+    moved(op, jobs)
 
 
 def gather_at(x: Tensor, index: Tensor) -> Tensor:
     """x[index] of a flat x, in x's dtype; `index`: int32 or int64, any order."""
     values = torch.empty(index.numel(), dtype=x.dtype, device="cpu")
-    _by_index("gather", x, index, values)
+    move_all("gather", [(x, index, values)])
     return values
 
 
 def scatter_at_(x: Tensor, index: Tensor, values: Tensor) -> None:
     """x[index] = values, rounded to x's dtype; `index`: int32 or int64, sorted, without repeats."""
-    _by_index("scatter", x, index, values)
-    _written(x)
+    move_all("scatter", [(x, index, values)])
 
 
 def add_at_(x: Tensor, index: Tensor, values: Tensor, alpha: float) -> None:
     """x[index] += alpha * values in fp32, rounded once; `index`: int32 or int64, sorted, without repeats."""
-    _by_index("add", x, index, values, alpha)
-    _written(x)
+    move_all("add", [(x, index, values)], alpha)
 
 
 def swap_at_(x: Tensor, index: Tensor, values: Tensor) -> None:
     """Exchanges x[index] and values (of x's dtype), bit for bit; `index`: int32 or int64, sorted, without repeats."""
-    _swappable("swap", x, values)
-    _by_index("swap", x, index, values)
-    _written(x, values)
+    move_all("swap", [(x, index, values)])

@@ -215,8 +215,8 @@ def _written(*tensors: Tensor) -> None:
     torch.autograd.graph.increment_version(tensors)
 
 
-def _codes(x: Tensor, values: Tensor, wide: bool = False) -> int:
-    return checks.CODES[x.dtype] | checks.CODES[values.dtype] << 8 | wide << 16
+def _codes(x: Tensor, values: Tensor) -> int:
+    return checks.CODES[x.dtype] | checks.CODES[values.dtype] << 8
 
 
 def _by_words(op: str, x: Tensor, words: Tensor, prefix: Tensor, values: Tensor, alpha: float = 1.0) -> None:
@@ -229,11 +229,6 @@ def _by_words(op: str, x: Tensor, words: Tensor, prefix: Tensor, values: Tensor,
         checks.refuse(op, f"{_total(prefix)} values, one per chosen element", values.numel(), "pass the values of this mask")
     row = [x.data_ptr(), values.data_ptr(), words.data_ptr(), prefix.data_ptr(), words.numel(), 0, _codes(x, values), x.numel()]
     _move(op, [row], x.device, alpha)
-
-
-def _swappable(op: str, x: Tensor, values: Tensor) -> None:
-    if x.dtype != values.dtype:
-        checks.refuse(op, f"values of x's dtype {x.dtype}", values.dtype, "an exchange must lose nothing")
 
 
 def gather(x: Tensor, words: Tensor, prefix: Tensor) -> Tensor:
@@ -257,7 +252,7 @@ def add_(x: Tensor, words: Tensor, prefix: Tensor, values: Tensor, alpha: float)
 
 def swap_(x: Tensor, words: Tensor, prefix: Tensor, values: Tensor) -> None:
     """Exchanges x[chosen] and values (of x's dtype), bit for bit: again, and nothing has happened."""
-    _swappable("swap", x, values)
+    checks.swappable("swap", x, values)
     _by_words("swap", x, words, prefix, values)
     _written(x, values)
 
@@ -266,19 +261,12 @@ def move_all(op: str, jobs: Sequence[tuple[Tensor, Tensor, Tensor]], alpha: floa
     """gather, scatter, add or swap for any number of (x, positions, values) in one launch. Positions of what is written: sorted, no repeats."""
     rows = []
     for x, index, values in jobs:
-        device = jobs[0][0].device
-        checks.flat(op, "x", x, device=device)
-        checks.flat(op, "values", values, device=device)
-        _check_index(op, index, x.numel(), op != "gather", device)
-        if values.numel() != index.numel():
-            checks.refuse(op, f"{index.numel()} values, one per position", values.numel(), "pass the values of these positions")
-        if op in ("swap", "gather"):
-            _swappable(op, x, values)
-        wide = _codes(x, values, index.element_size() == 8)
-        rows.append([x.data_ptr(), values.data_ptr(), index.data_ptr(), 0, index.numel(), 0, wide, x.numel()])
+        codes = checks.move(op, x, index, values, jobs[0][0].device)
+        _check_index(op, index, x.numel(), op != "gather", x.device)
+        rows.append([x.data_ptr(), values.data_ptr(), index.data_ptr(), 0, index.numel(), 0, codes, x.numel()])
     if rows:
         _move(op, rows, jobs[0][0].device, alpha)
-        _written(*(t for x, _, values in jobs for t in {"gather": [values], "swap": [x, values]}.get(op, [x])))
+    checks.moved(op, jobs)
 
 
 def gather_at(x: Tensor, index: Tensor) -> Tensor:

@@ -100,8 +100,12 @@ def topk(keys: Sequence[Tensor], k: int, ties: str = "lowest_index") -> list[Ten
     if k <= 0:
         return [torch.zeros_like(key, dtype=torch.bool) for key in keys]
     threshold, above, same = kth_key(keys, min(k, total))
-    equal = {"lowest_index": min(k, total) - above, "inclusive": same, "exclusive": same if above + same <= k else 0}[ties]
-    return mark(keys, threshold, equal)
+    return mark(keys, threshold, kept_ties(ties, min(k, total) - above, same))
+
+
+def kept_ties(ties: str, left: int, same: int) -> int:
+    """How many of `same` equal elements stay where `left` more would fit."""
+    return {"lowest_index": left, "inclusive": same, "exclusive": same if same == left else 0}[ties]
 
 
 def pack(mask: Tensor) -> Tensor:
@@ -132,3 +136,56 @@ def nm(keys: Tensor, n: int, m: int) -> Tensor:
     # Stable, so that among equal keys the first stays first.
     order = torch.sort(groups, dim=1, descending=True, stable=True).indices[:, :n]
     return torch.zeros_like(groups, dtype=torch.bool).scatter_(1, order, True).reshape(keys.shape)
+
+
+def energy_parts(scores: Sequence[Tensor]) -> Tensor:
+    """int64 [4, 2048], by the top 11 bits of the keys (NaN's is 0): how many, the sum of their significands as integers, the sums of the lower and of
+    the upper 32 bits of those squared. All elements of a bin share their exponent, so these sums are exact, in any order."""
+    parts = torch.zeros(4, 2048, dtype=torch.int64, device=scores[0].device)
+    for s in scores:
+        flat = s.reshape(-1)
+        at = key_of(flat, "lowest") >> 21
+        bits = flat.contiguous().view(torch.int32).to(torch.int64) & 0x7FFFFFFF
+        significand = (bits & 0x7FFFFF) | torch.where(bits >> 23 > 0, 1 << 23, 0)
+        square = significand * significand
+        for part, value in zip(parts, (torch.ones_like(at), significand, square & 0xFFFFFFFF, square >> 32), strict=True):
+            part.index_add_(0, at, value)
+    return parts
+
+
+def energy_of(parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`energy_parts` -> (counts int64, sums fp64, sums of squares fp64), each rounded once, on the CPU. Infinities sum to themselves."""
+    counts, significands, low, high = parts.tolist()
+    sums, squares = [0.0] * 2048, [0.0] * 2048
+    for b, count in enumerate(counts):
+        if not count:
+            continue
+        size = b - 1024 if b >= 1024 else 1023 - b  # of |s|: its exponent and the first two bits of its fraction
+        scale, sign = max(size >> 2, 1) - 150, 1.0 if b >= 1024 else -1.0
+        if b == 0 or size >> 2 == 255:
+            sums[b], squares[b] = (math.nan, math.nan) if b == 0 else (sign * math.inf, math.inf)
+        else:
+            sums[b] = sign * math.ldexp(float(significands[b]), scale)
+            squares[b] = math.ldexp(float((high[b] << 32) + low[b]), 2 * scale)
+    return torch.tensor(counts), torch.tensor(sums, dtype=torch.float64), torch.tensor(squares, dtype=torch.float64)
+
+
+def column_slices(rows: int, columns: int) -> int:
+    """Into how many slices of its rows a sum over columns is cut: slice i has the rows from rows * i // slices on. By the shape alone, so that the
+    order of the sums depends on nothing else."""
+    return min(max(min(rows // 64, (1 << 17) // max(columns, 1)), 1), 16)
+
+
+def column_squares(x: Tensor) -> Tensor:
+    """Sum of squares of each column of x [T, K], fp32 [K]: in fp64, row by row in each slice, then slice by slice, rounded once."""
+    rows, columns = x.shape
+    slices = column_slices(rows, columns)
+    first = torch.tensor([rows * i // slices for i in range(slices + 1)], device=x.device)
+    sums = torch.zeros(slices, columns, dtype=torch.float64, device=x.device)
+    for step in range(int((first[1:] - first[:-1]).max())):
+        some = first[:-1] + step < first[1:]
+        sums[some] += x[first[:-1][some] + step].double().square()
+    total = torch.zeros(columns, dtype=torch.float64, device=x.device)
+    for part in sums:
+        total = total + part
+    return total.float()

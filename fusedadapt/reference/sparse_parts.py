@@ -30,6 +30,11 @@ def mark(items: Sequence[Item], score: str, nan: str, threshold: Tensor, equal: 
     return [truth.pack(m) for m in truth.mark([_keys(item, score, nan) for item in items], int(threshold), int(equal))]
 
 
+def select(items: Sequence[Item], score: str, nan: str, k: int, ties: str = "lowest_index") -> list[Tensor]:
+    """Words of the k largest keys over all tensors together, k in 0..n."""
+    return [truth.pack(m) for m in truth.topk([_keys(item, score, nan) for item in items], k, ties)]
+
+
 def rows(x: Tensor, other: Tensor | None, score: str, nan: str, k: int, length: int, ties: str, aligned: bool) -> Tensor:
     """Words that keep the k largest of every run of `length` elements."""
     keys = _keys((x, other), score, nan).reshape(-1, length)
@@ -40,18 +45,8 @@ def rows(x: Tensor, other: Tensor | None, score: str, nan: str, k: int, length: 
 
 
 def energy(items: Sequence[Item], score: str) -> tuple[Tensor, Tensor, Tensor]:
-    """(counts, sums, sums of squares) of the scores by the top 11 bits of their keys, NaN in bin 0."""
-    device = items[0][0].device
-    counts = torch.zeros(2048, dtype=torch.int64, device=device)
-    sums, squares = torch.zeros(2, 2048, dtype=torch.float64, device=device)
-    for x, other in items:
-        s = truth.score_of(x, score, other).reshape(-1)
-        at = truth.key_of(s, "lowest") >> 21
-        wide = s.double()
-        counts.index_add_(0, at, torch.ones_like(at))
-        sums.index_add_(0, at, wide)
-        squares.index_add_(0, at, wide * wide)
-    return counts, sums, squares
+    """(counts, sums, sums of squares) of the scores by the top 11 bits of their keys, NaN in bin 0; exact, rounded once, on the CPU."""
+    return truth.energy_of(truth.energy_parts([truth.score_of(x, score, other) for x, other in items]))
 
 
 def nm(x: Tensor, other: Tensor | None, score: str, nan: str, n: int, m: int) -> Tensor:
@@ -105,22 +100,17 @@ def scatter_(x: Tensor, words: Tensor, prefix: Tensor, values: Tensor) -> None:
 
 def add_(x: Tensor, words: Tensor, prefix: Tensor, values: Tensor, alpha: float) -> None:
     """x[chosen] += alpha * values, in fp32 (fp64), rounded once."""
-    at = _at(x, words)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    x[at] = (x[at].to(wide) + alpha * values.to(wide)).to(x.dtype)
+    add_at_(x, _at(x, words), values, alpha)
 
 
 def swap_(x: Tensor, words: Tensor, prefix: Tensor, values: Tensor) -> None:
     """Exchanges x[chosen] and values, bit for bit."""
-    at = _at(x, words)
-    old = x[at]
-    x[at] = values
-    values.copy_(old)
+    swap_at_(x, _at(x, words), values)
 
 
 def colstat(x: Tensor) -> Tensor:
     """Sum of squares of each column of x [T, K], fp32."""
-    return x.double().square().sum(0).float()
+    return truth.column_squares(x)
 
 
 def gather_at(x: Tensor, index: Tensor) -> Tensor:
@@ -130,7 +120,33 @@ def gather_at(x: Tensor, index: Tensor) -> Tensor:
 
 def scatter_at_(x: Tensor, index: Tensor, values: Tensor) -> None:
     """x[index] = values."""
-    x[index.to(torch.int64)] = values
+    x[index.to(torch.int64)] = values.to(x.dtype)
+
+
+def add_at_(x: Tensor, index: Tensor, values: Tensor, alpha: float) -> None:
+    """x[index] += alpha * values, in fp32 (fp64), rounded once."""
+    at = index.to(torch.int64)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    x[at] = (x[at].to(wide) + alpha * values.to(wide)).to(x.dtype)
+
+
+def swap_at_(x: Tensor, index: Tensor, values: Tensor) -> None:
+    """Exchanges x[index] and values, bit for bit."""
+    at = index.to(torch.int64)
+    old = x[at]
+    x[at] = values
+    values.copy_(old)
+
+
+def move_all(op: str, jobs: Sequence[tuple[Tensor, Tensor, Tensor]], alpha: float = 1.0) -> None:
+    """gather, scatter, add or swap for any number of (x, positions, values)."""
+    for x, index, values in jobs:
+        if op == "gather":
+            values.copy_(gather_at(x, index))
+        elif op == "add":
+            add_at_(x, index, values, alpha)
+        else:
+            (scatter_at_ if op == "scatter" else swap_at_)(x, index, values)
 
 
 merge_, votes, norms, cuts = merging.merge_, merging.votes, merging.norms, merging.cuts

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,9 @@ class Entry:
     indices: Tensor
     values: Tensor
     shape: torch.Size
+
+
+Job = tuple[str, Tensor, Entry]
 
 
 class SparseDelta:
@@ -84,7 +87,7 @@ class SparseDelta:
             if mask is None or mask.nnz == 0:
                 continue
             index = mask.indices()
-            a, b = _take(old[name], index), _take(new[name], index)
+            a, b = _take_all([(old[name], index), (new[name], index)])
             values = b if kind == "set" else (b.double() - a.double() if b.dtype == torch.float64 else b.float() - a.float())
             entries[name] = Entry(index, values.to(dtype or old[name].dtype), old[name].shape)
         return cls(entries, kind)
@@ -116,12 +119,10 @@ class SparseDelta:
             raise RuntimeError("SparseDelta.apply_: expected a delta that is not applied; this one is; revert_() first, or copy it")
         if self.kind == "set" and alpha != 1.0:
             raise ValueError(f'SparseDelta.apply_: expected alpha 1 with kind "set"; got {alpha}')
-        for name, w, e in self._matched("apply_", weights):
-            old = _take(w, e.indices)
-            wide = torch.float64 if w.dtype == torch.float64 else torch.float32
-            new = e.values.to(w.device, w.dtype) if self.kind == "set" else (old.to(wide) + alpha * e.values.to(w.device, wide)).to(w.dtype)
-            _put_(w, e.indices, new)
-            self._undo.append((w, name, old))
+        for batch in _apart(self._matched("apply_", weights)):
+            old = _take_all([(w, e.indices) for _, w, e in batch])
+            _move("scatter" if self.kind == "set" else "add", [(w, e.indices, e.values) for _, w, e in batch], alpha)
+            self._undo += [(w, name, kept) for (name, w, _), kept in zip(batch, old, strict=True)]
         return self
 
     @torch.no_grad()
@@ -129,8 +130,8 @@ class SparseDelta:
         """Puts back the bits that `apply_` found. Deltas applied on top of each other are reverted in the opposite order."""
         if not self._undo:
             raise RuntimeError("SparseDelta.revert_: expected an applied delta; this one is not; apply_() it first")
-        for w, name, old in reversed(self._undo):
-            _put_(w, self.entries[name].indices, old)
+        for batch in _apart([(name, w, Entry(self.entries[name].indices, old, w.shape)) for w, name, old in reversed(self._undo)]):
+            _move("scatter", [(w, e.indices, e.values) for _, w, e in batch])
         self._undo = []
 
     @torch.no_grad()
@@ -138,21 +139,19 @@ class SparseDelta:
         """Exchanges the weights and the values (kind "set"): doing it twice changes nothing."""
         if self.kind != "set":
             raise ValueError('SparseDelta.swap_: expected kind "set"; got "add"; use apply_ and revert_')
-        matched = list(self._matched("swap_", weights))
+        matched = self._matched("swap_", weights)
         narrow = [f"{name}: {e.values.dtype} for {w.dtype}" for name, w, e in matched if e.values.dtype != w.dtype]
         if narrow:
             raise ValueError(f"SparseDelta.swap_: expected values of the weights' dtypes, so that an exchange loses nothing; got {narrow}")
-        for _, w, e in matched:
-            old = _take(w, e.indices)
-            _put_(w, e.indices, e.values.to(w.device))
-            e.values.copy_(old)
+        for batch in _apart(matched):
+            _move("swap", [(w, e.indices, e.values) for _, w, e in batch])
 
-    def _matched(self, op: str, weights: Weights) -> Iterator[tuple[str, Tensor, Entry]]:
+    def _matched(self, op: str, weights: Weights) -> list[Job]:
         found = _tensors(weights)
         bad = [n for n, e in self.entries.items() if n not in found or found[n].shape != e.shape or not found[n].dtype.is_floating_point]
         if bad:
             raise ValueError(f"SparseDelta.{op}: expected weights with the delta's tensors; missing, of another shape or not floating-point: {bad}")
-        return ((name, found[name], e) for name, e in self.entries.items())
+        return [(name, found[name], e) for name, e in self.entries.items()]
 
     def save(self, path: str | Path) -> None:
         """One safetensors file, written atomically: gap-coded positions (about 1.1 bytes at 1 %) and values."""
@@ -223,18 +222,36 @@ def _same(op: str, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
         raise ValueError(f"{op}: expected the same tensors on both sides; these are missing on one, or differ in shape: {bad}")
 
 
-def _take(w: Tensor, index: Tensor) -> Tensor:
-    at = index.to(w.device)
-    if not w.is_contiguous():
-        return torch.take(w, at.long())
-    out: Tensor = ops.run("gather_at", w)(w.view(-1), at)
+def _apart(jobs: list[Job]) -> list[list[Job]]:
+    """What may be written side by side: all together, or one by one where tensors share memory (tied weights under two names)."""
+    spans = sorted((s.data_ptr(), s.data_ptr() + s.nbytes()) if not w.is_contiguous() else (w.data_ptr(), w.data_ptr() + w.nbytes)
+                   for _, w, _ in jobs for s in (w.untyped_storage(),))  # fmt: skip
+    apart = all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
+    return [jobs] if apart else [[job] for job in jobs]
+
+
+def _take_all(jobs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """The chosen elements of every tensor, in one launch for each device."""
+    out = [torch.empty(index.numel(), dtype=w.dtype, device=w.device) for w, index in jobs]
+    _move("gather", [(w, index, kept) for (w, index), kept in zip(jobs, out, strict=True)])
     return out
 
 
-def _put_(w: Tensor, index: Tensor, values: Any) -> None:
-    at = index.to(w.device)
-    if not w.is_contiguous():
-        w.put_(at.long(), values)
-        return
-    ops.run("scatter_at_", w)(w.view(-1), at, values)
-    torch.autograd.graph.increment_version(w)
+def _move(op: str, jobs: Sequence[tuple[Tensor, Tensor, Tensor]], alpha: float = 1.0) -> None:
+    """gather, scatter, add or swap for every (tensor, positions, values), in one launch for each device. Tensors that are not contiguous go through a
+    copy; so do values elsewhere or of a type that kernels do not read."""
+    moves, back = [], []
+    for w, index, values in jobs:
+        flat = w.view(-1) if w.is_contiguous() else w.contiguous().view(-1)
+        dtype = values.dtype
+        if dtype != w.dtype and dtype not in ops.DTYPES:
+            dtype = w.dtype if op == "scatter" else torch.float32
+        near = values.to(w.device, dtype)
+        moves.append((flat, index.to(w.device), near))
+        if op != "gather" and not w.is_contiguous():
+            back.append((w, flat.view(w.shape)))
+        if op == "swap" and near is not values:
+            back.append((values, near))
+    ops.move_all(op, moves, alpha)
+    for to, moved in back:
+        to.copy_(moved)

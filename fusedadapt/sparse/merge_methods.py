@@ -121,23 +121,12 @@ def _trim(job: Job, base: Tensor, parts: list[Part]) -> list[Part]:
     """Keeps the largest changes: of the model by its cut, else exactly so many of this tensor."""
     n = base.numel()
     if job.cuts:
-        return [part if cut is None else _with(part, base, Cut(int(cut.key), n)) for part, cut in zip(parts, job.cuts, strict=True)]
+        return [part if cut is None else replace(part, cut=Cut(int(cut.key), n)) for part, cut in zip(parts, job.cuts, strict=True)]
     least = 1 if job.compat == "mergekit" else 0
     # density 0 keeps nothing, in mergekit too
     counts = [n if d >= 1 else max(least, int(d * n)) if d > 0 else 0 for d in job.density]
-    if ops.offers("cuts", base):
-        found = ops.run("cuts", base)(base, [part.tensor for part in parts], counts)
-        return [part if k >= n else replace(part, cut=cut) for part, cut, k in zip(parts, found, counts, strict=True)]
-    masks = [topk_mask(part.tensor, k=min(k, n), score="abs_diff", other=base) for part, k in zip(parts, counts, strict=True)]
-    return [replace(part, words=mask.words) for part, mask in zip(parts, masks, strict=True)]
-
-
-def _with(part: Part, base: Tensor, cut: Cut) -> Part:
-    if ops.offers("cuts", base):
-        return replace(part, cut=cut)
-    key, every = (torch.tensor([value], dtype=torch.int64, device=base.device) for value in cut)
-    (words,) = ops.run("mark", base)([(part.tensor, base)], "abs_diff", "highest", key, every)
-    return replace(part, words=words)
+    found = ops.run("cuts", base)(base, [part.tensor for part in parts], counts)
+    return [part if k >= n else replace(part, cut=cut) for part, cut, k in zip(parts, found, counts, strict=True)]
 
 
 def _middle(job: Job, base: Tensor, part: Part, row: int) -> Tensor | None:

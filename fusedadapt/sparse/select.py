@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ops import sparse as ops
-from ..reference.sparse import SCORES, TOP, count_of, score_at
+from ..reference.sparse import SCORES, TOP, count_of, kept_ties, score_at
 from .mask import Mask
 
 TIES = ("lowest_index", "inclusive", "exclusive")
@@ -217,20 +217,6 @@ def _wire(group: Any) -> torch.device:
     return torch.device("cuda" if group is not None and torch.distributed.get_backend(group) == "nccl" else "cpu")
 
 
-def _cut(items: list[Item], score: str, k: int, ties: str, nan: str, group: Any) -> tuple[Tensor, Tensor]:
-    """(key, equals to keep) as `mark` takes them, int64 [1] on the device."""
-    if group is not None or not ops.offers("kth_key", items[0][0]):
-        found = find_threshold(lambda: [items], score, k, ties, nan, group)
-        return found.key, found.keep
-    key, above, same = ops.run("kth_key", items[0][0])(items, score, "highest" if nan == "raise" else nan, k)
-    equal = _kept_ties(ties, k - above, same)
-    return torch.tensor([key], dtype=torch.int64), torch.tensor([equal], dtype=torch.int64)
-
-
-def _kept_ties(ties: str, left: int, same: int) -> int:
-    return {"lowest_index": left, "inclusive": same, "exclusive": same if same == left else 0}[ties]
-
-
 def find_threshold(batches: Callable[[], Iterable[list[Item]]], score: str, k: int, ties: str, nan: str, group: Any = None) -> Threshold:
     """The cut over everything that `batches` yields: it is called once for each pass, so that tensors may be read from a disk again and again and
     never be in memory together. k in 1..n."""
@@ -261,7 +247,7 @@ def find_threshold(batches: Callable[[], Iterable[list[Item]]], score: str, k: i
     same = int(counts[key & (counts.numel() - 1)])
     # NaN's key has ones below its upper half too.
     key = TOP if key == TOP >> shifts[-1][0] else key << shifts[-1][0]
-    equal = _kept_ties(ties, left, same)
+    equal = kept_ties(ties, left, same)
     scalars = torch.tensor([[key], [equal]], dtype=torch.int64, device=sample.device)
     return Threshold(score_at(key), above, equal, same, nans, scalars[0], scalars[1])
 
@@ -286,11 +272,13 @@ def _global(items: list[Item], score: str, density: float | None, k: int | None,
     k = _k("topk_mask", _total(sum(x.numel() for x, _ in items), group), density, k, rounding)
     if k == 0:
         return [torch.zeros((x.numel() + 31) // 32, dtype=torch.int32, device=x.device) for x, _ in items]
-    key, keep = _cut(items, score, k, ties, nan, group)
-    order = "highest" if nan == "raise" else nan
-    if group is not None and ties == "lowest_index":
-        keep = _own_share(items, score, order, key, keep, group)
-    words: list[Tensor] = ops.run("mark", items[0][0])(items, score, order, key, keep)
+    order, words = "highest" if nan == "raise" else nan, list[Tensor]()
+    if group is None:
+        words = ops.run("select", items[0][0])(items, score, order, k, ties)
+        return words
+    found = find_threshold(lambda: [items], score, k, ties, nan, group)
+    keep = _own_share(items, score, order, found.key, found.keep, group) if ties == "lowest_index" else found.keep
+    words = ops.run("mark", items[0][0])(items, score, order, found.key, keep)
     return words
 
 
