@@ -98,7 +98,7 @@ def colstat(x: Tensor) -> Tensor:
         checks.refuse("colstat", "a matrix [T, K]", tuple(x.shape), "flatten it to rows")
     rows, columns = x.shape
     slices, strips = column_slices(rows, columns), triton.cdiv(columns, COLUMNS)
-    out = torch.empty(columns, device=x.device)
+    out = torch.empty(columns, dtype=torch.float32, device=x.device)
     parts = torch.empty(slices, columns, dtype=torch.float64, device=x.device)
     if columns:
         with torch.cuda.device_of(x):

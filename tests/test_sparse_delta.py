@@ -270,3 +270,24 @@ def test_what_does_not_fit_is_refused_and_nothing_changes() -> None:
         SparseDelta.from_diff(base, base | {"z": torch.zeros(1), "b.c": torch.zeros(3)})
     with pytest.raises(ValueError, match=r"density in \[0, 1\]"):
         SparseDelta.from_diff(base, base, density=2.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"masks": {"w": Mask.full((3, 3), True)}}, r"expected masks in the shapes.*w: \(3, 3\)"),
+        ({"masks": {"v": Mask.full((4, 6), True)}}, "got others.*v:"),
+        ({"masks": {"w": Mask.full((4, 6), True)}, "density": 0.5}, "expected one of density, k and masks"),
+        ({"k": 3, "density": 0.5}, "expected one of density, k and masks"),
+    ],
+)
+def test_masks_that_do_not_fit(options, message):
+    base = {"w": torch.zeros(4, 6)}
+    with pytest.raises(ValueError, match=message):
+        SparseDelta.from_diff(base, {"w": torch.ones(4, 6)}, **options)
+
+
+def test_bool_tensors_are_masks():
+    chosen = torch.arange(24).view(4, 6) % 5 == 0
+    delta = SparseDelta.from_diff({"w": torch.zeros(4, 6)}, {"w": torch.ones(4, 6)}, masks={"w": chosen})
+    assert torch.equal(delta.masks()["w"].to_bool(), chosen)

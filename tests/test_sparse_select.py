@@ -183,6 +183,38 @@ def test_threshold_says_where_it_cuts(backend: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_thresholds_of_tensors_and_rows(backend: str) -> None:
+    with fa.backend(backend):
+        xs = {"a": data("few values", 60, torch.bfloat16).view(6, 10), "b": data("special", 40, torch.float32).view(2, 2, 10)}
+        whole = topk_threshold(xs, density=0.3, scope="tensor")
+        assert {n: t.value for n, t in whole.items()} == {n: topk_threshold(x, density=0.3).value for n, x in xs.items()}
+        for name, cuts in topk_threshold(xs, k=3, scope="row").items():
+            for row, cut in zip(xs[name].reshape(-1, 10), cuts.reshape(-1), strict=True):
+                expected = topk_threshold(row, k=3).value
+                finite = sorted((v for v in row.float().abs().tolist() if not math.isnan(v)), reverse=True)
+                left = 3 - int(row.isnan().sum())
+                assert float(cut) == (finite[left - 1] if left > 0 else expected) or math.isnan(cut) and left <= 0
+        assert topk_threshold(xs["a"], k=3, scope="row").shape == (6,)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: topk_mask([1, 2], k=1), "expected a dense tensor; got int for tensor 0"),
+        (lambda: topk_mask(torch.eye(3).to_sparse(), k=1), "expected a dense tensor; got a torch.sparse_coo one"),
+        (lambda: topk_mask(None, k=1), "name -> tensor; got NoneType"),
+        (lambda: nm_mask(torch.ones(2, 4), 1.5, 4), "n in 0..m|expected"),
+        (lambda: topk_threshold(torch.ones(4), k=1, scope="block"), "expected scope global, tensor or row"),
+        (lambda: topk_threshold(torch.ones(2, 4), k=0, scope="row"), "at least one element of each row"),
+        (lambda: topk_threshold([torch.ones(4)], density=[0.1], scope="tensor"), "at least one element"),
+    ],
+)
+def test_what_cannot_be_selected_from(call: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_n_of_m(backend: str) -> None:
     with fa.backend(backend):
         for kind, dtype, (n, m) in itertools.product(

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..autocast import autocasting
 from ..lowrank.dora import dora_linear_peft, dora_scale
 from ..lowrank.functional import Output, Segment, lora_linear, lora_linear_group
 from ..quant.tensor import QuantizedTensor
@@ -133,15 +134,9 @@ def input_reason(layer: Any, x: Tensor) -> str:
         return f"input is a {type(x).__name__} of {x.dtype}"
     if x.device != weight.device or x.device.type == "meta":
         return f"input on {x.device}, base weight on {weight.device}"
-    if x.dtype == weight.dtype or autocasting(x) or packed.is_packed(layer.base_layer):
+    if x.dtype == weight.dtype or autocasting(x.device.type) or packed.is_packed(layer.base_layer):
         return ""
     return f"{x.dtype} input to a {weight.dtype} base layer outside autocast"
-
-
-def autocasting(x: Tensor) -> bool:
-    """Whether autocast is on for x's device."""
-    kind = x.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def numbers_of(layer: Any, kind: Kind, name: str) -> tuple[float, float]:
@@ -305,7 +300,7 @@ def _ia3_run(layer: Any, x: Tensor, names: Sequence[str], numbers: Numbers, pape
     weight = weight_of(base)
     if not layer.is_feedforward:
         return lora_linear(x, weight, None, None, bias=base.bias, row_scale=scale, scale_bias=True)
-    if scale.dtype == x.dtype and not autocasting(x):
+    if scale.dtype == x.dtype and not autocasting(x.device.type):
         return lora_linear(x, weight, None, None, bias=base.bias, col_scale=scale)
     # A scale in a wider dtype: one rounding of the product, as in PEFT; col_scale would round the scale, too.
     return lora_linear((x * scale).to(x.dtype), weight, None, None, bias=base.bias)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..autocast import autocasting
 from ..ops import base as base_ops
 from ..ops import lowrank as _ops  # noqa: F401 - defines torch.ops.fusedadapt.lr_*
 from ..ops.base import Base
@@ -173,7 +174,7 @@ def dora_linear_peft(
     if not isinstance(p, Tensor) and p == 0:
         return lora_linear(x, weight, A, B, bias=bias, scaling=scaling, row_scale=scale)
     device_type = x.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type) and x.dtype != torch.float64:
+    if autocasting(device_type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)
         x, output = x.to(dtype), _cast(output, dtype)
     _check_dtypes(x, (output,))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..autocast import autocasting
 from ..ops import base as base_ops
 from ..ops.base import Base
 from ..ops.dense_low import Low
@@ -35,8 +36,7 @@ Numbers = tuple[tuple[float, float], ...]
 
 
 def _no_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
-    enabled = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-    return torch.autocast(device_type, enabled=False) if enabled else contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False) if autocasting(device_type) else contextlib.nullcontext()
 
 
 def _stack(parts: Sequence[Tensor], dim: int) -> Tensor:
@@ -78,7 +78,7 @@ class _Output:
 
 def as_tensor(scalars: Tensor | Numbers) -> Tensor:
     """fp64 CPU [segments, 2]."""
-    return scalars if isinstance(scalars, Tensor) else torch.tensor(scalars, dtype=torch.float64).view(-1, 2)
+    return scalars if isinstance(scalars, Tensor) else torch.tensor(scalars, dtype=torch.float64, device="cpu").view(-1, 2)
 
 
 def _numbers(x: Tensor, scalars: Tensor | Numbers) -> tuple[Any, Any]:

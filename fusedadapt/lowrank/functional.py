@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..autocast import autocasting
 from ..ops.base import Base
 from ..ops.lowrank import DTYPES
 from ..quant.tensor import QuantizedTensor
@@ -128,7 +129,7 @@ def lora_linear_group(
     _check_seed(seed, x)
     lead, segments = x.shape[:-1], [s for output in outputs for s in output.segments]
     device_type = x.device.type
-    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
+    if autocasting(device_type):
         dtype = torch.get_autocast_dtype(device_type)
         if x.dtype != torch.float64:
             x = x.to(dtype)

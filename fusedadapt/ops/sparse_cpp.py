@@ -70,7 +70,7 @@ def select(items: Sequence[Item], score: str, nan: str, k: int, ties: str = "low
     if k:
         key, above, same = kth_key(items, score, nan, k)
         equal = kept_ties(ties, k - above, same)
-    return mark(items, score, nan, torch.tensor([key]), torch.tensor([equal]))
+    return mark(items, score, nan, *(torch.tensor([v], dtype=torch.int64, device="cpu") for v in (key, equal)))
 
 
 def mark(items: Sequence[Item], score: str, nan: str, threshold: Tensor, equal: Tensor) -> list[Tensor]:

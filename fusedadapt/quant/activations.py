@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..autocast import autocasting
 from ..ops import quant_act as ops
 from ..ops.quant import DTYPES
 from .tensor import QuantizedTensor
@@ -74,7 +75,7 @@ def quantized_linear_act(x: Tensor, qw: QuantizedTensor, bias: Tensor | None = N
         raise ValueError(f"{name}: expected x in float32, bfloat16, float16 or float64; got {x.dtype}; convert it")
     act = ops.activation_spec(activations, qw.format)
     kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+    if autocasting(kind) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(kind))
     y: Tensor = _apply(x.reshape(math.prod(x.shape[:-1]), qw.columns), bias, act, qw.format.spec, qw.rows, *qw.parts)
     return y.view(*x.shape[:-1], qw.rows)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..autocast import autocasting
 from ..ops import quant as ops
 from .activations import quantized_linear_act
 from .tensor import QuantizedTensor
@@ -69,7 +70,7 @@ def quantized_linear(x: Tensor, qw: QuantizedTensor, bias: Tensor | None = None,
     if x.dtype not in ops.DTYPES:
         raise ValueError(f"fusedadapt.quantized_linear: expected x in float32, bfloat16, float16 or float64; got {x.dtype}; convert it")
     kind = x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+    if autocasting(kind) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(kind))
     y: Tensor = _apply(x.reshape(-1, qw.columns), bias, qw.format.spec, qw.rows, *qw.parts)
     return y.view(*x.shape[:-1], qw.rows)

@@ -167,7 +167,9 @@ def energy_of(parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         else:
             sums[b] = sign * math.ldexp(float(significands[b]), scale)
             squares[b] = math.ldexp(float((high[b] << 32) + low[b]), 2 * scale)
-    return torch.tensor(counts), torch.tensor(sums, dtype=torch.float64), torch.tensor(squares, dtype=torch.float64)
+    types = (torch.int64, torch.float64, torch.float64)
+    a, b, c = (torch.tensor(values, dtype=t, device="cpu") for values, t in zip((counts, sums, squares), types, strict=True))
+    return a, b, c
 
 
 def column_slices(rows: int, columns: int) -> int:
@@ -180,7 +182,7 @@ def column_squares(x: Tensor) -> Tensor:
     """Sum of squares of each column of x [T, K], fp32 [K]: in fp64, row by row in each slice, then slice by slice, rounded once."""
     rows, columns = x.shape
     slices = column_slices(rows, columns)
-    first = torch.tensor([rows * i // slices for i in range(slices + 1)], device=x.device)
+    first = torch.tensor([rows * i // slices for i in range(slices + 1)], dtype=torch.int64, device=x.device)
     sums = torch.zeros(slices, columns, dtype=torch.float64, device=x.device)
     for step in range(int((first[1:] - first[:-1]).max())):
         some = first[:-1] + step < first[1:]

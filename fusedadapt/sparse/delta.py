@@ -64,26 +64,30 @@ class SparseDelta:
         *,
         density: float | None = None,
         k: int | None = None,
-        masks: Mapping[str, Mask] | None = None,
+        masks: Mapping[str, Mask | Tensor] | None = None,
         kind: str = "add",
         dtype: torch.dtype | None = None,
     ) -> SparseDelta:
         """What `tuned` changed. With ``density`` or ``k``: its largest changes over all tensors together (exact, ties to the first); with ``masks``
         those elements; with none of them every element that differs (kind "set": in its bits).
 
-        ``dtype`` of the values: the tensor's own by default.
+        ``dtype`` of the values: the tensor's own by default. Tensors that ``masks`` (Masks or bool tensors) does not name have no part.
 
         Raises:
-            ValueError: tensors missing on one side or of another shape (all named).
+            ValueError: tensors missing on one side or of another shape, masks of another shape or without a tensor (all named), several of
+                ``density``, ``k`` and ``masks``.
         """
         old, new = _tensors(base), _tensors(tuned)
         _same("SparseDelta.from_diff", old, new)
+        if sum(given is not None for given in (density, k, masks)) > 1:
+            raise ValueError("SparseDelta.from_diff: expected one of density, k and masks; got several; masks say already which elements count")
         names = [name for name in old if old[name].dtype.is_floating_point]
-        if masks is None and (density is not None or k is not None):
-            masks = topk_mask({n: new[n] for n in names}, density=density, k=k, score="abs_diff", other={n: old[n] for n in names})
+        chosen = None if masks is None else _fitting(masks, {name: old[name] for name in names})
+        if density is not None or k is not None:
+            chosen = topk_mask({n: new[n] for n in names}, density=density, k=k, score="abs_diff", other={n: old[n] for n in names})
         entries = {}
         for name in names:
-            mask = Mask.from_bool(_differ(old[name], new[name], kind)) if masks is None else masks.get(name)
+            mask = Mask.from_bool(_differ(old[name], new[name], kind)) if chosen is None else chosen.get(name)
             if mask is None or mask.nnz == 0:
                 continue
             index = mask.indices()
@@ -214,6 +218,13 @@ def _tensors(weights: Weights) -> dict[str, Tensor]:
     if isinstance(weights, nn.Module):
         return {name: p.detach() for name, p in weights.named_parameters()}
     return {name: t.detach() for name, t in weights.items()}
+
+
+def _fitting(masks: Mapping[str, Mask | Tensor], weights: Mapping[str, Tensor]) -> dict[str, Mask]:
+    bad = [f"{n}: {tuple(m.shape)}" for n, m in masks.items() if n not in weights or m.shape != weights[n].shape]
+    if bad:
+        raise ValueError(f"SparseDelta.from_diff: expected masks in the shapes of floating-point tensors; got others: {bad}")
+    return {n: m if isinstance(m, Mask) else Mask.from_bool(m) for n, m in masks.items()}
 
 
 def _same(op: str, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:

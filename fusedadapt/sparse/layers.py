@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
+from ..autocast import autocasting
 from ..ops import dense
 from ..ops import sparse as ops
 from ..ops import wgrad as _wgrad  # noqa: F401 - defines torch.ops.fusedadapt.masked_wgrad
@@ -163,7 +164,7 @@ class MaskedLinear(nn.Linear):
         self._follow()
         bias: Tensor | None = self.bias
         device = x.device.type
-        cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64
+        cast = autocasting(device) and x.dtype != torch.float64
         if x.shape[-1:] != (self.in_features,) or (not cast and x.dtype != self.weight.dtype):
             expected, got = f"x of shape [..., {self.in_features}] in {self.weight.dtype}", f"{tuple(x.shape)} in {x.dtype}"
             raise ValueError(f"{type(self).__name__}: expected {expected}; got {got}; convert x or the layer, or use torch.autocast")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..ops import sparse as ops
-from ..reference.sparse import SCORES, TOP, count_of, kept_ties, score_at
+from ..reference.sparse import SCORES, TOP, count_of, kept_ties, score_at, score_of
 from .mask import Mask
 
 TIES = ("lowest_index", "inclusive", "exclusive")
@@ -39,26 +39,55 @@ def topk_threshold(
     k: int | None = None,
     score: str = "abs",
     other: Tensors | None = None,
+    scope: str = "global",
     ties: str = "lowest_index",
     nan: str = "highest",
     rounding: str = "floor",
     group: Any = None,
-) -> Threshold:
+) -> Any:
     """The k-th largest score over a tensor, or over all tensors of a list or dict together. Exact; no sort, no concatenation.
 
-    Args: as `topk_mask`, scope "global". With ``group`` (a torch process group) every process passes its own shards of the same model and k counts
-    over all of them: only histograms travel.
+    Args: as `topk_mask`. With ``group`` (a torch process group) every process passes its own shards of the same model and k counts over all of
+    them: only histograms travel.
+
+    Returns:
+        A `Threshold`; with scope "tensor" one for each tensor, in a list or dict as w is; with scope "row" for each tensor the smallest score kept
+        in each row, fp32 in w's shape without the last dimension (NaN where only NaN is kept).
 
     Raises:
         ValueError: as `topk_mask`; an empty selection (k = 0 or no elements), which has no threshold.
     """
-    _, items = _items("topk_threshold", w, score, other, ties, nan, group)
+    if scope not in ("global", "tensor", "row"):
+        raise ValueError(f"topk_threshold: expected scope global, tensor or row; got {scope!r}")
+    names, items = _items("topk_threshold", w, score, other, ties, nan, group)
+    if scope != "global":
+        if group is not None:
+            raise ValueError(f'topk_threshold: expected scope "global" with a process group; got {scope!r}; select locally instead')
+        several = _densities(density, names, len(items))
+        cuts = _tensor_cut if scope == "tensor" else _row_cuts
+        return _as(w, names, [cuts(item, score, d, k, ties, nan, rounding) for item, d in zip(items, several, strict=True)])
     n = _total(sum(x.numel() for x, _ in items), group)
     k = _k("topk_threshold", n, density, k, rounding)
     if k == 0:
         raise ValueError(f"topk_threshold: expected at least one element to keep; got k = 0 of {n}; raise k or density")
     items = items or [_nothing(score, group)]
     return find_threshold(lambda: [items], score, k, ties, nan, group)
+
+
+def _tensor_cut(item: Item, score: str, density: float | None, k: int | None, ties: str, nan: str, rounding: str) -> Threshold:
+    count = _k("topk_threshold", item[0].numel(), density, k, rounding)
+    if count == 0:
+        raise ValueError(f"topk_threshold: expected at least one element to keep; got k = 0 of {item[0].numel()}; raise k or density")
+    return find_threshold(lambda: [[item]], score, count, ties, nan)
+
+
+def _row_cuts(item: Item, score: str, density: float | None, k: int | None, ties: str, nan: str, rounding: str) -> Tensor:
+    x, other = item
+    if not x.dim() or _k("topk_threshold", x.shape[-1], density, k, rounding) == 0:
+        raise ValueError(f"topk_threshold: expected at least one element of each row to keep; got none of {tuple(x.shape)}; raise k or density")
+    scores = score_of(x, score, other)
+    kept = _local(item, score, density, k, "row", None, "lowest_index", nan, rounding).to_bool() & ~scores.isnan()
+    return torch.where(kept.any(-1), torch.where(kept, scores, torch.inf).amin(-1), torch.nan)
 
 
 def topk_mask(
@@ -129,6 +158,9 @@ def _items(op: str, w: Tensors, score: str, other: Tensors | None, ties: str, na
     out = []
     for i, (x, y) in enumerate(zip(tensors, others, strict=True)):
         where = repr(names[i]) if names else f"tensor {i}"
+        if not isinstance(x, Tensor) or x.layout != torch.strided:
+            got = f"a {x.layout} one" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"{op}: expected a dense tensor; got {got} for {where}; convert it")
         if not x.dtype.is_floating_point or x.is_complex():
             raise ValueError(f"{op}: expected a floating-point tensor; got {x.dtype} for {where}; convert it")
         if y is not None:
@@ -154,7 +186,7 @@ def _plain(x: Tensor) -> Tensor:
 
 def _nothing(score: str, group: Any) -> Item:
     """Stands for the tensors of a process that has none: it still takes part in the sums."""
-    empty = torch.empty(0, device=_wire(group))
+    empty = torch.empty(0, dtype=torch.float32, device=_wire(group))
     return empty, None if score in ("abs", "given") else empty
 
 
@@ -166,13 +198,15 @@ def _listed(w: Tensors, names: list[str] | None) -> list[Tensor]:
         if missing:
             raise ValueError(f"topk: expected the same names in other; missing: {missing}")
         return [w[name] for name in names or []]
+    if not isinstance(w, Iterable):
+        raise ValueError(f"topk: expected a tensor, a list of tensors or name -> tensor; got {type(w).__name__}")
     return list(w)
 
 
-def _as(w: Tensors, names: list[str] | None, masks: list[Mask]) -> Any:
+def _as(w: Tensors, names: list[str] | None, found: list[Any]) -> Any:
     if isinstance(w, Tensor):
-        return masks[0]
-    return dict(zip(names, masks, strict=True)) if names is not None else masks
+        return found[0]
+    return dict(zip(names, found, strict=True)) if names is not None else found
 
 
 def _k(op: str, n: int, density: float | None, k: int | None, rounding: str) -> int:
@@ -225,7 +259,7 @@ def find_threshold(batches: Callable[[], Iterable[list[Item]]], score: str, k: i
     # All processes must take the same passes, whatever the dtypes of their shards: in a group never the short one of 16-bit tensors.
     shifts = ops.levels(sample, score if group is None else "given")
     prefix, left, above, nans, key = None, k, 0, 0, 0
-    counts = torch.zeros(1, dtype=torch.int64)
+    counts = torch.zeros(1, dtype=torch.int64, device="cpu")
     for level, (shift, bits) in enumerate(shifts):
         counts = torch.zeros(1 << bits, dtype=torch.int64, device=sample.device)
         for items in batches():
@@ -324,7 +358,7 @@ def nm_mask(w: Tensor, n: int, m: int, *, score: str = "abs", other: Tensor | No
         ValueError: rows that m does not divide; n outside 0..m.
     """
     _, ((x, y),) = _items("nm_mask", w, score, other, "lowest_index", nan)
-    if not 0 <= n <= m or m < 1:
+    if not (isinstance(n, int) and isinstance(m, int)) or not 0 <= n <= m or m < 1:
         raise ValueError(f"nm_mask: expected 0 <= n <= m; got n={n}, m={m}")
     if x.dim() == 0 or x.shape[-1] % m:
         raise ValueError(f"nm_mask: expected rows of a multiple of {m} elements; got shape {tuple(x.shape)}; pad the last dimension")
