@@ -167,9 +167,8 @@ def energy_of(parts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         else:
             sums[b] = sign * math.ldexp(float(significands[b]), scale)
             squares[b] = math.ldexp(float((high[b] << 32) + low[b]), 2 * scale)
-    types = (torch.int64, torch.float64, torch.float64)
-    a, b, c = (torch.tensor(values, dtype=t, device="cpu") for values, t in zip((counts, sums, squares), types, strict=True))
-    return a, b, c
+    first, second = (torch.tensor(values, dtype=torch.float64, device="cpu") for values in (sums, squares))
+    return torch.tensor(counts, dtype=torch.int64, device="cpu"), first, second
 
 
 def column_slices(rows: int, columns: int) -> int:
