@@ -45,120 +45,80 @@ FA_INLINE float total(F f) {
 // ---- y = x W^T ----
 
 constexpr int64_t kRows = 16;  // of W that pass by a chunk of x
-// to[t] += W[row, chunk] . x[t, chunk] for one or two rows of x: codes are summed, and scales applied to the sums of a unit.
+constexpr int64_t kTokens = 8;  // rows of x for which a code becomes a number once
+
+// to[t] += W[row, chunk] . x[t, chunk] for T rows of x: codes are summed, and scales applied to the sums of a unit.
 template <class D, int T, bool wide>
 __attribute__((noinline)) void dot_codes(const D& d, const Layout& a, const Chunk& chunk, int64_t u0, int64_t columns, const Operand& o,
                                          int64_t t0, F* to) {
-  constexpr int kChains = 4 / T;  // additions in flight
-  F acc[T];
-#pragma GCC unroll 2
-  for (int t = 0; t < T; ++t) acc[t] = to[t0 + t];
-  const int64_t most = a.unit / a.block;
+  constexpr int kChains = T == 1 ? 4 : T <= 4 ? 2 : 1;  // additions in flight for each
+  constexpr bool kRaw = D::kShifted && kChains > 1;
+  const int64_t most = a.unit / a.block, stride = o.stride;
   const uint8_t* codes = chunk.codes;
-  const float* x = o.x + t0 * o.stride + u0 * a.unit;
+  const float* x = o.x + t0 * stride + u0 * a.unit;
   const float* x_sums = o.sums + t0 * o.sums_stride + u0 * kLanes;
   for (int64_t u = 0, left = ceil_div(columns, a.block); left > 0; ++u, left -= most, x_sums += kLanes) {
-    F sum[T][4] = {};
+    F sum[T][kChains] = {};
     for (int64_t b = wide ? least(most, left) : 1; b > 0; --b, codes += 4 * kLanes, x += D::kPer * kLanes) {
       const U word = load<U>(codes);
 #pragma GCC unroll 16
       for (int part = 0; part < D::kPer / D::kStep; ++part) {
         F v[D::kStep];
-        D::raw(d, word, part, v);
+        if constexpr (kRaw)
+          D::raw(d, word, part, v);
+        else
+          D::part(d, word, part, v);
 #pragma GCC unroll 4
         for (int i = 0; i < D::kStep; ++i) {
           const int j = part * D::kStep + i;
-#pragma GCC unroll 2
-          for (int t = 0; t < T; ++t) sum[t][j % kChains] = fma(v[i], load<F>(x + t * o.stride + j * kLanes), sum[t][j % kChains]);
+#pragma GCC unroll 8
+          for (int t = 0; t < T; ++t) sum[t][j % kChains] = fma(v[i], load<F>(x + t * stride + j * kLanes), sum[t][j % kChains]);
         }
       }
     }
     const F s = granules_at<wide>(chunk.s, u), z = a.zeros ? granules_at<wide>(chunk.z, u) : F{};
-#pragma GCC unroll 2
+#pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
-      const F even = sum[t][0] + sum[t][2], odd = sum[t][1] + sum[t][3];
-      F all = D::kShifted ? fma(odd, splat(0.0625f), even) : even + odd;
-      if (a.zeros) all = fma(-z, load<F>(x_sums + t * o.sums_stride), all);
-      acc[t] = fma(s, all, acc[t]);
-    }
-  }
-#pragma GCC unroll 2
-  for (int t = 0; t < T; ++t) to[t0 + t] = acc[t];
-}
-
-// The same for two rows of W and three or four of x, which share what is read: numbers are scaled before they are summed.
-template <class D, int T, bool wide>
-__attribute__((noinline)) void dot_numbers(const D& d, const Layout& a, const Chunk* rows, int64_t u0, int64_t columns, const Operand& o,
-                                           int64_t t0, F (*to)[kMostRows]) {
-  F acc[2][T];
-#pragma GCC unroll 2
-  for (int r = 0; r < 2; ++r)
-#pragma GCC unroll 4
-    for (int t = 0; t < T; ++t) acc[r][t] = to[r][t0 + t];
-  const int64_t most = a.unit / a.block;
-  const uint8_t *first = rows[0].codes, *second = rows[1].codes;
-  const float* x = o.x + t0 * o.stride + u0 * a.unit;
-  for (int64_t u = 0, left = ceil_div(columns, a.block); left > 0; ++u, left -= most) {
-    const F s[2] = {granules_at<wide>(rows[0].s, u), granules_at<wide>(rows[1].s, u)};
-    F c[2] = {};
-    if (a.zeros) c[0] = -granules_at<wide>(rows[0].z, u) * s[0], c[1] = -granules_at<wide>(rows[1].z, u) * s[1];
-    for (int64_t b = wide ? least(most, left) : 1; b > 0; --b, first += 4 * kLanes, second += 4 * kLanes, x += D::kPer * kLanes) {
-      const U words[2] = {load<U>(first), load<U>(second)};
-#pragma GCC unroll 16
-      for (int part = 0; part < D::kPer / D::kStep; ++part) {
-        F v[2][D::kStep];
-        D::part(d, words[0], part, v[0]);
-        D::part(d, words[1], part, v[1]);
-#pragma GCC unroll 4
-        for (int i = 0; i < D::kStep; ++i) {
-          const F w0 = fma(v[0][i], s[0], c[0]), w1 = fma(v[1][i], s[1], c[1]);
-#pragma GCC unroll 4
-          for (int t = 0; t < T; ++t) {
-            const F right = load<F>(x + t * o.stride + (part * D::kStep + i) * kLanes);
-            acc[0][t] = fma(w0, right, acc[0][t]);
-            acc[1][t] = fma(w1, right, acc[1][t]);
-          }
-        }
+      F all = sum[t][0];
+      if constexpr (kChains > 1) {
+        const F even = kChains == 4 ? sum[t][0] + sum[t][2 % kChains] : sum[t][0];
+        const F odd = kChains == 4 ? sum[t][1] + sum[t][3 % kChains] : sum[t][1];
+        all = kRaw ? fma(odd, splat(0.0625f), even) : even + odd;
       }
+      if (a.zeros) all = fma(-z, load<F>(x_sums + t * o.sums_stride), all);
+      to[t] = fma(s, all, to[t]);
     }
   }
-#pragma GCC unroll 2
-  for (int r = 0; r < 2; ++r)
-#pragma GCC unroll 4
-    for (int t = 0; t < T; ++t) to[r][t0 + t] = acc[r][t];
 }
 
 template <class D, bool wide>
-void dot_rows(int64_t count, const D& d, const Layout& a, const Chunk* rows, int64_t u0, int64_t columns, const Operand& o, int64_t t0,
-              F (*to)[kMostRows]) {
-  if (count >= 4) return dot_numbers<D, 4, wide>(d, a, rows, u0, columns, o, t0, to);
-  if (count == 3) return dot_numbers<D, 3, wide>(d, a, rows, u0, columns, o, t0, to);
-  for (int r = 0; r < 2; ++r)
-    if (count == 2)
-      dot_codes<D, 2, wide>(d, a, rows[r], u0, columns, o, t0, to[r]);
-    else
-      dot_codes<D, 1, wide>(d, a, rows[r], u0, columns, o, t0, to[r]);
+void dot_rows(int64_t count, const D& d, const Layout& a, const Chunk& row, int64_t u0, int64_t columns, const Operand& o, int64_t t0,
+              F* to) {
+  constexpr void (*kOf[kTokens])(const D&, const Layout&, const Chunk&, int64_t, int64_t, const Operand&, int64_t, F*) = {
+      dot_codes<D, 1, wide>, dot_codes<D, 2, wide>, dot_codes<D, 3, wide>, dot_codes<D, 4, wide>,
+      dot_codes<D, 5, wide>, dot_codes<D, 6, wide>, dot_codes<D, 7, wide>, dot_codes<D, 8, wide>};
+  kOf[count - 1](d, a, row, u0, columns, o, t0, to);
 }
 
-// Rows [n0, n1), at most kRows; a last odd one is computed twice.
+// Rows [n0, n1), at most kRows.
 template <class D>
 void linear_direct(const Weight& w, const Layout& a, const Product& p, const Operand& o, int64_t n0, int64_t n1, F (*to)[kMostRows]) {
   D d;
   D::set(d, w);
-  Chunk rows[2];
-  const int64_t step = p.t <= 2 ? kChunk : kChunk / 2;
+  Chunk row;
+  const int64_t turns = ceil_div(p.t, kTokens), tokens = ceil_div(p.t, turns);
+  const int64_t step = tokens <= 2 ? kChunk : tokens <= 4 ? kChunk / 2 : kChunk / 4;
   for (int64_t c = 0; c < w.k; c += step) {
     const int64_t end = least(c + step, w.k);
-    for (int64_t n = n0; n < n1; n += 2) {
-      rows[0].read(w, a, n, c, end);
-      rows[1].read(w, a, least(n + 1, n1 - 1), c, end);
-      for (int64_t t = 0; t < p.t; t += 4) {
+    for (int64_t t = 0; t < p.t; t += tokens)
+      for (int64_t n = n0; n < n1; ++n) {
+        row.read(w, a, n, c, end);
+        const int64_t count = least(tokens, p.t - t);
         if (a.wide)
-          dot_rows<D, true>(p.t - t, d, a, rows, c / a.unit, end - c, o, t, to + (n - n0));
+          dot_rows<D, true>(count, d, a, row, c / a.unit, end - c, o, t, to[n - n0] + t);
         else
-          dot_rows<D, false>(p.t - t, d, a, rows, c / a.unit, end - c, o, t, to + (n - n0));
+          dot_rows<D, false>(count, d, a, row, c / a.unit, end - c, o, t, to[n - n0] + t);
       }
-    }
   }
 }
 
@@ -187,7 +147,7 @@ void linear(const Weight& w, const Product& p, const Operand& o, int64_t n0, int
   const Layout a = layout_of(w);
   for (int64_t n = n0; n < n1; n += kRows) {
     const int64_t end = least(n + kRows, n1);
-    F sums[kRows + 1][kMostRows] = {};
+    F sums[kRows][kMostRows] = {};
     if (a.direct)
       with_lane(w, a, [&](auto lane) { linear_direct<decltype(lane)>(w, a, p, o, n, end, sums); });
     else
