@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import fusedadapt as fa
 from fusedadapt.quant.formats import FORMATS, QFormat, format_of
 from fusedadapt.reference import quant as reference
 from fusedadapt.reference.quant import Parts
@@ -176,3 +177,21 @@ def test_products_are_as_exact_as_torch_and_repeat(name: str, isa: str) -> None:
             again = cpp.linear_dx(x, parts, fmt, n, k) if transposed else cpp.linear(x, parts, fmt, n, bias)
             torch.set_num_threads(1)
             assert torch.equal(again, y), (name, t, n, k, dtype, transposed)
+
+
+@pytest.mark.parametrize("name", [*FORMATS, "int8 asym", "fp8 block"])
+def test_sums_of_codes_do_not_overflow_where_the_product_is_finite(name: str, isa: str) -> None:
+    """Codes are summed before they are scaled, and may be a thousand times the weight; a row of small numbers keeps its bits beside a huge one."""
+    fmt, gen = CASES[name] if name in CASES else format_of("int8", 64, symmetric=False), torch.Generator().manual_seed(3)
+    n, k = 20, 260
+    w = torch.randn(n, k, generator=gen) * 1e-3
+    q = fa.quantize(w, fmt)
+    exact = q.dequantize(torch.float64)
+    for t in (1, 3, 7):
+        for width, transposed in ((k, False), (n, True)):
+            x = torch.randn(t, width, generator=gen)
+            x[0] *= 2e37 / float(x[0].abs().max())
+            y = cpp.linear_dx(x, q.parts, fmt, n, k) if transposed else cpp.linear(x, q.parts, fmt, n, None)
+            true = x.double() @ (exact if transposed else exact.t())
+            size = x.double().abs() @ (exact.abs() if transposed else exact.abs().t())
+            assert bool(y.isfinite().all()) and bool(((y.double() - true).abs() <= 2e-6 * size + 1e-6 * float(w.abs().max())).all()), (t, transposed)

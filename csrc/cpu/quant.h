@@ -95,10 +95,12 @@ struct Product {
   void* y = nullptr;
 };
 
-// Rows of x as fp32, in the order in which a kernel meets the codes, zeros up to whole units; and their sums over every unit, a vector each.
+// Rows of x as fp32, in the order in which a kernel meets the codes, zeros up to whole units; their sums over every unit, a vector each; and what
+// rows of huge numbers were multiplied by, so that sums of codes, which may be far larger than the weight, stay finite.
 struct Operand {
   float* x = nullptr;
   float* sums = nullptr;
+  float* factor = nullptr;
   int64_t stride = 0, sums_stride = 0;
 };
 
@@ -108,13 +110,15 @@ struct ProductKernels {
   const char* name;
   // Floats of one row of an operand, and of its sums.
   void (*size)(const Weight&, int64_t* row, int64_t* sums);
+  // 1, or a power of two that brings row t of x, of so many columns, into the range in which nothing overflows
+  float (*factor)(const Product&, int64_t t, int64_t columns);
   void (*arrange)(const Weight&, const Product&, int64_t t, const Operand&);
   // Columns [n0, n1) of y.
   void (*linear)(const Weight&, const Product&, const Operand&, int64_t n0, int64_t n1);
   // sums = dY[:, n0:n1] W[n0:n1], in the order of an operand
   void (*linear_dx)(const Weight&, const Product&, int64_t n0, int64_t n1, const Operand& sums);
   // Row t of y from the sums of `count` slots, `step` floats apart, which are added in order.
-  void (*finish_dx)(const Weight&, const Product&, int64_t t, const float* sums, int64_t step, int64_t count);
+  void (*finish_dx)(const Weight&, const Product&, int64_t t, const Operand& sums, int64_t step, int64_t count);
 };
 extern const ProductKernels product_base;
 #if defined(__x86_64__)
