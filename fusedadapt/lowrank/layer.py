@@ -100,6 +100,9 @@ class LoRALinear(PackedWeight):
         """
         if not isinstance(linear, nn.Linear) or isinstance(linear, LoRALinear):
             raise TypeError(f"LoRALinear.from_linear: expected a torch.nn.Linear; got {type(linear).__name__}; pass the layer to adapt")
+        if getattr(linear, "weight_order", None) is not None:
+            fix = "use PEFT with fusedadapt.patch, or LoRALinear on linear.to_linear()"
+            raise ValueError(f"LoRALinear.from_linear: expected columns in the order of the inputs; got an act-order weight; {fix}")
         record = _checked(method, r, lora_dropout, options)
         self = cls.__new__(cls)
         nn.Linear.__init__(self, linear.in_features, linear.out_features, linear.bias is not None, device="meta")
