@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <cmath>
 
 #include "bindings.h"
 #include "core/dtypes.h"
@@ -33,14 +34,42 @@ int32_t width(int64_t bits) {
   return int32_t(bits);
 }
 
-// Values that count up need no table.
+float float8(int exponent, int code) {
+  const int mantissa = 7 - exponent, e = (code & 127) >> mantissa, m = code & ((1 << mantissa) - 1), bias = (1 << (exponent - 1)) - 1;
+  const float value = std::ldexp(float(e ? (1 << mantissa) + m : m), (e ? e : 1) - bias - mantissa);
+  const bool no_number = exponent == 4 ? (code & 127) == 127 : e == 31;
+  const float magnitude = !no_number ? value : exponent == 5 && m == 0 ? HUGE_VALF : std::nanf("");
+  return code & 128 ? -magnitude : magnitude;
+}
+
+bool is_float8(const float* values, int exponent) {
+  for (int i = 0; i < 256; ++i) {
+    const float v = float8(exponent, i);
+    if (v == v ? as_bits(v) != as_bits(values[i]) : values[i] == values[i]) return false;
+  }
+  return true;
+}
+
+// Which values need no table.
 qt::Values kind_of(const float* values, int bits) {
   bool counts = true, is_signed = bits == 8;
   for (int i = 0; i < 1 << bits; ++i) {
     counts &= values[i] == values[0] + float(i);
     is_signed &= values[i] == float(int8_t(i));
   }
-  return counts ? qt::Values::kUnsigned : is_signed ? qt::Values::kSigned : qt::Values::kTable;
+  if (counts || is_signed) return counts ? qt::Values::kUnsigned : qt::Values::kSigned;
+  if (bits != 8) return qt::Values::kTable;
+  return is_float8(values, 4) ? qt::Values::kE4M3 : is_float8(values, 5) ? qt::Values::kE5M2 : qt::Values::kTable;
+}
+
+// Whether the cuts round magnitudes to the nearest of these floats, ties to even, saturating.
+bool rounds_to(const qt::Encoding& e, int exponent) {
+  if (e.bits != 8 || !e.magnitude || !e.sign_bit || e.cut_count != (exponent == 4 ? 126 : 123)) return false;
+  for (int i = 0; i < e.cut_count; ++i) {
+    const float middle = (float8(exponent, i) + float8(exponent, i + 1)) * 0.5f;
+    if (e.order[i] != i || e.cuts[i] != (i % 2 ? std::nextafter(middle, 0.f) : middle)) return false;
+  }
+  return e.order[e.cut_count] == e.cut_count;
 }
 
 qt::Weight weight(const WeightSpec& s) {
@@ -86,6 +115,7 @@ qt::Encoding encoding(const EncodingSpec& s) {
   e.order = at<const uint8_t>(s[21]);
   e.pad = int32_t(s[22]);
   e.out = at<uint8_t>(s[23]);
+  e.kind = rounds_to(e, 4) ? qt::Values::kE4M3 : rounds_to(e, 5) ? qt::Values::kE5M2 : qt::Values::kTable;
   return e;
 }
 

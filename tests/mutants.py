@@ -212,7 +212,6 @@ MUTANTS = (
         "test_triton_fake_quant.py::test_triton_is_the_reference[4-dtype4]",
     ),
     # products with quantized activations
-    Mutant(QUANT_ACT, "magnitude + 0x7ffff + ((magnitude >> 20) & 1)", "magnitude + 0x80000", f"{ACT}hostile_rows[base-fp8_e4m3]"),
     Mutant(QUANT_ACT, "as_float(bits) < kTiny ? 0.f : as_float(bits)", "as_float(bits)", f"{ACT}hostile_rows[base-int8]"),
     Mutant(QUANT_ACT, "totals[i] += float(sums[i]);", "totals[i] = float(sums[i]);", f"{ACT}sums_are_exact_at_their_largest[base]"),
     Mutant(QUANT_ACT, "(row[i] * p.x_scale[t]) * p.w_scale[n0 + i]", "row[i] * (p.x_scale[t] * p.w_scale[n0 + i])", f"{ACT}int8_bits[base-row]"),
@@ -231,5 +230,8 @@ MUTANTS = (
     Mutant(Q_VECTOR, "s.above[(first + i) / s.block];", "s.above[i / s.block];", f"{Q_SAME}[base-nf4 nested]"),
     Mutant(Q_LANES, "int(a.per) + (j ^ swap)", "int(a.per) + j", f"{Q_EXACT}[base-nf4]"),
     Mutant(Q_PRODUCT, "fma(odd, splat(0.0625f), even)", "even + odd", f"{Q_EXACT}[base-int4]"),
+    Mutant(Q_PRODUCT, "largest >= kHuge &&", "false &&", "test_quant_cpp.py::test_sums_of_codes_do_not_overflow[base-int4]"),
+    Mutant("csrc/cpu/float8.h", "((magnitude >> kDropped) & 1)", "1", "test_quant_cpp.py::test_every_code_and_tie[base-fp8_e4m3]"),
+    Mutant("csrc/cpu/quant.cpp", "as_float(passed(near))", "as_float(passed(far))", "test_quant_cpp.py::test_every_code_and_tie[base-dynamic8]"),
     Mutant(Q_PRODUCT, "sum += load<F>(sums + slot * step + c + i);", "sum = load<F>(sums + slot * step + c + i);", f"{Q_EXACT}[base-int4]"),
 )  # fmt: skip

@@ -208,3 +208,33 @@ def test_gptq_and_awq_layers(kind: str, act_order: bool) -> None:
     base.scales[0, 0] = torch.nan  # written to: read again, and refused
     report = fa.patch(model).layers[0]
     assert report.path == "peft" and "scales" in report.reason
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "ia3", "vera"])
+def test_act_order_weights_of_our_layers(method: str) -> None:
+    """LoRA reads x in the columns' order; the other methods stay with PEFT and say so; merging quantizes in that order and gives the bytes back."""
+    torch.manual_seed(2)
+    order = torch.randperm(K, generator=torch.Generator().manual_seed(3))
+    net = Net()
+    w = net.first.weight.detach()
+    net.first = fa.QuantizedLinear(fa.quantize(w[:, order], "int4", 16), net.first.bias, order)
+    config = {
+        "lora": peft.LoraConfig(target_modules=["first"], r=4, init_lora_weights=False),
+        "dora": peft.LoraConfig(target_modules=["first"], r=4, init_lora_weights=False, use_dora=True),
+        "ia3": peft.IA3Config(target_modules=["first"], feedforward_modules=[], init_ia3_weights=False),
+        "vera": peft.VeraConfig(target_modules=["first"], r=4, init_weights=False),
+    }[method]
+    model = peft.get_peft_model(net, config)
+    x = torch.randn(9, K, generator=torch.Generator().manual_seed(2))
+    before = run(model, x)
+    entry = fa.patch(model).layers[0]
+    assert entry.path == ("fused" if method == "lora" else "peft") and (method == "lora" or "act-order" in entry.reason)
+    for old, new in zip(before, run(model, x), strict=True):
+        torch.testing.assert_close(new, old, rtol=1e-4, atol=1e-5 * float(old.abs().max()))
+    if method == "lora":
+        base = model.base_model.model.first.base_layer
+        bytes_before, y = base.quantized.clone(), model(x)
+        model.merge_adapter()
+        assert (model(x) - y).norm() < 0.2 * y.norm() and not torch.equal(base.quantized.qdata, bytes_before.qdata)
+        model.unmerge_adapter()
+        assert torch.equal(base.quantized.qdata, bytes_before.qdata)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import fusedadapt as fa
 from fusedadapt.quant.formats import FORMATS, QFormat, format_of
 from fusedadapt.reference import quant as reference
 from fusedadapt.reference.quant import Parts
@@ -117,6 +119,29 @@ def test_the_codec_is_the_reference(name: str, isa: str) -> None:
                 assert same(rows, reference.dequantize(parts, fmt, n, k, row0, row1, out)), (n, k, row0, row1, out)
 
 
+@pytest.mark.parametrize("name", ["fp8_e4m3", "fp8_e5m2", "mxfp8_e4m3", "mxfp8_e5m2", "dynamic8", "dynamic8_unsigned", "mxfp4"])
+def test_every_code_and_tie(name: str, isa: str) -> None:
+    """Codes of NaN and infinity, subnormal numbers, both zeros; numbers beside every cut, and fp32 numbers of all magnitudes."""
+    fmt, draw = FORMATS[name], torch.Generator().manual_seed(5)
+    codes = torch.arange(256, dtype=torch.uint8).repeat(3, 2)
+    k = 2 * 256 * 8 // fmt.bits
+    grid = fmt.grid(3, k)
+    scale = torch.randint(0, 256, grid, generator=draw, dtype=torch.uint8) if fmt.scale == "e8m0" else torch.randn(grid, generator=draw)
+    parts = Parts(codes, scale, None, None, None)
+    for dtype in DTYPES:
+        assert same(cpp.dequantize(parts, fmt, 3, k, 0, 3, dtype), reference.dequantize(parts, fmt, 3, k, 0, 3, dtype)), dtype
+    finite = torch.tensor(sorted(v for v in fmt.values if math.isfinite(v)))
+    cuts = torch.tensor(fmt.codes.cuts)  # type: ignore[union-attr]
+    points = torch.cat([finite, (finite[:-1] + finite[1:]) / 2, cuts, -cuts])
+    beside = [torch.nextafter(points, torch.tensor(side)) for side in (torch.inf, -torch.inf)]
+    random_bits = torch.randint(-(1 << 31), (1 << 31) - 1, (20000,), generator=draw).to(torch.int32).view(torch.float32)
+    near_one = (torch.rand(20000, generator=draw) * 2 - 1) * float(finite[-1])
+    w = torch.cat([points, *beside, random_bits, near_one, torch.tensor([torch.inf, -torch.inf, torch.nan, -0.0])])[None]
+    factor = torch.ones(fmt.grid(1, w.shape[1]))
+    got, wanted = cpp.encode(w, factor, None, fmt), reference.encode(w, factor, None, fmt)
+    assert torch.equal(got, wanted), w.view(-1)[(got.view(-1) != wanted.view(-1)).nonzero().view(-1)[:5]]
+
+
 PRODUCTS = [(1, 5, 33), (2, 17, 64), (3, 4, 256), (4, 40, 129), (5, 9, 1030), (7, 1, 2), (1, 33, 4200), (17, 6, 96), (2, 130, 520), (1, 300, 512)]
 
 
@@ -152,3 +177,21 @@ def test_products_are_as_exact_as_torch_and_repeat(name: str, isa: str) -> None:
             again = cpp.linear_dx(x, parts, fmt, n, k) if transposed else cpp.linear(x, parts, fmt, n, bias)
             torch.set_num_threads(1)
             assert torch.equal(again, y), (name, t, n, k, dtype, transposed)
+
+
+@pytest.mark.parametrize("name", [*FORMATS, "int8 asym", "fp8 block"])
+def test_sums_of_codes_do_not_overflow(name: str, isa: str) -> None:
+    """Codes are summed before they are scaled, and may be a thousand times the weight; a row of small numbers keeps its bits beside a huge one."""
+    fmt, gen = CASES[name] if name in CASES else format_of("int8", 64, symmetric=False), torch.Generator().manual_seed(3)
+    n, k = 20, 260
+    w = torch.randn(n, k, generator=gen) * 1e-3
+    q = fa.quantize(w, fmt)
+    exact = q.dequantize(torch.float64)
+    for t in (1, 3, 7):
+        for width, transposed in ((k, False), (n, True)):
+            x = torch.randn(t, width, generator=gen)
+            x[0] *= 2e37 / float(x[0].abs().max())
+            y = cpp.linear_dx(x, q.parts, fmt, n, k) if transposed else cpp.linear(x, q.parts, fmt, n, None)
+            true = x.double() @ (exact if transposed else exact.t())
+            size = x.double().abs() @ (exact.abs() if transposed else exact.abs().t())
+            assert bool(y.isfinite().all()) and bool(((y.double() - true).abs() <= 2e-6 * size + 1e-6 * float(w.abs().max())).all()), (t, transposed)

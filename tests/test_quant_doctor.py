@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import struct
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import fusedadapt as fa
 from fusedadapt import cli
 from fusedadapt.quant import foreign, linears, quantize
 from fusedadapt.quant.archive import find, read_header
@@ -77,6 +79,39 @@ def test_sound_files_of_others_pass_and_load(kind, tmp_path, capsys):
     assert len(load_model_(model, folder)) == len(models.LINEARS)
     w = models.state()[f"{LAYER}.weight"]
     assert (model.get_submodule(LAYER).dequantize().float() - w).norm() < 0.2 * w.norm()
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_act_order_files_load_exactly(bits, tmp_path, capsys):
+    """desc_act: groups scattered over the inputs. The layer keeps the order; weights, products, gradients, states are the file's."""
+    tensors, state, wanted = {}, models.state(), {}
+    for i, name in enumerate(models.LINEARS):
+        w = state.pop(f"{name}.weight")
+        order = torch.randperm(w.shape[1], generator=torch.Generator().manual_seed(i))
+        qt = quantize(w[:, order], f"int{bits}", 32, symmetric=False, scale_dtype=torch.float16)
+        tensors |= foreign.to_gptq(qt, name, order=order)
+        wanted[name] = qt.dequantize(torch.float32)[:, order.argsort()]
+    config = {**models.CONFIG, "quantization_config": {"quant_method": "gptq", "bits": bits, "group_size": 32, "desc_act": True}}
+    folder = models.write(tmp_path / "m", {**state, **{name: t.contiguous() for name, t in tensors.items()}}, config=config)
+    code, said = doctor(folder, capsys)
+    assert code == 0, said
+    model = models.Causal()
+    assert len(load_model_(model, folder)) == len(models.LINEARS)
+    for name, w in wanted.items():
+        layer = model.get_submodule(name)
+        assert torch.equal(layer.dequantize(torch.float32), w) and torch.equal(layer.to_linear(torch.float32).weight, w)
+        x = torch.randn(5, w.shape[1], dtype=torch.float64, requires_grad=True)
+        y = copy.deepcopy(layer).double()(x)
+        torch.testing.assert_close(y, x @ w.double().t() + (0 if layer.bias is None else layer.bias.double()))
+        torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], w.double().sum(0).expand_as(x))
+    assert "act-order" in str(fa.explain(model))
+    again = models.Causal()
+    load_model_(again, folder)
+    again.load_state_dict(model.state_dict())
+    with pytest.raises(ValueError, match="act-order"):
+        fa.LoRALinear.from_linear(model.get_submodule(LAYER))
+    with pytest.raises(ValueError, match="every input from 0"):
+        fa.QuantizedLinear(qt, None, torch.zeros(w.shape[1], dtype=torch.int64))
 
 
 def test_floating_point_models_are_no_fault(tmp_path, capsys):

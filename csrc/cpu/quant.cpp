@@ -2,6 +2,7 @@
 #include "quant.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <vector>
@@ -44,6 +45,23 @@ void join(const std::vector<float>& lows, const std::vector<float>& highs, int64
   }
 }
 
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+CutIndex index_of(const Encoding& e) {
+  CutIndex out;
+  const auto passed = [&](float v) { return uint32_t(std::lower_bound(e.cuts, e.cuts + e.cut_count, v) - e.cuts); };
+  const auto edge = [](int32_t i) {
+    return i == 0 ? 0.f : i == CutIndex::kSize ? kInfinity : as_float(uint32_t(i + CutIndex::kFirst) << CutIndex::kShift);
+  };
+  for (int32_t i = 0; i < CutIndex::kSize; ++i) {
+    const float near = edge(i), far = edge(i + 1), last = i + 1 < CutIndex::kSize ? std::nextafter(far, 0.f) : far;
+    out.start[i] = as_float(passed(near));
+    out.start[CutIndex::kSize + i] = as_float(passed(-last));
+    out.steps = std::max({out.steps, int32_t(passed(last) - passed(near)), int32_t(passed(-near) - passed(-last))});
+  }
+  return out;
+}
+
 }  // namespace
 
 const CodecKernels& codec() {
@@ -81,7 +99,9 @@ void stats(const Statistics& a, float* lo, float* hi, int threads) {
 
 void encode(const Encoding& given, int threads) {
   const CodecKernels& k = codec();
-  const Encoding e = as_one_row(given);
+  Encoding e = as_one_row(given);
+  CutIndex index;
+  if (e.cut_count > 15 && e.kind == Values::kTable) index = index_of(e), e.index = &index;
   each_piece(e.n, e.k, kPiece, threads, [&](int64_t row, int64_t c0, int64_t c1) { k.encode(e, row, c0, c1); });
 }
 

@@ -23,7 +23,8 @@ struct Scales {
   int64_t block = 1;
 };
 
-enum class Values : int32_t { kTable, kUnsigned, kSigned };  // the two last: the code as an integer, plus values[0] if unsigned
+// kUnsigned, kSigned: the code as an integer, plus values[0] if unsigned. kE4M3, kE5M2: the byte as a float.
+enum class Values : int32_t { kTable, kUnsigned, kSigned, kE4M3, kE5M2 };
 
 struct Weight {
   const uint8_t* codes = nullptr;
@@ -44,6 +45,14 @@ struct Statistics {
   Grid grid;
 };
 
+// Where the search among many cuts begins: numbers alike in sign, exponent and 6 bits of the mantissa begin together.
+struct CutIndex {
+  static constexpr int32_t kShift = 17, kFirst = (127 - 23) << 6,
+                           kSize = 24 << 6;  // of magnitudes from 2^-23 to 2, the ends take what lies beyond
+  float start[2 * kSize];  // cuts below the least number of a bucket, an integer's bits; negative numbers in the second half
+  int32_t steps = 0;  // cuts in a bucket at most
+};
+
 struct Encoding {
   const void* w = nullptr;  // contiguous
   int64_t n = 0, k = 0, row_bytes = 0;
@@ -57,6 +66,8 @@ struct Encoding {
   int32_t cut_count = 0;  // 0: integers
   const float* cuts = nullptr;
   const uint8_t* order = nullptr;  // the code for every count of cuts
+  Values kind = Values::kTable;  // kE4M3, kE5M2: the cuts are those of rounding to nearest even
+  const CutIndex* index = nullptr;  // of more than 15 cuts; `encode` makes it
   int32_t pad = 0;  // what a started byte is filled up with
   uint8_t* out = nullptr;
 };
@@ -84,10 +95,12 @@ struct Product {
   void* y = nullptr;
 };
 
-// Rows of x as fp32, in the order in which a kernel meets the codes, zeros up to whole units; and their sums over every unit, a vector each.
+// Rows of x as fp32, in the order in which a kernel meets the codes, zeros up to whole units; their sums over every unit, a vector each; and what
+// rows of huge numbers were multiplied by, so that sums of codes, which may be far larger than the weight, stay finite.
 struct Operand {
   float* x = nullptr;
   float* sums = nullptr;
+  float* factor = nullptr;
   int64_t stride = 0, sums_stride = 0;
 };
 
@@ -97,13 +110,15 @@ struct ProductKernels {
   const char* name;
   // Floats of one row of an operand, and of its sums.
   void (*size)(const Weight&, int64_t* row, int64_t* sums);
+  // 1, or a power of two that brings row t of x, of so many columns, into the range in which nothing overflows
+  float (*factor)(const Product&, int64_t t, int64_t columns);
   void (*arrange)(const Weight&, const Product&, int64_t t, const Operand&);
   // Columns [n0, n1) of y.
   void (*linear)(const Weight&, const Product&, const Operand&, int64_t n0, int64_t n1);
   // sums = dY[:, n0:n1] W[n0:n1], in the order of an operand
   void (*linear_dx)(const Weight&, const Product&, int64_t n0, int64_t n1, const Operand& sums);
   // Row t of y from the sums of `count` slots, `step` floats apart, which are added in order.
-  void (*finish_dx)(const Weight&, const Product&, int64_t t, const float* sums, int64_t step, int64_t count);
+  void (*finish_dx)(const Weight&, const Product&, int64_t t, const Operand& sums, int64_t step, int64_t count);
 };
 extern const ProductKernels product_base;
 #if defined(__x86_64__)

@@ -7,7 +7,7 @@
 #include <cstring>
 
 #include "../core/dtypes.h"
-#include "lowrank_vector.h"
+#include "float8.h"
 #include "quant_act.h"
 
 #define FA_CAT2(a, b) a##b
@@ -50,18 +50,10 @@ struct Int8 {
   FA_INLINE I code(F f) { return nearest(f); }
 };
 
-// To nearest even: normal numbers by a carry into the upper bits, those below 2^-6 by an addition whose last bit is 2^-9. 448.00002 is 448.
 struct E4M3 {
   static constexpr float kLargest = 448.f;
   static float factor(float, float scale) { return 1.f / scale; }
-  FA_INLINE I code(F f) {
-    const I u = I(f), magnitude = u & 0x7fffffff;
-    const I normal = ((magnitude + 0x7ffff + ((magnitude >> 20) & 1)) >> 20) - (120 << 3);
-    const I small = I(F(magnitude) + splat(16384.f)) - 0x46800000;
-    const I is_small = magnitude < 0x3c800000;
-    const I code = (small & is_small) | (normal & ~is_small);
-    return code | (I(U(u) >> 24) & 0x80);
-  }
+  FA_INLINE I code(F f) { return Float8<4>::code(f); }
 };
 
 template <class Format>

@@ -35,6 +35,21 @@ struct Decoder {
   }
 };
 
+// 256 values in memory.
+struct Bytes {
+  const float* values;
+  FA_INLINE void set(Bytes& d, const Weight& w) { d.values = w.values; }
+  FA_INLINE F at(const Bytes& d, const uint8_t* row, int64_t i) { return picked(d.values, load_bytes(row + i)); }
+};
+
+template <int exponent>
+struct Floats {
+  FA_INLINE void set(Floats&, const Weight&) {}
+  FA_INLINE F at(const Floats&, const uint8_t* row, int64_t i) {
+    return Float8<exponent>::numbers(H(Float8<exponent>::halves(load_high(row + i))));
+  }
+};
+
 // Columns [c0, c1), c0 a multiple of 8, whole vectors of codes; the group numbers of each element lie ready.
 template <class D, class Format>
 void decode_each(const D& d, const uint8_t* row, int64_t c0, int64_t c1, const Piece& p, typename Format::E* out) {
@@ -93,9 +108,8 @@ void decode_one(const Weight& w, const uint8_t* row, int64_t r, int64_t c, typen
   *out = Format::narrow_one((w.values[code_at(row, w.bits, w.flat, c)] - z[0]) * s[0]);
 }
 
-template <Values kind, int bits, bool high_first, class Format>
+template <class D, int bits, bool high_first, class Format>
 void decode_piece(const Weight& w, int64_t r, int64_t c0, int64_t c1, typename Format::E* out) {
-  using D = Decoder<kind, bits, high_first>;
   const uint8_t* row = row_of(w, r);
   // Codes are read in eights, and vectors stored whole: up to there.
   constexpr int64_t step = kLanes > 8 ? kLanes : 8;
@@ -121,26 +135,35 @@ void decode_piece(const Weight& w, int64_t r, int64_t c0, int64_t c1, typename F
   for (int64_t c = whole; c < c1; ++c) decode_one<Format>(w, row, r, c, out + c - c0);
 }
 
-template <Values kind, int bits, bool high_first, class Format>
+template <class D, int bits, bool high_first, class Format>
 void decode_row(const Weight& w, int64_t r, int64_t c0, int64_t c1, typename Format::E* out) {
   typename Format::E* const start = out - c0;
   // Only flat weights, read as one row, start elsewhere than at an eight.
   const int64_t step = kLanes > 8 ? kLanes : 8;
   for (; c0 < c1 && c0 % step; ++c0) decode_one<Format>(w, row_of(w, r), r, c0, start + c0);
-  for (; c0 < c1; c0 += kPiece) decode_piece<kind, bits, high_first, Format>(w, r, c0, least(c0 + kPiece, c1), start + c0);
+  for (; c0 < c1; c0 += kPiece) decode_piece<D, bits, high_first, Format>(w, r, c0, least(c0 + kPiece, c1), start + c0);
+}
+
+template <Values kind, int bits, bool high_first, class Format>
+void decode_packed(const Weight& w, int64_t r, int64_t c0, int64_t c1, typename Format::E* out) {
+  decode_row<Decoder<kind, bits, high_first>, bits, high_first, Format>(w, r, c0, c1, out);
 }
 
 template <class Format>
 void decode_as(const Weight& w, int64_t r, int64_t c0, int64_t c1, typename Format::E* out) {
   if (w.bits == 8) {
-    if (w.kind == Values::kTable) return decode_row<Values::kTable, 8, false, Format>(w, r, c0, c1, out);
-    if (w.kind == Values::kSigned) return decode_row<Values::kSigned, 8, false, Format>(w, r, c0, c1, out);
-    return decode_row<Values::kUnsigned, 8, false, Format>(w, r, c0, c1, out);
+    if (w.kind == Values::kSigned) return decode_packed<Values::kSigned, 8, false, Format>(w, r, c0, c1, out);
+    if (w.kind == Values::kUnsigned) return decode_packed<Values::kUnsigned, 8, false, Format>(w, r, c0, c1, out);
+#if defined(__F16C__) || defined(__AVX512F__)
+    if (w.kind == Values::kE4M3) return decode_row<Floats<4>, 8, false, Format>(w, r, c0, c1, out);
+    if (w.kind == Values::kE5M2) return decode_row<Floats<5>, 8, false, Format>(w, r, c0, c1, out);
+#endif
+    return decode_row<Bytes, 8, false, Format>(w, r, c0, c1, out);
   }
-  if (w.flat) return decode_row<Values::kTable, 4, true, Format>(w, r, c0, c1, out);
-  if (w.bits == 4) return decode_row<Values::kTable, 4, false, Format>(w, r, c0, c1, out);
-  if (w.bits == 3) return decode_row<Values::kTable, 3, false, Format>(w, r, c0, c1, out);
-  decode_row<Values::kTable, 2, false, Format>(w, r, c0, c1, out);
+  if (w.flat) return decode_packed<Values::kTable, 4, true, Format>(w, r, c0, c1, out);
+  if (w.bits == 4) return decode_packed<Values::kTable, 4, false, Format>(w, r, c0, c1, out);
+  if (w.bits == 3) return decode_packed<Values::kTable, 3, false, Format>(w, r, c0, c1, out);
+  decode_packed<Values::kTable, 2, false, Format>(w, r, c0, c1, out);
 }
 
 }  // namespace

@@ -151,24 +151,24 @@ void few_cuts(const Encoding& e, int64_t n, Codes& p) {
   }
 }
 
-// A search of eight steps among 255 cuts; those that there are not are never passed.
+// From a bucket of neighbouring numbers on, past the few cuts that lie in it.
 void many_cuts(const Encoding& e, int64_t n, Codes& p) {
-  alignas(64) float cuts[256], order[256] = {};
-  for (int i = 0; i < 256; ++i) cuts[i] = i < e.cut_count ? e.cuts[i] : as_float(0x7f800000u);
+  alignas(64) float cuts[257], order[256] = {};
+  for (int i = 0; i < 257; ++i) cuts[i] = i < e.cut_count ? e.cuts[i] : as_float(0x7f800000u);
   for (int i = 0; i <= e.cut_count; ++i) order[i] = as_float(e.order[i]);
-  Lookup<8> cut, code;
-  Lookup<8>::set(cut, cuts);
-  Lookup<8>::set(code, order);
   for (int64_t i = 0; i < n; i += kLanes) {
     const F v = load<F>(p.v + i), m = magnitude_of(e, v);
-    I count = {};
-#pragma GCC unroll 8
-    for (int step = 128; step > 0; step >>= 1) {
-      const I passed = m > Lookup<8>::at(cut, U(count + (step - 1)));
-      count += passed & step;
-    }
-    store_bytes(p.codes + i, U(Lookup<8>::at(code, U(count))) + U(half_of(e, v)));
+    const I bucket =
+        within((I(m) & 0x7fffffff) >> CutIndex::kShift, CutIndex::kFirst, CutIndex::kFirst + CutIndex::kSize - 1) - CutIndex::kFirst;
+    U count = U(picked(e.index->start, U(bucket + ((I(m) >> 31) & CutIndex::kSize))));
+    for (int step = 0; step < e.index->steps; ++step) count -= U(m > picked(cuts, count));
+    store_bytes(p.codes + i, U(picked(order, count)) + U(half_of(e, v)));
   }
+}
+
+template <int exponent>
+void floats(int64_t n, Codes& p) {
+  for (int64_t i = 0; i < n; i += kLanes) store_bytes(p.codes + i, U(Float8<exponent>::code(load<F>(p.v + i))));
 }
 
 // Codes, filled up to whole eights, into bytes.
@@ -200,6 +200,10 @@ void encode(const Encoding& e, int64_t row, int64_t c0, int64_t c1) {
   if (e.zero) spread(e.zero + g, c0, n, e.grid.columns, p.f);
   if (!e.cut_count)
     integers(e, n, p);
+  else if (e.kind == Values::kE4M3)
+    floats<4>(n, p);
+  else if (e.kind == Values::kE5M2)
+    floats<5>(n, p);
   else if (e.cut_count <= 15)
     few_cuts(e, n, p);
   else

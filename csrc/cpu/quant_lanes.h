@@ -11,17 +11,19 @@ namespace {
 
 FA_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
-constexpr bool kPlanes = true;
+#if defined(__AVX512F__)
+constexpr bool kPlanes = false, kFloats = true;
+#elif defined(__AVX2__)
+constexpr bool kPlanes = true, kFloats = true;
 #else
-constexpr bool kPlanes = false;
+constexpr bool kPlanes = false, kFloats = false;
 #endif
 constexpr int64_t kWidest = 512;  // columns of a unit at most
 
 struct Layout {
   bool direct;  // else rows are decoded into L1, in their own order
   bool wide;  // one scale per unit
-  bool planes;  // see Planes
+  bool woven;  // numbers in the order of Planes or FloatLane: lanes of 32 columns must share a scale
   int64_t per, block, unit, units;  // columns; number of units
   int64_t granule;  // columns of a number in the arrays of scales and zeros
   int64_t side;  // columns of a group
@@ -44,7 +46,8 @@ Layout layout_of(const Weight& w) {
   while (a.direct && a.wide && a.unit * 2 <= kWidest && a.side % (a.unit * 2) == 0 && a.unit < w.k) a.unit *= 2;
   a.granule = a.wide ? a.unit : a.per;
   a.units = ceil_div(w.k, a.unit);
-  a.planes = kPlanes && a.direct && w.bits == 4 && w.kind == Values::kTable && a.side % 32 == 0;
+  const bool floats = w.kind == Values::kE4M3 || w.kind == Values::kE5M2;
+  a.woven = a.direct && a.side % 32 == 0 && ((kPlanes && w.bits == 4 && w.kind == Values::kTable) || (kFloats && floats));
   a.zeros = w.zero_dtype || (w.kind == Values::kUnsigned && w.values[0] != 0.f);
   return a;
 }
@@ -57,8 +60,8 @@ struct Places {
     const int swap = w.flat && w.bits == 4 ? 1 : 0;
     for (int i = 0; i < int(a.block); ++i) {
       const int j = i / kLanes, lane = i % kLanes;
-      if (a.planes)
-        column[i] = (lane % 4 + j % 4 * 4 + lane / 4 * 16) * 2 + (j / 4 ^ swap);
+      if (a.woven)
+        column[i] = w.bits == 8 ? lane / 8 * 32 + j * 8 + lane % 8 : (lane % 4 + j % 4 * 4 + lane / 4 * 16) * 2 + (j / 4 ^ swap);
       else
         column[i] = a.direct ? lane * int(a.per) + (j ^ swap) : i;
     }
@@ -77,10 +80,7 @@ struct Lane {
     if constexpr (kind == Values::kTable) Lookup<bits>::set(d.table, w.values);
   }
   FA_INLINE F at(const Lane& d, U word, int j) {
-    if constexpr (kind == Values::kTable) {
-      const U index = word >> (bits * j);
-      return Lookup<bits>::at(d.table, bits == 8 ? index & 255u : index);
-    }
+    if constexpr (kind == Values::kTable) return Lookup<bits>::at(d.table, word >> (bits * j));
     if constexpr (kind == Values::kSigned) return __builtin_convertvector(I(word << (24 - 8 * j)) >> 24, F);
     return __builtin_convertvector(I((word >> (bits * j)) & ((1u << bits) - 1)), F);
   }
@@ -125,16 +125,68 @@ struct Planes {
 };
 #endif
 
-// Calls f(Lane or Planes of this weight).
+// 256 values in memory.
+struct ByteLane {
+  static constexpr int kPer = 4, kStep = 1;
+  static constexpr bool kShifted = false;
+  const float* values;
+
+  FA_INLINE void set(ByteLane& d, const Weight& w) { d.values = w.values; }
+  FA_INLINE void part(const ByteLane& d, U word, int j, F* v) { *v = picked(d.values, (word >> (8 * j)) & 255u); }
+  FA_INLINE void raw(const ByteLane& d, U word, int j, F* v) { part(d, word, j, v); }
+};
+
+#if defined(__AVX2__)
+template <int exponent>
+struct FloatLane {
+  static constexpr int kPer = 4, kStep = 4;
+  static constexpr bool kShifted = false;
+  using Code = Float8<exponent>;
+
+  FA_INLINE void set(FloatLane&, const Weight&) {}
+#if defined(__AVX512F__)
+  FA_INLINE F first_half(__m512i v) {
+    H half;
+    memcpy(&half, &v, sizeof half);  // GCC 12 warns about the intrinsic
+    return Code::numbers(half);
+  }
+#endif
+  // Bytes of one half of every 32, woven with zeros, make a vector.
+  FA_INLINE void part(const FloatLane&, U word, int, F* v) {
+    typedef int16_t Shorts __attribute__((vector_size(4 * kLanes)));
+#if defined(__AVX512F__)
+    const auto low = __m512i(Code::halves(Shorts(_mm512_maskz_unpacklo_epi8(~0ull, __m512i{}, __m512i(word)))));
+    const auto high = __m512i(Code::halves(Shorts(_mm512_maskz_unpackhi_epi8(~0ull, __m512i{}, __m512i(word)))));
+    v[0] = first_half(_mm512_maskz_shuffle_i64x2(0xff, low, low, 0xd8));
+    v[1] = first_half(_mm512_maskz_shuffle_i64x2(0xff, high, high, 0xd8));
+    v[2] = first_half(_mm512_maskz_shuffle_i64x2(0xff, low, low, 0x8d));
+    v[3] = first_half(_mm512_maskz_shuffle_i64x2(0xff, high, high, 0x8d));
+#else
+    const auto low = __m256i(Code::halves(Shorts(_mm256_unpacklo_epi8(__m256i{}, __m256i(word)))));
+    const auto high = __m256i(Code::halves(Shorts(_mm256_unpackhi_epi8(__m256i{}, __m256i(word)))));
+    v[0] = Code::numbers(H(_mm256_castsi256_si128(low)));
+    v[1] = Code::numbers(H(_mm256_castsi256_si128(high)));
+    v[2] = Code::numbers(H(_mm256_extracti128_si256(low, 1)));
+    v[3] = Code::numbers(H(_mm256_extracti128_si256(high, 1)));
+#endif
+  }
+  FA_INLINE void raw(const FloatLane& d, U word, int h, F* v) { part(d, word, h, v); }
+};
+#endif
+
+// Calls f(a reader of this weight's words).
 template <class Function>
 FA_INLINE void with_lane(const Weight& w, [[maybe_unused]] const Layout& a, Function f) {
+#if defined(__AVX2__)
+  if (a.woven && w.bits == 8) return w.kind == Values::kE4M3 ? f(FloatLane<4>{}) : f(FloatLane<5>{});
+#endif
 #if defined(__AVX2__) && !defined(__AVX512F__)
-  if (a.planes) return f(Planes{});
+  if (a.woven) return f(Planes{});
 #endif
   if (w.bits == 4) return w.kind == Values::kTable ? f(Lane<Values::kTable, 4>{}) : f(Lane<Values::kUnsigned, 4>{});
   if (w.bits == 2) return f(Lane<Values::kUnsigned, 2>{});
-  if (w.kind == Values::kTable) return f(Lane<Values::kTable, 8>{});
-  return w.kind == Values::kSigned ? f(Lane<Values::kSigned, 8>{}) : f(Lane<Values::kUnsigned, 8>{});
+  if (w.kind == Values::kSigned) return f(Lane<Values::kSigned, 8>{});
+  return w.kind == Values::kUnsigned ? f(Lane<Values::kUnsigned, 8>{}) : f(ByteLane{});
 }
 
 constexpr int64_t kChunk = 4096;  // columns at most: x stays in L1 while rows of W go by
@@ -149,8 +201,8 @@ struct Chunk {
     alignas(64) float groups[kChunk / 4 + kLanes];
     const int64_t end = least(c1, w.k), first = c0 / a.side, count = (end - 1) / a.side - first + 1;
     const int64_t g = (w.flat ? row * (w.k / a.side) : row / w.grid.rows * w.grid.wide) + first;
-    // The lanes of a half stand for all of its 32 columns, also where the row ends among them.
-    const int64_t n = a.planes && !a.wide ? ceil_div(end - c0, 32) * 4 : ceil_div(end - c0, a.granule);
+    // Woven lanes stand for all of its 32 columns, also where the row ends among them.
+    const int64_t n = a.woven && !a.wide ? ceil_div(end - c0, 32) * (32 / a.per) : ceil_div(end - c0, a.granule);
     const int64_t all = ceil_div(end - c0, a.block) * (a.wide ? 1 : kLanes), from = c0 / a.granule;
     scales_of(w.scales, g, count, groups);
     spread(groups, from, n, a.side / a.granule, s);

@@ -55,13 +55,17 @@ void linear(const Weight& w, const Product& whole, int threads) {
   Operand o;
   k.size(w, &o.stride, &o.sums_stride);
   const int64_t most = std::min(kMostRows, whole.t);
-  const Floats memory = floats(most * (o.stride + o.sums_stride));
+  const Floats memory = floats(most * (o.stride + o.sums_stride + 1));
   o.x = memory.get();
   o.sums = o.x + most * o.stride;
+  o.factor = o.sums + most * o.sums_stride;
   for (int64_t t = 0; t < whole.t; t += kMostRows) {
     const Product p = some_rows(whole, t, w.n);
     parallel_for(p.t, std::max<int64_t>(1, kGrain / w.k), threads, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) k.arrange(w, p, i, o);
+      for (int64_t i = first; i < last; ++i) {
+        o.factor[i] = k.factor(p, i, w.k);
+        k.arrange(w, p, i, o);
+      }
     });
     const int64_t grain = ceil_div(std::max<int64_t>(kRows, kGrain / w.k), kRows);
     parallel_for(ceil_div(w.n, kRows), grain, threads,
@@ -76,9 +80,11 @@ void linear_dx(const Weight& w, const Product& whole, int threads) {
   k.size(w, &o.stride, &o.sums_stride);
   const int64_t rows = ceil_div(ceil_div(w.n, std::min(kSlots, ceil_div(w.n * w.k, kGrain))), 4) * 4, slots = ceil_div(w.n, rows);
   const int64_t most = std::min(kMostRows, whole.t), step = most * o.stride;
-  const Floats memory = floats(slots * step);
+  const Floats memory = floats(slots * step + most);
+  o.factor = memory.get() + slots * step;
   for (int64_t t = 0; t < whole.t; t += kMostRows) {
     const Product p = some_rows(whole, t, w.k);
+    for (int64_t i = 0; i < p.t; ++i) o.factor[i] = k.factor(p, i, w.n);
     parallel_for(slots, 1, threads, [&](int64_t first, int64_t last) {
       for (int64_t s = first; s < last; ++s) {
         Operand own = o;
@@ -87,7 +93,9 @@ void linear_dx(const Weight& w, const Product& whole, int threads) {
       }
     });
     parallel_for(p.t, std::max<int64_t>(1, kGrain / (w.k * slots)), threads, [&](int64_t first, int64_t last) {
-      for (int64_t i = first; i < last; ++i) k.finish_dx(w, p, i, memory.get() + i * o.stride, step, slots);
+      Operand all = o;
+      all.x = memory.get();
+      for (int64_t i = first; i < last; ++i) k.finish_dx(w, p, i, all, step, slots);
     });
   }
 }

@@ -16,24 +16,54 @@ void size(const Weight& w, int64_t* row, int64_t* sums) {
   *sums = a.units * kLanes;
 }
 
+// Codes are at most 16 * 255, so sums of 2^20 products with numbers below 2^96 stay finite. What underflows in a row that holds 2^96 or more is less
+// than 2^-110 of its largest number.
+constexpr float kHuge = 0x1p96f, kShrink = 0x1p-64f;
+
+float factor(const Product& p, int64_t t, int64_t columns) {
+  float largest = 0;
+  with_format(p.dtype, [&](auto format) {
+    using Format = decltype(format);
+    const auto* x = static_cast<const typename Format::E*>(p.x) + t * p.stride;
+    F most = {};
+    for (int64_t i = 0; i < columns; i += kLanes) {
+      const F m = F(I(widen_at<Format>(x + i, columns - i)) & 0x7fffffff);
+      most = m > most ? m : most;
+    }
+    for (int lane = 0; lane < kLanes; ++lane) largest = most[lane] > largest ? most[lane] : largest;
+  });
+  return largest >= kHuge && largest < as_float(0x7f800000u) ? kShrink : 1.f;
+}
+
+// Rows of x for which a code becomes a number once: p.t of them in turns of the same size. Their vectors lie alternately, so that one pointer reads
+// them all.
+constexpr int64_t kTokens = 8;
+struct Turns {
+  int64_t tokens;
+  explicit Turns(const Product& p) : tokens(ceil_div(p.t, ceil_div(p.t, kTokens))) {}
+  int64_t count(const Product& p, int64_t first) const { return least(tokens, p.t - first); }
+};
+
 void arrange(const Weight& w, const Product& p, int64_t t, const Operand& to) {
   const Layout a = layout_of(w);
   const Places places(w, a);
-  float* const x = to.x + t * to.stride;
+  const Turns turns(p);
+  const int64_t first = t / turns.tokens * turns.tokens, count = turns.count(p, first);
+  float* const x = to.x + first * to.stride + (t - first) * kLanes;
+  F sum = {};
   with_format(p.dtype, [&](auto format) {
     using Format = decltype(format);
     const auto* from = static_cast<const typename Format::E*>(p.x) + t * p.stride;
-    for (int64_t c = 0; c < a.padded(); c += a.block)
-      for (int64_t i = 0; i < a.block; ++i) {
-        const int64_t column = c + places.column[i];
-        x[c + i] = column < w.k ? Format::widen_one(from[column]) : 0.f;
-      }
+    for (int64_t c = 0; c < a.padded(); c += kLanes) {
+      F v = {};
+      for (int lane = 0; lane < kLanes; ++lane)
+        if (const int64_t column = c / a.block * a.block + places.column[c % a.block + lane]; column < w.k)
+          v[lane] = Format::widen_one(from[column]) * to.factor[t];
+      store(x + c * count, v);
+      sum = c % a.unit ? sum + v : v;
+      if (a.zeros && (c + kLanes) % a.unit == 0) store(to.sums + t * to.sums_stride + c / a.unit * kLanes, sum);
+    }
   });
-  for (int64_t u = 0; u < a.units && a.zeros; ++u) {
-    F sum = {};
-    for (int64_t i = u * a.unit; i < (u + 1) * a.unit; i += kLanes) sum += load<F>(x + i);
-    store(to.sums + t * to.sums_stride + u * kLanes, sum);
-  }
 }
 
 FA_INLINE float total(F f) {
@@ -45,138 +75,101 @@ FA_INLINE float total(F f) {
 // ---- y = x W^T ----
 
 constexpr int64_t kRows = 16;  // of W that pass by a chunk of x
-// to[t] += W[row, chunk] . x[t, chunk] for one or two rows of x: codes are summed, and scales applied to the sums of a unit.
+
+// to[t] += W[row, chunk] . x[t, chunk] for T rows of x: codes are summed, and scales applied to the sums of a unit.
 template <class D, int T, bool wide>
 __attribute__((noinline)) void dot_codes(const D& d, const Layout& a, const Chunk& chunk, int64_t u0, int64_t columns, const Operand& o,
                                          int64_t t0, F* to) {
-  constexpr int kChains = 4 / T;  // additions in flight
-  F acc[T];
-#pragma GCC unroll 2
-  for (int t = 0; t < T; ++t) acc[t] = to[t0 + t];
+  constexpr int kChains = T == 1 ? 4 : T <= 4 ? 2 : 1;  // additions in flight for each
+  constexpr bool kRaw = D::kShifted && kChains > 1;
   const int64_t most = a.unit / a.block;
   const uint8_t* codes = chunk.codes;
-  const float* x = o.x + t0 * o.stride + u0 * a.unit;
+  const float* x = o.x + t0 * o.stride + u0 * a.unit * T;
   const float* x_sums = o.sums + t0 * o.sums_stride + u0 * kLanes;
   for (int64_t u = 0, left = ceil_div(columns, a.block); left > 0; ++u, left -= most, x_sums += kLanes) {
-    F sum[T][4] = {};
-    for (int64_t b = wide ? least(most, left) : 1; b > 0; --b, codes += 4 * kLanes, x += D::kPer * kLanes) {
+    F sum[T][kChains] = {};
+    for (int64_t b = wide ? least(most, left) : 1; b > 0; --b, codes += 4 * kLanes, x += D::kPer * kLanes * T) {
       const U word = load<U>(codes);
 #pragma GCC unroll 16
       for (int part = 0; part < D::kPer / D::kStep; ++part) {
         F v[D::kStep];
-        D::raw(d, word, part, v);
+        if constexpr (kRaw)
+          D::raw(d, word, part, v);
+        else
+          D::part(d, word, part, v);
 #pragma GCC unroll 4
         for (int i = 0; i < D::kStep; ++i) {
           const int j = part * D::kStep + i;
-#pragma GCC unroll 2
-          for (int t = 0; t < T; ++t) sum[t][j % kChains] = fma(v[i], load<F>(x + t * o.stride + j * kLanes), sum[t][j % kChains]);
+#pragma GCC unroll 8
+          for (int t = 0; t < T; ++t) sum[t][j % kChains] = fma(v[i], load<F>(x + (j * T + t) * kLanes), sum[t][j % kChains]);
         }
       }
     }
     const F s = granules_at<wide>(chunk.s, u), z = a.zeros ? granules_at<wide>(chunk.z, u) : F{};
-#pragma GCC unroll 2
+#pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
-      const F even = sum[t][0] + sum[t][2], odd = sum[t][1] + sum[t][3];
-      F all = D::kShifted ? fma(odd, splat(0.0625f), even) : even + odd;
-      if (a.zeros) all = fma(-z, load<F>(x_sums + t * o.sums_stride), all);
-      acc[t] = fma(s, all, acc[t]);
-    }
-  }
-#pragma GCC unroll 2
-  for (int t = 0; t < T; ++t) to[t0 + t] = acc[t];
-}
-
-// The same for two rows of W and three or four of x, which share what is read: numbers are scaled before they are summed.
-template <class D, int T, bool wide>
-__attribute__((noinline)) void dot_numbers(const D& d, const Layout& a, const Chunk* rows, int64_t u0, int64_t columns, const Operand& o,
-                                           int64_t t0, F (*to)[kMostRows]) {
-  F acc[2][T];
-#pragma GCC unroll 2
-  for (int r = 0; r < 2; ++r)
-#pragma GCC unroll 4
-    for (int t = 0; t < T; ++t) acc[r][t] = to[r][t0 + t];
-  const int64_t most = a.unit / a.block;
-  const uint8_t *first = rows[0].codes, *second = rows[1].codes;
-  const float* x = o.x + t0 * o.stride + u0 * a.unit;
-  for (int64_t u = 0, left = ceil_div(columns, a.block); left > 0; ++u, left -= most) {
-    const F s[2] = {granules_at<wide>(rows[0].s, u), granules_at<wide>(rows[1].s, u)};
-    F c[2] = {};
-    if (a.zeros) c[0] = -granules_at<wide>(rows[0].z, u) * s[0], c[1] = -granules_at<wide>(rows[1].z, u) * s[1];
-    for (int64_t b = wide ? least(most, left) : 1; b > 0; --b, first += 4 * kLanes, second += 4 * kLanes, x += D::kPer * kLanes) {
-      const U words[2] = {load<U>(first), load<U>(second)};
-#pragma GCC unroll 16
-      for (int part = 0; part < D::kPer / D::kStep; ++part) {
-        F v[2][D::kStep];
-        D::part(d, words[0], part, v[0]);
-        D::part(d, words[1], part, v[1]);
-#pragma GCC unroll 4
-        for (int i = 0; i < D::kStep; ++i) {
-          const F w0 = fma(v[0][i], s[0], c[0]), w1 = fma(v[1][i], s[1], c[1]);
-#pragma GCC unroll 4
-          for (int t = 0; t < T; ++t) {
-            const F right = load<F>(x + t * o.stride + (part * D::kStep + i) * kLanes);
-            acc[0][t] = fma(w0, right, acc[0][t]);
-            acc[1][t] = fma(w1, right, acc[1][t]);
-          }
-        }
+      F all = sum[t][0];
+      if constexpr (kChains > 1) {
+        const F even = kChains == 4 ? sum[t][0] + sum[t][2 % kChains] : sum[t][0];
+        const F odd = kChains == 4 ? sum[t][1] + sum[t][3 % kChains] : sum[t][1];
+        all = kRaw ? fma(odd, splat(0.0625f), even) : even + odd;
       }
+      if (a.zeros) all = fma(-z, load<F>(x_sums + t * o.sums_stride), all);
+      to[t] = fma(s, all, to[t]);
     }
   }
-#pragma GCC unroll 2
-  for (int r = 0; r < 2; ++r)
-#pragma GCC unroll 4
-    for (int t = 0; t < T; ++t) to[r][t0 + t] = acc[r][t];
 }
 
 template <class D, bool wide>
-void dot_rows(int64_t count, const D& d, const Layout& a, const Chunk* rows, int64_t u0, int64_t columns, const Operand& o, int64_t t0,
-              F (*to)[kMostRows]) {
-  if (count >= 4) return dot_numbers<D, 4, wide>(d, a, rows, u0, columns, o, t0, to);
-  if (count == 3) return dot_numbers<D, 3, wide>(d, a, rows, u0, columns, o, t0, to);
-  for (int r = 0; r < 2; ++r)
-    if (count == 2)
-      dot_codes<D, 2, wide>(d, a, rows[r], u0, columns, o, t0, to[r]);
-    else
-      dot_codes<D, 1, wide>(d, a, rows[r], u0, columns, o, t0, to[r]);
+void dot_rows(int64_t count, const D& d, const Layout& a, const Chunk& row, int64_t u0, int64_t columns, const Operand& o, int64_t t0,
+              F* to) {
+  constexpr void (*kOf[kTokens])(const D&, const Layout&, const Chunk&, int64_t, int64_t, const Operand&, int64_t, F*) = {
+      dot_codes<D, 1, wide>, dot_codes<D, 2, wide>, dot_codes<D, 3, wide>, dot_codes<D, 4, wide>,
+      dot_codes<D, 5, wide>, dot_codes<D, 6, wide>, dot_codes<D, 7, wide>, dot_codes<D, 8, wide>};
+  kOf[count - 1](d, a, row, u0, columns, o, t0, to);
 }
 
-// Rows [n0, n1), at most kRows; a last odd one is computed twice.
+// Rows [n0, n1), at most kRows.
 template <class D>
 void linear_direct(const Weight& w, const Layout& a, const Product& p, const Operand& o, int64_t n0, int64_t n1, F (*to)[kMostRows]) {
   D d;
   D::set(d, w);
-  Chunk rows[2];
-  const int64_t step = p.t <= 2 ? kChunk : kChunk / 2;
+  Chunk row;
+  const Turns turns(p);
+  const int64_t step = turns.tokens <= 2 ? kChunk : turns.tokens <= 4 ? kChunk / 4 : kChunk / 8;
   for (int64_t c = 0; c < w.k; c += step) {
     const int64_t end = least(c + step, w.k);
-    for (int64_t n = n0; n < n1; n += 2) {
-      rows[0].read(w, a, n, c, end);
-      rows[1].read(w, a, least(n + 1, n1 - 1), c, end);
-      for (int64_t t = 0; t < p.t; t += 4) {
+    for (int64_t t = 0; t < p.t; t += turns.tokens)
+      for (int64_t n = n0; n < n1; ++n) {
+        if (step < kChunk && n + 2 < w.n)  // too short a run for the hardware to see
+          for (int64_t i = c * w.bits / 8; i < end * w.bits / 8; i += 64) __builtin_prefetch(row_of(w, n + 2) + i);
+        row.read(w, a, n, c, end);
+        const int64_t count = turns.count(p, t);
         if (a.wide)
-          dot_rows<D, true>(p.t - t, d, a, rows, c / a.unit, end - c, o, t, to + (n - n0));
+          dot_rows<D, true>(count, d, a, row, c / a.unit, end - c, o, t, to[n - n0] + t);
         else
-          dot_rows<D, false>(p.t - t, d, a, rows, c / a.unit, end - c, o, t, to + (n - n0));
+          dot_rows<D, false>(count, d, a, row, c / a.unit, end - c, o, t, to[n - n0] + t);
       }
-    }
   }
 }
 
 void linear_decoded(const Weight& w, const Product& p, const Operand& o, int64_t n0, int64_t n1, F (*to)[kMostRows]) {
   alignas(64) float row[kPiece + kLanes];
+  const Turns turns(p);
   for (int64_t c = 0; c < w.k; c += kPiece) {
     const int64_t end = least(c + kPiece, w.k);
     for (int64_t n = n0; n < n1; ++n) {
       decode_floats(w, n, c, end, row);
       for (int64_t t = 0; t < p.t; ++t) {
-        const float* x = o.x + t * o.stride + c;
+        const int64_t first = t / turns.tokens * turns.tokens, count = turns.count(p, first);
+        const float* x = o.x + first * o.stride + c * count + (t - first) * kLanes;
         F even = to[n - n0][t], odd = {};
         int64_t i = 0;
         for (; i + kLanes < end - c; i += 2 * kLanes) {
-          even = fma(load<F>(row + i), load<F>(x + i), even);
-          odd = fma(load<F>(row + i + kLanes), load<F>(x + i + kLanes), odd);
+          even = fma(load<F>(row + i), load<F>(x + i * count), even);
+          odd = fma(load<F>(row + i + kLanes), load<F>(x + (i + kLanes) * count), odd);
         }
-        if (i < end - c) even = fma(load<F>(row + i), load<F>(x + i), even);
+        if (i < end - c) even = fma(load<F>(row + i), load<F>(x + i * count), even);
         to[n - n0][t] = even + odd;
       }
     }
@@ -187,7 +180,7 @@ void linear(const Weight& w, const Product& p, const Operand& o, int64_t n0, int
   const Layout a = layout_of(w);
   for (int64_t n = n0; n < n1; n += kRows) {
     const int64_t end = least(n + kRows, n1);
-    F sums[kRows + 1][kMostRows] = {};
+    F sums[kRows][kMostRows] = {};
     if (a.direct)
       with_lane(w, a, [&](auto lane) { linear_direct<decltype(lane)>(w, a, p, o, n, end, sums); });
     else
@@ -196,7 +189,7 @@ void linear(const Weight& w, const Product& p, const Operand& o, int64_t n0, int
       using Format = decltype(format);
       for (int64_t t = 0; t < p.t; ++t)
         for (int64_t i = n; i < end; ++i) {
-          const float y = total(sums[i - n][t]) + (p.bias ? p.bias[i] : 0.f);
+          const float y = total(sums[i - n][t]) / o.factor[t] + (p.bias ? p.bias[i] : 0.f);
           static_cast<typename Format::E*>(p.y)[t * w.n + i] = Format::narrow_one(y);
         }
     });
@@ -286,7 +279,7 @@ void dx_direct(const Weight& w, const Layout& a, const Product& p, int64_t n0, i
         const int64_t row = least(n + r, n1 - 1);  // what is too much counts zero times
         rows[r].read(w, a, row, c, end);
         if (n + r >= n1) memset(rows[r].s, 0, sizeof rows[r].s);
-        for (int64_t t = 0; t < p.t; ++t) dy[r][t] = n + r < n1 ? dy_at(p, t, row) : 0.f;
+        for (int64_t t = 0; t < p.t; ++t) dy[r][t] = n + r < n1 ? dy_at(p, t, row) * o.factor[t] : 0.f;
       }
       for (int64_t t = 0; t < p.t; t += 4) {
         float* to = o.x + t * o.stride + c;
@@ -307,7 +300,7 @@ void dx_decoded(const Weight& w, const Product& p, int64_t n0, int64_t n1, const
       decode_floats(w, n, c, end, row);
       for (int64_t t = 0; t < p.t; ++t) {
         float* to = o.x + t * o.stride + c;
-        const F dy = splat(dy_at(p, t, n));
+        const F dy = splat(dy_at(p, t, n) * o.factor[t]);
         for (int64_t i = 0; i < end - c; i += kLanes) store(to + i, fma(dy, load<F>(row + i), load<F>(to + i)));
       }
     }
@@ -322,8 +315,9 @@ void linear_dx(const Weight& w, const Product& p, int64_t n0, int64_t n1, const 
     dx_decoded(w, p, n0, n1, o);
 }
 
-void finish_dx(const Weight& w, const Product& p, int64_t t, const float* sums, int64_t step, int64_t count) {
+void finish_dx(const Weight& w, const Product& p, int64_t t, const Operand& all, int64_t step, int64_t count) {
   const Layout a = layout_of(w);
+  const float* const sums = all.x + t * all.stride;
   const Places places(w, a);
   with_format(p.dtype, [&](auto format) {
     using Format = decltype(format);
@@ -333,13 +327,13 @@ void finish_dx(const Weight& w, const Product& p, int64_t t, const float* sums, 
         F sum = load<F>(sums + c + i);
         for (int64_t slot = 1; slot < count; ++slot) sum += load<F>(sums + slot * step + c + i);
         for (int lane = 0; lane < kLanes; ++lane)
-          if (const int64_t column = c + places.column[i + lane]; column < w.k) y[column] = Format::narrow_one(sum[lane]);
+          if (const int64_t column = c + places.column[i + lane]; column < w.k) y[column] = Format::narrow_one(sum[lane] / all.factor[t]);
       }
   });
 }
 
 }  // namespace
 
-extern const ProductKernels FA_CAT(product_, FA_ISA) = {FA_STR(FA_ISA), size, arrange, linear, linear_dx, finish_dx};
+extern const ProductKernels FA_CAT(product_, FA_ISA) = {FA_STR(FA_ISA), size, factor, arrange, linear, linear_dx, finish_dx};
 
 }  // namespace fa::cpu::quant

@@ -1,7 +1,7 @@
 // Codes in vectors: packed bytes to codes, codes to numbers, group numbers to one per element. Only for *_isa.cpp files: everything is in an unnamed
 // namespace, so that the linker cannot merge one instruction set's copy into another's.
 #pragma once
-#include "lowrank_vector.h"
+#include "float8.h"
 #include "quant.h"
 
 namespace fa::cpu::quant {
@@ -80,21 +80,43 @@ FA_INLINE uint32_t code_at(const uint8_t* row, int bits, bool high_first, int64_
 
 // ---- tables ----
 
-// 2^bits numbers of 32 bits; of an index only the low `bits` count. Up to 16 numbers lie in registers.
+// from[index]
+FA_INLINE F picked(const float* from, U index) {
+#if defined(__AVX512F__)
+  return F(_mm512_mask_i32gather_ps(__m512{}, 0xffff, __m512i(index), from, 4));
+#elif defined(__AVX2__)
+  return F(_mm256_i32gather_ps(from, __m256i(index), 4));
+#else
+  F f;
+  for (int i = 0; i < kLanes; ++i) f[i] = from[index[i]];
+  return f;
+#endif
+}
+
+// kLanes bytes in the high halves of 16-bit integers.
+FA_INLINE S load_high(const uint8_t* p) {
+#if defined(__AVX512F__)
+  return S(_mm256_slli_epi16(_mm256_cvtepu8_epi16(load<__m128i>(p)), 8));
+#elif defined(__AVX2__)
+  return S(_mm_unpacklo_epi8(_mm_setzero_si128(), _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  S s;
+  for (int i = 0; i < kLanes; ++i) s[i] = int16_t(p[i] << 8);
+  return s;
+#endif
+}
+
+// 2^bits numbers of 32 bits, at most 16, in registers; of an index only the low `bits` count.
 template <int bits>
 struct Lookup {
   F low, high;
-  const float* all;
 
   FA_INLINE void set(Lookup& t, const float* values) {
-    t.all = values;
-    if constexpr (bits < 8) {
-      float padded[16];
-      for (int i = 0; i < 16; ++i) padded[i] = values[i & ((1 << bits) - 1)];
-      t.low = load<F>(padded);
-      if (kLanes == 8) t.high = load<F>(padded + 8);
-      if (kLanes == 4) memcpy(t.small, padded, sizeof padded);
-    }
+    float padded[16];
+    for (int i = 0; i < 16; ++i) padded[i] = values[i & ((1 << bits) - 1)];
+    t.low = load<F>(padded);
+    if (kLanes == 8) t.high = load<F>(padded + 8);
+    if (kLanes == 4) memcpy(t.small, padded, sizeof padded);
   }
   // v in place of every number of the table
   template <class Function>
@@ -108,18 +130,15 @@ struct Lookup {
   }
   FA_INLINE F at(const Lookup& t, U index) {
 #if defined(__AVX512F__)
-    if constexpr (bits == 8) return F(_mm512_mask_i32gather_ps(__m512{}, 0xffff, __m512i(index), t.all, 4));
     return F(_mm512_maskz_permutexvar_ps(0xffff, __m512i(index), __m512(t.low)));
 #elif defined(__AVX2__)
-    if constexpr (bits == 8) return F(_mm256_i32gather_ps(t.all, __m256i(index), 4));
     const __m256 low = _mm256_permutevar8x32_ps(__m256(t.low), __m256i(index));
     if constexpr (bits < 4) return F(low);
     const __m256 high = _mm256_permutevar8x32_ps(__m256(t.high), __m256i(index));
     return F(_mm256_blendv_ps(low, high, __m256(index << 28)));
 #else
-    const float* from = bits == 8 ? t.all : t.small;
     F f = {};
-    for (int i = 0; i < kLanes; ++i) f[i] = from[index[i] & ((1u << bits) - 1)];
+    for (int i = 0; i < kLanes; ++i) f[i] = t.small[index[i] & ((1u << bits) - 1)];
     return f;
 #endif
   }

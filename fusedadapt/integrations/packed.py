@@ -87,7 +87,7 @@ def why_not(base: Any) -> str:
 def weight_of(base: Any) -> Weight:
     """The layer's weight; every tensor shares memory with it, but those of GPTQ and AWQ. ValueError if it is damaged."""
     if type(base) is QuantizedLinear:
-        return Weight(base.quantized)
+        return Weight(base.quantized, base.weight_order)
     if _words_kind(base):
         return _repacked(base)
     weight, state = base.weight, base.weight.quant_state

@@ -75,7 +75,7 @@ class FusedForward:
             return type(layer).forward(layer, x, *args, **kwargs)
         reason = _call_reason(args, kwargs) or layers.base_reason(layer)
         names = layers.names_of(layer, kind)
-        reason = reason or kind.why_not(layer, names) or layers.input_reason(layer, x)
+        reason = reason or layers.order_reason(layer, kind) or kind.why_not(layer, names) or layers.input_reason(layer, x)
         if reason:
             self._note(reason)
             return type(layer).forward(layer, x, *args, **kwargs)

@@ -329,4 +329,13 @@ KINDS |= {f"{method} in {home}": KINDS[method]._replace(home=home, cls=cls) for 
 
 def why_not(layer: Any, kind: Kind) -> str:
     """What keeps the layer off the fast path as it stands, whatever its input; "" if nothing does."""
-    return structural(layer) or base_reason(layer) or kind.why_not(layer, names_of(layer, kind))
+    return structural(layer) or base_reason(layer) or order_reason(layer, kind) or kind.why_not(layer, names_of(layer, kind))
+
+
+def order_reason(layer: Any, kind: Kind) -> str:
+    """Only `_lora_run` reads x in the order of an act-order weight's columns."""
+    base = layer.base_layer
+    if not packed.is_packed(base) or packed.weight_of(base).order is None:
+        return ""
+    names = names_of(layer, kind)
+    return "" if kind.run is _lora_run and not any(_is_dora(layer, name) for name in names) else f"{kind.label} on an act-order weight"

@@ -59,7 +59,7 @@ def linear_class() -> Any:
             raise ValueError(f"QuantizedLinear: merge expected finite adapters; got inf or nan from {', '.join(names)}; nothing was changed")
         if not self.merged_adapters:
             self._fusedadapt_before = (base.quantized.clone(), None if base.bias is None else base.bias.detach().clone())
-        base.write(quantize(weight, base.format))
+        base.write(quantize(base.stored(weight), base.format))
         if bias is not None:
             base.bias.data.copy_(bias)
         self.merged_adapters += names

@@ -101,6 +101,9 @@ class LoRALinear(PackedWeight):
         """
         if not isinstance(linear, QuantizedLinear):
             check_plain("LoRALinear.from_linear", linear)
+        if getattr(linear, "weight_order", None) is not None:
+            fix = "use PEFT with fusedadapt.patch, or LoRALinear on linear.to_linear()"
+            raise ValueError(f"LoRALinear.from_linear: expected columns in the order of the inputs; got an act-order weight; {fix}")
         record = _checked(method, r, lora_dropout, options)
         self = cls.__new__(cls)
         nn.Linear.__init__(self, linear.in_features, linear.out_features, linear.bias is not None, device="meta")

@@ -28,14 +28,14 @@ def _probe(dtype: torch.dtype) -> bool:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[no-untyped-call, untyped-decorator]
-def _cpu_multiplies(dtype: torch.dtype) -> bool:
+def multiplies(dtype: torch.dtype) -> bool:
     """Whether this CPU's torch has a GEMM for a 16-bit dtype. The same throughout a process: a compiled graph takes the answer as a constant."""
     return _probe(dtype)
 
 
 def widens(x: Tensor) -> bool:
     """True where the product of 16-bit matrices goes through fp32 tiles."""
-    return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and not _cpu_multiplies(x.dtype)
+    return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and not multiplies(x.dtype)
 
 
 def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -15,6 +15,7 @@ from .. import _core
 from ..quant.formats import NESTED_BLOCK, QFormat
 from ..quant.tables import Table, table
 from ..reference.quant import Parts, zero_code
+from . import dense
 
 _CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.uint8: 6}
 _PLAIN, _POWERS, _TABLE = 0, 1, 2
@@ -117,12 +118,15 @@ def linear_dx(dy: Tensor, parts: Parts, fmt: QFormat, n: int, k: int) -> Tensor:
     return dx
 
 
-#: rows of x up to which the own product is the faster one, at 4096 x 4096 on AVX2: integers, tables of 16, what is decoded or looked up in memory
-_FEW_INTEGERS, _FEW_LOOKUPS, _FEW_DECODED = 16, 12, 8
+#: rows of x up to which the own product is the faster one, at 4096 x 4096 on AVX2: x W^T; dY W of integers and of tables; what is decoded first or
+#: looked up in memory; and where the processor multiplies in 16 bits
+_FEW, _FEW_DX_INTEGERS, _FEW_DX_LOOKUPS, _FEW_DECODED, _FEW_16_BIT = 48, 48, 20, 8, 12
 
 
 def small(t: int, n: int, k: int, dtype: torch.dtype, fmt: QFormat, transposed: bool) -> bool:
     """Whether `linear` (`linear_dx` if ``transposed``) beats a dequantized piece and the library's GEMM."""
-    if fmt.bits == 3 or (fmt.table and fmt.bits == 8) or fmt.block[1] == 1:
+    if fmt.bits == 3 or fmt.table.startswith("dynamic") or fmt.block[1] == 1:
         return t <= _FEW_DECODED
-    return t <= (_FEW_LOOKUPS if fmt.table else _FEW_INTEGERS)
+    if dtype != torch.float32 and dense.multiplies(dtype):
+        return t <= _FEW_16_BIT
+    return t <= (_FEW if not transposed else _FEW_DX_LOOKUPS if fmt.table else _FEW_DX_INTEGERS)

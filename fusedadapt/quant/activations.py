@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..autocast import autocasting
 from ..ops import quant_act as ops
-from ..ops.quant import DTYPES
+from . import product
 from .tensor import QuantizedTensor
 
 
@@ -20,9 +18,7 @@ class QuantizedActMatmul(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, act: str, spec: str, n: int, *parts: Tensor | None) -> Tensor:
-        ctx.spec, ctx.shape = spec, (n, x.shape[1])
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(*parts)
+        product.save(ctx, x, bias, spec, n, parts)
         codes, scale = torch.ops.fusedadapt.q_act_quant(x, act)
         y: Tensor = torch.ops.fusedadapt.q_linear8(codes, scale, *parts, bias, act, spec, n, x.dtype)
         return y
@@ -30,13 +26,7 @@ class QuantizedActMatmul(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        dx = d_bias = None
-        if ctx.needs_input_grad[0]:
-            dx = torch.ops.fusedadapt.q_linear_dx(dy, *ctx.saved_tensors, ctx.spec, *ctx.shape)
-        if ctx.needs_input_grad[1]:
-            wide = torch.float64 if dy.dtype == torch.float64 else torch.float32
-            d_bias = dy.sum(0, dtype=wide).to(ctx.bias_dtype)
-        return dx, d_bias, None, None, None, *([None] * len(ctx.saved_tensors))
+        return *product.gradients(ctx, dy), None, None, None, *([None] * len(ctx.saved_tensors))
 
 
 _apply: Any = QuantizedActMatmul.apply
@@ -65,17 +55,7 @@ def quantized_linear_act(x: Tensor, qw: QuantizedTensor, bias: Tensor | None = N
     Raises:
         ValueError: shapes, dtypes, devices or formats that do not fit, before anything is computed. TypeError: ``qw`` is not a `QuantizedTensor`.
     """
-    name = "fusedadapt.quantized_linear"
-    if not isinstance(qw, QuantizedTensor):
-        raise TypeError(f"{name}: expected a QuantizedTensor; got {type(qw).__name__}; make one with fusedadapt.quantize")
-    if len(qw.shape) != 2 or x.dim() < 1 or x.shape[-1] != qw.columns:
-        shapes = f"x {tuple(x.shape)}, weight {tuple(qw.shape)}"
-        raise ValueError(f"{name}: expected x of {qw.shape[-1]} columns and a weight of two dimensions; got {shapes}; pass matching shapes")
-    if x.dtype not in DTYPES:
-        raise ValueError(f"{name}: expected x in float32, bfloat16, float16 or float64; got {x.dtype}; convert it")
+    rows = product.checked_input(x, qw)
     act = ops.activation_spec(activations, qw.format)
-    kind = x.device.type
-    if autocasting(kind) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(kind))
-    y: Tensor = _apply(x.reshape(math.prod(x.shape[:-1]), qw.columns), bias, act, qw.format.spec, qw.rows, *qw.parts)
+    y: Tensor = _apply(rows, bias, act, qw.format.spec, qw.rows, *qw.parts)
     return y.view(*x.shape[:-1], qw.rows)

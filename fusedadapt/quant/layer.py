@@ -80,20 +80,26 @@ class QuantizedLinear(PackedWeight):
 
     Attributes:
         format: the `QFormat`. quantized: the weight as a `QuantizedTensor` that shares its memory. in_features, out_features: K and N.
+        weight_order: None, or int64 [K]: column j of ``quantized`` belongs to input weight_order[j] (GPTQ's act-order); `dequantize` puts them back.
         activations: None, or "int8" | "fp8_e4m3": what x is coded to on the fly, see `fusedadapt.quantized_linear`.
     """
 
     format: QFormat
     activations: str | None = None
+    weight_order: Tensor | None
 
-    def __init__(self, qw: QuantizedTensor, bias: Tensor | None = None) -> None:
+    def __init__(self, qw: QuantizedTensor, bias: Tensor | None = None, order: Tensor | None = None) -> None:
         if not isinstance(qw, QuantizedTensor) or len(qw.shape) != 2:
             got = f"shape {tuple(qw.shape)}" if isinstance(qw, QuantizedTensor) else type(qw).__name__
             raise TypeError(f"QuantizedLinear: expected a QuantizedTensor of two dimensions; got {got}; make one with fusedadapt.quantize")
         if bias is not None and bias.shape != (qw.rows,):
             raise ValueError(f"QuantizedLinear: expected a bias of shape ({qw.rows},); got {tuple(bias.shape)}; pass one number per output")
+        if order is not None and (order.dtype != torch.int64 or not torch.equal(order.sort().values, torch.arange(qw.columns, device=order.device))):
+            got = f"{order.dtype}, shape {tuple(order.shape)}"
+            raise ValueError(f"QuantizedLinear: expected order: int64, every input from 0 to {qw.columns - 1} once; got {got}; take from_gptq's")
         super().__init__(qw.columns, qw.rows, bias=False, device="meta")
         self._hold(qw)
+        self.register_buffer("weight_order", order)
         if "peft" in sys.modules:  # its own class for linear layers cannot merge into packed bytes
             importlib.import_module("fusedadapt.integrations.peft_quantized").register()
         if bias is not None:
@@ -107,9 +113,18 @@ class QuantizedLinear(PackedWeight):
         return cls(quantize(linear.weight, format, group_size, **options), linear.bias).train(linear.training)
 
     @classmethod
-    def from_quantized(cls, qw: QuantizedTensor, bias: Tensor | None = None) -> QuantizedLinear:
-        """A layer around a quantized weight, whose memory it shares."""
-        return cls(qw, bias)
+    def from_quantized(cls, qw: QuantizedTensor, bias: Tensor | None = None, order: Tensor | None = None) -> QuantizedLinear:
+        """A layer around a quantized weight, whose memory it shares; ``order``: what `foreign.from_gptq` gave beside it."""
+        return cls(qw, bias, order)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight in ``dtype`` (default: the one it was quantized from), column j of input j."""
+        w = super().dequantize(dtype)
+        return w if self.weight_order is None else w[:, self.weight_order.argsort()]
+
+    def stored(self, w: Tensor) -> Tensor:
+        """A weight [N, K] with its columns as ``quantized`` has them."""
+        return w if self.weight_order is None else w[:, self.weight_order]
 
     @property
     def W_q(self) -> Tensor:
@@ -125,6 +140,7 @@ class QuantizedLinear(PackedWeight):
         return plain.train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:
+        input = input if self.weight_order is None else input[..., self.weight_order]
         return quantized_linear(input, self.quantized, self.bias, activations=self.activations)
 
     def reset_parameters(self) -> None:
@@ -152,5 +168,6 @@ class QuantizedLinear(PackedWeight):
         choice, other = (ops.choose("linear", device, torch.float32, (tokens, *shape)) for tokens in (1, 64))
         more = "" if other == choice else f"; 64 tokens: {other.backend} ({other.reason})"
         pieces = ops.choose("dequantize", device, torch.float32).backend
+        more += "" if self.weight_order is None else "; act-order: x is gathered first"
         what = f"QuantizedLinear[{self.format.spec}] {self.out_features}x{self.in_features} {self.weight.device}"
         return [(what, choice.backend, f"{choice.reason}{more}; many tokens: dequantized in pieces by {pieces}, torch's GEMM")]

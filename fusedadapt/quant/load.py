@@ -50,7 +50,8 @@ def load_model_(model: nn.Module, source: str | Path, device: torch.device | str
         linear = model.get_submodule(layer.prefix)
         assert isinstance(linear, nn.Linear)
         where = device or (torch.device("cpu") if linear.weight.is_meta else linear.weight.device)
-        new = QuantizedLinear.from_quantized(read_packed(archive, layer, config).to(where), linear.bias)
+        weight, order = read_packed(archive, layer, config)
+        new = QuantizedLinear.from_quantized(weight.to(where), linear.bias, None if order is None else order.to(where))
         for name in places.pop(linear):
             model.set_submodule(name, new.train(linear.training))
         del linear

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from . import foreign
 from .archive import Archive
 from .foreign.gptq import VERSIONS
@@ -96,22 +98,18 @@ def block(config: Mapping[str, Any]) -> tuple[int, int]:
     return (int(said[0]), int(said[1])) if isinstance(said, list) and len(said) == 2 else (128, 128)
 
 
-def read_packed(archive: Archive, layer: Packed, config: Mapping[str, Any]) -> QuantizedTensor:
-    """The weight of one layer, on the CPU. ValueError that names the tensor at fault."""
+def read_packed(archive: Archive, layer: Packed, config: Mapping[str, Any]) -> tuple[QuantizedTensor, Tensor | None]:
+    """The weight of one layer, on the CPU, and the order of its inputs (None: as they come). ValueError that names the tensor at fault."""
     tensors, weight = {name: archive[name] for name in layer.tensors}, f"{layer.prefix}.weight"
+    if layer.kind == "gptq":
+        return foreign.from_gptq(tensors, layer.prefix, bits=_method(config).get("bits"), version=label(config), group_size=_group(config))
     if layer.kind == "ours":
-        return foreign.from_plain(tensors, archive.metadata, weight)
+        return foreign.from_plain(tensors, archive.metadata, weight), None
     if layer.kind == "bitsandbytes":
-        return foreign.from_bitsandbytes(tensors, weight)
+        return foreign.from_bitsandbytes(tensors, weight), None
     if layer.kind == "awq":
-        return foreign.from_awq(tensors, layer.prefix, group_size=_group(config))
-    if layer.kind == "fp8":
-        return foreign.from_fp8(tensors, weight, block=block(config))
-    qt, order = foreign.from_gptq(tensors, layer.prefix, bits=_method(config).get("bits"), version=label(config), group_size=_group(config))
-    if order is not None:
-        fix = "convert the checkpoint without desc_act, or keep the library's layers and fusedadapt.patch the model"
-        raise ValueError(f"load_model_: expected groups in the order of the inputs; {layer.prefix}.g_idx is an act-order; {fix}")
-    return qt
+        return foreign.from_awq(tensors, layer.prefix, group_size=_group(config)), None
+    return foreign.from_fp8(tensors, weight, block=block(config)), None
 
 
 def _group(config: Mapping[str, Any]) -> int | None:

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
+
 from ...reference import quant as reference
 from . import awq, bnb, gptq, plain
 from .awq import from_awq, to_awq
@@ -114,10 +116,13 @@ def _shifted(tensors: Tensors, name: str, bits: int, n: int, said: int) -> Fault
     Looks at the first 256 outputs.
     """
     qweight, qzeros = (words(tensors[key(name, part)]) for part in ("qweight", "qzeros"))
-    zeros = stream(qzeros, bits, n)[:, :256].float()
-    k = gptq.inputs(tensors, name, bits)
-    gap = float(stream(qweight[:, :256].t(), bits, k).float().mean() - zeros.mean())
+    zeros, k = stream(qzeros, bits, n)[:, :256].float(), gptq.inputs(tensors, name, bits)
+    codes, index = stream(qweight[:, :256].t(), bits, k).t().float(), tensors.get(key(name, "g_idx"))
+    ids = torch.arange(k, device=codes.device) // -(-k // len(zeros)) if index is None else index.long()
+    means = torch.zeros_like(zeros).index_add_(0, ids, codes) / ids.bincount(minlength=len(zeros)).clamp(min=1)[:, None]
+    gaps = means - zeros
+    gap, error = float(gaps.mean()), float(gaps.std()) / gaps.numel() ** 0.5
     seen = 1 if abs(gap - 1) < 0.25 else 2 if abs(gap) < 0.25 else said
-    if seen != said and zeros.numel() >= 64:
+    if seen != said and 4 * error < 0.25:
         got = f"zeros that lie {gap:.2f} below the codes on average, as version {seen} has them"
         yield fault(key(name, "qzeros"), f"zeros of version {said}, as labelled", got, f"if the model talks nonsense, read it with version={seen}")

@@ -12,7 +12,6 @@ from torch import Tensor
 from ..tensor import QuantizedTensor
 from .affine import from_quantized, pack4, to_quantized, unpack4
 from .parts import (
-    FLOATS,
     Affine,
     Faults,
     Tensors,
@@ -20,12 +19,11 @@ from .parts import (
     fault,
     finite,
     key,
-    matrix,
-    missing,
     raise_first,
     refuse,
     shaped,
     stream,
+    word_faults,
     words,
     words_to_bytes,
 )
@@ -45,13 +43,8 @@ def layout(tensors: Tensors, name: str) -> str | None:
 def faults(tensors: Tensors, name: str, group_size: int | None = None) -> Faults:
     """What makes a layer unreadable."""
     qweight, qzeros, scales = (key(name, part) for part in ("qweight", "qzeros", "scales"))
-    if found := [*missing(tensors, (qweight, qzeros, scales))]:
+    if found := [*word_faults(tensors, name)]:
         yield from found
-        return
-    integers = (torch.int32, torch.uint32)
-    wrong = [*matrix(tensors, qweight, integers), *matrix(tensors, qzeros, integers), *matrix(tensors, scales, FLOATS)]
-    if wrong:
-        yield from wrong
         return
     kind, rows, columns = layout(tensors, name), *tensors[qweight].shape
     if kind is None:

@@ -15,7 +15,6 @@ from torch import Tensor
 from ..tensor import QuantizedTensor
 from .affine import from_quantized, to_quantized
 from .parts import (
-    FLOATS,
     Affine,
     Faults,
     Tensors,
@@ -23,7 +22,6 @@ from .parts import (
     fault,
     finite,
     key,
-    matrix,
     missing,
     permuted,
     plain_bits,
@@ -32,6 +30,7 @@ from .parts import (
     shaped,
     stream,
     to_stream,
+    word_faults,
     words,
     words_to_bytes,
 )
@@ -61,13 +60,8 @@ def guess_bits(tensors: Tensors, name: str) -> int | None:
 def faults(tensors: Tensors, name: str, bits: int | None = None) -> Faults:
     """What makes a layer unreadable. Stops where the rest cannot be judged."""
     qweight, qzeros, scales = (key(name, part) for part in ("qweight", *_REST))
-    if found := [*missing(tensors, (qweight, qzeros, scales))]:
+    if found := [*word_faults(tensors, name)]:
         yield from found
-        return
-    integers = (torch.int32, torch.uint32)
-    wrong = [*matrix(tensors, qweight, integers), *matrix(tensors, qzeros, integers), *matrix(tensors, scales, FLOATS)]
-    if wrong:
-        yield from wrong
         return
     if (bits or guess_bits(tensors, name)) not in WIDTHS:
         got = bits or f"qweight {tuple(tensors[qweight].shape)}, qzeros {tuple(tensors[qzeros].shape)}"

@@ -56,6 +56,16 @@ def matrix(tensors: Tensors, name: str, dtypes: Iterable[torch.dtype]) -> Faults
         yield fault(name, " or ".join(str(d).removeprefix("torch.") for d in wanted), str(t.dtype).removeprefix("torch."), "convert it")
 
 
+def word_faults(tensors: Tensors, name: str) -> Faults:
+    """Faults of qweight, qzeros and scales as such, which GPTQ and AWQ layers share; what their shapes mean is another matter."""
+    names = [key(name, part) for part in ("qweight", "qzeros", "scales")]
+    if found := [*missing(tensors, names)]:
+        yield from found
+        return
+    for each, dtypes in zip(names, (_INTEGERS, _INTEGERS, FLOATS), strict=True):
+        yield from matrix(tensors, each, dtypes)
+
+
 def shaped(name: str, got: Tensor, wanted: tuple[int, ...], why: str) -> Faults:
     if tuple(got.shape) != wanted:
         yield fault(name, f"shape {wanted} ({why})", tuple(got.shape), "the file is cut off, or its tensors are those of different layers")
