@@ -238,3 +238,15 @@ def test_act_order_weights_of_our_layers(method: str) -> None:
         assert (model(x) - y).norm() < 0.2 * y.norm() and not torch.equal(base.quantized.qdata, bytes_before.qdata)
         model.unmerge_adapter()
         assert torch.equal(base.quantized.qdata, bytes_before.qdata)
+
+
+@pytest.mark.parametrize("threshold", [0.0, 6.0])
+def test_8_bit_layers_of_bitsandbytes_stay_and_say_why(threshold: float) -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    net = Net()
+    layer = bnb.nn.Linear8bitLt(K, net.first.out_features, has_fp16_weights=False, threshold=threshold)
+    layer.load_state_dict(net.first.state_dict())
+    net.first, net.is_loaded_in_8bit = layer.to("cpu"), True
+    model = peft.get_peft_model(net, peft.LoraConfig(target_modules=["first"], r=4))
+    entry = fa.patch(model).layers[0]
+    assert entry.path == "peft" and "codes x to int8" in entry.reason and ("beyond 6" in entry.reason) == bool(threshold)

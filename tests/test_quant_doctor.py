@@ -81,6 +81,77 @@ def test_sound_files_of_others_pass_and_load(kind, tmp_path, capsys):
     assert (model.get_submodule(LAYER).dequantize().float() - w).norm() < 0.2 * w.norm()
 
 
+def hqq_tensors(w: Tensor, name: str, bits: int, group: int) -> tuple[dict[str, Tensor], Tensor]:
+    """A layer as HQQ's loops write it, and what it means."""
+    rows = w.reshape(-1, group)
+    lo, hi = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
+    scale = ((hi - lo) / ((1 << bits) - 1)).half()
+    zero = (-lo / scale.float()).half()
+    codes = (rows / scale.float() + zero.float()).round().clamp(0, (1 << bits) - 1).to(torch.uint8)
+    per = 8 // bits
+    step = len(codes) // per
+    packed = sum(codes[i * step : (i + 1) * step].int() << (8 - bits - i * bits) for i in range(per)).to(torch.uint8)  # type: ignore[union-attr]
+    numbers = {"nbits": [bits], "axis": [1], "group_size": [group], "shape": list(w.shape), "view_as_float": [0], "packing": list(b"4bit_u8")}
+    tensors = {"W_q": packed, "scale": scale, "zero": zero} | {part: torch.tensor(given, dtype=torch.int32) for part, given in numbers.items()}
+    return {f"{name}.{part}": t for part, t in tensors.items()}, ((codes.float() - zero.float()) * scale.float()).view(w.shape)
+
+
+def int8_tensors(w: Tensor, name: str) -> tuple[dict[str, Tensor], Tensor]:
+    """A Linear8bitLt as bitsandbytes saves it."""
+    largest = w.abs().amax(1)
+    codes = (w * (127 / largest)[:, None]).round().to(torch.int8)
+    tensors = {f"{name}.weight": codes, f"{name}.SCB": largest, f"{name}.weight_format": torch.tensor(0, dtype=torch.uint8)}
+    return tensors, codes.float() * (largest / 127)[:, None]
+
+
+def other_folder(folder: Path, method: str, bits: int, damage: Callable[[dict[str, Tensor]], object] = lambda t: None):
+    tensors, state, wanted = {}, models.state(), {}
+    for name in models.LINEARS:
+        w = state.pop(f"{name}.weight").float()
+        found, wanted[name] = hqq_tensors(w, name, bits, 16) if method == "hqq" else int8_tensors(w, name)
+        tensors |= found
+    damage(tensors)
+    return models.write(
+        folder, {**state, **tensors}, config={**models.CONFIG, "quantization_config": {"quant_method": method, "load_in_8bit": True}}
+    ), wanted
+
+
+@pytest.mark.parametrize(("method", "bits"), [("hqq", 2), ("hqq", 4), ("hqq", 8), ("bitsandbytes", 8)])
+def test_hqq_and_8_bit_bitsandbytes_files_load_exactly(method, bits, tmp_path, capsys):
+    folder, wanted = other_folder(tmp_path / "m", method, bits)
+    code, said = doctor(folder, capsys)
+    assert code == 0 and f"{len(models.LINEARS)} layers as {method}" in said, said
+    model = models.Causal()
+    assert len(load_model_(model, folder)) == len(models.LINEARS)
+    for name, w in wanted.items():
+        layer = model.get_submodule(name)
+        assert torch.equal(layer.dequantize(torch.float32), w), name
+        x = torch.randn(3, w.shape[1])
+        torch.testing.assert_close(layer(x) - (0 if layer.bias is None else layer.bias), x @ w.t(), rtol=1e-4, atol=1e-4)
+
+
+OTHER_DAMAGE = [
+    ("hqq", lambda t: t.pop(f"{LAYER}.scale"), f"{LAYER}.scale"),
+    ("hqq", lambda t: t.update({f"{LAYER}.W_q": t[f"{LAYER}.W_q"][:-1].clone()}), f"{LAYER}.W_q: expected"),
+    ("hqq", lambda t: t[f"{LAYER}.axis"].fill_(0), f"{LAYER}.axis: expected 1"),
+    ("hqq", lambda t: t[f"{LAYER}.nbits"].fill_(3), f"{LAYER}.nbits"),
+    ("hqq", lambda t: t[f"{LAYER}.zero"].view(-1)[0:1].fill_(torch.nan), f"{LAYER}.zero: expected finite"),
+    ("bitsandbytes", lambda t: t.update({f"{LAYER}.SCB": t[f"{LAYER}.SCB"][:-1].clone()}), f"{LAYER}.SCB: expected shape"),
+    ("bitsandbytes", lambda t: t[f"{LAYER}.weight"][0].fill_(-128), f"{LAYER}.weight: expected codes"),
+    ("bitsandbytes", lambda t: t[f"{LAYER}.weight_format"].fill_(1), f"{LAYER}.weight_format"),
+    ("bitsandbytes", lambda t: t.pop(f"{LAYER}.weight"), f"{LAYER}.weight"),
+]
+
+
+@pytest.mark.parametrize(("method", "damage", "said"), OTHER_DAMAGE)
+def test_damaged_hqq_and_8_bit_layers_are_named(method, damage, said, tmp_path, capsys):
+    folder, _ = other_folder(tmp_path / "m", method, 4, damage)
+    code, text = doctor(folder, capsys)
+    assert code == 1 and said in " ".join(text.split()), text
+    with pytest.raises(ValueError, match=LAYER):
+        load_model_(models.Causal(), folder)
+
+
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_act_order_files_load_exactly(bits, tmp_path, capsys):
     """desc_act: groups scattered over the inputs. The layer keeps the order; weights, products, gradients, states are the file's."""

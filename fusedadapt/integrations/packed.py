@@ -58,6 +58,16 @@ def _is_linear4bit(base: Any) -> bool:
     return type(base).__name__ == "Linear4bit" and type(base).__module__ == "bitsandbytes.nn.modules"
 
 
+def no_form(base: Any) -> str:
+    """Why a quantized layer of another kind than those above is left to its library."""
+    name = type(base).__name__
+    if name != "Linear8bitLt":
+        return f"quantized base layer ({name}): no fused form"
+    threshold = getattr(getattr(base, "state", None), "threshold", 0.0)
+    more = f" and multiplies columns beyond {threshold:g} in 16 bits (llm_int8_threshold)" if threshold else ""
+    return f"quantized base layer (Linear8bitLt): bitsandbytes codes x to int8{more}; the fused layer multiplies x as it is, which is another model"
+
+
 def why_not(base: Any) -> str:
     """What keeps this layer off the fast path; "" if nothing does."""
     if "forward" in vars(base):

@@ -58,7 +58,7 @@ def structural(layer: Any) -> str:
     if packed.is_packed(base):
         return packed.why_not(base)
     if getattr(layer, "quantization_backend", None) is not None or _is_quantized(base):
-        return f"quantized base layer ({type(base).__name__}): no fused form"
+        return packed.no_form(base)
     if hasattr(base, "base_layer"):
         return "the base layer is itself an adapter layer"
     if not (_is_linear(base) or is_conv1d(base)):

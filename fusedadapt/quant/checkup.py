@@ -17,7 +17,7 @@ from .packed import Packed, label, packed_layers
 from .report import some
 
 #: quant_method in config.json -> kind of layer found in the files
-_KINDS = {"bitsandbytes": "bitsandbytes", "gptq": "gptq", "awq": "awq", "fp8": "fp8", "fusedadapt": "ours"}
+_KINDS = {"bitsandbytes": "bitsandbytes", "gptq": "gptq", "awq": "awq", "hqq": "hqq", "fp8": "fp8", "fusedadapt": "ours"}
 _MOST = 50
 
 
@@ -101,8 +101,10 @@ def _check_config(config: Mapping[str, Any], layers: list[Packed], result: Check
 
 def _check_bitsandbytes(said: Mapping[str, Any], layers: list[Packed], result: Checkup) -> None:
     kinds = {name.rpartition("bitsandbytes__")[2] for layer in layers for name in layer.tensors if "bitsandbytes__" in name}
-    if said.get("load_in_4bit", said.get("_load_in_4bit")) is not True:
-        result.faults.append("config.json: expected load_in_4bit: true beside 4-bit layers")
+    rows = {any(name.endswith(".SCB") for name in layer.tensors) for layer in layers}
+    for bits, present in ((4, False in rows), (8, True in rows)):
+        if present and said.get(f"load_in_{bits}bit", said.get(f"_load_in_{bits}bit")) is not True:
+            result.faults.append(f"config.json: expected load_in_{bits}bit: true beside {bits}-bit layers")
     if kinds and said.get("bnb_4bit_quant_type") not in kinds:
         result.faults.append(f"config.json: bnb_4bit_quant_type is {said.get('bnb_4bit_quant_type')!r}; the files hold {', '.join(sorted(kinds))}")
     nested = {any(name.endswith(".nested_absmax") for name in layer.tensors) for layer in layers}

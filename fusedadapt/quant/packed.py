@@ -17,13 +17,16 @@ from .foreign.plain import METADATA
 from .tensor import QuantizedTensor
 
 _BNB = re.compile(r"^(.*)\.weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+)$")
+_BNB_ROWS = re.compile(r"^(.*)\.(SCB|weight_format)$")
 _WORDS = re.compile(r"^(.*)\.(qweight|qzeros|scales|g_idx)$")
+_HQQ = re.compile(r"^(.*)\.(?!bias$|weight$)\w+$")  # whatever lies beside W_q
 _FP8 = re.compile(r"^(.*)\.weight(_scale_inv|_scale)$")
 
 
 @dataclass(frozen=True)
 class Packed:
-    """``prefix``: the module's name. ``kind``: "ours" | "bitsandbytes" | "gptq" | "awq" | "fp8". ``shape``: of the weight, where the file says it."""
+    """``prefix``: the module's name. ``kind``: "ours" | "bitsandbytes" | "gptq" | "awq" | "hqq" | "fp8".
+    ``shape``: of the weight, where the file says it."""
 
     prefix: str
     kind: str
@@ -41,7 +44,9 @@ def packed_layers(archive: Archive, config: Mapping[str, Any]) -> list[Packed]:
             groups[weight.removesuffix(".weight"), "ours"] = [name for name in names if name in archive.entries]
     taken = {name for names in groups.values() for name in names}
     for name in (name for name in archive.entries if name not in taken):
-        if found := _BNB.match(name):
+        if (found := _HQQ.match(name)) and f"{found[1]}.W_q" in archive.entries:
+            groups.setdefault((found[1], "hqq"), []).append(name)
+        elif found := _BNB.match(name) or _BNB_ROWS.match(name):
             groups.setdefault((found[1], "bitsandbytes"), []).append(name)
         elif found := _WORDS.match(name):
             groups.setdefault((found[1], _whose(archive, found[1], config)), []).append(name)
@@ -72,7 +77,7 @@ def _whose(archive: Archive, prefix: str, config: Mapping[str, Any]) -> str:
 
 def _shape(archive: Archive, prefix: str, kind: str) -> tuple[int, ...] | None:
     """(outputs, inputs), so far as it can be told without reading the weight."""
-    if kind == "fp8":
+    if kind == "fp8" or f"{prefix}.SCB" in archive.entries:
         return archive.entries[f"{prefix}.weight"].shape if f"{prefix}.weight" in archive.entries else None
     if kind != "ours":
         return None
@@ -107,6 +112,8 @@ def read_packed(archive: Archive, layer: Packed, config: Mapping[str, Any]) -> t
         return foreign.from_plain(tensors, archive.metadata, weight), None
     if layer.kind == "bitsandbytes":
         return foreign.from_bitsandbytes(tensors, weight), None
+    if layer.kind == "hqq":
+        return foreign.from_hqq(tensors, layer.prefix), None
     if layer.kind == "awq":
         return foreign.from_awq(tensors, layer.prefix, group_size=_group(config)), None
     return foreign.from_fp8(tensors, weight, block=block(config)), None

@@ -43,7 +43,14 @@ struct Layout {
   int bits;
   bool flat, counts;
   int64_t rows, columns;  // of a group
+  int exponent = 0;  // of 8-bit floats
 };
+
+float float8(int exponent, int code) {
+  const int mantissa = 7 - exponent, e = (code & 127) >> mantissa, m = code & ((1 << mantissa) - 1), bias = (1 << (exponent - 1)) - 1;
+  const float v = std::ldexp(float(e ? (1 << mantissa) + m : m), (e ? e : 1) - bias - mantissa);
+  return code & 128 ? -v : v;
+}
 
 struct Case {
   Layout l;
@@ -59,16 +66,16 @@ struct Case {
     groups = l.flat ? grid.wide : (n + l.rows - 1) / l.rows * grid.wide;
     scale = Exact<float>(groups), factor = Exact<float>(groups), zero = Exact<uint8_t>(groups);
     codes = Exact<uint8_t>(l.flat && l.bits == 4 ? (n * k + 1) / 2 : n * row_bytes);
-    for (int64_t i = 0; i < values.size; ++i) values[i] = l.counts ? float(i) - 3 : uniform();
+    for (int64_t i = 0; i < values.size; ++i) values[i] = l.exponent ? float8(l.exponent, int(i)) : l.counts ? float(i) - 3 : uniform();
     for (int64_t i = 0; i < groups; ++i) scale[i] = 1 + uniform() / 2, factor[i] = 1 / scale[i], zero[i] = uint8_t(random_bits() % 5);
-    for (int64_t i = 0; i < codes.size; ++i) codes[i] = uint8_t(random_bits());
+    for (int64_t i = 0; i < codes.size; ++i) codes[i] = uint8_t(random_bits() & (l.exponent ? 0xbf : 0xff));  // no NaN
   }
   qt::Weight weight() const {
     qt::Weight w;
     w.codes = codes.get(), w.n = n, w.k = k, w.row_bytes = row_bytes, w.bits = l.bits, w.flat = l.flat, w.grid = grid,
     w.values = values.get();
     w.zero = zero.get(), w.zero_dtype = fa::kU8;
-    w.kind = l.counts ? qt::Values::kUnsigned : qt::Values::kTable;
+    w.kind = l.exponent ? l.exponent == 4 ? qt::Values::kE4M3 : qt::Values::kE5M2 : l.counts ? qt::Values::kUnsigned : qt::Values::kTable;
     w.scales.data = scale.get(), w.scales.dtype = fa::kF32;
     return w;
   }
@@ -124,6 +131,31 @@ void check_encode(const Case& c) {
   for (int64_t i = 0; i < c.groups; ++i) require(lo[i] <= hi[i] && std::fabs(lo[i]) <= 20 && std::fabs(hi[i]) <= 20, "stats " + c.name());
 }
 
+// Ascending cuts, many of them, and those of 8-bit floats.
+void check_cuts(int64_t n, int exponent) {
+  const int count = exponent ? exponent == 4 ? 126 : 123 : 200;
+  const Exact<float> cuts(count), w(n), factor(1);
+  const Exact<uint8_t> order(count + 1), out(n);
+  for (int i = 0; i < count; ++i) {
+    const float middle = exponent ? (float8(exponent, i) + float8(exponent, i + 1)) / 2 : float(i - 90) / 64;
+    cuts[i] = exponent && i % 2 ? std::nextafter(middle, 0.f) : middle;
+  }
+  for (int i = 0; i <= count; ++i) order[i] = uint8_t(i);
+  for (int64_t i = 0; i < n; ++i) w[i] = exponent ? std::ldexp(uniform(), int(random_bits() % 24) - 14) : uniform() * 2;
+  factor[0] = 1;
+  qt::Encoding e;
+  e.w = w.get(), e.n = 1, e.k = e.row_bytes = n, e.dtype = fa::kF32, e.bits = 8, e.grid = {1, n, 1}, e.factor = factor.get();
+  e.magnitude = e.sign_bit = exponent != 0, e.cut_count = count, e.cuts = cuts.get(), e.order = order.get(), e.out = out.get();
+  e.kind = exponent == 4 ? qt::Values::kE4M3 : exponent == 5 ? qt::Values::kE5M2 : qt::Values::kTable;
+  qt::encode(e, 2);
+  for (int64_t i = 0; i < n; ++i) {
+    const float v = exponent ? std::fabs(w[i]) : w[i];
+    int passed = 0;
+    while (passed < count && cuts[passed] < v) ++passed;
+    require(out[i] == (passed | (exponent && std::signbit(w[i]) ? 128 : 0)), "cuts " + std::to_string(exponent));
+  }
+}
+
 void check_products(const Case& c, int64_t t) {
   for (const bool transposed : {false, true}) {
     const int64_t inner = transposed ? c.n : c.k, width = transposed ? c.k : c.n, stride = inner + 3;
@@ -149,13 +181,16 @@ void check_products(const Case& c, int64_t t) {
 
 int main() {
   const Layout layouts[] = {
-      {4, true, false, 1, 32},  {4, false, false, 1, 32}, {4, false, true, 1, 16},   {4, false, true, 3, 64},
-      {4, false, false, 1, 20}, {4, false, true, 7, 1},   {3, false, true, 1, 32},   {3, false, false, 2, 5},
-      {2, false, true, 1, 48},  {2, false, false, 1, 32}, {8, true, false, 1, 32},   {8, false, true, 1, 1 << 20},
-      {8, false, false, 1, 4},  {8, false, true, 4, 6},   {4, false, false, 9, 128}, {2, false, true, 1 << 20, 1 << 20}};
+      {4, true, false, 1, 32},     {4, false, false, 1, 32},         {4, false, true, 1, 16},        {4, false, true, 3, 64},
+      {4, false, false, 1, 20},    {4, false, true, 7, 1},           {3, false, true, 1, 32},        {3, false, false, 2, 5},
+      {2, false, true, 1, 48},     {2, false, false, 1, 32},         {8, true, false, 1, 32},        {8, false, true, 1, 1 << 20},
+      {8, false, false, 1, 4},     {8, false, true, 4, 6},           {4, false, false, 9, 128},      {2, false, true, 1 << 20, 1 << 20},
+      {8, false, false, 1, 32, 4}, {8, false, false, 1, 1 << 20, 5}, {8, false, false, 128, 128, 4}, {8, false, false, 1, 7, 5}};
   const int64_t shapes[][2] = {{1, 1}, {3, 7}, {2, 33}, {5, 64}, {4, 129}, {17, 96}, {2, 1100}, {33, 40}};
   for (const char* isa : {"base", "avx2", "avx512"}) {
     if (!fa::cpu::use_isa(isa)) continue;
+    for (const int exponent : {0, 4, 5})
+      for (const int64_t n : {1, 7, 64, 2500}) check_cuts(n, exponent);
     for (const Layout& l : layouts)
       for (const auto& s : shapes) {
         const Case c(l, s[0], s[1]);

@@ -4,6 +4,8 @@
 |---|---|---|
 | bitsandbytes nf4, fp4, any block size, double quantization, any quant_storage | `from_bitsandbytes` | `to_bitsandbytes` |
 | GPTQ versions 1 and 2, 2, 3, 4 and 8 bits, act-order | `from_gptq` | `to_gptq` |
+| bitsandbytes Linear8bitLt | `from_bitsandbytes` | - |
+| HQQ of 2, 4 and 8 bits, axis 1 | `from_hqq` | - |
 | AWQ "gemm"; "gemv" | `from_awq` | `to_awq`; - |
 | fp8 with scales per tile, row or tensor | `from_fp8` | `to_fp8` |
 | ours: plain tensors and a line of metadata | `from_plain` | `to_plain` |
@@ -19,10 +21,11 @@ from collections.abc import Mapping
 import torch
 
 from ...reference import quant as reference
-from . import awq, bnb, gptq, plain
+from . import awq, bnb, gptq, hqq, plain
 from .awq import from_awq, to_awq
 from .bnb import from_bitsandbytes, to_bitsandbytes
 from .gptq import VERSIONS, from_gptq, guess_bits, mislabelled, to_gptq, zeros_version
+from .hqq import from_hqq
 from .parts import Faults, Tensors, fault, finite, key, stream, words, zero_scales
 from .plain import METADATA, from_fp8, from_plain, to_fp8, to_plain
 
@@ -32,6 +35,7 @@ __all__ = [
     "from_bitsandbytes",
     "from_fp8",
     "from_gptq",
+    "from_hqq",
     "from_plain",
     "to_awq",
     "to_bitsandbytes",
@@ -56,7 +60,9 @@ def diagnose(tensors: Tensors, name: str, *, metadata: Mapping[str, str] | None 
         label: config.json's checkpoint_format for GPTQ: "gptq" (1) or "gptq_v2" (2).
     """
     weight = key(name, "weight")
-    if any(other.startswith(f"{weight}.") for other in tensors):
+    if key(name, "W_q") in tensors:
+        return [*hqq.faults(tensors, name)]
+    if bnb.row_key(weight) in tensors or any(other.startswith(f"{weight}.") for other in tensors):
         return [*bnb.faults(tensors, weight)]
     if any(key(name, part) in tensors for part in _PARTS):
         return [*_packed_faults(tensors, name, label)]

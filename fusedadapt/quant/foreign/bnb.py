@@ -1,7 +1,9 @@
-"""bitsandbytes 4-bit layers: the tensors that its Linear4bit writes into a state dict.
+"""bitsandbytes layers. 4 bits: the tensors that its Linear4bit writes into a state dict.
 
 ``name`` the packed codes under any dtype, ``name.absmax``, ``name.quant_map``, with double quantization ``name.nested_absmax`` and
 ``name.nested_quant_map``, and ``name.quant_state.bitsandbytes__nf4`` (or fp4): JSON as bytes.
+
+8-bit ones (Linear8bitLt): ``weight`` int8 [N, K], ``SCB`` beside it, the largest magnitude of every row, and ``weight_format``, 0 for rows in order.
 """
 
 from __future__ import annotations
@@ -13,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..formats import NESTED_BLOCK, format_of
+from ..formats import FORMATS, NESTED_BLOCK, format_of
 from ..tables import table
 from ..tensor import QuantizedTensor
-from .parts import FLOATS, Faults, Tensors, fault, finite, missing, raise_first, refuse, shaped
+from .parts import FLOATS, Faults, Tensors, fault, finite, matrix, missing, raise_first, refuse, shaped
+from .plain import code_faults
 
 KINDS = ("nf4", "fp4")
 _FIELDS = {"quant_type": str, "blocksize": int, "dtype": str, "shape": list}
@@ -56,8 +59,30 @@ def _state_faults(state: dict[str, Any] | None, name: str) -> Faults:
         yield fault(name, "blocksize: a power of two from 32 to 4096", block, "quantize with one of these")
 
 
+def row_key(name: str) -> str:
+    """The scales of an 8-bit layer whose weight is ``name``."""
+    return f"{name.removesuffix('weight')}SCB"
+
+
+def _row_faults(tensors: Tensors, name: str) -> Faults:
+    scale, form = row_key(name), f"{name}_format"
+    if found := [*missing(tensors, (name,)), *(matrix(tensors, name, (torch.int8,)) if name in tensors else ())]:
+        yield from found
+        return
+    if tensors[scale].dtype not in FLOATS:
+        yield fault(scale, "floating-point numbers", tensors[scale].dtype, "the file is damaged: get it again")
+    yield from shaped(scale, tensors[scale].view(-1), (len(tensors[name]),), "one number per output")
+    if form in tensors and int(tensors[form].view(-1)[0]) != 0:
+        yield fault(form, "0, rows in their order", int(tensors[form].view(-1)[0]), "save the model with bitsandbytes 0.45 or later")
+    yield from finite(scale, tensors[scale])
+    yield from code_faults(name, tensors[name], FORMATS["int8"])
+
+
 def faults(tensors: Tensors, name: str) -> Faults:
     """What makes a layer unreadable."""
+    if row_key(name) in tensors:
+        yield from _row_faults(tensors, name)
+        return
     kind = state_key(tensors, name)
     if found := [*missing(tensors, (name, f"{name}.absmax", kind or f"{name}.quant_state.bitsandbytes__nf4"))]:
         yield from found
@@ -111,7 +136,7 @@ def _nested_faults(tensors: Tensors, name: str, kind: str, state: dict[str, Any]
 
 
 def from_bitsandbytes(tensors: Tensors, name: str = "weight") -> QuantizedTensor:
-    """A 4-bit layer of bitsandbytes, sharing its bytes where their dtype allows.
+    """A layer of bitsandbytes, sharing its bytes where their dtype allows. Of 8 bits: w = code * (SCB / 127), "int8" with a scale per row.
 
     Args:
         tensors: a state dict, or the part of it that belongs to the layer.
@@ -121,6 +146,9 @@ def from_bitsandbytes(tensors: Tensors, name: str = "weight") -> QuantizedTensor
         ValueError: names the tensor at fault, what was expected and what to do.
     """
     raise_first("from_bitsandbytes", faults(tensors, name))
+    if row_key(name) in tensors:
+        w, scale = tensors[name].contiguous(), tensors[row_key(name)].view(-1, 1)
+        return QuantizedTensor(w, scale.float() / 127.0, None, None, None, FORMATS["int8"], w.shape, torch.float16)
     kind = state_key(tensors, name)
     assert kind is not None
     state = _state(tensors[kind])
