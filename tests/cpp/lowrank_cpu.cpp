@@ -148,7 +148,7 @@ void check(const Shape& c, const std::string& isa) {
   Array out(c.dtype, t, k, 0, true);
   lr::scale_add(y0.m, u.floats(), a.m, scale.floats(), nullptr, out.m, 2);
   close(out, plain, slack, "scale_add " + what);
-  lr::add(x.m, u.floats(), a.m, c.segments, kSeed, 2);
+  lr::add(x.m, {}, {}, u.floats(), a.m, c.segments, kSeed, 2);
   close(x, sum, slack, "add " + what);
   Doubles merged = table(t, k, rank, [&](int64_t i, int64_t j, int64_t r) { return u(i, r) * a(r, j); });
   for (int64_t i = 0; i < t; ++i)

@@ -81,7 +81,7 @@ void moves(int64_t n, int threads) {
   std::vector<float> x = numbers(n), was = x, values(index.size(), 1.f);
   const MoveJob job{x.data(), values.data(), fa::kF32, fa::kF32, 1.f};
   move_words(kSwap, job, words.data(), words_n, prefix.data(), threads);
-  move_indices(kSwap, job, index.data(), prefix.back(), threads);
+  move_all(kSwap, {{job, index.data(), prefix.back(), false}}, threads);
   require(n == 0 || !std::memcmp(x.data(), was.data(), x.size() * 4), "swap", n, 0);
 }
 
