@@ -30,6 +30,7 @@ from typing import Any, BinaryIO
 import torch
 
 from .files import CODES, DTYPES, tensor_bytes, write_safetensors
+from .optim import FusedOptimizer
 
 __all__ = ["CheckpointError", "load", "load_tree", "save", "save_tree"]
 
@@ -275,8 +276,10 @@ def _check_optimizer(path: Any, key: str, optimizer: torch.optim.Optimizer, save
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:
     """``load_state_dict``, then undo its casts: torch's turns every float state but ``step`` into the parameter's dtype (NAdam's fp32
-    mu_product)."""
+    mu_product). Ours keep dtypes themselves, and choose them where a state dict is written for others (AdaBelief's step)."""
     optimizer.load_state_dict(state_dict)
+    if isinstance(optimizer, FusedOptimizer):
+        return
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     indices = [i for group in state_dict["param_groups"] for i in group["params"]]
     for index, parameter in zip(indices, parameters, strict=True):

@@ -221,8 +221,9 @@ def _listen(call: Callable[..., Any]) -> list[tuple[str, str, str]]:
             f"explain: expected a callable without arguments; {name} needs {', '.join(needed)}; wrap the call: explain(lambda: {name}(...))"
         )
     for module in _CHOOSERS:
-        if module in sys.modules:
-            sys.modules[module]._choose.cache_clear()
+        for remembered in ("_choose", "_direct"):
+            if hasattr(sys.modules.get(module), remembered):
+                getattr(sys.modules[module], remembered).cache_clear()
     rows: list[tuple[str, str, str]] = []
     token = _heard.set(rows)
     try:

@@ -180,10 +180,6 @@ MUTANTS = (
         DELTA, "for w, name, old in reversed(self._undo)]", "for w, name, old in self._undo[1:]]",
         "test_sparse_delta.py::test_apply_and_revert_to_the_bit",
     ),
-    Mutant(
-        DELTA, "return [jobs] if apart else [[job] for job in jobs]", "return [jobs]",
-        "test_sparse_delta.py::test_tied_weights_under_two_names[reference]",
-    ),
     Mutant(DELTA, "bool((e.indices[1:] > e.indices[:-1]).all())", "True", "test_sparse_delta.py::test_positions_must_fit"),
     Mutant(DELTA, "zlib.crc32(tensor_bytes(values), zlib.crc32(tensor_bytes(gaps)))", "0", "test_sparse_delta.py::test_damaged_files_are_refused"),
     Mutant(

@@ -16,6 +16,7 @@ from fusedadapt.reference import lowrank as reference
 from fusedadapt.testing import poisoned_memory
 
 _core = pytest.importorskip("fusedadapt._core")
+from fusedadapt.ops import dense_low  # noqa: E402, F401 - defines torch.ops.fusedadapt.dense_widened_add
 from fusedadapt.ops import lowrank_cpp as cpp  # noqa: E402
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -226,7 +227,7 @@ def test_tiles_of_a_product_are_the_whole(isa: str) -> None:
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_branch_joins_widened_tiles(transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any number of tiles; rounded once, so never less exact than product and branch one after the other."""
+    """Any number of tiles; rounded once on every backend, so never less exact than product and branch one after the other."""
     monkeypatch.setattr("fusedadapt.ops.dense._SCRATCH", 1)  # tiles of 64 x 64
     t, k, n, gen = 150, 90, 130, torch.Generator().manual_seed(1)
     x, w = (torch.randn(*shape, generator=gen).bfloat16() for shape in ((t, n if transposed else k), (n, k)))
@@ -244,7 +245,7 @@ def test_a_branch_joins_widened_tiles(transposed: bool, monkeypatch: pytest.Monk
     assert norm(ours.double() - exact) < norm(steps.double() - exact)
     with fa.backend("reference"):
         other = ops.dense_widened_add(x, w, bias, transposed, u, a, SEED, p, [4, 1])
-    assert torch.equal(other, steps) or norm(other.double() - steps.double()) <= 1e-3 * norm(exact)
+    assert norm(other.double() - exact) <= norm(exact.bfloat16().double() - exact) + 1e-6 * norm(exact)
 
 
 def test_refuses_what_it_cannot_read() -> None:

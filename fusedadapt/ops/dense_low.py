@@ -83,7 +83,8 @@ def _widened_add(
     thresholds = lowrank.thresholds("dense_widened_add", seed, p, ranks)
     round_add = getattr(lowrank.backend_of("add_", x), "round_add", None)  # the C++ backend has it
     if round_add is None or not x.shape[0]:
-        return add(dense.widened(x, w, bias, transposed), Low(u, a, seed, p, ranks))
+        wide = torch.matmul(x.float(), w.float() if transposed else w.float().t())
+        return add(wide if bias is None else wide.add_(bias), Low(u, a, seed, p, ranks)).to(x.dtype)
     width, u = a.shape[1], u.contiguous()
 
     def finish(tile: Tensor, out: Tensor, row: int, column: int) -> None:
