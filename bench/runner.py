@@ -111,7 +111,7 @@ def prepare(contestant: Contestant, params: list[torch.nn.Parameter]) -> Step:
 
 
 def captured(step: Step) -> Step:
-    """Replays the step from a CUDA graph."""
+    """Replays the step from a CUDA graph. It has run once by then, on a side stream; being captured does not run it."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

@@ -49,19 +49,6 @@ def no_sync() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode(before)
 
 
-def captured(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """The step as a CUDA graph; it has run once before, on a side stream, and has not run by being captured."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph
-
-
 def allocations(step: Callable[[], None]) -> int:
     """Blocks the step takes from torch's GPU allocator."""
     torch.cuda.synchronize()

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_cases import DEVICE, GPU, captured, cases, needs_gpu, no_sync, room_for, same
+from gpu_cases import DEVICE, GPU, cases, needs_gpu, no_sync, room_for, same
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fusedadapt as fa
 from fusedadapt import testing
+from fusedadapt.bench.runner import captured
 from fusedadapt.reference import lowrank as reference
 from fusedadapt.testing.lowrank import judge_case, lowrank_case
 
@@ -128,10 +129,10 @@ def test_graph_of_a_training_step() -> None:
         y.square().mean().backward()
         out.update(y=y.detach(), da=model.lora_A.grad if hasattr(model, "lora_A") else next(q.grad for q in model.parameters() if q.grad is not None))
 
-    graph = captured(step)
+    replay = captured(step)
     seen = []
     for _ in range(3):
-        graph.replay()
+        replay()
         seen.append((out["y"].clone(), out["da"].clone()))
     assert not same(seen[0][0], seen[1][0]) and not same(seen[1][0], seen[2][0]), "the mask must change from replay to replay"
     assert all(bool(t.isfinite().all()) for pair in seen for t in pair)

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_cases import BACKENDS, DEVICE, GPU, MANY, allocations, captured, cases, needs_gpu, no_sync, room_for, same
+from gpu_cases import BACKENDS, DEVICE, GPU, MANY, allocations, cases, needs_gpu, no_sync, room_for, same
 
 import fusedadapt as fa
 from fusedadapt import testing
+from fusedadapt.bench.runner import captured
 from fusedadapt.optim import OPTIMIZERS
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.usefixtures("compiled_triton", "quick_calls")]
@@ -105,14 +106,14 @@ def test_a_graph_replays_the_steps(name: str, backend: str) -> None:
     pair.step()  # tables are built; what follows is what a graph may hold
     pair.gradients()
     static = [p.grad for p in pair.params[0]]
-    graph = captured(pair.opts[0].step)  # runs it once
+    replay = captured(pair.opts[0].step)  # runs it once
     pair.opts[1].step()
     for _ in range(3):
         pair.gradients()
         for buffer, p in zip(static, pair.params[0]):
             buffer.copy_(p.grad)
             p.grad = buffer
-        graph.replay()
+        replay()
         pair.opts[1].step()
     pair.check()
 

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_cases import DEVICE, DTYPES, GPU, MANY, captured, cases, needs_gpu, no_sync, room_for, same
+from gpu_cases import DEVICE, DTYPES, GPU, MANY, cases, needs_gpu, no_sync, room_for, same
 from quant_cases import FLOATS, KINDS, SHAPES, SPECS, weight
 from torch import Tensor
 
 import fusedadapt as fa
+from fusedadapt.bench.runner import captured
 from fusedadapt.quant import QuantizedTensor, fake_quantize
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.usefixtures("compiled_triton", "quick_calls")]
@@ -149,10 +150,10 @@ def test_a_product_does_not_wait_and_can_be_captured(t: int) -> None:
     want = {k: v.clone() for k, v in out.items()}
     with no_sync():
         step()
-    graph = captured(step)
+    replay = captured(step)
     for v in out.values():
         v.zero_()
-    graph.replay()
+    replay()
     assert all(same(out[k], want[k]) for k in want)
 
 

@@ -60,28 +60,11 @@ def bwd_x(x: Tensor, u: Tensor, seed: Tensor | None, thresholds: Sequence[int], 
 
 def add_(y: Tensor, u: Tensor, a: Tensor, seed: Tensor | None, thresholds: Sequence[int], ranks: Sequence[int]) -> None:
     """y += drop(u a), rounded once. y: T x K; u: T x R; a: R x K."""
-    _add(y, None, (0, 0, 0), u, a, seed, thresholds, ranks)
+    round_add(y, None, (0, 0, 0), u, a, seed, thresholds, ranks)
 
 
 def round_add(
     tile: Tensor,
-    out: Tensor,
-    origin: tuple[int, int, int],
-    u: Tensor,
-    a: Tensor,
-    seed: Tensor | None,
-    thresholds: Sequence[int],
-    ranks: Sequence[int],
-) -> None:
-    """out = tile + drop(u a), rounded once to out's dtype, for an fp32 tile of a larger matrix.
-
-    ``origin``: the tile's first row and column there, and that matrix's width. tile, out: t x k; u: t x R; a: R x k.
-    """
-    _add(tile, out, origin, u, a, seed, thresholds, ranks)
-
-
-def _add(
-    y: Tensor,
     out: Tensor | None,
     origin: tuple[int, int, int],
     u: Tensor,
@@ -90,8 +73,12 @@ def _add(
     thresholds: Sequence[int],
     ranks: Sequence[int],
 ) -> None:
+    """out = tile + drop(u a), rounded once to out's dtype, for an fp32 tile of a larger matrix. No ``out``: in place, in any dtype.
+
+    ``origin``: the tile's first row and column there, and that matrix's width. tile, out: t x k; u: t x R; a: R x k.
+    """
     u, a_ = _fp32(u), _adapter(a)
-    _core.lr_add(_matrix(y), _matrix(out), origin, u.data_ptr(), _matrix(a_), _key(seed), thresholds, ranks, torch.get_num_threads())
+    _core.lr_add(_matrix(tile), _matrix(out), origin, u.data_ptr(), _matrix(a_), _key(seed), thresholds, ranks, torch.get_num_threads())
 
 
 def scale_add_(y0: Tensor, v: Tensor | None, a: Tensor | None, row_scale: Tensor, bias: Tensor | None) -> Tensor:

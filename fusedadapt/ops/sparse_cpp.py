@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..reference.sparse import TOP, column_slices, energy_of, kept_ties
-from .sparse_checks import CODES, Item, bad_positions, empty_words, flat, move, moved, refuse, row, swappable, vector
+from .sparse_checks import CODES, Item, bad_positions, empty_words, flat, move, moved, refuse, row, singles, swappable, vector
 from .sparse_checks import words as words_of
 
 LEVELS = ((16, 16), (0, 16))
@@ -224,23 +224,4 @@ def move_all(op: str, jobs: Sequence[tuple[Tensor, Tensor, Tensor]], alpha: floa
     moved(op, jobs)
 
 
-def gather_at(x: Tensor, index: Tensor) -> Tensor:
-    """x[index] of a flat x, in x's dtype; `index`: int32 or int64, any order."""
-    values = torch.empty(index.numel(), dtype=x.dtype, device="cpu")
-    move_all("gather", [(x, index, values)])
-    return values
-
-
-def scatter_at_(x: Tensor, index: Tensor, values: Tensor) -> None:
-    """x[index] = values, rounded to x's dtype; `index`: int32 or int64, sorted, without repeats."""
-    move_all("scatter", [(x, index, values)])
-
-
-def add_at_(x: Tensor, index: Tensor, values: Tensor, alpha: float) -> None:
-    """x[index] += alpha * values in fp32, rounded once; `index`: int32 or int64, sorted, without repeats."""
-    move_all("add", [(x, index, values)], alpha)
-
-
-def swap_at_(x: Tensor, index: Tensor, values: Tensor) -> None:
-    """Exchanges x[index] and values (of x's dtype), bit for bit; `index`: int32 or int64, sorted, without repeats."""
-    move_all("swap", [(x, index, values)])
+gather_at, scatter_at_, add_at_, swap_at_ = singles(move_all)

@@ -269,23 +269,4 @@ def move_all(op: str, jobs: Sequence[tuple[Tensor, Tensor, Tensor]], alpha: floa
     checks.moved(op, jobs)
 
 
-def gather_at(x: Tensor, index: Tensor) -> Tensor:
-    """x[index] of a flat x, in x's dtype; `index`: int32 or int64, any order."""
-    values = torch.empty(index.numel(), dtype=x.dtype, device=x.device)
-    move_all("gather", [(x, index, values)])
-    return values
-
-
-def scatter_at_(x: Tensor, index: Tensor, values: Tensor) -> None:
-    """x[index] = values, rounded to x's dtype; `index`: int32 or int64, sorted, without repeats."""
-    move_all("scatter", [(x, index, values)])
-
-
-def add_at_(x: Tensor, index: Tensor, values: Tensor, alpha: float) -> None:
-    """x[index] += alpha * values in fp32, rounded once; `index`: int32 or int64, sorted, without repeats."""
-    move_all("add", [(x, index, values)], alpha)
-
-
-def swap_at_(x: Tensor, index: Tensor, values: Tensor) -> None:
-    """Exchanges x[index] and values (of x's dtype), bit for bit; `index`: int32 or int64, sorted, without repeats."""
-    move_all("swap", [(x, index, values)])
+gather_at, scatter_at_, add_at_, swap_at_ = checks.singles(move_all)
