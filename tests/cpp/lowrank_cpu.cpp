@@ -12,23 +12,12 @@
 #include "core/philox.h"
 #include "cpu/lowrank.h"
 #include "cpu/optim.h"
+#include "exact.h"
 
 namespace {
 
 namespace lr = fa::cpu::lowrank;
 using Doubles = std::vector<double>;
-
-int failures = 0;
-void require(bool ok, const std::string& what) {
-  if (ok) return;
-  if (++failures <= 20) std::printf("FAIL %s\n", what.c_str());
-}
-
-uint64_t state = 1;
-float uniform() {
-  state = state * 6364136223846793005u + 1442695040888963407u;
-  return float(uint32_t(state >> 32)) * 0x1p-31f - 1.f;
-}
 
 // rows x columns, `stride` elements apart; nothing after the last element.
 struct Array {
