@@ -106,6 +106,9 @@ def test_errors_name_the_tensor() -> None:
         (lambda p: OPTIMIZERS["AdEMAMix"]([p], betas=(0.9, 0.99)), "betas as a tuple of 3"),
         (lambda p: AdamW([p], eps=float("nan")), "eps"),
         (lambda p: AdamW([p], weight_decay=-0.1), "weight_decay"),
+        (lambda p: AdamW([p], weight_decay="0.1"), "weight_decay to be a finite number"),
+        (lambda p: AdamW([p], lr="1e-3"), "lr to be a finite number"),  # a YAML file's; it was read as a number, and schedulers then failed on it
+        (lambda p: AdamW([p], betas=(torch.tensor([0.9, 0.9]), 0.99)), "beta1 to be a finite number"),
         (lambda p: AdamW([p], differentiable=True), "differentiable"),
         (lambda p: AdamW([p], max_grad_norm=0.0), "max_grad_norm"),
         (lambda p: AdamW([p], state_dtype="int3"), "state_dtype"),
@@ -148,6 +151,19 @@ def test_foreign_state_dicts_are_refused() -> None:
         with pytest.raises(ValueError, match="load_state_dict"):
             opt.load_state_dict(saved)
         assert unchanged(before, params, opt)
+    for cls in (Lion, OPTIMIZERS["SophiaG"], OPTIMIZERS["RAdam"], OPTIMIZERS["Grams"]):  # their options and states are all there, and more
+        with pytest.raises(ValueError, match="another rule"):
+            cls(model()).load_state_dict(opt.state_dict())
+    own = Lion([{"params": params, "eps": 1.0, "mine": 2}])  # a group may carry what it likes
+    own.load_state_dict(own.state_dict())
+
+
+def test_parameters_without_values_are_refused() -> None:
+    p = torch.nn.Parameter(torch.empty(3, device="meta"))
+    opt = AdamW([p])
+    p.grad = torch.empty(3, device="meta")
+    with pytest.raises(ValueError, match="meta device"):
+        opt.step()
 
 
 def test_empty_optimizer_states() -> None:

@@ -218,6 +218,15 @@ class ADOPT(FusedOptimizer):
             clip = max(float(group["clip_lambda"](steps.pop())), 1e-300)
         return coupling(super()._hyper(group), group, group["decouple"]) | {"clip": clip}
 
+    def state_dict(self) -> dict[str, Any]:
+        """As every optimizer's here, without a ``clip_lambda`` of your own: a file cannot hold a function, and the optimizer that loads keeps its
+        own."""
+        saved = super().state_dict()
+        for group in saved["param_groups"]:
+            if callable(group["clip_lambda"]):
+                del group["clip_lambda"]
+        return saved
+
     def update_(self) -> None:
         if any(callable(g["clip_lambda"]) for g in self.param_groups):
             self._group_keys = [None] * len(self.param_groups)  # the bound may change at every step

@@ -128,7 +128,7 @@ class FusedOptimizer(Optimizer):
         """Hyper-parameter fields of the group; a rule with more options extends this."""
         lr = group["lr"]
         on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"  # read there, by the prologue: the host would have to wait
-        fields = {"lr": 0.0 if on_device else float(lr), "sign": -1.0 if group["maximize"] else 1.0, "eps": group.get("eps", 0.0)}
+        fields = {"lr": 0.0 if on_device else lr, "sign": -1.0 if group["maximize"] else 1.0, "eps": group.get("eps", 0.0)}
         fields[self.decay] = group.get("weight_decay", 0.0)
         if "betas" in group:
             betas = group["betas"]
@@ -205,7 +205,7 @@ class FusedOptimizer(Optimizer):
         if now != key or isinstance(self.param_groups[i]["lr"], Tensor):
             plan.set_hypers(self._hypers())
             self._send_lr([plan])
-        self._single[p] = (plan, i, now)
+        self._single[p] = (plan, i, self._key(self.param_groups[i]))
         plan.prepare()
         seed = self.param_groups[0]["seed"] if self.stochastic_rounding else 0
         plan.run(Scalars(None, None, None, seed, self.stochastic_rounding))
@@ -268,6 +268,8 @@ class FusedOptimizer(Optimizer):
 
     def _choose(self, device: torch.device, dtype: torch.dtype) -> dispatch.Choice:
         op = f"optim.{type(self).__name__}"
+        if device.type == "meta":
+            raise ValueError(f"{op}: expected parameters with values; got one on the meta device; materialise the model first (Module.to_empty)")
         if dtype == torch.float64:
             return dispatch.Choice("reference", "fp64 parameters: the reference is the fp64 path")
         return dispatch.pick(op, device.type, requested=self.backend)
@@ -287,7 +289,11 @@ class FusedOptimizer(Optimizer):
             self._build(self._fingerprint)
         for plan in self._plans:
             plan.set_hypers(hypers)
-        self._group_keys = [self._getter(g) for g in self.param_groups]
+        self._group_keys = [self._key(g) for g in self.param_groups]
+
+    def _key(self, group: dict[str, Any]) -> Any:
+        """What tells whether the group's hyper-parameters have changed; None: nothing does, look at every step."""
+        return None if states.holds_tensor(group) else self._getter(group)
 
     def _send_lr(self, plans: list[Plan]) -> None:
         """Tensor learning rates on a device: copied into that device's hyper-parameters without the host looking."""

@@ -59,7 +59,8 @@ class Lion(FusedOptimizer):
     """Lion (arXiv 2302.06675). p -= lr (sign(beta1 m + (1 - beta1) g) + weight_decay p); m = beta2 m + (1 - beta2) g.
 
     ``decoupled_weight_decay``: as in lion-pytorch, decay by weight_decay lr / (the lr given here), so that it does not depend on the learning
-    rate chosen. States: ``exp_avg``. Bytes per fp32 parameter: 20. Equal to google/automl's code and lion-pytorch 0.2.5.
+    rate chosen. ``use_triton``: accepted for lion-pytorch's sake; see ``backend``. States: ``exp_avg``. Bytes per fp32 parameter: 20.
+    Equal to google/automl's code and lion-pytorch 0.2.5.
     """
 
     examples = ({}, {"betas": (0.95, 0.98)}, {"decoupled_weight_decay": True})
@@ -67,8 +68,8 @@ class Lion(FusedOptimizer):
     _step_rule = "lion"
 
     def __init__(
-        self, params: Params, lr: float | Tensor = 1e-4, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0, *,
-        decoupled_weight_decay: bool = False, **extras: Unpack[Extras],
+        self, params: Params, lr: float | Tensor = 1e-4, betas: tuple[float, float] = (0.9, 0.99), weight_decay: float = 0.0,
+        use_triton: bool = False, decoupled_weight_decay: bool = False, **extras: Unpack[Extras],
     ):  # fmt: skip
         if decoupled_weight_decay and not lr > 0:
             raise ValueError(f"Lion: expected lr > 0 with decoupled_weight_decay, which divides by it; got {lr}")

@@ -79,7 +79,7 @@ class ScheduleFreeAdamW(FusedOptimizer):
         for group in self.param_groups:
             if group["train_mode"] == training:
                 continue
-            beta1 = group["betas"][0]
+            beta1 = float(group["betas"][0])
             weight = 1 - beta1 if training else 1 - 1 / beta1
             for p in group["params"]:
                 state = self.state.get(p, {})

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import math
+import numbers
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -60,8 +62,22 @@ def check_params(opt: FusedOptimizer, group: dict[str, Any]) -> None:
             raise ValueError(f'{op}: expected bf16 parameters with master_weights="split"; got {name} with {p.dtype}; use "fp32"')
 
 
+def number(value: Any) -> float | None:
+    """What a hyper-parameter says: a number of Python's or NumPy's, or a tensor or array that holds one. None for anything else."""
+    if isinstance(value, Tensor | np.ndarray):
+        real = not (value.is_complex() if isinstance(value, Tensor) else np.iscomplexobj(value))
+        return float(value) if real and math.prod(value.shape) == 1 else None
+    return float(value) if isinstance(value, numbers.Real) else None
+
+
+def holds_tensor(group: dict[str, Any]) -> bool:
+    """Whether a hyper-parameter other than lr is a tensor: it may change in place, so that it must be read at every step."""
+    return any(isinstance(v, Tensor) for k, given in group.items() if k not in ("params", "lr") for v in (given if k == "betas" else (given,)))
+
+
 def check_hypers(opt: FusedOptimizer, group: dict[str, Any], fields: dict[str, float]) -> None:
     op = type(opt).__name__
+    labels = {"l2": "weight_decay", "decoupled": "weight_decay", "fixed": "weight_decay"}
 
     def refuse(what: str, value: Any, expected: str) -> None:
         raise ValueError(f"{op}: expected {what} {expected}; got {value!r}")
@@ -69,15 +85,15 @@ def check_hypers(opt: FusedOptimizer, group: dict[str, Any], fields: dict[str, f
     lr = group["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         refuse("a Tensor lr", tuple(lr.shape), "with one element")
-    for name, value in fields.items():
+    for name, given in fields.items():
         if name in ("sign", "rectify", "degenerated", "amsgrad", "nesterov"):
             continue
-        if not isinstance(value, int | float) or math.isnan(value) or (math.isinf(value) and name != "clip"):
-            refuse(name, value, "to be a finite number")
-        if name in ("beta1", "beta2", "beta3") and not 0.0 <= value < 1.0:
-            refuse(name, value, "in [0, 1)")
-        if name in ("lr", "eps", "l2", "decoupled", "momentum", "rho", "lr_decay") and value < 0:
-            label = {"l2": "weight_decay", "decoupled": "weight_decay"}.get(name, name)
+        label, value = labels.get(name, name), number(given)
+        if value is None or math.isnan(value) or (math.isinf(value) and name != "clip"):
+            refuse(label, given, "to be a finite number")
+        elif name in ("beta1", "beta2", "beta3") and not 0.0 <= value < 1.0:
+            refuse(label, value, "in [0, 1)")
+        elif name in ("lr", "eps", "l2", "decoupled", "momentum", "rho", "lr_decay") and value < 0:
             refuse(label, value, ">= 0")
 
 
@@ -237,6 +253,13 @@ _OPTIONAL = {
 }  # fmt: skip
 
 
+def _all_options() -> set[str]:
+    """Names of the options of all our optimizers. (Other names in a saved group are its owner's.)"""
+    from . import OPTIMIZERS
+
+    return {name for cls in OPTIMIZERS.values() for name in inspect.signature(cls.__init__).parameters} - {"self", "params", "extras"}
+
+
 def load(opt: FusedOptimizer, state_dict: dict[str, Any]) -> None:
     """Checks everything, converts everything, then swaps it in."""
     op = type(opt).__name__
@@ -253,6 +276,9 @@ def load(opt: FusedOptimizer, state_dict: dict[str, Any]) -> None:
         absent = {k for k in old if k not in new and k not in _OPTIONAL and k != "params"}
         if absent:
             raise ValueError(f"{op}.load_state_dict: expected groups with {sorted(absent)}; they are not there: another rule saved this state")
+        foreign = _all_options() & new.keys() - old.keys() - _OPTIONAL - opt.official_group
+        if foreign:
+            raise ValueError(f"{op}.load_state_dict: expected groups without {sorted(foreign)}, no options of {op}: another rule saved this state")
         kept = {k: v for k, v in old.items() if k in _OPTIONAL and k != "initial_lr"}
         given = {k: v for k, v in new.items() if k != "params" and k not in opt.official_group}
         groups.append({**kept, **copy.deepcopy(given), "params": old["params"]})
@@ -294,6 +320,8 @@ def _convert(opt: FusedOptimizer, label: str, p: Tensor, group: dict[str, Any], 
             if k in rule.states and v.shape != p.shape and not packed:
                 raise ValueError(f"{op}: expected {k} of {label} with shape {tuple(p.shape)}; got {tuple(v.shape)}; it belongs to other parameters")
             v = _place(v, p, not packed and k in (*rule.states, "master", "remainder", "anchor"))
+            if v.is_floating_point() and torch.float64 in (v.dtype, p.dtype) and k in (*rule.states, "anchor"):
+                v = v.to(state_dtype(opt, p) if k in rule.states else p.dtype)  # fp64 arithmetic has fp64 states and no other has
         else:
             v = copy.deepcopy(v)
         if v is not None:
