@@ -242,3 +242,25 @@ def test_wrong_input_gets_pefts_own_error() -> None:
     fa.patch(model)
     with pytest.raises(RuntimeError, match="dtype"):
         layer_of(model)(tokens(torch.float64))
+
+
+def test_function_transforms_run_pefts_forward() -> None:
+    """Our functions have no rules for them; PEFT's layers are plain operations."""
+    model, x = build(lora()), tokens()
+    fa.patch(model)
+    name, p = next((name, p.detach()) for name, p in model.named_parameters() if "lora_B" in name)
+
+    def loss(p: Tensor) -> Tensor:
+        return torch.func.functional_call(model, {name: p}, (x,)).square().sum()
+
+    eager = torch.autograd.grad(loss(q := p.clone().requires_grad_()), q)[0]
+    assert torch.allclose(torch.func.grad(loss)(p), eager, rtol=1e-4, atol=1e-5)
+    with fa.strict(), pytest.raises(RuntimeError, match=r"torch\.func transform"):
+        torch.func.grad(loss)(p)
+
+
+@pytest.mark.parametrize("thing", [None, 5, "model"])
+def test_what_is_no_module_is_refused(thing: Any) -> None:
+    for call in (fa.patch, fa.unpatch):
+        with pytest.raises(ValueError, match="fusedadapt.*expected"):
+            call(thing)

@@ -234,8 +234,10 @@ def unpatch(model: nn.Module) -> int:
     """Gives every patched layer its class's forward back; returns how many there were (0: the model was not patched).
 
     Raises:
-        RuntimeError: another library has wrapped a patched forward since. Nothing has been changed then.
+        ValueError: not a module. RuntimeError: another library has wrapped a patched forward since. Nothing has been changed then.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"fusedadapt.unpatch: expected a torch.nn.Module; got {type(model).__name__}; pass the model that was patched")
     patched = [module for module in model.modules() if isinstance(vars(module).get("forward"), FusedForward)]
     for name, module in model.named_modules():
         if isinstance(vars(module).get("_old_forward"), FusedForward):

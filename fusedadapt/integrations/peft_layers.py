@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..autocast import autocasting
+from ..derivatives import transforming
 from ..lowrank.dora import dora_linear_peft, dora_scale
 from ..lowrank.functional import Output, Segment, lora_linear, lora_linear_group
 from ..quant.tensor import QuantizedTensor
@@ -134,6 +135,8 @@ def input_reason(layer: Any, x: Tensor) -> str:
         return f"input is a {type(x).__name__} of {x.dtype}"
     if x.device != weight.device or x.device.type == "meta":
         return f"input on {x.device}, base weight on {weight.device}"
+    if transforming():
+        return "a torch.func transform is active"
     if x.dtype == weight.dtype or autocasting(x.device.type) or packed.is_packed(layer.base_layer):
         return ""
     return f"{x.dtype} input to a {weight.dtype} base layer outside autocast"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..autocast import autocasting
+from ..derivatives import first_order, refuse_transforms
 from ..ops import base as base_ops
 from ..ops import lowrank as _ops  # noqa: F401 - defines torch.ops.fusedadapt.lr_*
 from ..ops.base import Base
@@ -101,6 +102,7 @@ class DoraDropout(torch.autograd.Function):
             return total.to(y.dtype)
 
     @staticmethod
+    @first_order("fusedadapt.lowrank.dora_linear_peft")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B, row_scale, seed, scalars, u, z, *packed = ctx.saved_tensors
         base = Base(*packed, *ctx.shape)
@@ -167,6 +169,7 @@ def dora_linear_peft(
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, p outside [0, 1).
     """
+    refuse_transforms("fusedadapt.lora_linear")
     output = Output(weight, bias, (Segment(A, B, scaling, dropout_p),))
     _check_outputs(x, (output,), None)
     scale = dora_scale(weight, A, B, scaling, magnitude)

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..autocast import autocasting
+from ..derivatives import first_order
 from ..ops import base as base_ops
 from ..ops.base import Base
 from ..ops.dense_low import Low
@@ -135,7 +135,7 @@ class LowRankLinear(torch.autograd.Function):
             return tuple(results)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @first_order("fusedadapt.lora_linear")
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, col_scale, seed, given, u, *rest = ctx.saved_tensors
         kept, tensors = rest[: len(ctx.plan)], rest[len(ctx.plan) :]

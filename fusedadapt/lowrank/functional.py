@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..autocast import autocasting
+from ..derivatives import refuse_transforms
 from ..ops.base import Base
 from ..ops.lowrank import DTYPES
 from ..quant.tensor import QuantizedTensor
@@ -104,6 +106,7 @@ def lora_linear(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, p outside [0, 1): before anything is computed.
+        RuntimeError: inside a torch.func transform; in backward, under create_graph=True: there are first derivatives only.
     """
     segments: tuple[Segment, ...] = ()
     if lora_A is not None and lora_B is not None:
@@ -125,6 +128,7 @@ def lora_linear_group(
 
     Args and errors: as `lora_linear`. Returns one [..., N_i] per output.
     """
+    refuse_transforms("fusedadapt.lora_linear")
     _check_outputs(x, outputs, col_scale)
     _check_seed(seed, x)
     lead, segments = x.shape[:-1], [s for output in outputs for s in output.segments]
@@ -195,7 +199,7 @@ def _check_seed(seed: int | Tensor | None, x: Tensor) -> None:
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device:
             raise _error(f"seed as an int or one int64 on {x.device}", f"{seed.dtype} {tuple(seed.shape)} on {seed.device}", "convert or move it")
-    elif seed is not None and (not isinstance(seed, int) or isinstance(seed, bool) or not -(2**63) <= seed < 2**63):
+    elif seed is not None and (not isinstance(seed, (int, np.integer)) or isinstance(seed, bool) or not -(2**63) <= seed < 2**63):
         raise _error("seed as an int of 64 bits, with a sign", repr(seed), "pass such a number, or none to draw one from torch's generator")
 
 
@@ -261,7 +265,7 @@ def _check_segment(s: Segment, x: Tensor, n: int, k: int, tokens: int) -> None:
     if s.activation is not None and (not isinstance(s.activation, str) or s.activation not in ACTIVATIONS):
         raise _error(f"activation to be one of {', '.join(ACTIVATIONS)}", repr(s.activation), "name one of them, or leave it out")
     for name, value in (("dropout_p", s.dropout_p), ("scaling", s.scaling)):
-        if not isinstance(value, (int, float, Tensor)):
+        if not isinstance(value, (int, float, np.number, Tensor)):
             raise _error(f"{name} as a number or a tensor of one element", type(value).__name__, "pass one number")
         if isinstance(value, Tensor) and value.numel() != 1:
             raise _error(f"{name} as a number or a tensor of one element", f"shape {tuple(value.shape)}", "pass one number")

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ..derivatives import first_order
 from ..ops import quant_act as ops
 from . import product
 from .tensor import QuantizedTensor
@@ -24,7 +24,7 @@ class QuantizedActMatmul(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @first_order("fusedadapt.quant.quantized_linear_act")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         return *product.gradients(ctx, dy), None, None, None, *([None] * len(ctx.saved_tensors))
 

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ..derivatives import first_order
 from ..ops import fake_quant as ops
 from ..reference.fake_quant import INSIDE, wide
 
@@ -61,7 +61,7 @@ class FakeQuantize(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @first_order("fusedadapt.quant.fake_quantize")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, zero, offset, bounds, factor = ctx.saved_tensors
         _, want_x, want_scale, want_zero, want_offset, _, _ = ctx.needs_input_grad

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ..derivatives import first_order
 from ..ops import quant as _quant  # noqa: F401 - defines torch.ops.fusedadapt.q_*
 from . import product
 from .activations import quantized_linear_act
@@ -24,7 +24,7 @@ class QuantizedMatmul(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @first_order("fusedadapt.quantized_linear")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         return *product.gradients(ctx, dy), None, None, *([None] * len(ctx.saved_tensors))
 

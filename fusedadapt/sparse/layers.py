@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from ..autocast import autocasting
+from ..derivatives import first_order
 from ..ops import dense
 from ..ops import sparse as ops
 from ..ops import wgrad as _wgrad  # noqa: F401 - defines torch.ops.fusedadapt.masked_wgrad
@@ -51,7 +51,7 @@ class _ChosenLinear(torch.autograd.Function):
         return dense.linear(x, weight.to(x.dtype) if cast else weight, bias)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @first_order("fusedadapt.MaskedLinear")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, index = ctx.saved_tensors
         dx = dense.linear_dx(dy, weight.to(dy.dtype) if ctx.cast else weight) if ctx.needs_input_grad[0] else None

@@ -1,0 +1,48 @@
+"""What our autograd functions cannot be asked for: second derivatives and function transforms. Both are refused where they are asked for."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+
+def first_order(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Marks the backward of an autograd function as one that has no derivative itself: under create_graph=True it raises RuntimeError.
+
+    torch's `once_differentiable` alone waits until the second pass meets the function. Where dy is a constant (a sum as the loss), or the second
+    pass asks for gradients by name (autograd.grad with allow_unused, as a Hessian product does), it never does, and terms go missing without a word.
+    """
+
+    def decorate(backward: Callable[..., Any]) -> Callable[..., Any]:
+        once = once_differentiable(backward)  # type: ignore[no-untyped-call]
+
+        @functools.wraps(backward)
+        def checked(ctx: Any, *grads: Any) -> Any:
+            if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # a compiled backward refuses by itself
+                raise RuntimeError(
+                    f"{op}: expected a backward pass without create_graph=True; got one with it; the fused backward cannot be differentiated again: "
+                    "use the plain operations there (of a patched model: fusedadapt.unpatch)"
+                )
+            return once(ctx, *grads)
+
+        return checked
+
+    return decorate
+
+
+def transforming() -> bool:
+    """Whether a torch.func transform (vmap, grad, jvp, ...) is active: our autograd functions have no rules for these."""
+    return not torch.compiler.is_compiling() and bool(torch._C._are_functorch_transforms_active())  # type: ignore[attr-defined]
+
+
+def refuse_transforms(op: str) -> None:
+    """RuntimeError inside a transform, in our words: autograd's own speak of the function's insides."""
+    if transforming():
+        raise RuntimeError(
+            f"{op}: expected a call outside torch.func transforms (vmap, grad, jvp); got one inside; use the plain operations there "
+            "(of a patched model: fusedadapt.unpatch)"
+        )

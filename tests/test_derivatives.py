@@ -1,0 +1,80 @@
+"""Second derivatives and function transforms: our autograd functions have none, and must say so instead of leaving terms out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fusedadapt as fa
+from fusedadapt.lowrank.dora import dora_linear_peft
+from fusedadapt.optim import AdaHessian
+
+X = torch.linspace(-1, 1, 40).reshape(5, 8)
+W = torch.linspace(-2, 1, 48).reshape(6, 8)
+
+
+def factors() -> tuple[Tensor, Tensor]:
+    return torch.linspace(-1, 2, 24).reshape(3, 8).requires_grad_(), torch.linspace(1, -1, 18).reshape(6, 3).requires_grad_()
+
+
+def lora(x: Tensor) -> Tensor:
+    return fa.lora_linear(x, W, *factors())
+
+
+def dora_with_dropout(x: Tensor) -> Tensor:
+    return dora_linear_peft(x, W, *factors(), torch.ones(6, requires_grad=True), dropout_p=0.5)
+
+
+def masked(x: Tensor) -> Tensor:
+    return fa.MaskedLinear.from_linear(nn.Linear(8, 6), torch.ones(6, 8, dtype=torch.bool))(x)
+
+
+def quantized(x: Tensor) -> Tensor:
+    return fa.quantized_linear(x, fa.quantize(W, "int8"))
+
+
+def quantized_act(x: Tensor) -> Tensor:
+    return fa.quantized_linear(x, fa.quantize(W, "int8"), activations="int8")
+
+
+def fake_quantized(x: Tensor) -> Tensor:
+    return fa.quant.fake_quantize(x, torch.tensor([0.1], requires_grad=True), torch.tensor(0.0), quant_min=-8, quant_max=7, ste="clamp")
+
+
+@pytest.mark.parametrize("loss", ["constant", "by name"])
+@pytest.mark.parametrize("call", [lora, dora_with_dropout, masked, quantized, quantized_act, fake_quantized])
+def test_second_derivatives_are_refused(call: Callable[[Tensor], Tensor], loss: str) -> None:
+    """A gradient penalty on a sum, and a Hessian product that names what it wants: torch's once_differentiable lets both pass without the terms."""
+    x = X.clone().requires_grad_()
+    y = call(x)
+    (dx,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+    assert dx.shape == x.shape
+    with pytest.raises(RuntimeError, match=r"fusedadapt\..*create_graph=True"):
+        torch.autograd.grad(y.sum() if loss == "constant" else y.square().sum(), x, create_graph=True)
+
+
+def test_a_hessian_is_not_zero_in_silence() -> None:
+    """AdaHessian asks for products by name: without the refusal its estimate was 0, and its step lr / eps."""
+    layer = fa.LoRALinear.from_linear(nn.Linear(8, 6), 2)
+    opt = AdaHessian([p for p in layer.parameters() if p.requires_grad])
+    with pytest.raises(RuntimeError, match="create_graph=True"):
+        layer(X).square().sum().backward(create_graph=True)
+    assert not opt.state
+
+
+def test_function_transforms_are_refused() -> None:
+    a, b = factors()
+    calls = (
+        lambda: torch.func.grad(lambda a: fa.lora_linear(X, W, a, b).sum())(a),
+        lambda: torch.func.vmap(lambda x: fa.lora_linear(x, W, a, b))(X),
+        lambda: torch.func.vmap(lambda x: dora_linear_peft(x, W, a, b, torch.ones(6), dropout_p=0.5, seed=1))(X),
+    )
+    for call in calls:
+        with pytest.raises(RuntimeError, match=r"fusedadapt\.lora_linear: expected a call outside torch\.func"):
+            call()
+    layer = fa.LoRALinear.from_linear(nn.Linear(8, 6), 2)  # a call with other parameters is no transform
+    changed = {name: p * 2 for name, p in layer.named_parameters()}
+    assert torch.allclose(torch.func.functional_call(layer, changed, (X,)), 2 * layer(X))
