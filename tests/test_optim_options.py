@@ -61,6 +61,23 @@ def test_states_of_fp64_parameters_move_to_others(dtypes: tuple) -> None:
     after.step()
 
 
+@pytest.mark.parametrize("forms", [("split", "fp32"), ("fp32", "split"), ("split", None)], ids=str)
+def test_master_weights_in_another_form_are_not_lost(forms: tuple) -> None:
+    """The low bits of the fp32 weights would be gone, and nobody would know."""
+    params = [torch.nn.Parameter(p.detach().bfloat16()) for p in model()]
+    opt = AdamW(params, master_weights=forms[0])
+    feed(params, 0)
+    opt.step()
+    saved = opt.state_dict()
+    with pytest.raises(ValueError, match=f'load_state_dict: expected .*build the optimizer with master_weights="{forms[0]}"'):
+        AdamW([torch.nn.Parameter(p.detach().clone()) for p in params], master_weights=forms[1]).load_state_dict(saved)
+    wide = [torch.nn.Parameter(p.detach().float()) for p in params]
+    other = AdamW(wide)
+    other.load_state_dict(saved)  # the parameters are fp32 themselves now
+    feed(wide, 1)
+    other.step()
+
+
 def test_lion_takes_the_packages_arguments() -> None:
     """lion-pytorch's, in its order; whether its Triton kernel is to run means nothing here."""
     package = pytest.importorskip("lion_pytorch")

@@ -335,11 +335,25 @@ def _convert(opt: FusedOptimizer, label: str, p: Tensor, group: dict[str, Any], 
     coded.place(out, saved, local(p.detach()))
     out = compact.convert(opt, label, p, group, out)
     coded.note_order(out, local(p.detach()))
-    key = opt._extra_key
-    if opt.master_weights and key not in out and p.dtype in (torch.bfloat16, torch.float16):
+    _load_master(opt, op, label, p, out)
+    return out
+
+
+def _load_master(opt: FusedOptimizer, op: str, label: str, p: Tensor, out: dict[str, Any]) -> None:
+    """A master weight for a 16-bit parameter that comes without one. One in the form this optimizer does not keep would be lost without a word."""
+    key, other = ("remainder", "master") if opt._extra_key == "remainder" else ("master", "remainder")
+    if p.dtype not in (torch.bfloat16, torch.float16):
+        out.pop("remainder", None)  # half of another parameter's fp32 value
+        return
+    if other in out:
+        form = "fp32" if other == "master" else "split"
+        raise ValueError(
+            f'{op}: expected {label} saved with master_weights={opt.master_weights!r}; got its {other}, of master_weights="{form}"; '
+            f'build the optimizer with master_weights="{form}"'
+        )
+    if opt.master_weights and key not in out:
         fp32 = compact.take(p.detach(), p, out.get("index")).float()
         out[key] = fp32 if key == "master" else torch.zeros_like(fp32, dtype=torch.int16)
-    return out
 
 
 def _place(v: Tensor, p: Tensor, like_param: bool) -> Tensor:
