@@ -144,8 +144,8 @@ py::tuple make_row(int rule, const std::vector<double>& hyper, double step, std:
   return py::make_tuple(out, std::vector<double>{c.aux[0], c.aux[1]});
 }
 
-// The identities of all parameters in all groups, in order: changes when a parameter is added, removed or replaced.
-uint64_t fingerprint(const py::list& param_groups) {
+// The identities of all parameters in all groups, and of all their states, in order: changes when one is added, removed or replaced.
+uint64_t fingerprint(const py::list& param_groups, const py::dict& state) {
   static PyObject* key = PyUnicode_InternFromString("params");
   uint64_t h = 1469598103934665603ull;
   for (py::handle group : param_groups) {
@@ -155,6 +155,8 @@ uint64_t fingerprint(const py::list& param_groups) {
     h = (h ^ uint64_t(n)) * 1099511628211ull;
     for (Py_ssize_t i = 0; i < n; ++i) h = (h ^ uint64_t(uintptr_t(PyList_GET_ITEM(params, i)))) * 1099511628211ull;
   }
+  PyObject *param, *of_param;
+  for (Py_ssize_t at = 0; PyDict_Next(state.ptr(), &at, &param, &of_param);) h = (h ^ uint64_t(uintptr_t(of_param))) * 1099511628211ull;
   return h;
 }
 

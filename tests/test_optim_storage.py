@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from samples import feed, model
 from test_optim_process import equal, in_fork, make
 from torch import nn
 
@@ -99,6 +100,34 @@ def test_parameters_made_to_overlap_later_are_refused():
     params[2].data = params[0].data
     with pytest.raises(ValueError, match="share storage"):
         opt.step()
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_a_replaced_state_is_the_one_that_goes_on(backend):
+    """``state[p] = {}`` starts a parameter anew, as in torch; the plan held on to the dict that was there."""
+    ends = []
+    for cls, options in ((torch.optim.AdamW, {}), (AdamW, {"backend": backend}), (AdamW, {"backend": backend, "release": True})):
+        params = model()
+        released = options.pop("release", False)
+        opt = cls(params, lr=0.01, **options)
+        for t in range(6):
+            feed(params, t)
+            if t == 2:
+                opt.state[params[1]] = {}
+            if t == 3:
+                opt.state[params[0]] = {k: v.clone() * 2 for k, v in opt.state[params[0]].items()}
+            if t == 4:
+                opt.state = type(opt.state)(dict, {p: {k: v.clone() for k, v in s.items()} for p, s in opt.state.items()})
+                opt.state[params[2]]["exp_avg"].zero_()
+            if released:
+                [opt.step_one_(p) for p in params]
+            else:
+                opt.step()
+        assert [float(opt.state[p]["step"]) for p in params[:3]] == [9, 4, 6]
+        ends.append(params)
+    for theirs, ours, one_by_one in zip(*ends, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-6, atol=1e-7)
+        assert torch.equal(ours, one_by_one)
 
 
 def test_groups_may_carry_keys_of_their_own():

@@ -116,7 +116,7 @@ class FusedOptimizer(Optimizer):
         self._fingerprint: Any = None
         self._group_keys: list[Any] = []
         self._sharded = False
-        self._single: dict[Tensor, tuple[Plan, int, Any]] = {}
+        self._single: dict[Tensor, tuple[Plan, int, Any, dict[str, Any]]] = {}
 
     # --- what a rule defines -----------------------------------------------------------------------------------------------------------
 
@@ -195,17 +195,17 @@ class FusedOptimizer(Optimizer):
 
     def step_one_(self, p: Tensor) -> None:
         """The step of one parameter alone (used inside backward hooks); its gradient must be there."""
-        plan, i, key = self._single.get(p, (None, 0, None))
-        if plan is None:
+        plan, i, key, state = self._single.get(p, (None, 0, None, None))
+        if plan is None or state is not self.state[p]:
             self._current_plans()
             home = next(plan for plan in self._plans if any(e.param is p for e in plan.entries))
             entry = next(e for e in home.entries if e.param is p)
-            plan, i = type(home)(self, home.rule, home.device, home.choice, [entry]), entry.group
+            plan, i, key = type(home)(self, home.rule, home.device, home.choice, [entry]), entry.group, None
         now = self._getter(self.param_groups[i])
         if now != key or isinstance(self.param_groups[i]["lr"], Tensor):
             plan.set_hypers(self._hypers())
             self._send_lr([plan])
-        self._single[p] = (plan, i, self._key(self.param_groups[i]))
+        self._single[p] = (plan, i, self._key(self.param_groups[i]), self.state[p])
         plan.prepare()
         seed = self.param_groups[0]["seed"] if self.stochastic_rounding else 0
         plan.run(Scalars(None, None, None, seed, self.stochastic_rounding))
@@ -226,10 +226,8 @@ class FusedOptimizer(Optimizer):
     # --- plans -------------------------------------------------------------------------------------------------------------------------
 
     def _current_plans(self) -> list[Plan]:
-        core = dispatch.core()
-        now = core.fingerprint(self.param_groups) if core is not None else tuple(tuple(map(id, g["params"])) for g in self.param_groups)
-        if now != self._fingerprint or len(self.state) != self._n_states:
-            self._build(now)
+        if self._identities() != self._fingerprint:
+            self._build()
         stale = any_tensor = False
         for group, known in zip(self.param_groups, self._group_keys):
             lr = group["lr"]
@@ -242,7 +240,13 @@ class FusedOptimizer(Optimizer):
             self._send_lr(self._plans)
         return self._plans
 
-    def _build(self, fingerprint: Any) -> None:
+    def _identities(self) -> Any:
+        """Of all parameters and their states: what the plans hold on to. (``state[p] = {}`` starts a parameter anew, in torch and here.)"""
+        if (core := dispatch.core()) is not None:
+            return core.fingerprint(self.param_groups, self.state)
+        return [list(map(id, g["params"])) for g in self.param_groups], list(map(id, self.state.values()))
+
+    def _build(self) -> None:
         self._reset()
         self._names = states.names(self.param_groups)
         hidden = ("params", "param_names", "initial_lr")
@@ -263,7 +267,7 @@ class FusedOptimizer(Optimizer):
         for key, entries in buckets.items():
             kind = {"cpp": CpuPlan, "reference": ReferencePlan}.get(key[2]) or PLANS[key[2]]
             self._plans.append(kind(self, key[0], key[1], choices[key], entries))
-        self._fingerprint, self._n_states = fingerprint, len(self.state)
+        self._fingerprint = self._identities()  # after the plans, which add the states that are not there yet
         self._group_keys = [None] * len(self.param_groups)
 
     def _choose(self, device: torch.device, dtype: torch.dtype) -> dispatch.Choice:
@@ -286,7 +290,7 @@ class FusedOptimizer(Optimizer):
     def _refresh_hypers(self) -> None:
         hypers, rules = self._hypers(), [self._rule(group) for group in self.param_groups]
         if any(rules[e.group] != plan.rule for plan in self._plans for e in plan.entries[:1]):
-            self._build(self._fingerprint)
+            self._build()
         for plan in self._plans:
             plan.set_hypers(hypers)
         self._group_keys = [self._key(g) for g in self.param_groups]
