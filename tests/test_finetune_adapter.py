@@ -207,6 +207,7 @@ def test_absent_peft_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ca
         (["--compare", "peft"], "got no adapter"),
         (["--adapter", "ia3", "--init", "pissa"], "drop --init"),
         (["--adapter", "lora", "--dtype", "bf16", "--master-weights", "split"], "adapters are fp32"),
+        (["--adapter", "lora", "--optimizer", "AdaHessian"], "second derivatives"),  # its estimate was 0, and its steps lr / eps
     ],
 )
 def test_bad_input_is_one_line(arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

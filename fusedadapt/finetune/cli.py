@@ -15,6 +15,7 @@ from ..checkpoint import CheckpointError
 from . import report
 from .adapters import ADAPTERS, IN_PEFT, INITS
 from .errors import FinetuneError
+from .optimizers import RECIPES, Recipe
 from .quantized import CHOICES
 from .sparse import SELECT
 from .train import CHECKPOINT, DTYPES, REPORT, Config, run, stored_config
@@ -130,6 +131,11 @@ def _check_adapter(config: Config, typed: dict[str, Any]) -> None:
         raise FinetuneError(f"finetune: expected --adapter {'|'.join(IN_PEFT)} with --compare peft; got {got}; choose one of them")
     if config.adapter is not None and (config.master_weights or config.stochastic_rounding):
         raise FinetuneError("finetune: expected no --master-weights or --stochastic-rounding with --adapter; got both; drop them: adapters are fp32")
+    if config.adapter is not None and RECIPES.get(config.optimizer.lower(), Recipe()).create_graph:
+        raise FinetuneError(
+            f"finetune: expected a first-order rule with --adapter; got {config.optimizer}, whose Hessian needs second derivatives; "
+            "the fused layers have none; choose another rule or drop --adapter"
+        )
     if config.init is not None and config.adapter not in IN_PEFT:
         raise FinetuneError(f"finetune: expected --adapter {'|'.join(IN_PEFT)} with --init; got {config.adapter}, which has its own; drop --init")
 
