@@ -110,13 +110,14 @@ class BoundTable : public Table {
     return handles.empty() || versions.refused ? 1 : 2;
   }
 
-  std::vector<double> cpu_squares(int threads, uintptr_t grad_scale) {
+  // `out`: where one double per tensor goes.
+  void cpu_squares(int threads, uintptr_t grad_scale, uintptr_t out) {
     chunks_for_step();
     // not by the number of threads: sums are added chunk by chunk, in an order no setting may change
     if (plan.gradient_chunks.empty()) plan.gradient_chunks = cpu::make_chunks(tensors, chunk_for(16, true), true);
     const float scale = grad_scale ? *address<float>(grad_scale) : 1.f;
     py::gil_scoped_release release;
-    return cpu::squares(tensors, plan.gradient_chunks, scale, threads);
+    cpu::squares(tensors, plan.gradient_chunks, scale, threads, reinterpret_cast<double*>(out));
   }
 
   // With one row per tensor (device rows) the k-th descriptor reads row k; otherwise the rows of the last cpu_step.
@@ -171,7 +172,9 @@ void bind_table(py::module_& m) {
       PyErr_SetObject(error.ptr(), args.ptr());
     }
   });
-  py::class_<Shim>(m, "Shim", py::module_local()).def(py::init<const std::vector<uintptr_t>&, const py::object&>());
+  py::class_<Shim>(m, "Shim", py::module_local())
+      .def(py::init<const std::vector<uintptr_t>&, const py::object&>())
+      .def("learn", &Shim::learn);
   m.attr("SHIM_NAMES") = py::tuple(py::cast(Shim::kNames));
   py::class_<BoundTable>(m, "Table")
       .def(py::init<py::object, py::object, std::vector<std::string>, std::vector<std::string>, std::string, int, int, std::vector<int>>(),
@@ -188,6 +191,7 @@ void bind_table(py::module_& m) {
       .def_readonly("strided", &BoundTable::strided)
       .def_readonly("active", &BoundTable::active)
       .def_readonly("owners", &BoundTable::owners)
+      .def_property_readonly("count", [](const BoundTable& t) { return t.tensors.size(); })  // without a list of them
       .def_readonly("active_params", &BoundTable::active_params)
       .def_readonly("version", &BoundTable::version)
       .def_readonly("structure", &BoundTable::structure)

@@ -59,6 +59,13 @@ bool same_order(const Layout& a, const Layout& b) {
 
 }  // namespace
 
+// Whether memory holds the negatives of a tensor's values (the imaginary part of a conjugate, say).
+bool Table::negated(PyObject* tensor) const {
+  const py::object answer = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor, negated_name_.ptr()));
+  if (!answer) throw py::error_already_set();
+  return answer.ptr() == Py_True;
+}
+
 Table::Table(py::object exchange, py::object reader, std::vector<std::string> states, std::vector<std::string> aux, std::string extra,
              int device_type, int device_id, std::vector<int> maps)
     : reader_(std::move(reader)),
@@ -77,6 +84,7 @@ Table::Table(py::object exchange, py::object reader, std::vector<std::string> st
   const auto intern = [](const std::string& s) { return py::reinterpret_steal<py::object>(PyUnicode_InternFromString(s.c_str())); };
   grad_name_ = intern("grad");
   local_name_ = intern("_local_tensor");
+  negated_name_ = intern("is_neg");
   for (const std::string& s : states) slots_.push_back({intern(s), true, true});
   for (const std::string& s : aux) slots_.push_back({intern(s), true, false});
   slots_.push_back({intern("step"), true, false});
@@ -184,7 +192,9 @@ void Table::read_entry(size_t i, bool* changed) {
   if (!live) return;
   const Verdict verdict = warm_[i].direct || overridden ? kRead : compare(i, grad.ptr());
   *changed |= verdict == kMoved;
-  if (verdict == kRead) scan_entry(int64_t(i), entries_[i], grad.ptr(), changed);
+  if (verdict != kRead) return;
+  scan_entry(int64_t(i), entries_[i], grad.ptr(), changed);
+  if (overridden) warm_[i].sound = false;  // says nothing about the gradient that will be there next time
 }
 
 // Gathers the descriptors of the tensors that have a gradient.
@@ -235,8 +245,10 @@ void Table::scan_entry(int64_t index, Entry& e, PyObject* grad, bool* moved) {
   // The last reading was refused half way (or is the first): what it left in the cache proves nothing.
   const bool torn = !std::exchange(e.sound, false);
   void *old_p = e.p.data, *old_g = e.g.data;
-  bool changed = read(local(e.param.ptr(), held_p), e.p, index, "param");
-  changed |= read(local(grad, held_g), e.g, index, "grad");
+  PyObject *const own = local(e.param.ptr(), held_p), *const given = local(grad, held_g);
+  if (negated(own)) throw TableError(index, "negated:param");
+  bool changed = read(own, e.p, index, "param");
+  changed |= read(given, e.g, index, "grad");
   bool shifted = old_p != e.p.data || old_g != e.g.data;
   placement += old_p != e.p.data;
   bool freed = (!e.p.data && e.p.numel) || (!e.g.data && e.g.numel);
@@ -257,7 +269,7 @@ void Table::scan_entry(int64_t index, Entry& e, PyObject* grad, bool* moved) {
     freed |= !e.layouts[k].data && e.layouts[k].numel;
   }
   if (changed || torn || freed) validate(index, e);
-  if (!e.compact_grad && !same_order(e.p, e.g) && e.p.numel) return strided.push_back(index);
+  if (e.p.numel && (negated(given) || (!e.compact_grad && !same_order(e.p, e.g)))) return strided.push_back(index);
   if (changed || shifted || torn) {
     fill(e);
     *moved = true;

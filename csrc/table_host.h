@@ -37,7 +37,7 @@ class Table {
   void add(pybind11::object param, pybind11::object state, int group, int64_t ordinal, int64_t base, int64_t inner, int64_t outer,
            bool compact);
   // kMissingState: the entries in `missing` have a gradient but no state yet. kStridedGradient: the gradients of the entries in `strided` lie in
-  // another memory order than their parameter; use_gradient a copy. Either way: mend and scan again.
+  // another memory order than their parameter, or as negatives; use_gradient a copy. Either way: mend and scan again.
   enum Status { kReady = 0, kMissingState = 1, kStridedGradient = 2 };
   int scan(int threads);
   // Before the first `add`. Entries that hold plain tensors are then read through it, by several threads at once.
@@ -74,17 +74,22 @@ class Table {
     uint64_t signature = 0;
     bool operator==(const Seen& o) const { return data == o.data && signature == o.signature; }
   };
+  // Where a tensor's words were when it was last read: to prefetch.
+  struct Place {
+    const void *body = nullptr, *storage = nullptr;
+  };
   // A value of the state dict. Signature 0: its identity is enough.
   struct Held {
     PyObject* object = nullptr;
     Seen seen;
-    const void* body = nullptr;  // where its TensorImpl was: to prefetch
+    Place place;
   };
   // What the warm path compares, apart from Entry: two cache lines of a tensor with two states, where an Entry has a dozen.
   struct alignas(64) Warm {
     PyObject *param = nullptr, *state = nullptr;
     Seen p, g;
-    const void* body = nullptr;  // where the parameter's TensorImpl was: to prefetch
+    Place p_place, g_place;
+    uint64_t state_version = 0;  // of the state dict, where Python tells
     bool direct = false;  // plain tensors, read through the shim
     bool live = false, sound = false;
     bool overridden = false;  // the entry has an override_grad
@@ -108,6 +113,7 @@ class Table {
   enum Verdict : uint8_t { kSame, kMoved, kRead };
   bool read(PyObject* object, Layout& cached, int64_t index, const char* what);
   void read_slow(PyObject* object, Layout& now);
+  bool negated(PyObject* tensor) const;
   void scan_entry(int64_t index, Entry& e, PyObject* grad, bool* moved);
   void read_entry(size_t i, bool* changed);
   void refresh();
@@ -115,9 +121,11 @@ class Table {
   bool plain(const Entry& e) const;
   const void* reference(const Warm& w, PyObject* tensor) const { return w.direct ? shim_->of(tensor) : tensor; }
   bool glance(const Warm& w, const void* tensor, Seen* now) const;
+  static bool same_values(const Warm& w);
   Verdict compare(size_t i, const void* grad);
   Verdict look(size_t i);
   void fetch(size_t i) const;
+  Place place(const void* tensor) const { return {Shim::impl(tensor), shim_->storage(tensor)}; }
   void look_at_all(int threads);
   void remember(size_t i, PyObject* grad);
   void validate(int64_t index, Entry& e);
@@ -133,7 +141,7 @@ class Table {
   TensorDesc cohort(const Entry& e, size_t number) const;
 
   dlpack::ExchangeAPI* api_ = nullptr;
-  pybind11::object reader_, grad_name_, local_name_, compact_name_;
+  pybind11::object reader_, grad_name_, local_name_, negated_name_, compact_name_;
   std::vector<Slot> slots_;  // states, aux, step, the optional ones, scales
   std::vector<int> maps_;
   size_t n_states_, n_aux_;

@@ -1,5 +1,7 @@
 // Reading a tensor through torch's C functions, at its place inside the Python object: a fifth of the cost of the DLPack exchange, and no
 // Python call, so that threads may share the reading. The addresses come from Python; nothing here needs torch's headers.
+// Where a tensor keeps its shape, strides, dtype and memory is then learnt from examples, and a look at those words instead of eight calls
+// decides whether anything has changed (5,000 tensors of 256 with two states, after a step of torch's: 0.85 ms instead of 1.35).
 #pragma once
 #include <pybind11/pybind11.h>
 
@@ -27,10 +29,28 @@ class Shim {
   // False for what has no plain memory (sparse, opaque, freed lazily, ...). The signature stands for dtype, device, shape and strides.
   bool read(const void* tensor, void** data, uint64_t* signature) const;
   void bump_version(const void* tensor) const { bump_(tensor); }
+  // Learns from examples where the words of a tensor are. `same`: tensors of one shape, strides, dtype and device with five dimensions, in every
+  // state of bookkeeping (with and without gradient, version, graph, ...); `other`: tensors that differ from them in one of these, or in memory order.
+  // False where the words cannot be found or do not tell `other` from `same`: nothing but `of` may then be asked.
+  bool learn(const pybind11::list& same, const pybind11::list& other);
+  // Where the memory of a tensor read before is described: to prefetch, never to read.
+  const void* storage(const void* tensor) const { return word(impl(tensor), sketch_.storage); }
   // The address of the version counter: to prefetch, never to read.
   const void* version(const void* tensor) const { return version_ ? impl(static_cast<const char*>(impl(tensor)) + version_) : nullptr; }
 
  private:
+  // Word numbers inside a TensorImpl (inside its StorageImpl: data). From `dims` on: the number of dimensions, room for five sizes and five
+  // strides, the offset of the first element, the number of elements, two words of dtype, device and flags.
+  struct Sketch {
+    int storage = 0, dims = 0, data = 0;
+    uint64_t kinds[2] = {};  // the bits of the last two that do not change with a tensor's history
+    uint8_t sizes[64] = {};  // bytes per element by torch's dtype code; 0: not seen
+  };
+  static const void* word(const void* object, int n) { return static_cast<const void* const*>(object)[n]; }
+  bool look(const Sketch& sketch, const void* tensor, void** data, uint64_t* signature) const;
+  bool call(const void* tensor, void** data, uint64_t* signature) const;
+  bool find(const pybind11::list& same, Sketch* sketch) const;
+
   template <class T>
   using Getter = int32_t (*)(const void* tensor, T* out);
   Getter<int32_t> layout_, dtype_, device_type_, device_index_;
@@ -43,6 +63,7 @@ class Shim {
   size_t offset_ = 0;                  // of the TensorImpl* in the Python object
   size_t version_ = 0;                 // of the version counter* in the TensorImpl; 0: not found
   int32_t strided_ = 0;
+  Sketch sketch_;
 };
 
 // One step of the hash over a tensor's shape and strides.

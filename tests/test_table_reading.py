@@ -1,4 +1,4 @@
-"""Whatever happens to a tensor between two steps is seen by the next one, whichever way the table reads: torch's C functions or DLPack."""
+"""Whatever happens to a tensor between two steps is seen by the next one, whichever way the table reads: the words of a torch tensor, or DLPack."""
 
 from __future__ import annotations
 
@@ -250,3 +250,45 @@ def test_inference_mode_at_the_first_step(path: str) -> None:
         assert path == "dlpack" or shim._make(core) is not None
         _, params = make()
     assert all(torch.equal(p, q) for p, q in zip(params, make()[1], strict=True))
+
+
+def test_words_that_do_not_tell_are_not_learnt(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = dispatch.core()
+    if shim.shim() is None:
+        pytest.skip("this torch has no functions to read with")
+    examples = shim._examples()
+    same, other = examples
+    for wrong in ((same, [*other, same[1]]), ([*same, other[-3]], other), ([t.flatten() for t in same], other)):
+        monkeypatch.setattr(shim, "_examples", lambda wrong=wrong: wrong)
+        assert shim._make(core) is None
+
+
+@pytest.mark.skipif(not hasattr(torch, "_lazy_clone"), reason="this torch has no lazy copies")
+@pytest.mark.parametrize("which", ["param", "exp_avg"])
+def test_a_lazy_copy_keeps_its_values(path: str, which: str) -> None:
+    opt, params = make()
+    opt.step()
+    t = tensor(opt, params[0], which).detach()
+    copy_, before = torch._lazy_clone(t), t.clone()
+    opt.step()
+    assert not torch.equal(t, before)
+    if path == "shim":  # not DLPack, whose exchange table hands out the shared memory itself
+        assert torch.equal(copy_, before)
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (2, 1, 2, 1, 2, 3)])
+@pytest.mark.parametrize("flips", [(0,), (2,), (0, 1, 2), (1, 3)])
+def test_a_gradient_stored_as_its_negative_is_read_right(path: str, flips: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    """The imaginary part of a conjugate is such a view: memory holds the negatives."""
+    (opt, params), (twin, others) = make(shape=shape), make(shape=shape)
+    for step in range(4):
+        for p, q in zip(params, others, strict=True):
+            grad = torch.full_like(p, float(step + 1))
+            p.grad = torch._neg_view(-grad) if step in flips else grad
+            q.grad = grad.clone()
+        opt.step()
+        twin.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
+    params[0].data = torch._neg_view(params[0].data.clone())
+    with pytest.raises(ValueError, match="resolve_neg"):
+        opt.step()

@@ -145,8 +145,8 @@ std::vector<Chunk> make_chunks(const std::vector<TensorDesc>& tensors, int64_t c
   return out;
 }
 
-std::vector<double> squares(const std::vector<TensorDesc>& tensors, const std::vector<Chunk>& chunks, float scale, int threads) {
-  std::vector<double> part(chunks.size()), out(tensors.size(), 0.0);
+void squares(const std::vector<TensorDesc>& tensors, const std::vector<Chunk>& chunks, float scale, int threads, double* out) {
+  std::vector<double> part(chunks.size());
   const Kernels& k = kernels();
   parallel_for(int64_t(chunks.size()), grain_of(tensors, chunks), threads, [&](int64_t first, int64_t last) {
     for (int64_t c = first; c < last; ++c) {
@@ -156,8 +156,8 @@ std::vector<double> squares(const std::vector<TensorDesc>& tensors, const std::v
       part[c] = k.squares(t, chunks[c].offset, ends ? t.grad_numel : chunks[c + 1].offset, scale);
     }
   });
+  std::fill(out, out + tensors.size(), 0.0);
   for (size_t c = 0; c < chunks.size(); ++c) out[chunks[c].tensor] += part[c];
-  return out;
 }
 
 void sweep(int rule, const std::vector<TensorDesc>& tensors, const std::vector<Chunk>& chunks, const Rows& rows, const Globals& globals,

@@ -43,8 +43,8 @@ struct Watch {
 
 // `by_gradient`: over the elements that count in the gradient norm.
 std::vector<Chunk> make_chunks(const std::vector<TensorDesc>& tensors, int64_t chunk, bool by_gradient = false);
-// Sum of squares of every tensor's gradient / scale: partial sums per chunk, added in order.
-std::vector<double> squares(const std::vector<TensorDesc>& tensors, const std::vector<Chunk>& chunks, float scale, int threads);
+// Sum of squares of every tensor's gradient / scale, one double each: partial sums per chunk, added in order.
+void squares(const std::vector<TensorDesc>& tensors, const std::vector<Chunk>& chunks, float scale, int threads, double* out);
 void sweep(int rule, const std::vector<TensorDesc>& tensors, const std::vector<Chunk>& chunks, const Rows& rows, const Globals& globals,
            int threads, Watch* watch = nullptr);
 

@@ -213,11 +213,12 @@ class FusedOptimizer(Optimizer):
     def _clip(self, plans: list[Plan], grad_scale: Tensor | None) -> Tensor:
         """Leaves the global norm in grad_norm and returns the factor min(1, max_norm / (norm + 1e-6)) of torch's clip_grad_norm_."""
         home = plans[0].device if plans else torch.device("cpu")
-        total = torch.zeros((), dtype=torch.float64, device=home)
+        parts = []
         for plan in plans:
             squares = plan.squares(Scalars(on(grad_scale, plan.device), None, None, 0, False))
-            part = states.distributed().sum_squares(plan, squares) if self._sharded else squares.sum()
-            total = total + part.to(home)
+            parts.append((states.distributed().sum_squares(plan, squares) if self._sharded else squares.sum()).to(home))
+        # (a small model's step is over in the time of a few of torch's operations)
+        total = sum(parts[1:], start=parts[0]) if parts else torch.zeros((), dtype=torch.float64, device=home)
         norm = total.sqrt()
         self.grad_norm = norm.float()
         assert self.max_grad_norm is not None

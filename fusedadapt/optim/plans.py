@@ -141,7 +141,9 @@ class CpuPlan(Plan):
         self.table.set_hypers(hypers)
 
     def squares(self, scalars: Scalars) -> Tensor:
-        return torch.tensor(self.table.cpu_squares(torch.get_num_threads(), address(scalars.grad_scale)), dtype=torch.float64, device="cpu")
+        out = torch.empty(self.table.count, dtype=torch.float64, device="cpu")
+        self.table.cpu_squares(torch.get_num_threads(), address(scalars.grad_scale), out.data_ptr())
+        return out
 
     def run(self, scalars: Scalars) -> None:
         scale, found, clip, seed, stochastic = scalars

@@ -113,7 +113,9 @@ class Table:
         found = {k: local(state[k]) for k in known if state.get(k) is not None}
         _validate(i, p, g, found, self._keys, self._extra, self._device, packed)
         self._coded(i, found)
-        if not packed and not same_order(p, g) and p.numel():
+        if p.is_neg():
+            raise TableError(i, "negated:param")
+        if p.numel() and (g.is_neg() or (not packed and not same_order(p, g))):
             self.strided.append(i)
             return []
         place = (group, ordinal, base, inner if inner > 0 else p.numel(), outer)
@@ -292,6 +294,7 @@ _EXPECTED = {
         "fp32 scales of a coded state (uint8): one per block of 32 to 2048 elements, or a pair, and one size of block for all states",
         "keep <state> and <state>_scale together as the optimizer made them, or load them with load_state_dict",
     ),
+    "negated": ("a parameter whose memory holds its values, not their negatives", "pass p.data = p.data.resolve_neg()"),
     "null": ("memory behind the tensor", "the tensor was freed or lives in a subclass that hides its data"),
     "compact": (
         "vectors as long as the index of the chosen elements (a step and scalars per cohort), positions inside the parameter",

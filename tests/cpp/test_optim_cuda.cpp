@@ -269,7 +269,8 @@ void check_squares() {
     if (seed == 1) first = partial;
     require(!std::memcmp(first.data(), partial.data(), partial.size() * 8), "squares: another order of the threads, other bits");
   }
-  const std::vector<double> cpu = fa::cpu::squares(fleet.table, chunks, scale, 1);
+  std::vector<double> cpu(fleet.table.size());
+  fa::cpu::squares(fleet.table, chunks, scale, 1, cpu.data());
   std::vector<double> total(cases.size(), 0.0);
   for (size_t c = 0; c < chunks.size(); ++c) total[size_t(chunks[c].tensor)] += first[c];
   for (size_t t = 0; t < cases.size(); ++t)
