@@ -23,7 +23,7 @@ constexpr int64_t kWidest = 512;  // columns of a unit at most
 struct Layout {
   bool direct;  // else rows are decoded into L1, in their own order
   bool wide;  // one scale per unit
-  bool woven;  // numbers in the order of Planes or FloatLane: lanes of 32 columns must share a scale
+  bool woven;  // numbers in the order of Planes, ByteRun or FloatLane: lanes of 32 columns must share a scale
   int64_t per, block, unit, units;  // columns; number of units
   int64_t granule;  // columns of a number in the arrays of scales and zeros
   int64_t side;  // columns of a group
@@ -47,7 +47,7 @@ Layout layout_of(const Weight& w) {
   a.granule = a.wide ? a.unit : a.per;
   a.units = ceil_div(w.k, a.unit);
   const bool floats = w.kind == Values::kE4M3 || w.kind == Values::kE5M2;
-  a.woven = a.direct && a.side % 32 == 0 && ((kPlanes && w.bits == 4 && w.kind == Values::kTable) || (kFloats && floats));
+  a.woven = a.direct && a.side % 32 == 0 && ((kPlanes && w.bits != 2 && w.kind == Values::kTable) || (kFloats && floats));
   a.zeros = w.zero_dtype || (w.kind == Values::kUnsigned && w.values[0] != 0.f);
   return a;
 }
@@ -136,6 +136,24 @@ struct ByteLane {
   FA_INLINE void raw(const ByteLane& d, U word, int j, F* v) { part(d, word, j, v); }
 };
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// The same, in the bytes' own order.
+struct ByteRun {
+  static constexpr int kPer = 4, kStep = 4;
+  static constexpr bool kShifted = false;
+  const float* values;
+
+  FA_INLINE void set(ByteRun& d, const Weight& w) { d.values = w.values; }
+  FA_INLINE void part(const ByteRun& d, U word, int, F* v) {
+    typedef uint64_t Eights __attribute__((vector_size(4 * kLanes)));
+    const Eights eights = Eights(word);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) v[i] = picked_eight(d.values, eights[i]);
+  }
+  FA_INLINE void raw(const ByteRun& d, U word, int h, F* v) { part(d, word, h, v); }
+};
+#endif
+
 #if defined(__AVX2__)
 template <int exponent>
 struct FloatLane {
@@ -178,10 +196,11 @@ struct FloatLane {
 template <class Function>
 FA_INLINE void with_lane(const Weight& w, [[maybe_unused]] const Layout& a, Function f) {
 #if defined(__AVX2__)
-  if (a.woven && w.bits == 8) return w.kind == Values::kE4M3 ? f(FloatLane<4>{}) : f(FloatLane<5>{});
+  if (a.woven && w.kind == Values::kE4M3) return f(FloatLane<4>{});
+  if (a.woven && w.kind == Values::kE5M2) return f(FloatLane<5>{});
 #endif
 #if defined(__AVX2__) && !defined(__AVX512F__)
-  if (a.woven) return f(Planes{});
+  if (a.woven) return w.bits == 8 ? f(ByteRun{}) : f(Planes{});
 #endif
   if (w.bits == 4) return w.kind == Values::kTable ? f(Lane<Values::kTable, 4>{}) : f(Lane<Values::kUnsigned, 4>{});
   if (w.bits == 2) return f(Lane<Values::kUnsigned, 2>{});
