@@ -183,6 +183,14 @@ def test_saved_by_torch_and_loaded_without_pickles_of_strangers(name: str, tmp_p
     assert repr(back) == repr(q) and torch.equal(back.dequantize(), q.dequantize())
 
 
+def test_bytes_are_moved_and_not_converted() -> None:
+    q = fa.quantize(torch.randn(5, 64), "nf4", double_quant=True)
+    assert torch.equal(q.to(device="cpu").dequantize(), q.dequantize()) and q.to("meta").device.type == "meta"
+    for other in (torch.float16, torch.zeros(1, dtype=torch.float16)):
+        with pytest.raises(TypeError, match="expected a device; got"):
+            q.to(other)  # type: ignore[arg-type]
+
+
 def test_another_format_is_not_loaded() -> None:
     a, b = (fa.QuantizedLinear.from_linear(nn.Linear(64, 24), name) for name in ("nf4", "fp4"))
     with pytest.raises(RuntimeError, match="expected a state in fp4; got nf4"):
