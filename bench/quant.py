@@ -64,7 +64,7 @@ def _cpu_rows() -> Iterable[Row]:
     for m in M_CPU:
         for dtype in (FP32, BF16):
             who = (OURS, DENSE) if dtype == FP32 else (OURS, DENSE, FP32_DENSE)
-            small = (TORCH_INT4, BNB) if m in (1, 16, 128) else ()
+            small = (TORCH_INT4, BNB) if m in (1, 4, 16, 128) else ()
             yield _linear("int4", "linear", INT4, m, 4096, 4096, dtype, (*who, *small[:1]))
             yield _linear("nf4", "linear", ("nf4", ()), m, 4096, 4096, dtype, (*who, *small[1:]))
     yield _linear("nf4-dq", "linear", NF4_DQ, 1, 4096, 4096, FP32, (OURS, DENSE, BNB))

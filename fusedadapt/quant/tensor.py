@@ -82,7 +82,7 @@ class QuantizedTensor:
         return f"QuantizedTensor({tuple(self.shape)}, {self.format.spec}, {bits:.3f} bits/weight, device={str(self.device)!r})"
 
 
-# torch.load(weights_only=True) takes them as it takes tensors: they hold nothing else that runs.
+# torch.load(weights_only=True) takes them, once this module is imported, as it takes tensors: they hold nothing else that runs.
 torch.serialization.add_safe_globals([QuantizedTensor, QFormat])
 
 
