@@ -13,6 +13,7 @@ from .registry import SHORT
 FP32, BF16 = torch.float32, torch.bfloat16
 NF4_DQ = ("nf4", (("double_quant", True),))
 INT4 = ("int4", (("symmetric", True),))
+RANK = 16  # of the adapter of "qlora"
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def _cpu_rows() -> Iterable[Row]:
     for m in M_CPU:
         for dtype in (FP32, BF16):
             who = (OURS, DENSE) if dtype == FP32 else (OURS, DENSE, FP32_DENSE)
-            small = (TORCH_INT4, BNB) if m in (1, 16, 128) else ()
+            small = (TORCH_INT4, BNB) if m in (1, 4, 16, 128) else ()
             yield _linear("int4", "linear", INT4, m, 4096, 4096, dtype, (*who, *small[:1]))
             yield _linear("nf4", "linear", ("nf4", ()), m, 4096, 4096, dtype, (*who, *small[1:]))
     yield _linear("nf4-dq", "linear", NF4_DQ, 1, 4096, 4096, FP32, (OURS, DENSE, BNB))
@@ -71,7 +72,9 @@ def _cpu_rows() -> Iterable[Row]:
         yield _linear(label, "linear", (label, ()), 1, 4096, 4096, FP32, (OURS, DENSE))
     for dtype in (FP32, BF16):
         yield _linear("nf4", "train", ("nf4", ()), 128, 4096, 4096, dtype, (OURS, DENSE, BNB))
+    yield _linear("nf4-dq", "qlora", NF4_DQ, 128, 4096, 4096, FP32, (OURS, BNB))
     yield _linear("int8", "act", ("int8", ()), 512, 4096, 4096, FP32, (OURS, DENSE, INT_MM))
+    yield _linear("int8", "code", ("int8", ()), 512, 4096, 4096, FP32, (OURS,))
     for label in ("nf4", "int4", "int8", "fp8_e4m3", "mxfp4", "nvfp4"):
         who = (OURS, BNB) if label == "nf4" else (OURS,)
         for job in ("quantize", "dequantize"):
@@ -88,6 +91,9 @@ def _gpu_rows() -> Iterable[Row]:
     for m in (128, 1024, 4096):
         yield _linear("nf4-dq", "dx", NF4_DQ, m, 4096, 4096, BF16, (OURS, DENSE, BNB), "cuda")
         yield _linear("nf4-dq", "train", NF4_DQ, m, 4096, 4096, BF16, (OURS, DENSE, BNB), "cuda")
+    yield _linear("nf4-dq", "qlora", NF4_DQ, 4096, 4096, 4096, BF16, (OURS, BNB), "cuda")
+    for label in ("int8", "fp8_e4m3"):
+        yield _linear(label, "code", (label, ()), 8192, 8192, 8192, BF16, (OURS,), "cuda")
     yield _linear("int8", "act", ("int8", ()), 8192, 8192, 8192, BF16, (OURS, DENSE, INT_MM), "cuda")
     yield _linear("fp8_e4m3", "act", ("fp8_e4m3", ()), 8192, 8192, 8192, BF16, (OURS, DENSE), "cuda")
     for label in ("nf4", "int8", "fp8_e4m3", "mxfp4"):
@@ -135,10 +141,14 @@ def _gpu_goals() -> Iterable[Goal]:
     yield Goal("G5: over the dense product", "act int8 M=8192 8192x8192 bf16 gpu", "faster", 1.35, b=DENSE.name)
     yield Goal("G5: over the dense product", "act fp8_e4m3 M=8192 8192x8192 bf16 gpu", "faster", 1.5, b=DENSE.name)
     yield Goal("G7: dX over bitsandbytes", "dx nf4-dq M=4096 4096x4096 bf16 gpu", "faster", 1.0, b=BNB.name)
+    yield Goal("G8: layer and adapter over bitsandbytes and PEFT", "qlora nf4-dq M=4096 4096x4096 bf16 gpu", "faster", 1.2, b=BNB.name)
     yield Goal("G9: fake quantization over composed eager", "fake quant clamp 8192x8192 bf16 gpu", "faster", 3.0, b=COMPOSED.name)
     yield Goal("G9: fake quantization, share of copy", "fake quant clamp 8192x8192 bf16 gpu", "copy", 0.85)
+    for label in ("int8", "fp8_e4m3"):
+        yield Goal("G10: coding activations, share of copy", f"code {label} M=8192 8192x8192 bf16 gpu", "copy", 0.85)
+    yield Goal("G10: quantizing to MX, share of copy", "quantize mxfp4 8192x8192 bf16 gpu", "copy", 0.85)
     for label in ("nf4", "int8", "fp8_e4m3", "mxfp4"):
-        yield Goal("G10: dequantizing, share of copy", f"dequantize {label} 8192x8192 bf16 gpu", "copy", 0.85)
+        yield Goal("dequantizing, share of copy", f"dequantize {label} 8192x8192 bf16 gpu", "copy", 0.85)
 
 
 GOALS = list(_goals())
@@ -153,6 +163,8 @@ def traffic(row: Row, packed: int, n: int, k: int) -> float:
         "dx": packed + activations,
         "act": packed + activations,
         "train": 2 * (packed + activations),
+        "qlora": 2 * (packed + activations + RANK * (n + k) * size),
+        "code": row.tokens * (k * (size + 1) + 4),
         "quantize": 2 * dense + packed,  # statistics, then codes
         "dequantize": dense + packed,
         "fake": 5 * dense,  # x, y; x, dy, dx
@@ -161,4 +173,5 @@ def traffic(row: Row, packed: int, n: int, k: int) -> float:
 
 def flops(row: Row, n: int, k: int) -> float:
     """Multiplications and additions of the products."""
-    return {"linear": 2.0, "dx": 2.0, "act": 2.0, "train": 4.0}.get(row.job, 0.0) * row.tokens * n * k
+    adapter = 6.0 * row.tokens * RANK * (n + k) if row.job == "qlora" else 0.0
+    return {"linear": 2.0, "dx": 2.0, "act": 2.0, "train": 4.0, "qlora": 4.0}.get(row.job, 0.0) * row.tokens * n * k + adapter

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 import fusedadapt as fa
 from fusedadapt.ops import dense
 
-from .quant import Row
+from .quant import RANK, Row
 
 Call = Callable[[], object]
 
@@ -48,7 +48,7 @@ def problem(row: Row, device: str, quick: bool) -> Problem:
         return torch.randn(shape, generator=g, device=device).to(row.dtype)
 
     weight = draw(n, k)
-    packed = None if row.job == "fake" else fa.quantize(weight, row.format, **dict(row.options))
+    packed = None if row.job in ("fake", "code") else fa.quantize(weight, row.format, **dict(row.options))
     return Problem(row, weight, packed, draw(max(row.tokens, 1), k), draw(max(row.tokens, 1), n))
 
 
@@ -57,12 +57,13 @@ def build(kind: str, given: Problem) -> Call:
     return _BUILDERS[kind](given)
 
 
-def _trained(call: Callable[[Tensor], Tensor], given: Problem) -> Call:
-    """Forward and dX."""
+def _trained(call: Callable[[Tensor], Tensor], given: Problem, adapter: Sequence[Tensor] = ()) -> Call:
+    """Forward and dX, and the gradients of an adapter."""
     x = given.x.clone().requires_grad_()
 
     def step() -> None:
-        x.grad = None
+        for t in (x, *adapter):
+            t.grad = None
         call(x).backward(given.dy)
 
     return step
@@ -76,6 +77,11 @@ def _ours(given: Problem) -> Call:
         return _trained(lambda t: fa.quantized_linear(t, q), given)
     if row.job == "act":
         return lambda: fa.quantized_linear(x, q, activations=row.format)
+    if row.job == "qlora":
+        adapted = fa.LoRALinear.from_linear(fa.QuantizedLinear(q), r=RANK).to(row.dtype)
+        return _trained(adapted, given, [p for p in adapted.parameters() if p.requires_grad])
+    if row.job == "code":
+        return lambda: torch.ops.fusedadapt.q_act_quant(x, row.format)
     if row.job == "dx":
         parts, spec, (n, k) = q.parts, q.format.spec, given.shape
         return lambda: torch.ops.fusedadapt.q_linear_dx(given.dy, *parts, spec, n, k)
@@ -148,6 +154,20 @@ def _torch_int4(given: Problem) -> Call:
     return lambda: torch.ops.aten._weight_int4pack_mm_for_cpu(given.x, packed, group, both)
 
 
+def _linear4bit(bnb: Any, given: Problem, nested: bool) -> Any:
+    w = given.weight
+    layer = bnb.nn.Linear4bit(w.shape[1], w.shape[0], False, given.row.dtype, compress_statistics=nested, quant_type="nf4")
+    layer.weight = bnb.nn.Params4bit(w, requires_grad=False, compress_statistics=nested, quant_type="nf4")
+    return layer.to(w.device)
+
+
+def _with_peft(layer: Any, given: Problem) -> Call:
+    peft = importlib.import_module("peft")
+    model = torch.nn.Sequential(layer)
+    peft.inject_adapter_in_model(peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=["0"]), model)
+    return _trained(model, given, [p for p in model.parameters() if p.requires_grad])
+
+
 def _bitsandbytes(given: Problem) -> Call:
     with contextlib.redirect_stdout(io.StringIO()):
         bnb = importlib.import_module("bitsandbytes")
@@ -158,11 +178,11 @@ def _bitsandbytes(given: Problem) -> Call:
     packed, state = bnb.functional.quantize_4bit(w, blocksize=64, quant_type="nf4", compress_statistics=nested)
     if row.job == "dequantize":
         return lambda: bnb.functional.dequantize_4bit(packed, state)
-    layer = bnb.nn.Linear4bit(w.shape[1], w.shape[0], False, row.dtype, compress_statistics=nested, quant_type="nf4")
-    layer.weight = bnb.nn.Params4bit(w, requires_grad=False, compress_statistics=nested, quant_type="nf4")
-    layer = layer.to(w.device)
     if row.job == "dx":
         return lambda: given.dy @ bnb.functional.dequantize_4bit(packed, state)
+    layer = _linear4bit(bnb, given, nested)
+    if row.job == "qlora":
+        return _with_peft(layer, given)
     if row.job == "train":
         return _trained(layer, given)
     layer.eval()

@@ -46,7 +46,7 @@ def test_traffic_and_flops() -> None:
     assert quant.traffic(row, 100, 10, 20) == 100 + 16 * 30 * 4
 
 
-@pytest.mark.parametrize("job", ["linear", "train", "act", "quantize", "dequantize", "fake"])
+@pytest.mark.parametrize("job", ["linear", "train", "qlora", "act", "code", "quantize", "dequantize", "fake"])
 def test_every_job_is_timed(job: str) -> None:
     row = small(next(r for r in CPU if r.job == job))
     result = quant_runner.measure(row, TINY)

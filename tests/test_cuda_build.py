@@ -1,4 +1,5 @@
-"""Compile gate of the CUDA kernels, no GPU needed: no spills, the committed register table, 128-bit accesses, no contraction of a * b + c.
+"""Compile gate of the CUDA kernels, no GPU needed: no spills, the committed register table, 128-bit accesses, no contraction of a * b + c, a build
+that stays short and small.
 
 python tests/test_cuda_build.py --write     writes bench/results/registers_cuda.json anew
 """
@@ -7,11 +8,13 @@ import concurrent.futures
 import importlib.util
 import json
 import re
+import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -19,6 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "bench" / "results" / "registers_cuda.json"
 ARCHS = ("sm_80", "sm_90", "sm_100")
 FLAGS = ["-std=c++17", "-O3", "-fmad=false", "-I", str(ROOT / "csrc")]  # as CMakeLists.txt
+BUILD_SECONDS, CORES = 300, 2
+BUILD_BYTES = 60 << 20
 LIMIT = 128  # registers per thread for two blocks of 256 threads on an SM
 SCATTERED = 255  # compact entries: one block; their positions and anchors leave 128 too few for three states
 ONE_BLOCK = {"sm_80": 142, "sm_100": 166}  # coded states: where ptxas spills in 128 (on sm_80 three states, on sm_100 two)
@@ -104,14 +109,43 @@ def table_of(kernels: dict[str, dict[str, tuple[int, int]]]) -> dict[str, dict[s
     return {name: {arch: kernels[arch][name][0] for arch in ARCHS} for name in sorted(kernels[ARCHS[0]])}
 
 
+class Built(NamedTuple):
+    folder: Path
+    kernels: dict[str, dict[str, tuple[int, int]]]
+    seconds: float  # of a processor
+
+
+def processor_seconds() -> float:
+    """Spent by the processes that this one has started and waited for: what else the machine does moves it little."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory):
-    folder = tmp_path_factory.mktemp("cuda")
-    return folder, compile_all(folder)
+    folder, before = tmp_path_factory.mktemp("cuda"), processor_seconds()
+    kernels = compile_all(folder)
+    return Built(folder, kernels, processor_seconds() - before)
+
+
+def built_architectures() -> int:
+    """Of a release, from CMakeLists.txt."""
+    listed = re.search(r"set\(CMAKE_CUDA_ARCHITECTURES ([\w -]+)\)", (ROOT / "CMakeLists.txt").read_text(encoding="utf-8"))
+    assert listed
+    return len(listed[1].split())
+
+
+def test_the_whole_build_is_short_and_small(built):
+    """Reckoned from the architectures compiled here. The real one is less: it reads a source once for all of them, and packs their code."""
+    share = built_architectures() / len(ARCHS)
+    assert built.seconds * share / CORES <= BUILD_SECONDS
+    size = sum(f.stat().st_size for arch in ARCHS for f in built.folder.glob(f"*.{arch}"))
+    host = sum(f.stat().st_size for f in (ROOT / "fusedadapt").glob("_core.*.so"))
+    assert size and host and size * share + host <= BUILD_BYTES
 
 
 def test_nothing_spills(built):
-    _, kernels = built
+    kernels = built.kernels
     rules = (ROOT / "csrc/core/rules.h").read_text(encoding="utf-8")
     count = len(re.findall(r"X\(\w+, \w+\)", rules[rules.index("#define FA_RULES") :]))
     expected = 3 * count - 4 + 2  # three sweeps per rule, but two rules have no states and two none that may be coded; squares, prologue
@@ -126,14 +160,14 @@ def test_register_table_is_current(built):
     committed = json.loads(TABLE.read_text(encoding="utf-8"))
     if committed["nvcc"] != compiler_version():
         pytest.skip(f"the table is nvcc {committed['nvcc']}'s; that compiler is missing here ({compiler_version()})")
-    assert table_of(built[1]) == committed["registers"], "registers changed; look at why, then: python tests/test_cuda_build.py --write"
+    assert table_of(built.kernels) == committed["registers"], "registers changed; look at why, then: python tests/test_cuda_build.py --write"
 
 
 def test_aligned_accesses_are_128_bits_and_global(built):
     tool = cuobjdump()
     if tool is None:
         pytest.skip("needs a missing tool: cuobjdump (CUDA toolkit or Triton's wheel)")
-    functions = re.split(r"Function : ", run(tool, "-sass", f"{built[0]}/optim.sm_90"))[1:]
+    functions = re.split(r"Function : ", run(tool, "-sass", f"{built.folder}/optim.sm_90"))[1:]
     sass = {short(f.split()[0]): f for f in functions}
     for rule in WIDE:
         body = sass[f"sweep<{rule}>"]
@@ -149,7 +183,7 @@ def test_coded_accesses_are_wide_and_global(built):
     tool = cuobjdump()
     if tool is None:
         pytest.skip("needs a missing tool: cuobjdump (CUDA toolkit or Triton's wheel)")
-    functions = re.split(r"Function : ", run(tool, "-sass", f"{built[0]}/optim_coded.sm_90"))[1:]
+    functions = re.split(r"Function : ", run(tool, "-sass", f"{built.folder}/optim_coded.sm_90"))[1:]
     sass = {short(f.split()[0]): f for f in functions}
     for rule in WIDE:
         body, states = sass[f"coded<{rule}>"], 2 if rule in ("Adam", "AdaBelief") else 1
@@ -165,7 +199,7 @@ def test_selection_reads_128_bits(built, kernel):
     if tool is None:
         pytest.skip("needs a missing tool: cuobjdump (CUDA toolkit or Triton's wheel)")
     source = {"nm": "sparse_mask", "mark<0>": "sparse_mark", "mark<1>": "sparse_mark"}.get(kernel, "sparse_select")
-    functions = re.split(r"Function : ", run(tool, "-sass", f"{built[0]}/{source}.sm_90"))[1:]
+    functions = re.split(r"Function : ", run(tool, "-sass", f"{built.folder}/{source}.sm_90"))[1:]
     body = {short(f.split()[0]): f for f in functions}[kernel]
     # bf16 takes one access, fp32 two; of a score's second operand again. `mark` reads two runs at a time, twice.
     wanted = {"histogram<0>": 2, "mark<0>": 8, "mark<1>": 16}.get(kernel, 4)
@@ -178,7 +212,7 @@ def test_products_read_128_bits(built, kernel):
     tool = cuobjdump()
     if tool is None:
         pytest.skip("needs a missing tool: cuobjdump (CUDA toolkit or Triton's wheel)")
-    functions = re.split(r"Function : ", run(tool, "-sass", f"{built[0]}/quant_gemv.sm_90"))[1:]
+    functions = re.split(r"Function : ", run(tool, "-sass", f"{built.folder}/quant_gemv.sm_90"))[1:]
     body = {short(f.split()[0]): f for f in functions}[kernel]
     # codes of four rows, before the loop and in it, and x
     assert len(re.findall(r"\bLDG\.E\.128", body)) >= 2 * 4 + int(kernel[5])
@@ -190,7 +224,7 @@ def test_products_read_128_bits(built, kernel):
 @pytest.mark.parametrize("source", ["optim", "optim_coded", "sparse_select", "sparse_mark", "sparse_mask", "sparse_move"])
 def test_arithmetic_is_ieee(built, source):
     """In PTX, because ptxas expands div.rn and sqrt.rn into exactly rounding fma sequences."""
-    functions = re.split(r"\.entry ", (built[0] / f"{source}.ptx").read_text(encoding="utf-8"))[1:]
+    functions = re.split(r"\.entry ", (built.folder / f"{source}.ptx").read_text(encoding="utf-8"))[1:]
     for text in functions:
         name, text = short(re.match(r"\w+", text)[0]), text[: text.index("\n}")]
         approximate = re.findall(r"(?:div|sqrt|rcp|rsqrt)\.(?:approx|full)\S*|\S+\.ftz\S*", text)

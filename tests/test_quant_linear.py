@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -181,6 +183,32 @@ def test_saved_by_torch_and_loaded_without_pickles_of_strangers(name: str, tmp_p
     torch.save({"w": q}, tmp_path / "file")
     back = torch.load(tmp_path / "file", weights_only=True)["w"]
     assert repr(back) == repr(q) and torch.equal(back.dequantize(), q.dequantize())
+
+
+_FRESH = """
+import sys, torch, fusedadapt as fa
+fa.QuantizedTensor
+for name, q in torch.load(sys.argv[1], weights_only=True).items():
+    x = torch.randn(3, 256)
+    y = torch.compile(lambda t: fa.quantized_linear(t, q), fullgraph=True, backend="aot_eager")(x)
+    assert torch.equal(y, fa.quantized_linear(x, q)), name
+"""
+
+
+def test_loaded_and_compiled_before_anything_has_run(tmp_path: Path) -> None:
+    """Code tables are built on first use, which may be while torch traces with tensors that hold no numbers."""
+    names = ("nf4", "mxfp4", "dynamic8", "fp8_e4m3")
+    torch.save({name: fa.quantize(torch.randn(33, 256), name) for name in names}, tmp_path / "q.pt")
+    done = subprocess.run([sys.executable, "-c", _FRESH, str(tmp_path / "q.pt")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_bytes_are_moved_and_not_converted() -> None:
+    q = fa.quantize(torch.randn(5, 64), "nf4", double_quant=True)
+    assert torch.equal(q.to(device="cpu").dequantize(), q.dequantize()) and q.to("meta").device.type == "meta"
+    for other in (torch.float16, torch.zeros(1, dtype=torch.float16)):
+        with pytest.raises(TypeError, match="expected a device; got"):
+            q.to(other)  # type: ignore[arg-type]
 
 
 def test_another_format_is_not_loaded() -> None:

@@ -118,7 +118,7 @@ FA_HD float log2_series(float x) {
   return float(n) + t * 2.88539004f * p;
 }
 
-// 2^y for y in [-120, 0], within 2e-7 of it.
+// 2^y for y in [-120, 0], within 2e-7 of it; for less, down to -960, a number that means nothing.
 FA_HD float exp2_series(float y) {
   const auto n = int32_t(y - 0.5f);
   const float f = y - float(n);
@@ -129,7 +129,7 @@ FA_HD float exp2_series(float y) {
   p = p * f + 0.240226507f;
   p = p * f + 0.693147182f;
   p = p * f + 1.f;
-  return as_float(uint32_t(int32_t(as_bits(p)) + n * (1 << 23)));
+  return as_float(as_bits(p) + (uint32_t(n) << 23));
 }
 
 // k of a live block whose smallest nonzero magnitude is `ratio` times the largest.

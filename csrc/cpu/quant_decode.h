@@ -39,7 +39,7 @@ struct Decoder {
 struct Bytes {
   const float* values;
   FA_INLINE void set(Bytes& d, const Weight& w) { d.values = w.values; }
-  FA_INLINE F at(const Bytes& d, const uint8_t* row, int64_t i) { return picked(d.values, load_bytes(row + i)); }
+  FA_INLINE F at(const Bytes& d, const uint8_t* row, int64_t i) { return picked_bytes(d.values, row + i); }
 };
 
 template <int exponent>

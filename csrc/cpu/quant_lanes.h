@@ -23,17 +23,21 @@ constexpr int64_t kWidest = 512;  // columns of a unit at most
 struct Layout {
   bool direct;  // else rows are decoded into L1, in their own order
   bool wide;  // one scale per unit
-  bool woven;  // numbers in the order of Planes or FloatLane: lanes of 32 columns must share a scale
+  bool woven;  // numbers in the order of Planes, ByteRun or FloatLane: lanes of 32 columns must share a scale
   int64_t per, block, unit, units;  // columns; number of units
   int64_t granule;  // columns of a number in the arrays of scales and zeros
   int64_t side;  // columns of a group
   bool zeros;
+  // Values are codes less one number: with some tokens it is subtracted from each, on a pipe that multiply-adds leave idle, and there are no zeros.
+  bool centred;
+  bool sixteenfold;  // the lanes' `raw` gives codes in odd places sixteen times too large, so even places of x are made so, too
 
   int64_t padded() const { return units * unit; }
   int64_t granules() const { return unit / granule; }
 };
 
-Layout layout_of(const Weight& w) {
+// `tokens`: for which a code becomes a number once.
+Layout layout_of(const Weight& w, int64_t tokens = 1) {
   Layout a = {};
   const bool rows_apart = !w.flat || (w.k % w.grid.columns == 0 && w.k * w.bits % 8 == 0);
   const bool one_group = !w.flat && w.grid.columns >= w.k;
@@ -47,8 +51,11 @@ Layout layout_of(const Weight& w) {
   a.granule = a.wide ? a.unit : a.per;
   a.units = ceil_div(w.k, a.unit);
   const bool floats = w.kind == Values::kE4M3 || w.kind == Values::kE5M2;
-  a.woven = a.direct && a.side % 32 == 0 && ((kPlanes && w.bits == 4 && w.kind == Values::kTable) || (kFloats && floats));
-  a.zeros = w.zero_dtype || (w.kind == Values::kUnsigned && w.values[0] != 0.f);
+  a.woven = a.direct && a.side % 32 == 0 && ((kPlanes && w.bits != 2 && w.kind == Values::kTable) || (kFloats && floats));
+  const bool off = w.kind == Values::kUnsigned && w.values[0] != 0.f;
+  a.sixteenfold = a.direct && w.bits == 4 && w.kind == Values::kUnsigned;
+  a.centred = a.sixteenfold && off && !w.zero_dtype && tokens > 2;
+  a.zeros = w.zero_dtype || (off && !a.centred);
   return a;
 }
 
@@ -68,28 +75,31 @@ struct Places {
   }
 };
 
-// How words become numbers, kStep vectors at a time.
-template <Values kind, int bits>
+// How words become numbers, kStep vectors at a time. `raw`: see Layout::sixteenfold; half of the shifts are saved.
+template <Values kind, int bits, bool centred = false>
 struct Lane {
   static constexpr int kPer = 32 / bits, kStep = 1;
-  // `raw` leaves 4-bit codes in odd places sixteen times too large: half of the shifts are saved.
-  static constexpr bool kShifted = kind == Values::kUnsigned && bits == 4;
   Lookup<bits> table;
+  F first, sixteen_firsts;
 
   FA_INLINE void set(Lane& d, const Weight& w) {
     if constexpr (kind == Values::kTable) Lookup<bits>::set(d.table, w.values);
+    if constexpr (centred) d.first = splat(w.values[0]), d.sixteen_firsts = splat(16.f * w.values[0]);
   }
   FA_INLINE F at(const Lane& d, U word, int j) {
     if constexpr (kind == Values::kTable) return Lookup<bits>::at(d.table, word >> (bits * j));
     if constexpr (kind == Values::kSigned) return __builtin_convertvector(I(word << (24 - 8 * j)) >> 24, F);
-    return __builtin_convertvector(I((word >> (bits * j)) & ((1u << bits) - 1)), F);
+    const F code = __builtin_convertvector(I((word >> (bits * j)) & ((1u << bits) - 1)), F);
+    return centred ? code + d.first : code;
   }
   FA_INLINE void part(const Lane& d, U word, int j, F* v) { *v = at(d, word, j); }
   FA_INLINE void raw(const Lane& d, U word, int j, F* v) {
-    if constexpr (kShifted)
+    if constexpr (kind == Values::kUnsigned && bits == 4) {
       *v = __builtin_convertvector(I((word >> (j / 2 * 8)) & (j % 2 ? 0xf0u : 0x0fu)), F);
-    else
+      if constexpr (centred) *v += j % 2 ? d.sixteen_firsts : d.first;
+    } else {
       *v = at(d, word, j);
+    }
   }
 };
 
@@ -98,7 +108,6 @@ struct Lane {
 #if defined(__AVX2__) && !defined(__AVX512F__)
 struct Planes {
   static constexpr int kPer = 8, kStep = 4;
-  static constexpr bool kShifted = false;
   __m256i bytes[4];
 
   FA_INLINE void set(Planes& d, const Weight& w) {
@@ -128,7 +137,6 @@ struct Planes {
 // 256 values in memory.
 struct ByteLane {
   static constexpr int kPer = 4, kStep = 1;
-  static constexpr bool kShifted = false;
   const float* values;
 
   FA_INLINE void set(ByteLane& d, const Weight& w) { d.values = w.values; }
@@ -136,11 +144,27 @@ struct ByteLane {
   FA_INLINE void raw(const ByteLane& d, U word, int j, F* v) { part(d, word, j, v); }
 };
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// The same, in the bytes' own order.
+struct ByteRun {
+  static constexpr int kPer = 4, kStep = 4;
+  const float* values;
+
+  FA_INLINE void set(ByteRun& d, const Weight& w) { d.values = w.values; }
+  FA_INLINE void part(const ByteRun& d, U word, int, F* v) {
+    typedef uint64_t Eights __attribute__((vector_size(4 * kLanes)));
+    const Eights eights = Eights(word);
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) v[i] = picked_eight(d.values, eights[i]);
+  }
+  FA_INLINE void raw(const ByteRun& d, U word, int h, F* v) { part(d, word, h, v); }
+};
+#endif
+
 #if defined(__AVX2__)
 template <int exponent>
 struct FloatLane {
   static constexpr int kPer = 4, kStep = 4;
-  static constexpr bool kShifted = false;
   using Code = Float8<exponent>;
 
   FA_INLINE void set(FloatLane&, const Weight&) {}
@@ -176,13 +200,15 @@ struct FloatLane {
 
 // Calls f(a reader of this weight's words).
 template <class Function>
-FA_INLINE void with_lane(const Weight& w, [[maybe_unused]] const Layout& a, Function f) {
+FA_INLINE void with_lane(const Weight& w, const Layout& a, Function f) {
 #if defined(__AVX2__)
-  if (a.woven && w.bits == 8) return w.kind == Values::kE4M3 ? f(FloatLane<4>{}) : f(FloatLane<5>{});
+  if (a.woven && w.kind == Values::kE4M3) return f(FloatLane<4>{});
+  if (a.woven && w.kind == Values::kE5M2) return f(FloatLane<5>{});
 #endif
 #if defined(__AVX2__) && !defined(__AVX512F__)
-  if (a.woven) return f(Planes{});
+  if (a.woven) return w.bits == 8 ? f(ByteRun{}) : f(Planes{});
 #endif
+  if (a.centred) return f(Lane<Values::kUnsigned, 4, true>{});
   if (w.bits == 4) return w.kind == Values::kTable ? f(Lane<Values::kTable, 4>{}) : f(Lane<Values::kUnsigned, 4>{});
   if (w.bits == 2) return f(Lane<Values::kUnsigned, 2>{});
   if (w.kind == Values::kSigned) return f(Lane<Values::kSigned, 8>{});

@@ -45,21 +45,22 @@ struct Turns {
 };
 
 void arrange(const Weight& w, const Product& p, int64_t t, const Operand& to) {
-  const Layout a = layout_of(w);
-  const Places places(w, a);
   const Turns turns(p);
+  const Layout a = layout_of(w, turns.tokens);
+  const Places places(w, a);
   const int64_t first = t / turns.tokens * turns.tokens, count = turns.count(p, first);
   float* const x = to.x + first * to.stride + (t - first) * kLanes;
   F sum = {};
   with_format(p.dtype, [&](auto format) {
     using Format = decltype(format);
     const auto* from = static_cast<const typename Format::E*>(p.x) + t * p.stride;
+    const float factor = to.factor[t] * (a.sixteenfold ? 16.f : 1.f);
     for (int64_t c = 0; c < a.padded(); c += kLanes) {
       F v = {};
       for (int lane = 0; lane < kLanes; ++lane)
         if (const int64_t column = c / a.block * a.block + places.column[c % a.block + lane]; column < w.k)
-          v[lane] = Format::widen_one(from[column]) * to.factor[t];
-      store(x + c * count, v);
+          v[lane] = Format::widen_one(from[column]) * factor;
+      store(x + c * count, a.sixteenfold && c / kLanes % 2 ? v * splat(0.0625f) : v);
       sum = c % a.unit ? sum + v : v;
       if (a.zeros && (c + kLanes) % a.unit == 0) store(to.sums + t * to.sums_stride + c / a.unit * kLanes, sum);
     }
@@ -81,7 +82,6 @@ template <class D, int T, bool wide>
 __attribute__((noinline)) void dot_codes(const D& d, const Layout& a, const Chunk& chunk, int64_t u0, int64_t columns, const Operand& o,
                                          int64_t t0, F* to) {
   constexpr int kChains = T == 1 ? 4 : T <= 4 ? 2 : 1;  // additions in flight for each
-  constexpr bool kRaw = D::kShifted && kChains > 1;
   const int64_t most = a.unit / a.block;
   const uint8_t* codes = chunk.codes;
   const float* x = o.x + t0 * o.stride + u0 * a.unit * T;
@@ -93,10 +93,7 @@ __attribute__((noinline)) void dot_codes(const D& d, const Layout& a, const Chun
 #pragma GCC unroll 16
       for (int part = 0; part < D::kPer / D::kStep; ++part) {
         F v[D::kStep];
-        if constexpr (kRaw)
-          D::raw(d, word, part, v);
-        else
-          D::part(d, word, part, v);
+        D::raw(d, word, part, v);
 #pragma GCC unroll 4
         for (int i = 0; i < D::kStep; ++i) {
           const int j = part * D::kStep + i;
@@ -112,7 +109,7 @@ __attribute__((noinline)) void dot_codes(const D& d, const Layout& a, const Chun
       if constexpr (kChains > 1) {
         const F even = kChains == 4 ? sum[t][0] + sum[t][2 % kChains] : sum[t][0];
         const F odd = kChains == 4 ? sum[t][1] + sum[t][3 % kChains] : sum[t][1];
-        all = kRaw ? fma(odd, splat(0.0625f), even) : even + odd;
+        all = even + odd;
       }
       if (a.zeros) all = fma(-z, load<F>(x_sums + t * o.sums_stride), all);
       to[t] = fma(s, all, to[t]);
@@ -177,7 +174,7 @@ void linear_decoded(const Weight& w, const Product& p, const Operand& o, int64_t
 }
 
 void linear(const Weight& w, const Product& p, const Operand& o, int64_t n0, int64_t n1) {
-  const Layout a = layout_of(w);
+  const Layout a = layout_of(w, Turns(p).tokens);
   for (int64_t n = n0; n < n1; n += kRows) {
     const int64_t end = least(n + kRows, n1);
     F sums[kRows][kMostRows] = {};
@@ -189,7 +186,7 @@ void linear(const Weight& w, const Product& p, const Operand& o, int64_t n0, int
       using Format = decltype(format);
       for (int64_t t = 0; t < p.t; ++t)
         for (int64_t i = n; i < end; ++i) {
-          const float y = total(sums[i - n][t]) / o.factor[t] + (p.bias ? p.bias[i] : 0.f);
+          const float y = total(sums[i - n][t]) / (a.sixteenfold ? 16.f * o.factor[t] : o.factor[t]) + (p.bias ? p.bias[i] : 0.f);
           static_cast<typename Format::E*>(p.y)[t * w.n + i] = Format::narrow_one(y);
         }
     });

@@ -93,6 +93,23 @@ FA_INLINE F picked(const float* from, U index) {
 #endif
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// from[byte] for eight bytes. Zen 3 takes 3.3 ns for the processor's own gather, 1.7 ns for these loads.
+FA_INLINE F picked_eight(const float* from, uint64_t b) {
+  return F{from[b & 255],       from[b >> 8 & 255],  from[b >> 16 & 255], from[b >> 24 & 255],
+           from[b >> 32 & 255], from[b >> 40 & 255], from[b >> 48 & 255], from[b >> 56]};
+}
+#endif
+
+// from[p[lane]]
+FA_INLINE F picked_bytes(const float* from, const uint8_t* p) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return picked_eight(from, load<uint64_t>(p));
+#else
+  return picked(from, load_bytes(p));
+#endif
+}
+
 // kLanes bytes in the high halves of 16-bit integers.
 FA_INLINE S load_high(const uint8_t* p) {
 #if defined(__AVX512F__)

@@ -118,15 +118,15 @@ def linear_dx(dy: Tensor, parts: Parts, fmt: QFormat, n: int, k: int) -> Tensor:
     return dx
 
 
-#: rows of x up to which the own product is the faster one, at 4096 x 4096 on AVX2: x W^T; dY W of integers and of tables; what is decoded first or
-#: looked up in memory; and where the processor multiplies in 16 bits
-_FEW, _FEW_DX_INTEGERS, _FEW_DX_LOOKUPS, _FEW_DECODED, _FEW_16_BIT = 48, 48, 20, 8, 12
+#: rows of x up to which the own product is the faster one, at 4096 x 4096 on AVX2: x W^T; dY W of integers and of tables; x W^T with bytes looked
+#: up in memory; what is decoded first; and where the processor multiplies in 16 bits
+_FEW, _FEW_DX_INTEGERS, _FEW_DX_LOOKUPS, _FEW_BYTES, _FEW_DECODED, _FEW_16_BIT = 48, 48, 20, 24, 12, 12
 
 
 def small(t: int, n: int, k: int, dtype: torch.dtype, fmt: QFormat, transposed: bool) -> bool:
     """Whether `linear` (`linear_dx` if ``transposed``) beats a dequantized piece and the library's GEMM."""
     if fmt.bits == 3 or fmt.table.startswith("dynamic") or fmt.block[1] == 1:
-        return t <= _FEW_DECODED
+        return t <= (_FEW_BYTES if fmt.bits == 8 and fmt.flat and k % fmt.block[1] == 0 and not transposed else _FEW_DECODED)
     if dtype != torch.float32 and dense.multiplies(dtype):
         return t <= _FEW_16_BIT
     return t <= (_FEW if not transposed else _FEW_DX_LOOKUPS if fmt.table else _FEW_DX_INTEGERS)

@@ -2,16 +2,17 @@
 
 Encoding is one rule for all tables: count the cuts strictly below v (below |v| with ``magnitude``), look the code up. Which way a tie goes is part of
 the cuts: a tie that goes up has its cut one fp32 step lower. No table is written twice: kernels are handed these numbers.
+
+Built on first use without tensors: that may be while torch traces, where a tensor has no numbers to read.
 """
 
 from __future__ import annotations
 
 import functools
+import math
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -32,18 +33,21 @@ class Table:
         return (len(self.values) - 1).bit_length()
 
 
-def _down(v: Tensor) -> Tensor:
-    return torch.nextafter(v, torch.tensor(-torch.inf, dtype=torch.float32, device="cpu"))
+def _fp32(v: float) -> float:
+    """The nearest fp32 number."""
+    return float(struct.unpack("<f", struct.pack("<f", v))[0])
+
+
+def _down(v: float) -> float:
+    """The fp32 number below one that is not 0."""
+    (bits,) = struct.unpack("<i", struct.pack("<f", v))
+    return float(struct.unpack("<f", struct.pack("<i", bits - (1 if v > 0 else -1)))[0])
 
 
 def _between(points: Sequence[float], codes: Sequence[int], ties: str) -> tuple[float, ...]:
     """Cuts halfway between ascending points, in fp32. Ties go to the lower point ("low") or to the even code ("even")."""
-    v = torch.tensor(points, dtype=torch.float32, device="cpu")
-    middle = (v[:-1] + v[1:]) * 0.5
-    if ties == "even":
-        odd = torch.tensor([code % 2 == 1 for code in codes[:-1]], dtype=torch.bool, device="cpu")
-        middle = torch.where(odd, _down(middle), middle)
-    return tuple(middle.tolist())
+    middle = [_fp32(a + b) * 0.5 for a, b in zip(points, points[1:])]
+    return tuple(_down(v) if ties == "even" and code % 2 == 1 else v for v, code in zip(middle, codes))
 
 
 def minifloat(exponent: int, mantissa: int, bias: int, largest: float, ieee: bool = False) -> Table:
@@ -57,7 +61,7 @@ def minifloat(exponent: int, mantissa: int, bias: int, largest: float, ieee: boo
     for code in range(half):
         e, m = code >> mantissa, code & ((1 << mantissa) - 1)
         v = m * 2.0 ** (1 - bias - mantissa) if e == 0 else ((1 << mantissa) + m) * 2.0 ** (e - bias - mantissa)
-        values.append(v if v <= largest else torch.inf if ieee and m == 0 else torch.nan)
+        values.append(v if v <= largest else math.inf if ieee and m == 0 else math.nan)
     finite = [v for v in values if v <= largest]
     codes = tuple(range(len(finite)))
     return Table(tuple(values + [-v for v in values]), _between(finite, codes, "even"), codes, magnitude=True, sign_bit=True)
@@ -104,7 +108,7 @@ _FP4_CUTS = (0.00260417, 0.0859375, 0.20833333, 0.29166667, 0.4166667, 0.583333,
 
 
 def _rounded(values: Sequence[float]) -> tuple[float, ...]:
-    return tuple(torch.tensor(values, dtype=torch.float32, device="cpu").tolist())
+    return tuple(map(_fp32, values))
 
 
 def nf4() -> Table:
@@ -129,13 +133,14 @@ def dynamic_map(signed: bool = True) -> tuple[float, ...]:
     """The 256 ascending values of bitsandbytes' dynamic 8-bit map (Dettmers et al., arXiv:2110.02861).
 
     Decade e = 0..6 covers 10^(e-6) times [0.1, 1], cut into 2^e equal cells (2^(e+1) of them unsigned, where no sign is spent); a code is worth its
-    cell's middle. 0 and 1 are added. Built in fp32 as torch builds a linspace, so that the last bits agree.
+    cell's middle. 0 and 1 are added. Rounded to fp32 where torch rounds while it builds a linspace, so that the last bits agree.
     """
     found = []
     for e in range(7):
-        edges = torch.linspace(0.1, 1, 2**e + 1 if signed else 2 ** (e + 1) + 1, dtype=torch.float32, device="cpu")
-        middles = (edges[:-1] + edges[1:]) / 2.0
-        positive = (10.0 ** (e - 6) * middles).tolist()
+        cells, first = 2**e if signed else 2 ** (e + 1), _fp32(0.1)
+        step = _fp32((1.0 - first) / cells)
+        edges = [_fp32(first + step * i if i < (cells + 1) // 2 else 1.0 - step * (cells - i)) for i in range(cells + 1)]
+        positive = [_fp32(_fp32(10.0 ** (e - 6)) * (_fp32(a + b) / 2.0)) for a, b in zip(edges, edges[1:])]
         found += positive + ([-v for v in positive] if signed else [])
     return tuple(sorted([*found, 0.0, 1.0]))
 

@@ -66,8 +66,11 @@ class QuantizedTensor:
         changed: dict[str, Any] = {name: None if (t := getattr(self, name)) is None else change(t) for name in Parts._fields}
         return replace(self, **changed)
 
-    def to(self, device: torch.device | str) -> QuantizedTensor:
-        """The same bytes on another device."""
+    def to(self, device: torch.device | str | int) -> QuantizedTensor:
+        """The same bytes on another device. TypeError for anything else: a dtype would convert codes and scales as if they were numbers."""
+        if isinstance(device, torch.dtype | Tensor):
+            got = device if isinstance(device, torch.dtype) else type(device).__name__
+            raise TypeError(f"QuantizedTensor.to: expected a device; got {got}; bytes have no other dtype: see dequantize")
         return self._map(lambda t: t.to(device))
 
     def clone(self) -> QuantizedTensor:
@@ -79,7 +82,7 @@ class QuantizedTensor:
         return f"QuantizedTensor({tuple(self.shape)}, {self.format.spec}, {bits:.3f} bits/weight, device={str(self.device)!r})"
 
 
-# torch.load(weights_only=True) takes them as it takes tensors: they hold nothing else that runs.
+# torch.load(weights_only=True) takes them, once this module is imported, as it takes tensors: they hold nothing else that runs.
 torch.serialization.add_safe_globals([QuantizedTensor, QFormat])
 
 

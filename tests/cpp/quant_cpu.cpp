@@ -12,70 +12,23 @@
 #include "cpu/optim.h"
 #include "cpu/quant.h"
 #include "exact.h"
+#include "quant_case.h"
 
 namespace {
 
 namespace qt = fa::cpu::quant;
 
-struct Layout {
-  int bits;
-  bool flat, counts;
-  int64_t rows, columns;  // of a group
-  int exponent = 0;  // of 8-bit floats
-};
-
-float float8(int exponent, int code) {
-  const int mantissa = 7 - exponent, e = (code & 127) >> mantissa, m = code & ((1 << mantissa) - 1), bias = (1 << (exponent - 1)) - 1;
-  const float v = std::ldexp(float(e ? (1 << mantissa) + m : m), (e ? e : 1) - bias - mantissa);
-  return code & 128 ? -v : v;
+qt::Weight weight(const Case& c) {
+  qt::Weight w;
+  w.codes = c.codes.get(), w.n = c.n, w.k = c.k, w.row_bytes = c.row_bytes, w.bits = c.l.bits, w.flat = c.l.flat, w.grid = c.grid;
+  w.values = c.values.get();
+  w.zero = c.zero.get(), w.zero_dtype = fa::kU8;
+  w.kind = c.l.exponent ? c.l.exponent == 4 ? qt::Values::kE4M3 : qt::Values::kE5M2
+           : c.l.counts ? qt::Values::kUnsigned
+                        : qt::Values::kTable;
+  w.scales.data = c.scale.get(), w.scales.dtype = fa::kF32;
+  return w;
 }
-
-struct Case {
-  Layout l;
-  int64_t n, k, row_bytes, groups;
-  qt::Grid grid;
-  Exact<float> values, scale, factor;
-  Exact<uint8_t> zero, codes;
-
-  Case(Layout layout, int64_t n_, int64_t k_)
-      : l(layout), n(n_), k(k_), row_bytes((k_ * l.bits + 7) / 8), groups(0), values(1 << l.bits), scale(0), factor(0), zero(0), codes(0) {
-    grid =
-        l.flat ? qt::Grid{1, l.columns, (n * k + l.columns - 1) / l.columns} : qt::Grid{l.rows, l.columns, (k + l.columns - 1) / l.columns};
-    groups = l.flat ? grid.wide : (n + l.rows - 1) / l.rows * grid.wide;
-    scale = Exact<float>(groups), factor = Exact<float>(groups), zero = Exact<uint8_t>(groups);
-    codes = Exact<uint8_t>(l.flat && l.bits == 4 ? (n * k + 1) / 2 : n * row_bytes);
-    for (int64_t i = 0; i < values.size; ++i) values[i] = l.exponent ? float8(l.exponent, int(i)) : l.counts ? float(i) - 3 : uniform();
-    for (int64_t i = 0; i < groups; ++i) scale[i] = 1 + uniform() / 2, factor[i] = 1 / scale[i], zero[i] = uint8_t(random_bits() % 5);
-    for (int64_t i = 0; i < codes.size; ++i) codes[i] = uint8_t(random_bits() & (l.exponent ? 0xbf : 0xff));  // no NaN
-  }
-  qt::Weight weight() const {
-    qt::Weight w;
-    w.codes = codes.get(), w.n = n, w.k = k, w.row_bytes = row_bytes, w.bits = l.bits, w.flat = l.flat, w.grid = grid,
-    w.values = values.get();
-    w.zero = zero.get(), w.zero_dtype = fa::kU8;
-    w.kind = l.exponent ? l.exponent == 4 ? qt::Values::kE4M3 : qt::Values::kE5M2 : l.counts ? qt::Values::kUnsigned : qt::Values::kTable;
-    w.scales.data = scale.get(), w.scales.dtype = fa::kF32;
-    return w;
-  }
-  int code(int64_t row, int64_t column) const {
-    const int64_t first = l.flat ? (row * k + column) * l.bits : column * l.bits;
-    const uint8_t* bytes = l.flat ? codes.get() : codes.get() + row * row_bytes;
-    int out = 0;
-    for (int b = 0; b < l.bits; ++b) {
-      const int64_t bit = l.flat && l.bits == 4 ? (first ^ 4) + b : first + b;
-      out |= (bytes[bit / 8] >> bit % 8 & 1) << b;
-    }
-    return out;
-  }
-  float at(int64_t row, int64_t column) const {
-    const int64_t g = l.flat ? (row * k + column) / l.columns : row / l.rows * grid.wide + column / l.columns;
-    return (values[code(row, column)] - float(zero[g])) * scale[g];
-  }
-  std::string name() const {
-    return std::to_string(l.bits) + " bits, " + (l.flat ? "flat " : "grid ") + std::to_string(l.rows) + "x" + std::to_string(l.columns) +
-           ", " + std::to_string(n) + " x " + std::to_string(k);
-  }
-};
 
 void poison(const Exact<float>& f) {
   for (int64_t i = 0; i < f.size; ++i) f[i] = std::numeric_limits<float>::quiet_NaN();
@@ -85,7 +38,7 @@ void check_decode(const Case& c) {
   const int64_t first = c.n / 3;
   const Exact<float> out((c.n - first) * c.k);
   poison(out);
-  qt::dequantize(c.weight(), first, c.n, fa::kF32, out.get(), 2);
+  qt::dequantize(weight(c), first, c.n, fa::kF32, out.get(), 2);
   for (int64_t i = 0; i < out.size; ++i) require(out[i] == c.at(first + i / c.k, i % c.k), "decode " + c.name());
 }
 
@@ -142,7 +95,7 @@ void check_products(const Case& c, int64_t t) {
     poison(y);
     qt::Product p;
     p.x = x.get(), p.t = t, p.stride = stride, p.dtype = fa::kF32, p.y = y.get();
-    transposed ? qt::linear_dx(c.weight(), p, 2) : qt::linear(c.weight(), p, 2);
+    transposed ? qt::linear_dx(weight(c), p, 2) : qt::linear(weight(c), p, 2);
     for (int64_t r = 0; r < t; ++r)
       for (int64_t j = 0; j < width; ++j) {
         double sum = 0, size = 0;
