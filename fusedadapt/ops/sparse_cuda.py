@@ -165,10 +165,12 @@ def _total(prefix: Tensor) -> int:
     return int(checks.known(prefix, ("total",), lambda: int(prefix[-1])))
 
 
-def indices(words: Tensor, n: int) -> Tensor:
-    """Sorted flat positions of the set bits: int32 below 2^31 elements, else int64. Waits for the device: for how many they are."""
-    before = prefix(checks.words("indices", words, n, words.device))
-    out = torch.empty(int(before[-1]), dtype=torch.int64 if n >> 31 else torch.int32, device=words.device)
+def indices(words: Tensor, n: int, known: tuple[Tensor, int] | None = None) -> Tensor:
+    """Sorted flat positions of the set bits: int32 below 2^31 elements, else int64. Waits for the device, for how many they are, unless (prefix,
+    number) is known."""
+    checks.words("indices", words, n, words.device)
+    before, count = known or (found := prefix(words), int(found[-1]))
+    out = torch.empty(count, dtype=torch.int64 if n >> 31 else torch.int32, device=words.device)
     wide = out.element_size() == 8
     _core(words.device).indices(words.data_ptr(), words.numel(), before.data_ptr(), out.data_ptr(), wide, *_place(words.device))
     return out
