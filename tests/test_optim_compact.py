@@ -206,12 +206,10 @@ def patterned(n: int) -> torch.Tensor:
     return mask
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"compact_grad": True}, {"state_dtype": "int8", "state_block": 64}, {"stochastic_rounding": True, "seed": 7}]
-)
+@pytest.mark.parametrize("options", [{}, {"compact_grad": True}, {"state_dtype": "int8", "state_block": 64}, {"stochastic_rounding": True}])
 @pytest.mark.parametrize("n", [31, 1024, 9001])
 def test_a_mask_as_the_index_is_a_list(n: int, options: dict, backend: str) -> None:
-    given, dtype = options.get("compact_grad"), B if "seed" in options else F
+    given, dtype = options.get("compact_grad"), B if "stochastic_rounding" in options else F
     kept = {k: v for k, v in options.items() if k != "compact_grad"}
     runs = []
     for listed in (False, True):
@@ -254,23 +252,17 @@ def test_lists_of_older_checkpoints_become_masks() -> None:
     assert all(run.opt.state[p].keys() == twin.opt.state[q].keys() for p, q in zip(run.params, twin.params))
 
 
-@pytest.mark.parametrize("which", ["cpp", "reference"])
-def test_a_prefix_that_is_not_the_masks_is_refused(which: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if which == "reference":
-        monkeypatch.setattr(dispatch, "core", lambda: None)
+def test_a_mask_emptied_in_place_is_noticed() -> None:
     p = torch.nn.Parameter(torch.zeros(3000))
-    opt = AdamW([p], masks={p: patterned(3000)}, mask_state="compact", backend=which if which == "cpp" else None)
-    p.grad = torch.ones(3000)
-    opt.step()
-    before, state = p.detach().clone(), opt.state[p]
-    good = state["prefix"]
-    for bad in (good + (torch.arange(4) == 1), good[:-1], good.int(), good + (torch.arange(4) == 3)):
-        state["prefix"] = bad
-        with pytest.raises(ValueError, match="expected"):
+    opt = AdamW([p], masks={p: patterned(3000)}, mask_state="compact", backend="cpp")
+    for t in range(2):
+        p.grad = torch.ones(3000)
+        if t:
+            opt.state[p]["mask"].zero_()
+            with pytest.raises(RuntimeError, match="changed in place"):
+                opt.step()
+        else:
             opt.step()
-        assert torch.equal(p, before)
-    state["prefix"] = good
-    opt.step()
 
 
 # --- checkpoints -------------------------------------------------------------------------------------------------------------------------

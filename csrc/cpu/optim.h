@@ -19,7 +19,7 @@ using UpdateFn = void (*)(const Piece&);
 // Sum of squares of (gradient / scale) over [begin, end), in double, in a fixed order.
 using SquaresFn = double (*)(const TensorDesc&, int64_t begin, int64_t end, float scale);
 
-// Positions of the set bits of a word that starts at `base`, in order; returns how many. `out` has room for 64.
+// Positions of the set bits of a word that starts at `base`, in order; returns how many. `out` has room for 72.
 using PositionsFn = int (*)(uint64_t word, int64_t base, int64_t* out);
 
 struct Codec;
