@@ -80,8 +80,9 @@ def test_tables_describe_and_refuse_the_same_masks() -> None:
         table.add(p, state, 3, 5, 0, 0, 0, True)
         assert table.scan() == 0
         words.append(struct.unpack("<26q", table.descriptors(True)))
+        spare = torch.arange(94) // 93 << 30
         for wrong in ({"prefix": good + step}, {"prefix": good + step.flip(0)}, {"prefix": good[:-1]}, {"prefix": good.int()}, {"mask": None},
-                      {"mask": state["mask"] ^ 1}, {"mask": state["mask"] | torch.arange(94) // 93 << 30}, {"cohorts": torch.tensor([0, 1])}):  # fmt: skip
+                      {"mask": state["mask"] ^ 1}, {"mask": state["mask"] | spare.int()}, {"cohorts": torch.tensor([0, 1])}):  # fmt: skip
             before = {k: state.get(k) for k in wrong}
             state.update(wrong)
             with pytest.raises((_core.TableError, tables.TableError), match="prefix"):
