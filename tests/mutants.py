@@ -29,7 +29,7 @@ Q_CODEC, Q_PRODUCT = "csrc/cpu/quant_isa.cpp", "csrc/cpu/quant_product_isa.cpp"
 Q_VECTOR, Q_LANES = "csrc/cpu/quant_vector.h", "csrc/cpu/quant_lanes.h"
 Q_SAME, Q_EXACT = "test_quant_cpp.py::test_the_codec_is_the_reference", "test_quant_cpp.py::test_products_are_as_exact_as_torch_and_repeat"
 SWEEP, HOST, TABLE = "csrc/cpu/optim_isa.cpp", "csrc/cpu/optim.cpp", "csrc/table_host.cpp"
-POSITIONS, BY_MASK = "csrc/cpu/compact.cpp", "test_optim_compact.py::test_a_mask_as_the_index_is_a_list"
+POSITIONS, BY_MASK = "csrc/cpu/compact.cpp", "test_optim_compact.py::test_a_mask_as_the_index_is_a_list[cpp-9001-options0]"
 LOWBIT, CODED = "csrc/core/lowbit.h", "test_optim_coded.py::test_same_bits_as_the_reference"
 
 MUTANTS = (
