@@ -70,7 +70,7 @@ MUTANTS = (
     Mutant("csrc/table_warm.cpp", "!(p == w.p)", "p.signature != w.p.signature", "test_a_moved_parameter_is_found"),
     # the mask as the index
     Mutant(POSITIONS, "drop(int(skip));", "", BY_MASK),
-    Mutant(POSITIONS, "if (offset - first_ + std::min", "if (std::min", BY_MASK),
+    Mutant(POSITIONS, "64 * word_, ring_", "32 * word_, ring_", BY_MASK),
     Mutant("csrc/cpu/positions_isa.cpp", "base += 8)", "base += 4)", BY_MASK),
     # coded states
     Mutant(LOWBIT, "const int32_t m = a > 0.f ? int32_t(y) : 0;", "const int32_t m = a > 0.f ? int32_t(y + 0.5f) : 0;", f"{CODED}[AdamW-0-int8]"),
