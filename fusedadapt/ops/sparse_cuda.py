@@ -21,7 +21,6 @@ from .sparse_checks import Item
 
 LEVELS = ((16, 16), (0, 16))
 LEVELS16 = ((16, 16),)
-_TIES = ("lowest_index", "inclusive", "exclusive")
 _MOVES = ("gather", "scatter", "add", "swap")
 _SEARCH = ("prefix", "left", "above", "same", "threshold", "equal")  # csrc/cuda/sparse.h, Search
 # Tests: less than the device has, as if it were a smaller one.
@@ -87,15 +86,14 @@ def _search(given: _List, k: int, ties: str) -> Tensor:
         prefix = found.data_ptr() if number else 0
         given.core.histogram(*given.given, shift, bits, prefix, native, counts.data_ptr(), _shared_limit, *given.place)
         last = number == len(levels) - 1
-        given.core.find_bin(counts.data_ptr(), shift, bits, native, k, number == 0, last, _TIES.index(ties), found.data_ptr(), *given.place)
+        given.core.find_bin(counts.data_ptr(), shift, bits, native, k, number == 0, last, checks.TIES.index(ties), found.data_ptr(), *given.place)
     return found
 
 
 def select(items: Sequence[Item], score: str, nan: str, k: int, ties: str = "lowest_index") -> list[Tensor]:
     """Words of the k largest keys over all tensors together, k in 0..n: search and mask in one go, the host waits for nothing."""
     given = _List("select", items, score, nan, words=True)
-    if ties not in _TIES or not 0 <= k <= given.elements:
-        checks.refuse("select", f"k in 0..{given.elements} and ties of {', '.join(_TIES)}", f"{k}, {ties!r}", "choose among these")
+    checks.selection(k, given.elements, ties)
     if k == 0:
         return [w.zero_() for w in given.words]
     found = _search(given, k, ties)
