@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fusedadapt import optim, sparse
+from fusedadapt.optim import compact
 
 from .sparse import Contestant, Row
 
@@ -109,7 +110,7 @@ def _adamw(c: Contestant, given: Problem) -> Built:
     p.grad = given.draw(*p.shape)
     optimizer.step()
     if compact_grad:
-        p.compact_grad = p.grad.view(-1)[optimizer.state[p]["index"].long()]  # type: ignore[attr-defined]
+        p.compact_grad = p.grad.view(-1)[compact.index_of(optimizer.state[p], p).long()]  # type: ignore[attr-defined]
         p.grad = None
     return Built(optimizer.step)
 

@@ -15,7 +15,7 @@ bool Table::coded(const Entry& e, size_t state) const { return e.layouts[state].
 
 // Blocks of the first `cohorts` cohorts: each starts a block of its own.
 int64_t Table::blocks(const Entry& e, size_t cohorts, int log2) const {
-  const int64_t n = e.compact ? e.layouts[optional(kIndex)].numel : e.p.numel;
+  const int64_t n = chosen(e);
   const int64_t size = int64_t(1) << log2;
   if (e.cohorts.empty()) return cohorts ? (n + size - 1) / size : 0;
   int64_t total = 0;

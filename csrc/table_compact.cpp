@@ -5,6 +5,20 @@
 #include "table_host.h"
 
 namespace fa {
+namespace {
+
+// Whether `prefix` says how many bits of the mask of n elements are set before each 1,024, and none is set beyond.
+bool counts(const uint32_t* words, int64_t n, const int64_t* prefix) {
+  int64_t total = 0, last = (n + 31) / 32;
+  bool good = n % 32 == 0 || words[last - 1] >> n % 32 == 0;
+  for (int64_t w = 0; w < last; ++w) {
+    if (w % 32 == 0) good &= prefix[w / 32] == total;
+    total += __builtin_popcount(words[w]);
+  }
+  return good && prefix[(last + 31) / 32] == total;
+}
+
+}  // namespace
 
 // The entry of one cohort: elements [first, end) of the compact arrays, with a step and scalars of its own.
 TensorDesc Table::cohort(const Entry& e, size_t number) const {
@@ -41,11 +55,14 @@ void Table::validate_compact(int64_t number, Entry& e) {
     throw TableError(number, what);
   };
   const auto vector = [](const Layout& l, int64_t n) { return l.dims.size() == 2 && l.dims[0] == n && (n <= 1 || l.dims[1] == 1); };
-  const Layout &index = e.layouts[optional(kIndex)], &starts = e.layouts[optional(kCohorts)];
-  const int64_t n = index.numel;
-  require(index.dtype == kI32 || index.dtype == kI64, "dtype:index");
-  require(vector(index, n) && n <= e.p.numel, "compact:index");
-  require(index.device.type == device_type_ && index.device.id == device_id_, "device:index");
+  const bool masked = by_mask(e);
+  const Layout &index = e.layouts[optional(masked ? kPrefix : kIndex)], &starts = e.layouts[optional(kCohorts)];
+  const std::string name = masked ? "prefix" : "index";
+  require(!masked || (n_states_ && e.objects[optional(kMask)] && !e.objects[optional(kCohorts)]), "compact:prefix");
+  const int64_t n = chosen(e);
+  require(index.dtype == kI64 || (index.dtype == kI32 && !masked), "dtype:" + name);
+  require(vector(index, masked ? (e.p.numel + 1023) / 1024 + 1 : n) && n <= e.p.numel, "compact:" + name);
+  require(index.device.type == device_type_ && index.device.id == device_id_, "device:" + name);
   if (e.compact_grad) require(vector(e.g, n), "compact:compact_grad");
   for (size_t k = 0; k < slots_.size(); ++k)
     if (e.objects[k] && like_param(k)) require(vector(e.layouts[k], n), std::string("compact:") + PyUnicode_AsUTF8(slots_[k].key.ptr()));
@@ -62,6 +79,11 @@ void Table::validate_compact(int64_t number, Entry& e) {
     require(count == 1 ? e.layouts[k].numel == 1 : vector(e.layouts[k], count),
             std::string("compact:") + PyUnicode_AsUTF8(slots_[k].key.ptr()));
   if (device_type_ != dlpack::kCPU) return;  // reading it there would wait for the device
+  if (masked) {
+    const auto* words = static_cast<const uint32_t*>(e.layouts[optional(kMask)].data);
+    const auto* before = static_cast<const int64_t*>(index.data);
+    return require(counts(words, e.p.numel, before) && before[index.numel - 1] == n, "compact:prefix");
+  }
   const auto inside = [&](auto* at) {
     const auto size = uint64_t(e.p.numel);
     bool good = true;

@@ -93,6 +93,7 @@ Table::Table(py::object exchange, py::object reader, std::vector<std::string> st
   slots_.push_back({intern("index"), false, false});
   slots_.push_back({intern("anchor"), false, true});
   slots_.push_back({intern("cohorts"), false, false});
+  slots_.push_back({intern("prefix"), false, false});
   for (const std::string& s : states) slots_.push_back({intern(s + "_scale"), false, false});
   compact_name_ = intern("compact_grad");
 }
@@ -253,10 +254,11 @@ void Table::scan_entry(int64_t index, Entry& e, PyObject* grad, bool* moved) {
   placement += old_p != e.p.data;
   bool freed = (!e.p.data && e.p.numel) || (!e.g.data && e.g.numel);
   for (size_t k = 0; k < slots_.size(); ++k) {
-    if (!e.compact && (k == optional(kIndex) || k == optional(kCohorts))) continue;
+    const bool which = k == optional(kIndex) || k == optional(kCohorts) || k == optional(kPrefix);
+    if (!e.compact && which) continue;
     PyObject* o = PyDict_GetItemWithError(e.state.ptr(), slots_[k].key.ptr());
     if (o == Py_None) o = nullptr;
-    if (!o && (slots_[k].required || (e.compact && k == optional(kIndex)))) return missing.push_back(index);
+    if (!o && (slots_[k].required || (k == optional(kPrefix) && by_mask(e)))) return missing.push_back(index);
     if (o != e.objects[k].ptr()) {
       e.objects[k] = o ? py::reinterpret_borrow<py::object>(o) : py::object();
       changed = true;
@@ -298,7 +300,7 @@ void Table::validate(int64_t index, Entry& e) {
     const Layout& l = e.layouts[k];
     const std::string name = PyUnicode_AsUTF8(slots_[k].key.ptr());
     const bool mask = k == optional(kMask), extra = k == optional(kExtra);
-    if (k == optional(kIndex) || k == optional(kCohorts)) continue;
+    if (k == optional(kIndex) || k == optional(kCohorts) || k == optional(kPrefix)) continue;
     const bool bytes = k < n_states_ && l.dtype == kU8 && e.objects[scale_of(k)];
     if (l.device.type != device_type_ || l.device.id != device_id_) fail("device:" + name);
     if (!l.data && l.numel) fail("null:" + name);
@@ -349,10 +351,12 @@ void Table::fill(Entry& e) {
   bits |= uintptr_t(d.extra) | uintptr_t(d.anchor);
   d.numel = d.grad_numel = e.p.numel;
   if (e.compact) {
-    d.index = value(kIndex).data;
-    d.index_dtype = uint8_t(value(kIndex).dtype);
+    const bool masked = by_mask(e);
+    d.index = value(masked ? kPrefix : kIndex).data;
+    d.index_dtype = uint8_t(masked ? int(kBits) : value(kIndex).dtype);
+    if (masked) d.mask = static_cast<const uint32_t*>(value(kMask).data);
     d.compact_grad = e.compact_grad;
-    d.numel = value(kIndex).numel;
+    d.numel = chosen(e);
     bits |= uintptr_t(d.index);
     if (e.compact_grad) d.grad_numel = d.numel;
   } else {

@@ -29,7 +29,7 @@ class Table {
  public:
   // `exchange`: torch.Tensor.__dlpack_c_exchange_api__ or None; without it `reader(tensor)` -> (address, dtype code, device type, device id,
   // shape, strides) is called instead. Keys are names in each parameter's state dict: `states` and `aux` must be there, `extra`, "mask" and
-  // "anchor" may; of a compact entry "index" must, and "cohorts" may. A state of bytes needs "<state>_scale" beside it; `maps` says which dynamic
+  // "anchor" may; of a compact entry "index" or (where its mask is the index) "prefix" must, and "cohorts" may. A state of bytes needs "<state>_scale" beside it; `maps` says which dynamic
   // map those of one number a block are in (kD8S, kD8U; kNone: no such state may come).
   Table(pybind11::object exchange, pybind11::object reader, std::vector<std::string> states, std::vector<std::string> aux,
         std::string extra, int device_type, int device_id, std::vector<int> maps);
@@ -67,7 +67,15 @@ class Table {
     bool required = true, same_layout = true;
   };
   static constexpr int kMaxValues = 12;
-  enum Optional : size_t { kExtra, kMask, kIndex, kAnchor, kCohorts, kOptional };  // slots after the step's; then one scale per state
+  enum Optional : size_t {
+    kExtra,
+    kMask,
+    kIndex,
+    kAnchor,
+    kCohorts,
+    kPrefix,
+    kOptional
+  };  // slots after the step's; then one scale per state
   // A tensor as the last full reading saw it. The signature stands for dtype, device, shape and strides.
   struct Seen {
     void* data = nullptr;
@@ -130,6 +138,9 @@ class Table {
   void remember(size_t i, PyObject* grad);
   void validate(int64_t index, Entry& e);
   void validate_compact(int64_t index, Entry& e);
+  bool by_mask(const Entry& e) const { return e.compact && !e.objects[optional(kIndex)]; }
+  // Elements of its states.
+  int64_t chosen(const Entry& e) const { return (e.compact ? e.layouts[by_mask(e) ? 0 : optional(kIndex)] : e.p).numel; }
   bool like_param(size_t slot) const { return slot < n_states_ || slot == optional(kExtra) || slot == optional(kAnchor); }
   size_t optional(Optional which) const { return n_states_ + n_aux_ + 1 + which; }
   size_t scale_of(size_t state) const { return optional(kOptional) + state; }

@@ -173,10 +173,12 @@ def prefix(words: Tensor) -> Tensor:
     return torch.cumsum(out, 0)
 
 
-def indices(words: Tensor, n: int) -> Tensor:
-    """Sorted flat positions of the set bits: int32 below 2^31 elements, else int64. Waits for the device: for how many they are."""
-    before = prefix(checks.words("indices", words, n, words.device))
-    out = torch.empty(int(before[-1]), dtype=torch.int64 if n >> 31 else torch.int32, device=words.device)
+def indices(words: Tensor, n: int, known: tuple[Tensor, int] | None = None) -> Tensor:
+    """Sorted flat positions of the set bits: int32 below 2^31 elements, else int64. Waits for the device, for how many they are, unless (prefix,
+    number) is known."""
+    checks.words("indices", words, n, words.device)
+    before, count = known or (found := prefix(words), int(found[-1]))
+    out = torch.empty(count, dtype=torch.int64 if n >> 31 else torch.int32, device=words.device)
     if out.numel():
         with torch.cuda.device_of(words):
             indices_kernel[(triton.cdiv(n, 1024),)](words, before, out, n, 1024, **OPTIONS)

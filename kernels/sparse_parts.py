@@ -16,7 +16,6 @@ from .common import as_bits, load_f32, program
 ABS, DIFF, SCALED, PRODUCT, GIVEN = (tl.constexpr(i) for i in range(5))
 # An item of `checks.row`: address, other's address, words, elements, columns, first chunk, dtype, other's dtype, aligned.
 WIDTH = tl.constexpr(9)
-TIES = ("lowest_index", "inclusive", "exclusive")
 OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 
 

@@ -15,7 +15,7 @@ from fusedadapt.ops import sparse_checks as checks
 from fusedadapt.reference.sparse import SCORES
 
 from .common import program
-from .sparse_parts import OPTIONS, TIES, List, chosen, find_digit, kept_ties, keys, store_words
+from .sparse_parts import OPTIONS, List, chosen, find_digit, kept_ties, keys, store_words
 
 NM_TILE = 2048
 _SHORT = 32  # runs up to here by rank
@@ -158,9 +158,9 @@ def rows_kernel(
 def rows(x: Tensor, other: Tensor | None, score: str, nan: str, k: int, length: int, ties: str, aligned: bool) -> Tensor:
     """Words that keep the k largest of every run of `length` elements (below 2^31); aligned: each run starts on a new word."""
     checks.row("rows", (x, other), score, x.device)
-    if not 0 < length < 1 << 31 or x.numel() % length or ties not in TIES:
+    if not 0 < length < 1 << 31 or x.numel() % length or ties not in checks.TIES:
         got = f"{length}, {ties!r}"
-        checks.refuse("rows", f"a length that divides {x.numel()} elements and ties of {', '.join(TIES)}", got, "pass whole runs")
+        checks.refuse("rows", f"a length that divides {x.numel()} elements and ties of {', '.join(checks.TIES)}", got, "pass whole runs")
     k, count, straight = min(k, length), x.numel() // length, length % 32 == 0
     if length <= _SHORT and (straight or not aligned):
         return _ranked(x, other, score, nan, k, length, ties)
@@ -180,7 +180,7 @@ def rows(x: Tensor, other: Tensor | None, score: str, nan: str, k: int, length: 
     nan_key = 0 if nan == "lowest" else 0xFFFFFFFF
     with torch.cuda.device_of(x):
         rows_kernel[(count,)](
-            checks.table([item], x.device), nan_key, k, length, TIES.index(ties), item[4], SCORES.index(score), tile, one, wide, part, layout,
+            checks.table([item], x.device), nan_key, k, length, checks.TIES.index(ties), item[4], SCORES.index(score), tile, one, wide, part, layout,
             num_warps=warps(tile), enable_fp_fusion=False,
         )  # fmt: skip
     return words
@@ -193,7 +193,7 @@ def _ranked(x: Tensor, other: Tensor | None, score: str, nan: str, n: int, m: in
         room, registers = n + (ties == "exclusive"), m if m in (2, 4, 8) else 0
         with torch.cuda.device_of(x):
             nm_kernel[(triton.cdiv(x.numel(), NM_TILE),)](
-                given.items, given.nan_key, room, m, TIES.index(ties), registers, given.score, NM_TILE, **OPTIONS
+                given.items, given.nan_key, room, m, checks.TIES.index(ties), registers, given.score, NM_TILE, **OPTIONS
             )  # fmt: skip
     return given.words[0]
 

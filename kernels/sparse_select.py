@@ -18,7 +18,7 @@ from fusedadapt.ops.sparse_checks import Item
 from fusedadapt.reference.merge import Cut, cut_of
 
 from .common import program
-from .sparse_parts import OPTIONS, TIES, List, chosen, find_digit, kept_ties, keys, piece, store_words
+from .sparse_parts import OPTIONS, List, chosen, find_digit, kept_ties, keys, piece, store_words
 
 LEVELS = ((21, 11), (10, 11), (0, 10))
 LEVELS16 = ((21, 11), (16, 5))
@@ -192,7 +192,7 @@ def _search(given: List, short: bool, k: int, ties: str) -> Tensor:
         for number, (shift, bits) in enumerate(levels):
             counts = torch.zeros(1 << bits, dtype=torch.int64, device=given.device)
             _count(given, counts, found, shift, bits)
-            find_bin_kernel[(1,)](counts, found, shift, bits, number == len(levels) - 1, TIES.index(ties), 1 << bits, **OPTIONS)
+            find_bin_kernel[(1,)](counts, found, shift, bits, number == len(levels) - 1, checks.TIES.index(ties), 1 << bits, **OPTIONS)
     return found
 
 
@@ -204,8 +204,7 @@ def _short(items: Sequence[Item], score: str) -> bool:
 def select(items: Sequence[Item], score: str, nan: str, k: int, ties: str = "lowest_index") -> list[Tensor]:
     """Words of the k largest keys over all tensors together, k in 0..n: search and mask in one go, the host waits for nothing."""
     given = List("select", items, score, nan, words=True)
-    if ties not in TIES or not 0 <= k <= given.elements:
-        checks.refuse("select", f"k in 0..{given.elements} and ties of {', '.join(TIES)}", f"{k}, {ties!r}", "choose among these")
+    checks.selection(k, given.elements, ties)
     if k == 0:
         return [w.zero_() for w in given.words]
     found = _search(given, _short(items, score), k, ties)

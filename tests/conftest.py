@@ -1,6 +1,7 @@
 """Shared setup: the Triton kernels run under the interpreter (decided before triton is first imported), torch uses the machine's cores."""
 
 import os
+from collections.abc import Iterator
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -14,6 +15,33 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture
 def fuzz_count(request: pytest.FixtureRequest) -> int:
     return int(request.config.getoption("--fuzz"))
+
+
+@pytest.fixture
+def one_torch_thread() -> Iterator[None]:
+    """For oracles that are many small operations."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """New tensors are full of ones: what a kernel forgets to write is seen."""
+    import torch
+
+    empty = torch.empty
+
+    def poisoned(*args, **kwargs):
+        out = empty(*args, **kwargs)
+        if out.numel():
+            out.view(torch.uint8).fill_(1 if out.dtype == torch.bool else 0xFF)
+        return out
+
+    monkeypatch.setattr(torch, "empty", poisoned)
 
 
 @pytest.fixture

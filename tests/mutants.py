@@ -29,6 +29,7 @@ Q_CODEC, Q_PRODUCT = "csrc/cpu/quant_isa.cpp", "csrc/cpu/quant_product_isa.cpp"
 Q_VECTOR, Q_LANES = "csrc/cpu/quant_vector.h", "csrc/cpu/quant_lanes.h"
 Q_SAME, Q_EXACT = "test_quant_cpp.py::test_the_codec_is_the_reference", "test_quant_cpp.py::test_products_are_as_exact_as_torch_and_repeat"
 SWEEP, HOST, TABLE = "csrc/cpu/optim_isa.cpp", "csrc/cpu/optim.cpp", "csrc/table_host.cpp"
+POSITIONS, BY_MASK = "csrc/cpu/compact.cpp", "test_optim_compact.py::test_a_mask_as_the_index_is_a_list[cpp-9001-options0]"
 LOWBIT, CODED = "csrc/core/lowbit.h", "test_optim_coded.py::test_same_bits_as_the_reference"
 
 MUTANTS = (
@@ -67,12 +68,16 @@ MUTANTS = (
     ),
     Mutant(TABLE, 'if (!e.compact_grad && !same_shape(e.p, e.g)) fail("shape:grad");', "", "test_a_wrong_gradient_is_refused"),
     Mutant("csrc/table_warm.cpp", "!(p == w.p)", "p.signature != w.p.signature", "test_a_moved_parameter_is_found"),
+    # the mask as the index
+    Mutant(POSITIONS, "drop(int(skip));", "", BY_MASK),
+    Mutant(POSITIONS, "64 * word_, ring_", "32 * word_, ring_", BY_MASK),
+    Mutant("csrc/cpu/positions_isa.cpp", "base += 8)", "base += 4)", BY_MASK),
     # coded states
     Mutant(LOWBIT, "const int32_t m = a > 0.f ? int32_t(y) : 0;", "const int32_t m = a > 0.f ? int32_t(y + 0.5f) : 0;", f"{CODED}[AdamW-0-int8]"),
     Mutant(LOWBIT, "d.offset[0] = has_sign ? 0.f : 2.f;", "d.offset[0] = has_sign ? 0.f : 1.f;", f"{CODED}[AdamW-0-int8]"),
     Mutant(LOWBIT, "(u + 0x7ffffu + ((u >> 20) & 1u)) >> 20", "(u + 0x80000u) >> 20", f"{CODED}[AdamW-0-fp8]"),
     Mutant(
-        "csrc/cpu/lowbit.cpp", "if (!from_.mask || any_trainable(from_.mask, at, count)) codec_", "codec_",
+        "csrc/cpu/lowbit.cpp", "if (!mask_ || any_trainable(mask_, at, count)) codec_", "codec_",
         "test_optim_coded.py::test_a_block_without_trainable_elements_is_left_alone",
     ),
     Mutant(

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from sparse_cases import DTYPES, KINDS, generator, item, kind, same
 from torch import Tensor
 
 from fusedadapt.ops import sparse_cuda as gpu
@@ -14,60 +15,8 @@ except ImportError as error:
     raise ImportError(f"tests/test_cuda_sparse.py: fusedadapt._core_emulated is missing ({error}); run: python setup.py build_emulated") from error
 
 SIZES = (0, 1, 31, 32, 33, 1023, 1024, 1025)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-KINDS = ("normal", "ties", "equal", "zero", "special")
 SHAPES = [(7, 5), (0,), (1,), (33,), (9, 1025), (3, 0), (2, 3, 16), (1024,)]
-
-
-@pytest.fixture(autouse=True)
-def poison(monkeypatch):
-    """New tensors are full of ones: what a kernel forgets to write is seen."""
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs):
-        out = empty(*args, **kwargs)
-        if out.numel():
-            out.view(torch.uint8).fill_(1 if out.dtype == torch.bool else 0xFF)
-        return out
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-
-
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def kind(name: str, n: int, dtype: torch.dtype, seed: int = 0, aligned: bool = False) -> Tensor:
-    """n elements, at an address that is 16-byte aligned or one element past that."""
-    g = generator(seed + n)
-    x = torch.randn(n, generator=g)
-    if name == "ties":
-        x = torch.randint(-3, 4, (n,), generator=g).float()
-    elif name == "equal":
-        x = torch.full((n,), -0.5)
-    elif name == "zero":
-        x = torch.where(torch.rand(n, generator=g) < 0.5, 0.0, -0.0)
-    elif name == "special":
-        values = torch.tensor([0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1e-45, -1e-42, 1.2e-38, 3e-6, -1.0, 1.0, 65504.0])
-        x = values[torch.randint(len(values), (n,), generator=g)]
-        x = torch.where(torch.rand(n, generator=g) < 0.1, torch.randn(n, generator=g), x)
-    room = torch.zeros(n + 17, dtype=dtype)
-    start = -room.data_ptr() % 16 // room.element_size() + (not aligned)
-    return room[start : start + n].copy_(x)
-
-
-def item(name: str, shape: tuple[int, ...], score: str, dtype: torch.dtype, other: torch.dtype = torch.float32, seed: int = 0) -> ref.Item:
-    aligned, n = seed % 2 == 0, int(torch.tensor(shape).prod())
-    x = kind(name, n, dtype, seed, aligned).view(shape)
-    if score in ("abs", "given"):
-        return x, None
-    if score == "abs_scaled":
-        return x, kind("normal", shape[-1], torch.float32, seed + 7)
-    return x, kind(name, n, other, seed + 7, aligned).view(shape)
-
-
-def same(a: list[Tensor], b: list[Tensor]) -> bool:
-    return len(a) == len(b) and all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(a, b))
+pytestmark = pytest.mark.usefixtures("poison")
 
 
 def threshold_of(keys: list[Tensor], k: int) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ import torch
 from fusedadapt import _core, checkpoint
 from fusedadapt.optim import OPTIMIZERS, AdaBelief, AdamW, Lion, RMSprop, from_torch, to_torch
 from fusedadapt.optim import coded as states
+from fusedadapt.optim.compact import index_of
 from fusedadapt.optim.spec import CODED, RULES
 from fusedadapt.optim.table import flat
 from fusedadapt.reference import lowbit
@@ -334,7 +335,7 @@ def test_dense_and_compact_load_each_other():
     compact.opt.load_state_dict(dense.opt.state_dict())
     p, q = dense.params[0], compact.params[0]
     assert compact.opt.state[q]["exp_avg"].dtype == torch.uint8
-    full = flat(states.decode(dense.opt.state[p], "exp_avg"))[compact.opt.state[q]["index"]]
+    full = flat(states.decode(dense.opt.state[p], "exp_avg"))[index_of(compact.opt.state[q], q)]
     assert (states.decode(compact.opt.state[q], "exp_avg") - full).abs().max() <= 0.0075 * full.abs().max()
 
 

@@ -7,7 +7,8 @@ import torch
 
 from fusedadapt import checkpoint, dispatch
 from fusedadapt.optim import OPTIMIZERS, AdamW, from_torch, release_gradients, to_torch
-from fusedadapt.optim.compact import flat, take
+from fusedadapt.optim.compact import flat, index_of, take, unsqueeze
+from fusedadapt.optim.spec import is_compact
 
 B, F = torch.bfloat16, torch.float32
 CASES = [(name, k) for name, cls in OPTIMIZERS.items() for k in range(len(cls.examples))]
@@ -72,13 +73,14 @@ class Run:
         """What a step changes, at the trainable elements in memory order."""
         p, state = self.params[k], self.opt.state[self.params[k]]
         index = state.get("index")
+        packed = is_compact(state)
         if index is None and "mask" in state:
             index = flat(memory(self.masks[p], p)).nonzero()[:, 0]
         out = {"p": p.detach()}
         for key, v in state.items():
-            if key in ("mask", "index"):
+            if key in ("mask", "index", "prefix"):
                 continue
-            out[key] = v if v.shape != p.shape or index is None or "index" in state else take(v, p, index)
+            out[key] = v if v.shape != p.shape or index is None or packed else take(v, p, index)
         return out
 
 
@@ -108,7 +110,7 @@ def compare(name: str, options: dict, dtype: torch.dtype, backend: str, steps: i
         if p in packed.masks:
             assert torch.equal(p[~packed.masks[p]], old[~packed.masks[p]]), "a frozen element changed"
             state = packed.opt.state[p]
-            assert all(v.numel() in (1, int(packed.masks[p].sum())) for key, v in state.items() if key != "mask")
+            assert all(v.numel() in (1, int(packed.masks[p].sum())) for key, v in state.items() if key not in ("mask", "prefix"))
 
 
 # --- equality ----------------------------------------------------------------------------------------------------------------------------
@@ -163,7 +165,8 @@ def test_int64_index_and_plain_python_table(monkeypatch: pytest.MonkeyPatch) -> 
     for t in range(3):
         a.step(t), b.step(t)
         for p in b.masks:
-            if "index" in b.opt.state[p]:
+            if is_compact(b.opt.state[p]):
+                unsqueeze(b.opt.state[p], p)
                 b.opt.state[p]["index"] = b.opt.state[p]["index"].long()
     for p, q in zip(a.params, b.params):
         assert torch.equal(p, q)
@@ -192,6 +195,76 @@ def test_found_inf_and_gradient_release() -> None:
     assert_equal(released, stepped)
 
 
+# --- the mask as the index ---------------------------------------------------------------------------------------------------------------
+
+
+def patterned(n: int) -> torch.Tensor:
+    """Full words, empty groups of 1,024, single bits, and a half at random."""
+    mask = torch.rand(n, generator=torch.Generator().manual_seed(3)) < 0.5
+    mask[100:300], mask[1024:4096], mask[5000:5100] = True, False, False
+    mask[min(2000, n - 1)] = mask[-1] = True
+    return mask
+
+
+@pytest.mark.parametrize("options", [{}, {"compact_grad": True}, {"state_dtype": "int8", "state_block": 64}, {"stochastic_rounding": True}])
+@pytest.mark.parametrize("n", [31, 1024, 9001])
+def test_a_mask_as_the_index_is_a_list(n: int, options: dict, backend: str) -> None:
+    given, dtype = options.get("compact_grad"), B if "stochastic_rounding" in options else F
+    kept = {k: v for k, v in options.items() if k != "compact_grad"}
+    runs = []
+    for listed in (False, True):
+        p = torch.nn.Parameter(torch.randn(n, generator=torch.Generator().manual_seed(1)).to(dtype))
+        opt = AdamW([p], lr=0.01, masks={p: patterned(n)}, mask_state="compact", backend=backend, **kept)
+        for t in range(3):
+            p.grad = torch.randn(n, generator=torch.Generator().manual_seed(t)).to(dtype)
+            if given:
+                p.compact_grad = p.grad[patterned(n)]
+            opt.step()
+            p.compact_grad = None
+            assert "prefix" in opt.state[p] or listed
+            if listed and t == 0:
+                unsqueeze(opt.state[p], p)
+        runs.append((p, opt.state[p]))
+    (p, mine), (q, theirs) = runs
+    assert torch.equal(p, q) and torch.equal(index_of(mine, p), theirs["index"]) and "prefix" not in theirs
+    assert all(torch.equal(v, theirs[k]) for k, v in mine.items() if k != "prefix")
+
+
+@pytest.mark.parametrize(("chosen", "key"), [(32, "index"), (33, "prefix")])
+def test_which_form_takes_less_memory(chosen: int, key: str) -> None:
+    p = torch.nn.Parameter(torch.zeros(1024))
+    mask = torch.arange(1024) < chosen
+    opt, plain = AdamW([p], masks={p: mask}, mask_state="compact"), OPTIMIZERS["SGD"]([p], lr=0.1, masks={p: mask}, mask_state="compact")
+    p.grad = torch.ones(1024)
+    opt.step(), plain.step()
+    assert {"index", "prefix"} & set(opt.state[p]) == {key} and "index" in plain.state[p]
+
+
+def test_lists_of_older_checkpoints_become_masks() -> None:
+    run, twin = (Run("AdamW", {}, F, "compact", None) for _ in range(2))
+    run.step(0), twin.step(0)
+    saved = copy.deepcopy(run.opt.state_dict())
+    for i, p in enumerate(run.params[:4]):
+        unsqueeze(saved["state"][i], p)
+    run.opt.load_state_dict(saved)
+    run.step(1), twin.step(1)
+    assert_equal(run, twin)
+    assert all(run.opt.state[p].keys() == twin.opt.state[q].keys() for p, q in zip(run.params, twin.params))
+
+
+def test_a_mask_emptied_in_place_is_noticed() -> None:
+    p = torch.nn.Parameter(torch.zeros(3000))
+    opt = AdamW([p], masks={p: patterned(3000)}, mask_state="compact", backend="cpp")
+    for t in range(2):
+        p.grad = torch.ones(3000)
+        if t:
+            opt.state[p]["mask"].zero_()
+            with pytest.raises(RuntimeError, match="changed in place"):
+                opt.step()
+        else:
+            opt.step()
+
+
 # --- checkpoints -------------------------------------------------------------------------------------------------------------------------
 
 
@@ -215,7 +288,7 @@ def test_between_dense_and_compact(name: str, mix: str) -> None:
                     p.data.copy_(q.data)
                 run.opt.load_state_dict(copy.deepcopy(last.opt.state_dict()))
                 held = run.opt.state_dict()["state"]
-                assert all(("index" in s) == (kind == "compact" and i < 4) for i, s in held.items())
+                assert all(is_compact(s) == (kind == "compact" and i < 4) for i, s in held.items())
             for t in range(2 * part, 2 * part + 2):
                 run.step(t)
             last = run
@@ -289,6 +362,7 @@ def test_positions_outside_the_parameter_are_refused() -> None:
     run = Run("AdamW", {}, F, "compact", "cpp")
     run.step(0)
     p = run.params[2]
+    unsqueeze(run.opt.state[p], p)
     for bad in (-1, p.numel()):
         index = run.opt.state[p]["index"].clone()
         index[1] = bad
@@ -302,7 +376,8 @@ def test_damaged_compact_state_is_refused() -> None:
     run = Run("AdamW", {}, F, "compact", None)
     run.step(0)
     saved = run.opt.state_dict()
-    for key, value in (("index", torch.arange(5, dtype=torch.int32)), ("exp_avg", torch.zeros(2)), ("cohorts", torch.tensor([3, 1]))):
+    wrong = {"index": torch.arange(5, dtype=torch.int32), "prefix": torch.tensor([0, 11]), "exp_avg": torch.zeros(2), "cohorts": torch.tensor([3, 1])}
+    for key, value in wrong.items():
         broken = copy.deepcopy(saved)
         broken["state"][2][key] = value
         with pytest.raises(ValueError, match="in the compact state of parameter 0 of group 1"):

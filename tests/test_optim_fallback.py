@@ -9,6 +9,7 @@ import torch
 from fusedadapt import _core, dispatch
 from fusedadapt.optim import AdamW, NAdam, coded
 from fusedadapt.optim import table as tables
+from fusedadapt.optim.compact import unsqueeze
 
 
 @pytest.fixture
@@ -66,6 +67,31 @@ def test_tables_describe_the_same_memory() -> None:
     assert words[0] == words[1] == words[2]
 
 
+def test_tables_describe_and_refuse_the_same_masks() -> None:
+    """Where the mask is the index: its counts must be its own."""
+    p = torch.nn.Parameter(torch.randn(3000))
+    p.grad = torch.randn(3000)
+    opt = AdamW([p], masks={p: torch.arange(3000) % 3 < 2}, mask_state="compact")
+    opt.step()
+    state, words = opt.state[p], []
+    good, step = state["prefix"], torch.tensor([1, 0, 0, 0])
+    for module, exchange in ((_core, torch.Tensor.__dlpack_c_exchange_api__), (_core, None), (tables, None)):
+        table = module.Table(exchange, tables.read, ["exp_avg", "exp_avg_sq"], [], "master", 1, 0)
+        table.add(p, state, 3, 5, 0, 0, 0, True)
+        assert table.scan() == 0
+        words.append(struct.unpack("<26q", table.descriptors(True)))
+        spare = torch.arange(94) // 93 << 30
+        for wrong in ({"prefix": good + step}, {"prefix": good + step.flip(0)}, {"prefix": good[:-1]}, {"prefix": good.int()}, {"mask": None},
+                      {"mask": state["mask"] ^ 1}, {"mask": state["mask"] | spare.int()}, {"cohorts": torch.tensor([0, 1])}):  # fmt: skip
+            before = {k: state.get(k) for k in wrong}
+            state.update(wrong)
+            with pytest.raises((_core.TableError, tables.TableError), match="prefix"):
+                table.scan()
+            state.update(before)
+        assert table.scan() == 0
+    assert words[0] == words[1] == words[2] and (words[0][7], words[0][18]) == (state["mask"].data_ptr(), good.data_ptr())
+
+
 @pytest.mark.parametrize("state_dtype", ["int8", "fp8"])
 @pytest.mark.parametrize("compact", [False, True])
 def test_tables_describe_the_same_coded_states(state_dtype: str, compact: bool) -> None:
@@ -75,6 +101,7 @@ def test_tables_describe_the_same_coded_states(state_dtype: str, compact: bool) 
     opt.step()
     state = opt.state[p]
     if compact:  # two cohorts: 1,000 elements and the rest, whose first block starts there
+        unsqueeze(state, p)
         full = {k: coded.decode(state, k) for k in ("exp_avg", "exp_avg_sq")}
         forms = coded.formats(state)
         state |= {"cohorts": torch.tensor([0, 1000]), "step": torch.ones(2)}

@@ -2,52 +2,15 @@
 
 import pytest
 import torch
+from sparse_cases import DTYPES, KINDS, everywhere, generator, item, kind, same
 from torch import Tensor
 
-from fusedadapt import _core
 from fusedadapt.ops import sparse_cpp as cpp
 from fusedadapt.reference import sparse as truth
 from fusedadapt.reference import sparse_parts as ref
 
 SIZES = (0, 1, 31, 32, 33, 1023, 1024, 1025, 70000)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def available() -> list[str]:
-    before = _core.isa()
-    found = [isa for isa in ("base", "avx2", "avx512") if _core.use_isa(isa)]
-    _core.use_isa(before)
-    return found
-
-
-ISAS = available()
-
-
-@pytest.fixture(autouse=True)
-def one_torch_thread():
-    """The oracles are many small operations."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def everywhere(call):
-    """What `call` gives on every instruction set this processor has, on one thread and on two."""
-    before, count = _core.isa(), torch.get_num_threads
-    try:
-        for isa in ISAS:
-            for threads in (1, 2):
-                torch.get_num_threads = lambda threads=threads: threads
-                _core.use_isa(isa)
-                yield call()
-    finally:
-        torch.get_num_threads = count
-        _core.use_isa(before)
-
-
-def same(a, b) -> bool:
-    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b))
+pytestmark = pytest.mark.usefixtures("one_torch_thread", "poison")
 
 
 def check(expected, call, *args):
@@ -55,56 +18,6 @@ def check(expected, call, *args):
     wanted = expected if isinstance(expected, (list, tuple)) else [expected]
     for got in everywhere(lambda: call(*args)):
         assert same(got if isinstance(got, (list, tuple)) else [got], wanted), args
-
-
-@pytest.fixture(autouse=True)
-def poison(monkeypatch):
-    """New tensors are full of ones: what a kernel forgets to write is seen."""
-    empty = torch.empty
-
-    def poisoned(*args, **kwargs):
-        out = empty(*args, **kwargs)
-        if out.numel():
-            out.view(torch.uint8).fill_(1 if out.dtype == torch.bool else 0xFF)
-        return out
-
-    monkeypatch.setattr(torch, "empty", poisoned)
-
-
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def kind(name: str, n: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """n elements of a dtype at a storage offset of one element, so that nothing is aligned."""
-    g = generator(seed + n)
-    x = torch.randn(n + 1, generator=g)
-    if name == "ties":
-        x = torch.randint(-3, 4, (n + 1,), generator=g).float()
-    elif name == "equal":
-        x = torch.full((n + 1,), -0.5)
-    elif name == "zero":
-        x = torch.where(torch.rand(n + 1, generator=g) < 0.5, 0.0, -0.0)
-    elif name == "special":
-        values = torch.tensor([0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1e-45, -1e-42, 1.2e-38, 3e-6, -1.0, 1.0, 65504.0])
-        x = values[torch.randint(len(values), (n + 1,), generator=g)]
-        x = torch.where(torch.rand(n + 1, generator=g) < 0.1, torch.randn(n + 1, generator=g), x)
-    return x.to(dtype)[1:]
-
-
-KINDS = ("normal", "ties", "equal", "zero", "special")
-
-
-def item(name: str, shape: tuple[int, ...], score: str, dtype: torch.dtype, other_dtype: torch.dtype = torch.float32, seed: int = 0) -> ref.Item:
-    n = 1
-    for d in shape:
-        n *= d
-    x = kind(name, n, dtype, seed).view(shape)
-    if score in ("abs", "given"):
-        return x, None
-    if score == "abs_scaled":
-        return x, kind("normal", shape[-1], torch.float32, seed + 7)
-    return x, kind(name, n, other_dtype, seed + 7).view(shape)
 
 
 def select(module, items, score, nan, k, levels):

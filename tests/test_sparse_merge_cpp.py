@@ -9,45 +9,15 @@ from torch import Tensor
 
 _core = pytest.importorskip("fusedadapt._core")
 
+from sparse_cases import DTYPES, everywhere  # noqa: E402
+
 from fusedadapt.ops import merge_cpp as cpp  # noqa: E402
 from fusedadapt.reference import merge as ref  # noqa: E402
 from fusedadapt.reference import sparse as truth  # noqa: E402
 from fusedadapt.reference.merge import Cut, Part, Recipe  # noqa: E402
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def available() -> list[str]:
-    before = _core.isa()
-    found = [isa for isa in ("base", "avx2", "avx512") if _core.use_isa(isa)]
-    _core.use_isa(before)
-    return found
-
-
-ISAS = available()
-
-
-@pytest.fixture(autouse=True)
-def one_torch_thread():
-    """The reference is many small operations."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def everywhere(call):
-    """What `call` gives on every instruction set this processor has, on one thread and on three."""
-    before, count = _core.isa(), torch.get_num_threads
-    try:
-        for isa in ISAS:
-            for threads in (1, 3):
-                torch.get_num_threads = lambda threads=threads: threads
-                _core.use_isa(isa)
-                yield call()
-    finally:
-        torch.get_num_threads = count
-        _core.use_isa(before)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
+THREADS = (1, 3)
 
 
 def make(rng: random.Random, n: int, kind: str) -> Tensor:
@@ -102,13 +72,13 @@ def check(base, models, counts, cuts, parts, recipe, dtype):
         cpp.merge_(out, base, parts, recipe)
         return out
 
-    assert all(same(out, wanted) for out in everywhere(run)), recipe
-    assert all(found == cuts for found in everywhere(lambda: cpp.cuts(base, models, counts))), counts
+    assert all(same(out, wanted) for out in everywhere(run, THREADS)), recipe
+    assert all(found == cuts for found in everywhere(lambda: cpp.cuts(base, models, counts), THREADS)), counts
     votes = ref.votes(base, parts, recipe)
-    assert all(found == votes for found in everywhere(lambda: cpp.votes(base, parts, recipe)))
+    assert all(found == votes for found in everywhere(lambda: cpp.votes(base, parts, recipe), THREADS))
     for part in parts:
         norms = str(ref.norms(base, part, recipe))  # as text: NaN equals NaN
-        assert all(str(found) == norms for found in everywhere(lambda part=part: cpp.norms(base, part, recipe)))
+        assert all(str(found) == norms for found in everywhere(lambda part=part: cpp.norms(base, part, recipe), THREADS))
 
 
 @pytest.mark.parametrize("sizes, cases", [((0, 1, 2, 31, 33, 511, 512, 513, 1025, 4097), 60), ((32768, 32769, 65536, 65537, 140000), 8)])
@@ -145,7 +115,7 @@ def test_cuts_of_what_a_sample_misjudges(kind):
     if kind == "steps":
         x = (x * 40).floor()
     for k in (1, 17, 1500, n // 128, n // 5, n // 2, n - 5):
-        assert all(found == [cut_directly(x, k)] for found in everywhere(lambda k=k: cpp.cuts(None, [x], [k]))), k
+        assert all(found == [cut_directly(x, k)] for found in everywhere(lambda k=k: cpp.cuts(None, [x], [k]), THREADS)), k
 
 
 def test_the_output_may_be_an_input():

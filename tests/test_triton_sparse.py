@@ -3,6 +3,7 @@
 import pytest
 import torch
 import triton
+from sparse_cases import DTYPES, KINDS, generator, item, kind, same
 from torch import Tensor
 
 from fusedadapt.kernels import sparse as gpu
@@ -13,50 +14,12 @@ from fusedadapt.reference import sparse_parts as ref
 from fusedadapt.reference.merge import Cut, Part, Recipe
 
 SIZES = (0, 1, 31, 32, 33, 1023, 1024, 1025)
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-KINDS = ("normal", "ties", "equal", "zero", "special")
 SHAPES = [(7, 5), (0,), (1,), (33,), (5, 1025), (3, 0), (2, 3, 16), (1024,)]
 pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.usefixtures("quick_calls")]
 
 
 def test_runs_interpreted():
     assert triton.knobs.runtime.interpret, "set TRITON_INTERPRET=1 before triton is imported (tests/conftest.py does)"
-
-
-def generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def kind(name: str, n: int, dtype: torch.dtype, seed: int = 0, aligned: bool = False) -> Tensor:
-    """n elements, at an address that is 16-byte aligned or one element past that."""
-    g = generator(seed + n)
-    x = torch.randn(n, generator=g)
-    if name == "ties":
-        x = torch.randint(-3, 4, (n,), generator=g).float()
-    elif name == "equal":
-        x = torch.full((n,), -0.5)
-    elif name == "zero":
-        x = torch.where(torch.rand(n, generator=g) < 0.5, 0.0, -0.0)
-    elif name == "special":
-        values = torch.tensor([0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1e-45, -1e-42, 1.2e-38, 3e-6, -1.0, 1.0, 65504.0])
-        x = values[torch.randint(len(values), (n,), generator=g)]
-    room = torch.zeros(n + 17, dtype=dtype)
-    start = -room.data_ptr() % 16 // room.element_size() + (not aligned)
-    return room[start : start + n].copy_(x)
-
-
-def item(name: str, shape: tuple[int, ...], score: str, dtype: torch.dtype, seed: int = 0) -> ref.Item:
-    aligned, n = seed % 2 == 0, int(torch.tensor(shape).prod())
-    x = kind(name, n, dtype, seed, aligned).view(shape)
-    if score in ("abs", "given"):
-        return x, None
-    if score == "abs_scaled":
-        return x, kind("normal", shape[-1], torch.float32, seed + 7)
-    return x, kind(name, n, torch.bfloat16, seed + 7, aligned).view(shape)
-
-
-def same(a: list[Tensor], b: list[Tensor]) -> bool:
-    return len(a) == len(b) and all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(a, b))
 
 
 def selected(items: list[ref.Item], score: str, nan: str, keys: list[Tensor], k: int) -> list[Tensor]:
@@ -75,7 +38,7 @@ def check_levels(items: list[ref.Item], score: str, nan: str, keys: list[Tensor]
 @pytest.mark.parametrize("name", KINDS)
 def test_selection_of_every_size(name):
     for n, dtype in zip(SIZES, (*DTYPES, *DTYPES, *DTYPES)):
-        items, nan = [item(name, (n,), "abs", dtype, n)], "lowest" if n % 3 == 1 else "highest"
+        items, nan = [item(name, (n,), "abs", dtype, seed=n)], "lowest" if n % 3 == 1 else "highest"
         keys = [ref._keys(items[0], "abs", nan)]
         for k in sorted({1, n // 3, n} - {0}) if n else []:
             assert same(selected(items, "abs", nan, keys, k), [truth.pack(m) for m in truth.topk(keys, k)]), (n, k)
@@ -89,7 +52,7 @@ def test_selection_of_every_size(name):
 @pytest.mark.parametrize("score", truth.SCORES)
 def test_lists_of_mixed_sizes_and_every_score(score):
     for turn, name in enumerate(KINDS[truth.SCORES.index(score) % 3 :][:3]):
-        items = [item(name, s, score, DTYPES[(turn + seed) % 3], seed) for seed, s in enumerate(SHAPES)]
+        items = [item(name, s, score, DTYPES[(turn + seed) % 3], torch.bfloat16, seed) for seed, s in enumerate(SHAPES)]
         keys = [ref._keys(i, score, "highest") for i in items]
         k = sum(x.numel() for x, _ in items) // 2
         assert same(selected(items, score, "highest", keys, k), [truth.pack(m) for m in truth.topk(keys, k)]), name
@@ -108,7 +71,7 @@ def test_ties_cross_chunks_and_tensors():
 
 @pytest.mark.parametrize("name", KINDS)
 def test_a_list_of_bf16_takes_two_levels(name):
-    items = [item(name, (n,), "abs", torch.bfloat16, n) for n in (5000, 0, 1025, 33)]
+    items = [item(name, (n,), "abs", torch.bfloat16, seed=n) for n in (5000, 0, 1025, 33)]
     for k, nan in ((0, "highest"), (1, "lowest"), (2000, "highest"), (2000, "lowest"), (6057, "lowest"), (6058, "highest")):
         assert same(gpu.select(items, "abs", nan, k), ref.select(items, "abs", nan, k)), (k, nan)
 
@@ -119,7 +82,7 @@ def test_rows(length):
     for number, name in enumerate(KINDS):
         score = truth.SCORES[(length + number) % 5]
         columns = length * (2 if number % 2 else 1)  # a row, or a block of one
-        x, other = item(name, (3 if length > 32 else 11, columns), score, DTYPES[number % 3], seed=number)
+        x, other = item(name, (3 if length > 32 else 11, columns), score, DTYPES[number % 3], torch.bfloat16, seed=number)
         for turn, k in enumerate((length // 3, 0, 1, length)):
             ties = ("lowest_index", "inclusive", "exclusive")[(turn + number) % 3]
             if turn == 0 or length < 70:
@@ -133,7 +96,7 @@ def test_rows_longer_than_a_tile_are_read_again(monkeypatch, score, length):
     monkeypatch.setattr(sparse_rows, "_TILES", (64, 128, 256))
     monkeypatch.setattr(sparse_rows, "_LONG", 256)
     for name, k in (("ties", 400), ("special", 1), ("normal", 999)):
-        x, other = item(name, (3, length), score, torch.bfloat16, seed=2)
+        x, other = item(name, (3, length), score, torch.bfloat16, torch.bfloat16, seed=2)
         for aligned in (False, True):
             given = (x, other, score, "highest", k, length, "lowest_index", aligned)
             assert torch.equal(gpu.rows(*given), ref.rows(*given)), (name, aligned)
@@ -148,7 +111,7 @@ def test_rows_over_several_rows_of_x():
 @pytest.mark.parametrize("score", ["given", "abs", "abs_scaled"])
 def test_energy_is_exact(score):
     for name in KINDS:
-        items = [item(name, (n,), score, DTYPES[n % 3], n) for n in (9000, 0, 33, 5)]
+        items = [item(name, (n,), score, DTYPES[n % 3], torch.bfloat16, n) for n in (9000, 0, 33, 5)]
         for a, b in zip(gpu.energy(items, score), ref.energy(items, score)):
             assert torch.equal(a.view(torch.int64), b.view(torch.int64)), name
 
@@ -206,7 +169,7 @@ class Counted:
 @pytest.mark.parametrize("n, m", [(0, 4), (1, 2), (2, 4), (4, 8), (3, 5), (5, 16)])
 def test_nm(n, m):
     for seed, name in enumerate(KINDS):
-        x, other = item(name, (37, 8 * m), "abs_product", DTYPES[seed % 3], seed)
+        x, other = item(name, (37, 8 * m), "abs_product", DTYPES[seed % 3], torch.bfloat16, seed)
         assert same([gpu.nm(x, other, "abs_product", "highest", n, m)], [ref.nm(x, other, "abs_product", "highest", n, m)]), name
 
 

@@ -15,6 +15,7 @@ namespace fa {
 // Codes stored in the tensor table; kernels/common.py repeats them. A code is a storage format, never a compute type.
 enum DType : uint8_t { kNone = 0, kF32 = 1, kBF16 = 2, kF16 = 3, kI16 = 4, kF64 = 5, kU8 = 6, kI8 = 7, kI64 = 8, kBool = 9, kI32 = 10 };
 enum CodedDType : uint8_t { kD8S = 11, kD8U = 12, kF8X = 13 };  // states of one byte an element and a scale a block: lowbit.h
+enum IndexDType : uint8_t { kBits = 14 };  // of an index that is a mask (TensorDesc, table.h)
 
 FA_HD int dtype_size(int code) {
   return code == kF32 || code == kI32                    ? 4

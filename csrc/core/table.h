@@ -26,9 +26,10 @@ struct TensorDesc {
   uint8_t param_dtype, grad_dtype, state_dtype[kMaxStates], extra_dtype, aligned;  // aligned: every address a multiple of 16
   int64_t ordinal;        // position of the parameter in the optimizer: keys the random numbers
   int64_t index_base, index_inner, index_outer;  // local element i is global element base + (i / inner) * outer + i % inner
-  const void* index;      // positions in the parameter's memory, in no order; null = dense, element i is element i
-  const void* anchor;     // decay and L2 pull towards these values; null = towards zero
-  int64_t grad_numel;     // elements of grad that count in the gradient norm (all of them, whatever the mask says)
+  const void* index;  // positions in the parameter's memory, in no order; null = dense, element i is element i; or, of type kBits, int64
+  // [numel of param / 1024, rounded up, + 1]: how many bits of `mask` are set before each 1,024: these are the positions
+  const void* anchor;  // decay and L2 pull towards these values; null = towards zero
+  int64_t grad_numel;  // elements of grad that count in the gradient norm (all of them, whatever the mask says)
   // compact_grad: grad has numel elements, in the order of the index. block_log2: elements per block of the coded states, 5..11
   uint8_t index_dtype, anchor_dtype, compact_grad, block_log2, spare[4];
   float* scale[kMaxStates];  // of coded states: block i // 2^block_log2 of element i of the entry has [absmax] or [absmax, k]; else null
@@ -79,11 +80,11 @@ struct Clock {
 // What the whole launch shares. The scalars live where the launch runs (host or device): nobody waits for their value.
 struct Globals {
   const float* grad_scale;  // GradScaler's scale: gradients are divided by it; null = 1
-  const float* found_inf;   // nonzero: nothing changes; null = never
-  const float* clip;        // coefficient of global-norm clipping; null = 1
+  const float* found_inf;  // nonzero: nothing changes; null = never
+  const float* clip;  // coefficient of global-norm clipping; null = 1
   uint64_t seed;
-  int32_t stochastic;       // round bf16 parameters stochastically
-  int32_t chunk;            // elements per chunk
+  int32_t stochastic;  // round bf16 parameters stochastically
+  int32_t chunk;  // elements per chunk
 };
 
 }  // namespace fa

@@ -3,6 +3,7 @@
 // Bytes per element at low density: a cache line each of p (read, written) and g (read), and the states; the reads are prefetched.
 #include <algorithm>
 #include <cstring>
+#include <stdexcept>
 
 #include "../core/dtypes.h"
 #include "optim.h"
@@ -10,8 +11,12 @@
 namespace fa::cpu {
 namespace {
 
+// At 1 % of 33 M, reading p alone at the positions, in the plainest loop, takes 0.8 of the step with a compact gradient; blocks of 32 to 128 elements and
+// prefetches 16 to 48 ahead are within 6 % of each other.
 constexpr int kBlock = 64;  // small: the lines of p are in L1 when they are written, and the next block's arrive while this one is computed
 constexpr int kAhead = 48;  // elements between a prefetch and its use
+constexpr int kDecoded =
+    512;  // positions taken from a mask at a time: moving what is left of them at every block waits for what was just written
 
 // The chosen elements of p and, unless it is null, of g, side by side: their cache misses overlap (one array after the other took 40 % longer). `left`:
 // how many positions may be read from `at` on.
@@ -51,19 +56,81 @@ void scatter(void* base, const void* values, const Index* at, int n) {
   for (int i = 0; i < n; ++i) out[at[i]] = in[i];
 }
 
+// Where a piece's entries lie, block by block: a list in memory. `end`: up to where it may be read.
 template <class Index>
-void run(UpdateFn update, const Piece& w) {
+struct List {
+  static constexpr DType kType = sizeof(Index) == 8 ? kI64 : kI32;
+  const Index* index;
+  const int64_t end;
+  List(const Kernels&, const Piece& w) : index(static_cast<const Index*>(w.tensor->index)), end(w.tensor->numel) {}
+  const Index* at(int64_t offset, int) const { return index + offset; }
+};
+
+// Likewise out of a mask, decoded a word at a time into L1: the positions of a block, and those to prefetch.
+struct Bits {
+  static constexpr DType kType = kI64;
+  const int64_t end;
+
+  Bits(const Kernels& kernels, const Piece& w)
+      : end(w.end), positions_(*kernels.positions), mask_(w.tensor->mask), words_((w.tensor->index_inner + 31) / 32), first_(w.begin) {
+    const auto* before = static_cast<const int64_t*>(w.tensor->index);
+    const int64_t group = std::upper_bound(before, before + (words_ + 31) / 32, w.begin) - before - 1;
+    word_ = 16 * group;
+    int64_t skip = w.begin - before[group];
+    while (have_ <= skip) {
+      skip -= have_;
+      have_ = 0;
+      take();
+    }
+    drop(int(skip));
+  }
+
+  const int64_t* at(int64_t offset, int n) {
+    if (offset - first_ + std::min<int64_t>(n + kAhead, end - offset) > have_) {
+      drop(int(offset - first_));
+      first_ = offset;
+      while (have_ < kDecoded && first_ + have_ < end) take();
+    }
+    return ring_ + (offset - first_);
+  }
+
+ private:
+  void take() {
+    if (2 * word_ >= words_)
+      throw std::runtime_error("step: expected as many bits in the mask as it had; it was changed in place; use grow_prune");
+    const uint64_t high = 2 * word_ + 1 < words_ ? mask_[2 * word_ + 1] : 0;
+    have_ += positions_(high << 32 | mask_[2 * word_], 64 * word_, ring_ + have_);
+    ++word_;
+  }
+  void drop(int n) {
+    have_ -= n;
+    memmove(ring_, ring_ + n, size_t(have_) * sizeof *ring_);
+  }
+
+  const PositionsFn positions_;
+  const uint32_t* mask_;
+  const int64_t words_;
+  int64_t word_ = 0, first_;  // the next word of 64; the entry whose position is ring_[0]
+  int have_ = 0;
+  int64_t ring_[kDecoded + 72];
+};
+
+template <class Positions>
+void run(const Kernels& kernels, UpdateFn update, const Piece& w) {
   const TensorDesc& t = *w.tensor;
   alignas(64) uint32_t p[kBlock], g[kBlock];
   const bool wide = dtype_size(t.param_dtype) == 4;
+  Positions positions(kernels, w);
   TensorDesc block = t;
   block.param = p;
+  block.mask = nullptr;
+  block.index_dtype = Positions::kType;
   Piece part = w;
   part.tensor = &block;
   part.begin = 0;
   for (int64_t offset = w.begin; offset < w.end; offset += kBlock) {
     const int n = int(std::min<int64_t>(kBlock, w.end - offset));
-    const Index* at = static_cast<const Index*>(t.index) + offset;
+    const auto* at = positions.at(offset, n);
     const auto shifted = [&](auto* base, int dtype) {
       return base ? reinterpret_cast<decltype(base)>(uintptr_t(base) + uintptr_t(offset * dtype_size(dtype))) : base;
     };
@@ -73,8 +140,7 @@ void run(UpdateFn update, const Piece& w) {
     block.index = at;
     block.grad = t.compact_grad ? shifted(t.grad, t.grad_dtype) : g;
     block.numel = part.end = n;
-    const int64_t left = t.numel - offset;
-    gather(p, t, g, at, n, left);
+    gather(p, t, g, at, n, positions.end - offset);
     update(part);
     wide ? scatter<uint32_t>(t.param, p, at, n) : scatter<uint16_t>(t.param, p, at, n);
   }
@@ -82,8 +148,10 @@ void run(UpdateFn update, const Piece& w) {
 
 }  // namespace
 
-void update_compact(UpdateFn update, const Piece& piece) {
-  piece.tensor->index_dtype == kI64 ? run<int64_t>(update, piece) : run<int32_t>(update, piece);
+void update_compact(const Kernels& kernels, UpdateFn update, const Piece& piece) {
+  const int type = piece.tensor->index_dtype;
+  const auto function = type == kBits ? run<Bits> : type == kI64 ? run<List<int64_t>> : run<List<int32_t>>;
+  function(kernels, update, piece);
 }
 
 }  // namespace fa::cpu

@@ -22,15 +22,22 @@ bool any_trainable(const uint32_t* mask, int64_t first, int n) {
 
 class Run {
  public:
-  Run(const Codec& codec, const Piece& piece, int states, int stored)
-      : codec_(codec), from_(*piece.tensor), entry_(from_), piece_(piece), states_(states), stored_(stored) {
+  Run(const Kernels& kernels, const Piece& piece, int states, int stored)
+      : kernels_(kernels),
+        codec_(*kernels.codec),
+        from_(*piece.tensor),
+        entry_(from_),
+        mask_(from_.index ? nullptr : from_.mask),
+        piece_(piece),
+        states_(states),
+        stored_(stored) {
     piece_.tensor = &entry_;
     for (int k = 0; k < states; ++k)
       if (coded(from_.state_dtype[k])) entry_.state_dtype[k] = kF32;
   }
 
   void update(UpdateFn function, int64_t first, int n) {
-    if (from_.mask && !any_trainable(from_.mask, first, n)) return;
+    if (mask_ && !any_trainable(mask_, first, n)) return;
     fetch(first + n, std::min<int64_t>(n, from_.numel - first - n));
     for (int k = 0; k < states_; ++k) {
       if (!coded(from_.state_dtype[k])) continue;
@@ -42,11 +49,11 @@ class Run {
     }
     piece_.begin = first;
     piece_.end = first + n;
-    from_.index ? update_compact(function, piece_) : function(piece_);
+    from_.index ? update_compact(kernels_, function, piece_) : function(piece_);
     for (int k = 0; k < stored_; ++k) {
       if (!coded(from_.state_dtype[k])) continue;
       each_block(k, first, n, [&](uint8_t* codes, float* scale, int count, float* values, int64_t at) {
-        if (!from_.mask || any_trainable(from_.mask, at, count)) codec_.encode(from_.state_dtype[k], values, count, codes, scale);
+        if (!mask_ || any_trainable(mask_, at, count)) codec_.encode(from_.state_dtype[k], values, count, codes, scale);
       });
     }
   }
@@ -74,9 +81,11 @@ class Run {
     }
   }
 
+  const Kernels& kernels_;
   const Codec& codec_;
   const TensorDesc& from_;
   TensorDesc entry_;
+  const uint32_t* mask_;  // of frozen elements; the bits of a compact entry are its index
   Piece piece_;
   const int states_, stored_;
   alignas(64) float scratch_[kMaxStates][kLargestBlock + kBlockPad];
@@ -98,7 +107,7 @@ const float* levels() {
 }
 
 void update_coded(const Kernels& kernels, int rule, int states, int stored, const Piece& piece) {
-  Run run(*kernels.codec, piece, states, stored);
+  Run run(kernels, piece, states, stored);
   const int64_t length = std::max(kRun, 1 << piece.tensor->block_log2);
   for (int64_t first = piece.begin; first < piece.end; first += length)
     run.update(kernels.update[rule], first, int(std::min<int64_t>(length, piece.end - first)));

@@ -182,7 +182,7 @@ void sweep(int rule, const std::vector<TensorDesc>& tensors, const std::vector<C
       if (t.block_log2)
         update_coded(chosen_kernels, rule, states, stored, piece);
       else
-        t.index ? update_compact(update, piece) : update(piece);
+        t.index ? update_compact(chosen_kernels, update, piece) : update(piece);
     }
   });
 }

@@ -19,6 +19,9 @@ using UpdateFn = void (*)(const Piece&);
 // Sum of squares of (gradient / scale) over [begin, end), in double, in a fixed order.
 using SquaresFn = double (*)(const TensorDesc&, int64_t begin, int64_t end, float scale);
 
+// Positions of the set bits of a word that starts at `base`, in order; returns how many. `out` has room for 72.
+using PositionsFn = int (*)(uint64_t word, int64_t base, int64_t* out);
+
 struct Codec;
 
 struct Kernels {
@@ -26,6 +29,7 @@ struct Kernels {
   const UpdateFn* update;  // [rule]
   SquaresFn squares;
   const Codec* codec;
+  const PositionsFn* positions;
 };
 
 extern const Kernels kernels_base;
@@ -33,7 +37,7 @@ extern const Kernels kernels_base;
 extern const Kernels kernels_avx2, kernels_avx512;
 #endif
 // A piece of a compact entry: its elements gathered block by block, updated by the ordinary `update`, scattered back.
-void update_compact(UpdateFn update, const Piece& piece);
+void update_compact(const Kernels& kernels, UpdateFn update, const Piece& piece);
 // A piece of an entry with coded states (lowbit.h): decoded run by run, updated, encoded.
 void update_coded(const Kernels& kernels, int rule, int states, int stored, const Piece& piece);
 const Kernels& kernels();                  // the best set this processor has, or the one chosen by use_isa

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..optim import compact
+from ..optim.spec import is_compact
 from ..sparse import Mask, SparseDelta, topk_mask
 
 #: what a user may name -> what it keeps
@@ -70,11 +72,11 @@ def state_bytes(optimizer: Any) -> tuple[int, int]:
     """Bytes of all tensors in the optimizer's state, masks included: as they are, and as they would be in the shapes of their parameters."""
     held = dense = 0
     for p, state in optimizer.state.items():
-        chosen = state["index"].shape if "index" in state else None
+        chosen = (compact.count(state),) if is_compact(state) else None
         for name, t in state.items():
             if isinstance(t, Tensor):
                 held += t.nbytes
-                dense += 0 if name == "index" else p.numel() * t.itemsize if t.shape == chosen else t.nbytes
+                dense += 0 if name in ("index", "prefix") else p.numel() * t.itemsize if t.shape == chosen else t.nbytes
     return held, dense
 
 

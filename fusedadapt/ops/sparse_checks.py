@@ -14,6 +14,7 @@ from ..reference.sparse import SCORES
 Item = tuple[Tensor, Tensor | None]
 # As DType in csrc/core/dtypes.h.
 CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+TIES = ("lowest_index", "inclusive", "exclusive")
 PLAIN = ("abs", "given")  # scores of x alone
 _facts: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -73,6 +74,12 @@ def listed(op: str, items: Sequence[Item], score: str, nan: str, words: bool) ->
             found[2] = made[i].data_ptr() if words else 0
             rows.append(found)
     return device, made, rows
+
+
+def selection(k: int, n: int, ties: str) -> None:
+    """How many of n elements `select` takes, and what becomes of ties."""
+    if ties not in TIES or not 0 <= k <= n:
+        refuse("select", f"k in 0..{n} and ties of {', '.join(TIES)}", f"{k}, {ties!r}", "choose among these")
 
 
 def row(op: str, item: Item, score: str, device: torch.device) -> list[int]:

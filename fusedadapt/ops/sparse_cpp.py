@@ -141,10 +141,11 @@ def prefix(words: Tensor) -> Tensor:
     return out
 
 
-def indices(words: Tensor, n: int) -> Tensor:
-    """Sorted flat positions of the set bits: int32 below 2^31 elements, else int64."""
-    before = prefix(words_of("indices", words, n, CPU))
-    out = torch.empty(int(before[-1]), dtype=torch.int64 if n >> 31 else torch.int32, device="cpu")
+def indices(words: Tensor, n: int, known: tuple[Tensor, int] | None = None) -> Tensor:
+    """Sorted flat positions of the set bits: int32 below 2^31 elements, else int64. `known`: their prefix and number, where the caller has them."""
+    words_of("indices", words, n, CPU)
+    before, count = known or (found := prefix(words), int(found[-1]))
+    out = torch.empty(count, dtype=torch.int64 if n >> 31 else torch.int32, device="cpu")
     _core().indices(words.data_ptr(), words.numel(), before.data_ptr(), out.data_ptr(), out.element_size() == 8, torch.get_num_threads())
     return out
 

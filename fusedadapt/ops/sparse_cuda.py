@@ -21,7 +21,6 @@ from .sparse_checks import Item
 
 LEVELS = ((16, 16), (0, 16))
 LEVELS16 = ((16, 16),)
-_TIES = ("lowest_index", "inclusive", "exclusive")
 _MOVES = ("gather", "scatter", "add", "swap")
 _SEARCH = ("prefix", "left", "above", "same", "threshold", "equal")  # csrc/cuda/sparse.h, Search
 # Tests: less than the device has, as if it were a smaller one.
@@ -87,15 +86,14 @@ def _search(given: _List, k: int, ties: str) -> Tensor:
         prefix = found.data_ptr() if number else 0
         given.core.histogram(*given.given, shift, bits, prefix, native, counts.data_ptr(), _shared_limit, *given.place)
         last = number == len(levels) - 1
-        given.core.find_bin(counts.data_ptr(), shift, bits, native, k, number == 0, last, _TIES.index(ties), found.data_ptr(), *given.place)
+        given.core.find_bin(counts.data_ptr(), shift, bits, native, k, number == 0, last, checks.TIES.index(ties), found.data_ptr(), *given.place)
     return found
 
 
 def select(items: Sequence[Item], score: str, nan: str, k: int, ties: str = "lowest_index") -> list[Tensor]:
     """Words of the k largest keys over all tensors together, k in 0..n: search and mask in one go, the host waits for nothing."""
     given = _List("select", items, score, nan, words=True)
-    if ties not in _TIES or not 0 <= k <= given.elements:
-        checks.refuse("select", f"k in 0..{given.elements} and ties of {', '.join(_TIES)}", f"{k}, {ties!r}", "choose among these")
+    checks.selection(k, given.elements, ties)
     if k == 0:
         return [w.zero_() for w in given.words]
     found = _search(given, k, ties)
@@ -165,10 +163,12 @@ def _total(prefix: Tensor) -> int:
     return int(checks.known(prefix, ("total",), lambda: int(prefix[-1])))
 
 
-def indices(words: Tensor, n: int) -> Tensor:
-    """Sorted flat positions of the set bits: int32 below 2^31 elements, else int64. Waits for the device: for how many they are."""
-    before = prefix(checks.words("indices", words, n, words.device))
-    out = torch.empty(int(before[-1]), dtype=torch.int64 if n >> 31 else torch.int32, device=words.device)
+def indices(words: Tensor, n: int, known: tuple[Tensor, int] | None = None) -> Tensor:
+    """Sorted flat positions of the set bits: int32 below 2^31 elements, else int64. Waits for the device, for how many they are, unless (prefix,
+    number) is known."""
+    checks.words("indices", words, n, words.device)
+    before, count = known or (found := prefix(words), int(found[-1]))
+    out = torch.empty(count, dtype=torch.int64 if n >> 31 else torch.int32, device=words.device)
     wide = out.element_size() == 8
     _core(words.device).indices(words.data_ptr(), words.numel(), before.data_ptr(), out.data_ptr(), wide, *_place(words.device))
     return out

@@ -58,9 +58,10 @@ class FusedOptimizer(Optimizer):
     - ``master_weights``: ``"fp32"`` keeps an fp32 copy of each 16-bit parameter in the state; ``"split"`` keeps the low 16 bits of it beside a
       bf16 parameter (2 bytes, exact).
     - ``masks``: ``{param: bool tensor}``, True = trainable. Frozen elements keep parameter and state bit for bit, also under weight decay.
-    - ``mask_state``: ``"dense"`` keeps states of the parameter's shape; ``"compact"`` keeps states, master weights and an index list for the
-      trainable elements of each masked parameter only, and gives the same bits. With it a parameter's attribute ``compact_grad`` replaces ``.grad``:
-      [nnz], in the order of ``state["index"]`` (rising flat positions in memory, until `fusedadapt.sparse.grow_prune` changes the mask).
+    - ``mask_state``: ``"dense"`` keeps states of the parameter's shape; ``"compact"`` keeps states and master weights for the trainable
+      elements of each masked parameter only, and gives the same bits; below one element in 32 with a list of positions. With it a parameter's
+      attribute ``compact_grad`` replaces ``.grad``: [nnz], by rising positions in memory (`fusedadapt.sparse.Mask.indices`), until
+      `fusedadapt.sparse.grow_prune` changes the mask: then in the order of ``state["index"]``.
     - ``decay_to``: what weight decay pulls towards: ``"zero"``, or ``"init"``: the values the parameter had when its state was made, kept as
       ``anchor``. Decoupled: p -= (1 - factor) (p - anchor); coupled: g += weight_decay (p - anchor).
     - ``max_grad_norm``: clip to this global L2 norm of the unscaled gradients, inside the step; ``opt.grad_norm`` holds the norm (0-d tensor).

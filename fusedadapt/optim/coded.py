@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..reference import lowbit
-from .spec import CODED, RULES, UNCODABLE, UNCODED, UNSIGNED
+from .spec import CODED, RULES, UNCODABLE, UNCODED, UNSIGNED, is_compact
 from .table import flat, local
 
 if TYPE_CHECKING:
@@ -162,7 +162,7 @@ def zeros(name: str, like: Tensor, form: Format) -> dict[str, Tensor]:
 def note_order(state: dict[str, Any], p: Tensor) -> None:
     """Keeps the parameter's strides where blocks of a dense state follow another order than a file's."""
     state.pop("strides", None)
-    if names(state) and "index" not in state and not p.is_contiguous():
+    if names(state) and not is_compact(state) and not p.is_contiguous():
         state["strides"] = tuple(p.stride())
 
 
@@ -179,7 +179,7 @@ def check_saved(op: str, label: str, saved: dict[str, Any]) -> None:
 def place(state: dict[str, Any], saved: dict[str, Any], p: Tensor) -> None:
     """After loading: codes whose blocks ran over another memory order than ``p`` has are coded anew."""
     order = tuple(saved.get("strides", torch.empty(p.shape, dtype=p.dtype, device="meta").stride()))
-    if "index" not in state and names(state) and order != tuple(p.stride()) and p.numel():
+    if not is_compact(state) and names(state) and order != tuple(p.stride()) and p.numel():
         for name, form in formats(state).items():
             before = torch.empty_strided(p.shape, order, dtype=torch.uint8, device=p.device).copy_(state[name])
             values = decode(state | {name: before}, name)

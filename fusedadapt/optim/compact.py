@@ -1,9 +1,10 @@
 """States that hold only the trainable elements of a masked parameter, and the anchors that decay may pull towards.
 
-A compact parameter's state dict has ``index``: flat positions in the parameter's memory (int32; int64 from 2^31 elements on). Its states, master
-weight or remainder and anchor are vectors in the order of the index. Elements that joined later (`fusedadapt.sparse.grow_prune`) form a cohort with
-a step count of its own: ``cohorts`` (int64, on the CPU) holds the first element of each, and ``step`` and the rule's scalars have one value per
-cohort. Without ``cohorts`` there is one, and ``step`` is 0-d as ever.
+A compact parameter's state dict has ``index``: flat positions in the parameter's memory (int32; int64 from 2^31 elements on). Where a list takes
+more than a bit per element of the parameter, the ``mask`` is the index, and ``prefix`` says how many of its bits are set before each 1,024 elements.
+Its states, master weight or remainder and anchor are vectors in the order of the index. Elements that joined later (`fusedadapt.sparse.grow_prune`)
+form a cohort with a step count of its own: ``cohorts`` (int64, on the CPU) holds the first element of each, and ``step`` and the rule's scalars have
+one value per cohort; such a state has a list. Without ``cohorts`` there is one, and ``step`` is 0-d as ever.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ..ops import sparse as ops
 from . import coded
-from .spec import RULES, Rule
+from .spec import RULES, Rule, is_compact
 from .table import flat as flat
 from .table import gradient as gradient
 from .table import local, memory_order
@@ -45,7 +46,38 @@ def fresh_index(opt: FusedOptimizer, p: Tensor) -> Tensor | None:
     if not wanted(opt, p):
         return None
     state = opt.state.get(p, {})
-    return state["index"] if "index" in state else positions(state.get("mask", opt._masks.get(p)), p)
+    return index_of(state, p) if is_compact(state) else positions(state.get("mask", opt._masks.get(p)), p)
+
+
+def index_of(state: dict[str, Any], p: Tensor) -> Tensor:
+    """Positions of a compact state's elements, in its order; made anew where the mask is the index."""
+    found: Tensor = state["index"] if "index" in state else positions(state["mask"], p)
+    return found
+
+
+def count(state: dict[str, Any]) -> int:
+    """How many elements a compact state has."""
+    return int(state["index"].numel() if "index" in state else state["prefix"][-1])
+
+
+def by_mask(index: Tensor, p: Tensor, rule: Rule) -> bool:
+    """Whether the mask, kept in any case, is to be the index: 4 bytes an element are then more than it (above 1/32). A rule without states keeps
+    the list: nothing else would say on a device, without waiting for it, how long it is."""
+    return len(rule.states) > 0 and index.numel() * 32 > local(p.detach()).numel()
+
+
+def squeeze(state: dict[str, Any], p: Tensor, rule: Rule) -> None:
+    """Drops the list where the mask says as much: rising positions, a single cohort."""
+    index = state["index"]
+    if "mask" in state and "cohorts" not in state and by_mask(index, p, rule) and torch.equal(index, positions(state["mask"], p).to(index.dtype)):
+        state["prefix"] = ops.run("prefix", state["mask"])(state["mask"])
+        del state["index"]
+
+
+def unsqueeze(state: dict[str, Any], p: Tensor) -> None:
+    """The list in place of the mask, for elements in an order of their own."""
+    state["index"] = index_of(state, p)
+    state.pop("prefix", None)
 
 
 def take(t: Tensor, p: Tensor, index: Tensor | None) -> Tensor:
@@ -55,7 +87,7 @@ def take(t: Tensor, p: Tensor, index: Tensor | None) -> Tensor:
 
 def cohorts(state: dict[str, Any]) -> list[tuple[int, int, int]]:
     """(number, first element, end) of each cohort of a compact state."""
-    n = state["index"].numel()
+    n = count(state)
     starts = state["cohorts"].tolist() if state.get("cohorts") is not None else [0]
     return [(i, first, end) for i, (first, end) in enumerate(zip(starts, [*starts[1:], n], strict=True))]
 
@@ -89,10 +121,16 @@ def check_saved(op: str, label: str, p: Tensor, saved: dict[str, Any], rule: Rul
         if not good:
             raise ValueError(f"{op}: expected {expected} in the compact state of {label}; got {got}; it belongs to other parameters or is damaged")
 
-    index, words, numel = saved["index"], saved.get("mask"), local(p.detach()).numel()
+    words, numel = saved.get("mask"), local(p.detach()).numel()
     require(words is not None and words.dtype == torch.int32 and words.numel() == (numel + 31) // 32, "the packed mask", _shape(words))
     assert words is not None
     ordered = positions(words, p)
+    index = saved.get("index", ordered)
+    if "index" not in saved:
+        counts = ops.run("prefix", words)(words)
+        given = saved["prefix"]
+        good = given.dtype == torch.int64 and given.shape == counts.shape and torch.equal(given.to(counts.device), counts)
+        require(good and "cohorts" not in saved, "the mask's counts as prefix", _shape(given))
     good = index.dtype in (torch.int32, torch.int64) and index.shape == ordered.shape
     require(good and torch.equal(index.sort().values.to(ordered.device), ordered.to(index.dtype)), "the mask's positions as index", _shape(index))
     for k in _names(rule):
@@ -129,14 +167,14 @@ def spread(opt: FusedOptimizer, label: str, p: Tensor, group: dict[str, Any], st
             f"{op}: expected one step count for the dense state of {label}; got cohorts of ages {sorted(set(ages))}; keep "
             'mask_state="compact" for masks that changed'
         )
-    out = {k: v for k, v in state.items() if k not in ("index", "cohorts")}
+    out = {k: v for k, v in state.items() if k not in ("index", "prefix", "cohorts")}
     for k in ("step", *rule.aux):
         out[k] = out[k].view(-1)[0].clone()
     for k in _names(rule):
         if k in state:
             v = state[k]
             full = start(opt, k, p, group, v.dtype)
-            flat(full)[state["index"]] = v
+            flat(full)[index_of(state, p)] = v
             out[k] = full
     return out
 
@@ -154,15 +192,17 @@ def start(opt: FusedOptimizer, name: str, p: Tensor, group: dict[str, Any], dtyp
 def convert(opt: FusedOptimizer, label: str, p: Tensor, group: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
     """A loaded state in the form, and with the anchor, that this optimizer wants."""
     rule = RULES[opt._rule(group)]
-    if ("index" in state) != (opt.mask_state == "compact" and "mask" in state):
+    if is_compact(state) != (opt.mask_state == "compact" and "mask" in state):
         forms = coded.formats(state)
         scales = {coded.scale_key(k) for k in forms}
         state = {k: coded.decode(state, k) if k in forms else v for k, v in state.items() if k not in scales}
-        state = spread(opt, label, p, group, state, rule) if "index" in state else gather(opt, p, state, rule)
+        state = spread(opt, label, p, group, state, rule) if is_compact(state) else gather(opt, p, state, rule)
         for k, form in forms.items():
             state.update(coded.encode(state, k, state[k], form))
     if opt.decay_to == "zero":
         state.pop("anchor", None)
     elif "anchor" not in state:
-        state["anchor"] = take(p.detach(), p, state.get("index"))
+        state["anchor"] = take(p.detach(), p, index_of(state, p) if is_compact(state) else None)
+    if "index" in state:
+        squeeze(state, p, rule)
     return state

@@ -12,7 +12,7 @@ from ..reference import optim as reference
 from . import coded, compact
 from . import shim as shims
 from . import table as tables
-from .spec import CODED_CODES, HYPER_FIELDS, RULES, UNCODED, UNSIGNED
+from .spec import CODED_CODES, HYPER_FIELDS, RULES, UNCODED, UNSIGNED, is_compact
 
 if TYPE_CHECKING:
     from .base import FusedOptimizer
@@ -174,7 +174,7 @@ class ReferencePlan(Plan):
 
     def _check(self, e: Entry) -> None:
         p, (g, packed), state = tables.local(e.param), self._gradient(e), self.opt._state_of(e.param)
-        chosen = state["index"].shape if compact.wanted(self.opt, e.param) else p.shape
+        chosen = (compact.count(state),) if compact.wanted(self.opt, e.param) else tuple(p.shape)
         bad = ""
         if g.layout != torch.strided:
             bad = "read:grad"
@@ -216,7 +216,7 @@ class ReferencePlan(Plan):
         commits = []
         for e in self.active:
             state = self.opt._state_of(e.param)
-            for c, first, end in compact.cohorts(state) if "index" in state else [(0, 0, -1)]:
+            for c, first, end in compact.cohorts(state) if is_compact(state) else [(0, 0, -1)]:
                 aux = [float(state[k].view(-1)[c]) for k in self.spec.aux]
                 key = (e.group, float(state["step"].view(-1)[c]), *aux)
                 if key not in rows:
@@ -240,7 +240,7 @@ class ReferencePlan(Plan):
         """One parameter, or a cohort (its number, its elements) of its compact arrays: gathered, updated, put back."""
         part = None if cohort is None else cohort[1]
         p, (g, packed), opt = tables.local(e.param), self._gradient(e), self.opt
-        index = None if part is None else state["index"][part].long()
+        index = None if part is None else compact.index_of(state, e.param)[part].long()
 
         def cut(name: str) -> Any:
             v = state.get(name)

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
+from ..ops import sparse as ops
 from ..reference import optim as reference
 from .plans import Plan, Scalars, address
-from .spec import HYPER_FIELDS, ROW_FIELDS
-from .table import ANCHOR, INDEX, KINDS, SCALE0, WORDS
+from .spec import BITS, DTYPE_CODES, HYPER_FIELDS, ROW_FIELDS
+from .table import ANCHOR, INDEX, KINDS, MASK, NUMEL, SCALE0, WORDS, local
 
 ROW_WIDTH = len(ROW_FIELDS)
 
@@ -38,6 +39,7 @@ class DevicePlan(Plan):
         self._version = self._structure = -1
         self._desc = self._gradient_chunks = self._rows = self._clocks = torch.empty(0, dtype=torch.float32, device="cpu")
         self._shares: list[Share] = []
+        self._masked: list[tuple[int, Tensor, int]] = []  # descriptor, parameter, elements
         self._spare: list[Tensor] = []
         self._captured: list[Tensor] = []
         self._chunk = self._gradient_chunk = 0
@@ -79,7 +81,7 @@ class DevicePlan(Plan):
         if self._version == self.table.version:
             return
         self._version = self.table.version
-        described = self.table.descriptors(True)
+        described = self._list_masks(self.table.descriptors(True))
         self._desc = self._upload(described, torch.int64, WORDS)
         if self._structure != self.table.structure:
             self._structure = self.table.structure
@@ -89,6 +91,28 @@ class DevicePlan(Plan):
             n = len(self._desc)
             self._rows = torch.zeros(n, ROW_WIDTH, dtype=torch.float32, device=self.device)
             self._clocks = torch.zeros(n, 3, dtype=torch.float64, device=self.device)
+
+    def _list_masks(self, described: bytes) -> bytes:
+        """Descriptors as the kernels take them: an index that is a mask becomes a list, whose address each step fills in."""
+        if self.opt.mask_state == "dense" or not described:
+            return described
+        words = torch.frombuffer(bytearray(described), dtype=torch.int64).view(-1, WORDS)
+        rows = (words[:, KINDS] & 255 == BITS).nonzero()[:, 0]
+        owners = self.owners()
+        self._masked = [(k, owners[k].param, n) for k, n in zip(rows.tolist(), words[rows, NUMEL].tolist(), strict=True)]
+        for k, p, _ in self._masked:
+            words[k, KINDS] += DTYPE_CODES[torch.int64 if local(p).numel() >> 31 else torch.int32] - BITS
+            words[k, MASK] = 0
+        return words.numpy().tobytes()
+
+    def _expand(self) -> list[Tensor]:
+        """The lists, for this step: between steps the masks are all there is of them."""
+        lists = []
+        for k, p, n in self._masked:
+            state = self.opt._state_of(p)
+            lists.append(ops.run("indices", state["mask"])(state["mask"], local(p).numel(), (state["prefix"], n)))
+            self._desc[k, INDEX].fill_(lists[-1].data_ptr())
+        return lists
 
     def _split(self, described: bytes) -> None:
         """The chunks of each sweep and of the gradient norm."""
@@ -138,8 +162,10 @@ class DevicePlan(Plan):
         if not len(self._desc):
             return
         self._prologue(scalars)
+        lists = self._expand()
         for share in self._shares:
             self._sweep(scalars, share)
+        del lists
         self.bump_versions()
 
     def _squares(self, partial: Tensor, scalars: Scalars) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -22,6 +24,14 @@ DTYPE_CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.int1
 # Coded states (csrc/core/lowbit.h): state_dtype -> elements per block; codes of the table.
 CODED = {"int8": 256, "fp8": 128}
 CODED_CODES = {"signed": 11, "unsigned": 12, "expanded": 13}
+BITS = 14  # type code of an index that is the mask
+
+
+def is_compact(state: Mapping[str, Any]) -> bool:
+    """Whether a parameter's state holds its trainable elements only: with a list of them, or with their mask as the index."""
+    return "index" in state or "prefix" in state
+
+
 # States that are never negative, and states that stay fp32: inputs that the rule does not write, and a weight.
 UNSIGNED = frozenset(("exp_avg_sq", "max_exp_avg_sq", "exp_avg_var", "max_exp_avg_var", "sum", "square_avg", "acc_delta", "exp_hessian_diag_sq"))
 UNCODED = frozenset(("z", "hessian", "hessian_diag"))

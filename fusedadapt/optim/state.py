@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import coded, compact
 from .plans import Entry
-from .spec import CODED, RULES, STATE_DTYPES, Rule
+from .spec import CODED, RULES, STATE_DTYPES, Rule, is_compact
 from .table import is_dense, local, memory_order
 
 if TYPE_CHECKING:
@@ -166,6 +166,7 @@ def fresh_states(opt: FusedOptimizer, entries: list[Entry], rule: Rule) -> list[
             new["mask"] = opt._masks[e.param]
         if index is not None:
             new["index"] = index
+            compact.squeeze(new, p, rule)
         if opt.decay_to == "init":
             new["anchor"] = compact.take(p, p, index)
         coded.note_order(new, local(p))
@@ -306,7 +307,7 @@ def _convert(opt: FusedOptimizer, label: str, p: Tensor, group: dict[str, Any], 
         raise ValueError(f"{op}: expected {lacking} in the state of {label}; got {sorted(map(str, saved))}; another rule or other options saved it")
     device = local(p.detach()).device
     out: dict[str, Any] = {}
-    packed = "index" in saved
+    packed = is_compact(saved)
     coded.check_saved(op, label, saved)
     if packed:
         compact.check_saved(op, label, p, saved, rule)
@@ -352,7 +353,7 @@ def _load_master(opt: FusedOptimizer, op: str, label: str, p: Tensor, out: dict[
             f'build the optimizer with master_weights="{form}"'
         )
     if opt.master_weights and key not in out:
-        fp32 = compact.take(p.detach(), p, out.get("index")).float()
+        fp32 = compact.take(p.detach(), p, compact.index_of(out, p) if is_compact(out) else None).float()
         out[key] = fp32 if key == "master" else torch.zeros_like(fp32, dtype=torch.int16)
 
 

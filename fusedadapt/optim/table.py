@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .spec import CODED_CODES, DTYPE_CODES
+from ..ops import sparse as ops
+from .spec import BITS, CODED_CODES, DTYPE_CODES
 
 KEPT, MISSING_STATE, STRIDED_GRADIENT = 0, 1, 2
 DEVICE_TYPES = {"cpu": 1, "cuda": 2}
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 # Words of a descriptor (csrc/core/table.h, TensorDesc).
-WORDS, NUMEL, INDEX, ANCHOR, GRAD_NUMEL, KINDS, SCALE0 = 26, 11, 18, 19, 20, 21, 22
+WORDS, MASK, NUMEL, INDEX, ANCHOR, GRAD_NUMEL, KINDS, SCALE0 = 26, 7, 11, 18, 19, 20, 21, 22
 EXPANDED = CODED_CODES["expanded"]
 
 
@@ -105,7 +106,8 @@ class Table:
     def _scan_entry(self, i: int, entry: tuple[Any, ...], grad: Tensor, packed: bool) -> list[tuple[Any, ...]]:
         param, state, group, ordinal, base, inner, outer, compact = entry
         p, g = local(param.detach()), local(grad)
-        required = [*self._keys, *self._aux, "step", *(["index"] if compact else [])]
+        which = "prefix" if state.get("index") is None else "index"  # the mask is the index, or there is a list
+        required = [*self._keys, *self._aux, "step", *([which] if compact else [])]
         if any(state.get(k) is None for k in required):
             self.missing.append(i)
             return []
@@ -121,8 +123,8 @@ class Table:
         place = (group, ordinal, base, inner if inner > 0 else p.numel(), outer)
         if not compact:
             return [self._words(p, g, found, place, None, 0, False)]
-        index, starts = found["index"], found["cohorts"].tolist() if "cohorts" in found else [0]
-        ends = [*starts[1:], index.numel()]
+        starts = found["cohorts"].tolist() if "cohorts" in found else [0]
+        ends = [*starts[1:], _chosen(found, self._keys)]
         return [self._words(p, g, found, place, slice(a, b), c, packed) for c, (a, b) in enumerate(zip(starts, ends, strict=True))]
 
     def _coded(self, i: int, found: dict[str, Tensor]) -> tuple[dict[str, int], int]:
@@ -154,7 +156,8 @@ class Table:
         """One descriptor; ``part``: the elements of a cohort of a compact entry."""
         arrays = {k: t if part is None else t[part] for k, t in found.items() if k in (*self._keys, self._extra, "anchor", "index")}
         states, extra, anchor, index = [arrays[k] for k in self._keys], *(arrays.get(k) for k in (self._extra, "anchor", "index"))
-        mask = found.get("mask") if part is None else None
+        mask = found.get("mask") if part is None or "prefix" in found else None
+        index = found.get("prefix", index)
         step, *aux = (found[k].view(-1)[cohort:] for k in ("step", *self._aux))
         grad = g[part] if packed else g
         counted = grad.numel() if part is None or packed or cohort == 0 else 0
@@ -165,7 +168,7 @@ class Table:
         mine = [*(addresses[:2] if part is None else addresses[1:2] if packed else []), *addresses[2:], _address(anchor), _address(index)]
         codes.append(int(all(a % 16 == 0 for a in mine)))
         numel = p.numel() if part is None else part.stop - part.start
-        kinds = [_code(index), _code(anchor), int(packed), log2, 0, 0, 0, 0]
+        kinds = [BITS if "prefix" in found else _code(index), _code(anchor), int(packed), log2, 0, 0, 0, 0]
         return (*addresses, _address(mask), step.data_ptr(), *map(_address, aux), *[0] * (2 - len(aux)), numel, place[0], _word(codes), *place[1:],
                 _address(index), _address(anchor), counted, _word(kinds), *self._scales(found, cohort, log2))  # fmt: skip
 
@@ -238,18 +241,19 @@ def _validate(i: int, p: Tensor, g: Tensor, found: dict[str, Tensor], states: li
         refuse(t.dtype not in _FLOATING, f"dtype:{name}")
     refuse(not is_dense(p) and p.numel() > 0, "strides:param")
     refuse(not packed and p.shape != g.shape, "shape:grad")
-    index = found.get("index")
+    index = found.get("index", found.get("prefix"))
     count = found["cohorts"].numel() if "cohorts" in found else 1
     if index is not None:
-        _validate_compact(refuse, p, g, found, index, packed)
+        chosen = _chosen(found, states)
+        _validate_compact(refuse, p, g, found, chosen, packed)
     for name, t in found.items():
         refuse(name != "cohorts" and elsewhere(t), f"device:{name}")
-        if name in ("index", "cohorts"):
+        if name in ("index", "prefix", "cohorts"):
             continue
         if name in states or name in (extra, "anchor"):
             refuse(index is None and t.shape != p.shape, f"shape:{name}")
             refuse(index is None and not same_order(p, t) and p.numel() > 0, f"strides:{name}")
-            refuse(index is not None and not _vector(t, index.numel()), f"compact:{name}")
+            refuse(index is not None and not _vector(t, chosen), f"compact:{name}")
             coded = name in states and t.dtype == torch.uint8 and f"{name}_scale" in found
             refuse(t.dtype not in ((torch.float32, torch.int16) if name == extra else _FLOATING) and not coded, f"dtype:{name}")
         elif name == "mask":
@@ -262,14 +266,28 @@ def _vector(t: Tensor, n: int) -> bool:
     return t.shape == (n,) and (n <= 1 or t.stride() == (1,))
 
 
-def _validate_compact(refuse: Any, p: Tensor, g: Tensor, found: dict[str, Tensor], index: Tensor, packed: bool) -> None:
+def _chosen(found: dict[str, Tensor], states: list[str]) -> int:
+    """Elements of a compact entry."""
+    return found["index" if "index" in found else states[0]].numel()
+
+
+def _validate_compact(refuse: Any, p: Tensor, g: Tensor, found: dict[str, Tensor], n: int, packed: bool) -> None:
+    refuse(packed and not _vector(g, n), "compact:compact_grad")
+    if "prefix" in found:
+        prefix, words = found["prefix"], found.get("mask")
+        refuse(words is None or "cohorts" in found, "compact:prefix")
+        refuse(prefix.dtype != torch.int64, "dtype:prefix")
+        refuse(not _vector(prefix, (p.numel() + 1023) // 1024 + 1), "compact:prefix")
+        assert words is not None
+        refuse(prefix.device.type == "cpu" and (not torch.equal(prefix, ops.run("prefix", words)(words)) or int(prefix[-1]) != n), "compact:prefix")
+        return
+    index = found["index"]
     refuse(index.dtype not in (torch.int32, torch.int64), "dtype:index")
     refuse(not _vector(index, index.numel()) or index.numel() > p.numel(), "compact:index")
-    refuse(packed and not _vector(g, index.numel()), "compact:compact_grad")
     if (starts := found.get("cohorts")) is not None:
         good = starts.dtype == torch.int64 and starts.device.type == "cpu" and _vector(starts, starts.numel()) and starts.numel() > 0
         order = starts.tolist() if good else [-1]
-        refuse(order[0] != 0 or order != sorted(order) or order[-1] > index.numel(), "compact:cohorts")
+        refuse(order[0] != 0 or order != sorted(order) or order[-1] > n, "compact:cohorts")
     if index.device.type == "cpu" and index.numel():
         refuse(int(index.min()) < 0 or int(index.max()) >= p.numel(), "compact:index")
 
@@ -297,8 +315,8 @@ _EXPECTED = {
     "negated": ("a parameter whose memory holds its values, not their negatives", "pass p.data = p.data.resolve_neg()"),
     "null": ("memory behind the tensor", "the tensor was freed or lives in a subclass that hides its data"),
     "compact": (
-        "vectors as long as the index of the chosen elements (a step and scalars per cohort), positions inside the parameter",
-        "give compact_grad one contiguous value per entry of state['index']; change masks with fusedadapt.sparse.grow_prune",
+        "vectors as long as the index of the chosen elements (a step and scalars per cohort), positions inside the parameter or the mask's counts",
+        "give compact_grad one contiguous value per trainable element; change masks with fusedadapt.sparse.grow_prune",
     ),
     "overlap": ("parameters in separate memory", "two parameters share storage: pass one of them, or clone one"),
 }

@@ -68,8 +68,8 @@ def prefix(words: Tensor) -> Tensor:
     return torch.nn.functional.pad(torch.cumsum(counts, 0), (1, 0))
 
 
-def indices(words: Tensor, n: int) -> Tensor:
-    """Sorted flat positions of the set bits: int32 below 2^31 elements, else int64."""
+def indices(words: Tensor, n: int, known: tuple[Tensor, int] | None = None) -> Tensor:
+    """Sorted flat positions of the set bits: int32 below 2^31 elements, else int64. `known` (prefix, number): for backends that need them."""
     found = unpack(words, n).nonzero().reshape(-1)
     return found.to(torch.int32) if n < 1 << 31 else found
 

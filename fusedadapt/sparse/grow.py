@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..optim import FusedOptimizer, coded
 from ..optim import compact as states
-from ..optim.spec import RULES
+from ..optim.spec import RULES, is_compact
 from ..optim.state import pack_mask, unpack_mask
 from .mask import Mask
 from .select import topk_mask
@@ -165,7 +165,7 @@ def _dense_gradient(param: Tensor, gradient: Candidates | None) -> tuple[Tensor,
 def _momentum(optimizer: FusedOptimizer, param: Tensor) -> Tensor:
     held = optimizer.state.get(param, {})
     name = next((k for k in ("exp_avg", "momentum_buffer", "exp_avg_slow") if k in held), None)
-    if name is None or "index" in held:
+    if name is None or is_compact(held):
         raise ValueError('grow_prune: expected a dense state with a first moment for grow="momentum"; there is none; use "gradient"')
     return states.in_order(coded.decode(held, name), param.detach())
 
@@ -195,7 +195,8 @@ def _apply(optimizer: FusedOptimizer, param: Tensor, held: dict[str, Any], chang
         return states.in_order(states.start(optimizer, name, param, group, dtype), p)[change.grown]
 
     names = [k for k in (*rule.states, "master", "remainder", "anchor") if k in held]
-    if "index" in held:
+    if is_compact(held):
+        states.unsqueeze(held, p)
         _move_compact(held, names, fresh, change, rule.aux, 1.0 if seeded else 0.0)
     else:
         for name in (k for k in names if k != "anchor"):  # a dense anchor never changes
@@ -218,10 +219,10 @@ def memory(t: Tensor, like: Tensor) -> Tensor:
 
 def _anchors(held: dict[str, Any], p: Tensor, where: Tensor) -> Tensor:
     """Anchor values of the elements where `where` is set, in memory order."""
-    if "index" not in held:
+    if not is_compact(held):
         return states.flat(held["anchor"])[where]
     whole = states.flat(p).clone()
-    whole[held["index"].long()] = held["anchor"]
+    whole[states.index_of(held, p).long()] = held["anchor"]
     return whole[where]
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..optim import OPTIMIZERS, RULES, compact
+from ..optim.spec import is_compact
 from ..optim.state import state_dtype
 from ..reference.optim import join_split
 from . import data
@@ -62,7 +63,7 @@ class Ours:
 
     def states(self, optimizer: Any, p: Tensor) -> Mapping[str, Any]:
         state = optimizer.state.get(p, {})
-        if "index" not in state:
+        if not is_compact(state):
             return state
         group = next(g for g in optimizer.param_groups if any(p is q for q in g["params"]))
         return compact.spread(optimizer, "", p, group, state, RULES[optimizer._rule(group)])
