@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +18,7 @@ from .function import Entry, LowRankLinear, Numbers
 _apply: Any = LowRankLinear.apply
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """One low-rank branch: scaling * token_gate * act((drop(x) A^T * rank_gate) core) B^T.
 
     ``A``: R x K; ``B``: N x R (N x R2 with a core); ``rank_gate``: R; ``token_gate``: one number per token, x's leading shape; ``core``: R x R2;
@@ -38,8 +36,7 @@ class Segment:
     activation: str | None = None
 
 
-@dataclass(frozen=True)
-class Output:
+class Output(NamedTuple):
     """One linear output of a shared x: row_scale * (x W^T + segments) + bias, or row_scale * (... + bias) with ``scale_bias``.
 
     ``weight``: N x K, a tensor or a `QuantizedTensor`; ``bias``, ``row_scale``: N.
@@ -47,7 +44,7 @@ class Output:
 
     weight: Tensor | QuantizedTensor
     bias: Tensor | None = None
-    segments: Sequence[Segment] = field(default_factory=tuple)
+    segments: Sequence[Segment] = ()
     row_scale: Tensor | None = None
     scale_bias: bool = False
 
