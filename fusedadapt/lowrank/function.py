@@ -128,10 +128,8 @@ class LowRankLinear(torch.autograd.Function):
                 if output.row_scale is None:
                     y = base_ops.linear(xs, output.base, output.bias, low)
                 else:
-                    joined = base_ops.joins(xs, output.base)
-                    y0 = base_ops.linear(xs, output.base, output.bias if output.scale_bias else None, low if joined else None)
-                    rest = (None, None) if joined else (v, b)
-                    y = ops.lr_scale_add_(y0, *rest, output.row_scale, None if output.scale_bias else output.bias)
+                    y0 = base_ops.linear(xs, output.base, output.bias if output.scale_bias else None)
+                    y = ops.lr_scale_add_(y0, v, b, output.row_scale, None if output.scale_bias else output.bias)
                     y0 = y0 if output.row_scale.requires_grad else None
                 kept.append(y0)
                 results.append(y)

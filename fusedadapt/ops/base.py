@@ -40,11 +40,6 @@ _PIECE = 1 << 20  # elements of W dequantized at a time
 TENSORS = Base._fields[:5]
 
 
-def joins(x: Tensor, base: Base) -> bool:
-    """Whether `linear` and `linear_dx` round product and branch together."""
-    return not base.spec and dense_low.joins(x)
-
-
 def linear(x: Tensor, base: Base, bias: Tensor | None = None, low: Low | None = None) -> Tensor:
     """x W^T + bias, and what a low-rank branch adds. x: T x K."""
     if not base.spec:

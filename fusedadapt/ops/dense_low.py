@@ -30,7 +30,7 @@ class Low(NamedTuple):
     ops: Any
 
 
-def joins(x: Tensor) -> bool:
+def _joined(x: Tensor) -> bool:
     """Whether a low-rank branch becomes part of the product, so that their sum is rounded once and costs no pass."""
     return x.device.type == "cpu" and (x.dtype == torch.float32 or dense.widens(x))
 
@@ -39,14 +39,14 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None, low: Low | None) -> Tensor
     """x W^T + bias + low. x: T x K; w: N x K."""
     if low is None:
         return dense.linear(x, w, bias)
-    return _add_to(x, w, bias, False, low) if joins(x) else add(dense.linear(x, w, bias), low)
+    return _add_to(x, w, bias, False, low) if _joined(x) else add(dense.linear(x, w, bias), low)
 
 
 def linear_dx(dy: Tensor, w: Tensor, low: Low | None) -> Tensor:
     """dy W + low. dy: T x N; w: N x K."""
     if low is None:
         return dense.linear_dx(dy, w)
-    return _add_to(dy, w, None, True, low) if joins(dy) else add(dense.linear_dx(dy, w), low)
+    return _add_to(dy, w, None, True, low) if _joined(dy) else add(dense.linear_dx(dy, w), low)
 
 
 def add(y: Tensor, low: Low) -> Tensor:
