@@ -57,12 +57,18 @@ void bwd_x(const Spec& x, int64_t u, int64_t rank, int64_t m, uint64_t seed, con
   lr::bwd_x(matrix(x), at<float>(u), at<float>(m), list, seed, threads);
 }
 
-void add(const Spec& y, const Spec& out, const std::array<int64_t, 3>& origin, int64_t u, const Spec& a, uint64_t seed,
-         const List& thresholds, const List& ranks, int threads) {
+void add(const Spec& y, int64_t u, const Spec& a, uint64_t seed, const List& thresholds, const List& ranks, int threads) {
   const auto list = segments(thresholds, ranks, a[2]);
-  if (out[0] != 0 && y[1] != kF32) throw std::invalid_argument("lowrank: a sum that goes elsewhere starts from fp32");
   py::gil_scoped_release release;
-  lr::add(matrix(y), matrix(out), {origin[0], origin[1], origin[2]}, at<float>(u), matrix(a), list, seed, threads);
+  lr::add(matrix(y), at<float>(u), matrix(a), list, seed, threads);
+}
+
+void fill(const Spec& y, int64_t bias, const std::array<int64_t, 3>& origin, int64_t u, const Spec& a, uint64_t seed,
+          const List& thresholds, const List& ranks, int threads) {
+  const auto list = segments(thresholds, ranks, a[2]);
+  if (y[1] != kF32) throw std::invalid_argument("lowrank: a product starts from fp32");
+  py::gil_scoped_release release;
+  lr::fill(matrix(y), at<float>(bias), {origin[0], origin[1], origin[2]}, at<float>(u), matrix(a), list, seed, threads);
 }
 
 void scale_add(const Spec& y0, int64_t v, const Spec& a, int64_t row_scale, int64_t bias, const Spec& y, int threads) {
@@ -109,6 +115,7 @@ void bind_lowrank(py::module_& m) {
   m.def("lr_shrink", &shrink);
   m.def("lr_bwd_x", &bwd_x);
   m.def("lr_add", &add);
+  m.def("lr_fill", &fill);
   m.def("lr_scale_add", &scale_add);
   m.def("lr_bwd_dy", &bwd_dy);
   m.def("lr_skinny_w", &skinny_w);

@@ -154,6 +154,7 @@ MUTANTS = (
     Mutant(LOWRANK, "b, _dense(row_scale), y0, need_bias", "b, row_scale, y0, need_bias", "test_lowrank_triton[100001]"),
     # low-rank: C++ and Triton
     Mutant(LR_HOST, "&& !s.threshold && !out.back().threshold", "&& !s.threshold", "test_lowrank_cpp"),
+    Mutant(LR_HOST, "seed != drawn.seed || ", "", "test_lowrank_cpp"),
     Mutant(LR_CPU, "widen_one(at[j * step_n]) * scale;", "widen_one(at[j * step_n]);", f"{CONTRACT}masks_are_the_same_bits_everywhere[cpp-5-13]"),
     Mutant(LR_CPU, "sums[i] = add ? sums[i] + total : total;", "sums[i] = total;", f"{CONTRACT}skinny_w[cpp]"),
     Mutant(LR_CPU, "if (w.bias) f += ", "if (w.bias) f -= ", "test_lowrank_cpp"),

@@ -221,5 +221,5 @@ def test_the_widened_product_refuses() -> None:
         (ones(T + 1, 3), ones(3, N), [3], rf"expected u of shape \({T}, any\); got shape \({T + 1}, 3\)"),
         (ones(T, 3), ones(3, N), [2], r"expected ranks of at least 1 that add up to 3; got \[2\]"),
     ):
-        with pytest.raises(ValueError, match=rf"fusedadapt.lr_dense_widened_add: {text}"):
-            ops.dense_widened_add(ones(T, K), ones(N, K), None, False, u, a, seed, p, ranks)
+        with pytest.raises(ValueError, match=rf"fusedadapt.lr_dense_add: {text}"):
+            ops.dense_add(ones(T, K), ones(N, K), None, False, u, a, seed, p, ranks)

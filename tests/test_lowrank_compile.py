@@ -46,8 +46,8 @@ def op_calls(dtype: torch.dtype) -> list[tuple[str, tuple[Any, ...]]]:
         ("lr_bwd_dy", (y[:0], u[:0], b, None, None, True)),
         ("lr_dropout", (x, seed, p)), ("lr_skinny_w", (w, a)), ("lr_merge_", (w, b, a, new(N))), ("lr_merge_", (w, b, a, None)),
         ("dense_widened", (x, w, new(N, dtype=dtype), False)), ("dense_widened", (y, w, None, True)),
-        ("dense_widened_add", (x, w, new(N, dtype=dtype), False, u, b.T, *none, [R])),
-        ("dense_widened_add", (y, w, None, True, u, a, seed, p.repeat(2), [1, R - 1])),
+        ("dense_add", (x, w, new(N, dtype=dtype), False, u, b.T, *none, [R])),
+        ("dense_add", (y, w, None, True, u, a, seed, p.repeat(2), [1, R - 1])),
     ]  # fmt: skip
 
 

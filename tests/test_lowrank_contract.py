@@ -215,6 +215,10 @@ class Calls(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.split("::")[1]
         self.count[name] += 1
+        if name == "dense_add":
+            x, w, _, transposed = args[:4]
+            self.mm.append((*x.shape, w.shape[1 if transposed else 0]))
+            self.count["lr_add_"] += 1
         if name in ("mm", "addmm"):
             one, two = args[-2:]
             self.mm.append((*one.shape, two.shape[1]))

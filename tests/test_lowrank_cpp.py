@@ -16,7 +16,7 @@ from fusedadapt.reference import lowrank as reference
 from fusedadapt.testing import poisoned_memory
 
 _core = pytest.importorskip("fusedadapt._core")
-from fusedadapt.ops import dense_low  # noqa: E402, F401 - defines torch.ops.fusedadapt.dense_widened_add
+from fusedadapt.ops import dense_low  # noqa: E402, F401 - defines torch.ops.fusedadapt.dense_add
 from fusedadapt.ops import lowrank_cpp as cpp  # noqa: E402
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -89,11 +89,20 @@ def in_place(call: Callable[..., Tensor | None]) -> Callable[..., list[Tensor]]:
     return on_copy
 
 
-def round_add(tile: Tensor, *rest: object) -> Tensor:
-    """The sum in `tile`'s dtype, from a tile in fp32; the reference has no such function."""
-    out = torch.empty(tile.shape[0], tile.shape[1] + 3, dtype=tile.dtype)[:, :-3]
-    cpp.round_add(tile.float(), out, (0, 0, 0), *rest)  # type: ignore[arg-type]
-    return out
+def fill(bias: Tensor | None, u: Tensor, a: Tensor, *drops: object) -> Tensor:
+    """bias + drop(u a), written over NaN into rows that lie apart."""
+    t, k = u.shape[0], a.shape[1]
+    home = torch.full((t, k + 5), 7.0)
+    home[:, :k] = torch.nan
+    cpp.fill_(home[:, :k], bias, (0, 0, k), u, a, *drops)  # type: ignore[arg-type]
+    assert (home[:, k:] == 7).all(), "wrote outside of the tile"
+    return home[:, :k]
+
+
+def fill_in_steps(bias: Tensor | None, u: Tensor, a: Tensor, *drops: object) -> Tensor:
+    y = u.new_zeros(u.shape[0], a.shape[1]) if bias is None else bias.to(u.dtype).expand(u.shape[0], -1).clone()
+    reference.add_(y, u, a, *drops)  # type: ignore[arg-type]
+    return y
 
 
 def calls(backend: object, c: Case) -> dict[str, tuple[Callable[..., object], list[Tensor | None], list[object]]]:
@@ -104,7 +113,8 @@ def calls(backend: object, c: Case) -> dict[str, tuple[Callable[..., object], li
         "shrink": (f("shrink"), [c.x, c.a], drops),
         "bwd_x": (f("bwd_x"), [c.x, c.u], drops),
         "add_": (in_place(f("add_")), [c.x, c.u, c.a], drops),
-        "round_add": (round_add if backend is cpp else in_place(f("add_")), [c.x, c.u, c.a], drops),
+        "fill_": (fill if backend is cpp else fill_in_steps, [c.bias, c.u, c.a], drops),
+        "fill_ plain": (fill if backend is cpp else fill_in_steps, [None, c.u, c.a], drops),
         "scale_add_": (in_place(f("scale_add_")), [c.x, c.u, c.a, c.column, c.bias], []),
         "scale_add_ alone": (in_place(f("scale_add_")), [c.x, None, None, c.column, None], []),
         "bwd_dy": (f("bwd_dy"), [c.x, c.u, c.a.T, c.column, c.y0], [True]),
@@ -188,7 +198,7 @@ def test_masks_anywhere_in_the_element_index(first: int, isa: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["shrink", "bwd_x", "add_", "scale_add_", "bwd_dy", "skinny_w", "merge_"])
+@pytest.mark.parametrize("name", ["shrink", "bwd_x", "add_", "fill_", "scale_add_", "bwd_dy", "skinny_w", "merge_"])
 def test_nan_and_infinity(name: str, dtype: torch.dtype, isa: str) -> None:
     """Where the reference gives NaN or an infinity the kernels do, and nowhere else; what is dropped is gone whatever it was."""
     for number in (3, 7, 10):
@@ -213,16 +223,63 @@ def test_one_mask_for_all_functions(isa: str) -> None:
     assert torch.equal(u != 0, torch.stack([both[0][:, 4], both[0][:, 299], both[1][:, 7]], 1) != 0)
 
 
+def test_masks_are_drawn_once_for_both_uses(isa: str) -> None:
+    """`bwd_x` leaves its masks to the next `fill_` or `add_` of the same matrix, and to no other: bits are those of masks drawn anew."""
+    t, k, ranks, thresholds, gen = 75, 1160, [3, 2, 16], [6554, 0, 32768], torch.Generator().manual_seed(1)
+    x, u, a = (torch.randn(*shape, generator=gen) for shape in ((t, k), (t, 21), (21, k)))
+    other = torch.tensor([5])
+
+    def results(seed: Tensor, thresholds: list[int], rows: int = t, columns: int = k) -> list[Tensor]:
+        whole, part, sum_ = torch.empty(rows, columns), torch.empty(rows - 50, columns - 640), x[:rows, :columns].clone()
+        cpp.fill_(whole, None, (0, 0, columns), u[:rows], a[:, :columns], seed, thresholds, ranks)
+        cpp.fill_(part, None, (50, 640, columns), u[50:rows], a[:, 640:columns], seed, thresholds, ranks)
+        cpp.add_(sum_, u[:rows], a[:, :columns], seed, thresholds, ranks)
+        return [whole, part, sum_]
+
+    def same(left: list[Tensor], right: list[Tensor]) -> bool:
+        return all(torch.equal(p, q) for p, q in zip(left, right, strict=True))
+
+    cpp.bwd_x(x[:1, :1].clone(), u[:1], other, thresholds, ranks)  # leaves masks of a matrix that is nobody's
+    changed = ((SEED, [6554, 0, 32769]), (other, thresholds), (SEED, [0, 6554, 32768]), (SEED, thresholds, t, 1000))
+    drawn, others = results(SEED, thresholds), [results(*case) for case in changed]
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        m = cpp.bwd_x(x, u, SEED, thresholds, ranks)
+        assert same(results(SEED, thresholds), drawn)
+        assert all(same(results(*case), anew) for case, anew in zip(changed, others, strict=True))
+        assert torch.equal(m, cpp.bwd_x(x, u, SEED, thresholds, ranks))
+    cpp.bwd_x(x[:60].clone(), u[:60], SEED, thresholds, ranks)  # fewer rows than are asked for next
+    assert same(results(SEED, thresholds), drawn)
+
+
 def test_tiles_of_a_product_are_the_whole(isa: str) -> None:
     """A tile takes its masks from where it lies in the matrix: bits do not depend on the cut."""
     t, k, ranks, thresholds, gen = 75, 1160, [3, 16], [6554, 0], torch.Generator().manual_seed(1)
-    tile, u, a = (torch.randn(*shape, generator=gen) for shape in ((t, k), (t, 19), (19, k)))
-    whole, parts = torch.empty(t, k, dtype=torch.bfloat16), torch.empty(t, k, dtype=torch.bfloat16)
-    cpp.round_add(tile, whole, (0, 0, k), u, a, SEED, thresholds, ranks)
+    bias, u, a = (torch.randn(*shape, generator=gen) for shape in ((k,), (t, 19), (19, k)))
+    whole, parts = torch.empty(t, k), torch.empty(t, k)
+    cpp.fill_(whole, bias, (0, 0, k), u, a, SEED, thresholds, ranks)
     for i in (slice(0, 51), slice(51, t)):
         for j in (slice(0, 5), slice(5, 1100), slice(1100, k)):
-            cpp.round_add(tile[i, j], parts[i, j], (i.start, j.start, k), u[i], a[:, j], SEED, thresholds, ranks)
+            cpp.fill_(parts[i, j], bias[j], (i.start, j.start, k), u[i], a[:, j], SEED, thresholds, ranks)
     assert torch.equal(whole, parts)
+
+
+def test_a_branch_joins_an_fp32_product() -> None:
+    """One buffer for branch, bias and product, no less exact than one after the other; operands with any strides."""
+    t, k, n, gen = 150, 90, 130, torch.Generator().manual_seed(1)
+    p, ops = torch.tensor([0.1, 0.0], dtype=torch.float64), torch.ops.fusedadapt
+    for transposed in (False, True):
+        x, w = (torch.randn(rows, 2 * columns, generator=gen)[:, ::2] for rows, columns in ((t, n if transposed else k), (n, k)))
+        width = k if transposed else n
+        bias = None if transposed else torch.randn(2 * n, generator=gen)[::2]
+        u, a = torch.randn(5, t, generator=gen).T, torch.randn(width, 5, generator=gen).T
+        ours = ops.dense_add(x, w, bias, transposed, u, a, SEED, p, [4, 1])
+        steps = x @ (w if transposed else w.T) + (0 if bias is None else bias)
+        ops.lr_add_(steps, u, a, SEED, p, [4, 1])
+        exact = x.double() @ (w.double() if transposed else w.double().T) + (0 if bias is None else bias.double())
+        reference.add_(exact, u.double(), a.double(), SEED, [6554, 0], [4, 1])
+        assert norm(ours.double() - exact) <= 1.2 * norm(steps.double() - exact)
+        assert torch.equal(ours, ops.dense_add(x, w, bias, transposed, u, a, SEED, p, [4, 1]))
 
 
 @pytest.mark.parametrize("transposed", [False, True])
@@ -236,7 +293,7 @@ def test_a_branch_joins_widened_tiles(transposed: bool, monkeypatch: pytest.Monk
     u, a = torch.randn(t, 5, generator=gen), torch.randn(5, width, generator=gen)
     p = torch.tensor([0.1, 0.0], dtype=torch.float64)
     ops = torch.ops.fusedadapt
-    ours = ops.dense_widened_add(x, w, bias, transposed, u, a, SEED, p, [4, 1])
+    ours = ops.dense_add(x, w, bias, transposed, u, a, SEED, p, [4, 1])
     steps = ops.dense_widened(x, w, bias, transposed)
     ops.lr_add_(steps, u, a, SEED, p, [4, 1])
     exact = x.double() @ (w.double() if transposed else w.double().T) + (0 if bias is None else bias.double())
@@ -244,13 +301,13 @@ def test_a_branch_joins_widened_tiles(transposed: bool, monkeypatch: pytest.Monk
     assert norm(ours.double() - exact) <= norm(exact.bfloat16().double() - exact) + 1e-6 * norm(exact)
     assert norm(ours.double() - exact) < norm(steps.double() - exact)
     with fa.backend("reference"):
-        other = ops.dense_widened_add(x, w, bias, transposed, u, a, SEED, p, [4, 1])
+        other = ops.dense_add(x, w, bias, transposed, u, a, SEED, p, [4, 1])
     assert norm(other.double() - exact) <= norm(exact.bfloat16().double() - exact) + 1e-6 * norm(exact)
 
 
 def test_refuses_what_it_cannot_read() -> None:
     with pytest.raises(ValueError, match="starts from fp32"):
-        cpp.round_add(torch.ones(2, 2).half(), torch.ones(2, 2), (0, 0, 2), torch.ones(2, 1), torch.ones(1, 2), None, [0], [1])
+        cpp.fill_(torch.ones(2, 2).half(), None, (0, 0, 2), torch.ones(2, 1), torch.ones(1, 2), None, [0], [1])
     with pytest.raises(KeyError):
         cpp.shrink(torch.ones(2, 2, dtype=torch.int32), torch.ones(1, 2), None, [0], [1])
     with pytest.raises(ValueError, match="add up"):

@@ -182,8 +182,8 @@ def test_flops_of_the_formulas() -> None:
         (2 * n * k * (r + 1), lambda: ops.lr_skinny_w(torch.ones(n, k), a)), (2 * n * k * r, lambda: ops.lr_merge_(torch.ones(n, k), b, a, None)),
         (2 * t * k * n, lambda: ops.dense_widened(x, torch.ones(n, k), None, False)),
         (2 * t * k * n, lambda: ops.dense_widened(y, torch.ones(n, k), None, True)),
-        (2 * t * n * (k + r), lambda: ops.dense_widened_add(x, torch.ones(n, k), None, False, v, b.T, None, None, [r])),
-        (2 * t * k * (n + r), lambda: ops.dense_widened_add(y, torch.ones(n, k), None, True, u, a, None, None, [r])),
+        (2 * t * n * (k + r), lambda: ops.dense_add(x, torch.ones(n, k), None, False, v, b.T, None, None, [r])),
+        (2 * t * k * (n + r), lambda: ops.dense_add(y, torch.ones(n, k), None, True, u, a, None, None, [r])),
     ]  # fmt: skip
     for least, call in calls:
         with FlopCounterMode(display=False) as counter:

@@ -22,6 +22,10 @@ struct Segment {
   int64_t first = 0, rank = 0;
   uint32_t threshold = 0, stream = 0;
   int64_t panel = 0;  // shrink: its first panel
+  // Its mask, a bit an element, rows `bits_stride` bytes apart: read if `known`, else written where it is drawn. Null: drawn only.
+  uint8_t* bits = nullptr;
+  int64_t bits_stride = 0;
+  bool known = false;
 };
 
 // What is kept is multiplied by this.
@@ -64,7 +68,7 @@ struct Origin {
   int64_t row = 0, column = 0, total = 0;
 };
 
-enum class Write { kAdd, kScaleAdd, kMerge };
+enum class Write { kAdd, kFill, kScaleAdd, kMerge };
 
 struct Writing {
   Write kind = Write::kAdd;
@@ -75,7 +79,7 @@ struct Writing {
   int64_t rank = 0;
   const float* row_scale = nullptr;  // kMerge: per row of y; kScaleAdd: per column (a row of the weight)
   const float* bias = nullptr;
-  Matrix out;  // kScaleAdd: row_scale * y + bias. kAdd: takes the sum instead of y, which is fp32 then
+  Matrix out;  // kScaleAdd: row_scale * y + bias
   Origin origin;
 };
 
@@ -105,9 +109,11 @@ const Kernels& kernels();  // what cpu::use_isa chose; avx2 needs FMA here
 // The functions of the reference. `segments` need first, rank, threshold and stream only.
 void shrink(const Matrix& x, const Matrix& a, float* u, std::vector<Segment> segments, uint64_t seed, int threads);
 void bwd_x(const Matrix& x, const float* u, float* m, const std::vector<Segment>& segments, uint64_t seed, int threads);
-// y += drop(u a); with `out`, which may have another dtype, y stays as it is (fp32) and out takes the sum.
-void add(const Matrix& y, const Matrix& out, const Origin& origin, const float* u, const Matrix& a, const std::vector<Segment>& segments,
-         uint64_t seed, int threads);
+// y += drop(u a)
+void add(const Matrix& y, const float* u, const Matrix& a, const std::vector<Segment>& segments, uint64_t seed, int threads);
+// y = bias + drop(u a), y fp32: what a product is then added to, which is cheaper than adding to the product. bias: null for none.
+void fill(const Matrix& y, const float* bias, const Origin& origin, const float* u, const Matrix& a, const std::vector<Segment>& segments,
+          uint64_t seed, int threads);
 // v, a: both or none
 void scale_add(const Matrix& y0, const float* v, const Matrix& a, const float* row_scale, const float* bias, const Matrix& y, int threads);
 

@@ -98,14 +98,14 @@ void copy_u(const Reading& r, int64_t t, int64_t rows, const float* wide) {
 // coming (3072 x 1536 fp32, two EPYC cores: bwd_x 1.63 ms, so 1.40; bwd_dy 2.71 and 2.19).
 class Ahead {
  public:
-  Ahead(const Matrix& x, int64_t t, int64_t k, int64_t t1) {
+  Ahead(const Matrix& x, int64_t t, int64_t k, int64_t t1, int64_t k0, int64_t k1) {
     k += kBlockCols;
-    if (k >= x.columns) k = 0, t += kBlockRows;
+    if (k >= k1) k = k0, t += kBlockRows;
     const int64_t size = x.dtype == kF32 ? 4 : 2;
     at_ = static_cast<const char*>(x.data) + (t * x.stride + k) * size;
     rows_ = least(kBlockRows, t1 - t);
     stride_ = x.stride * size;
-    bytes_ = least(kBlockCols, x.columns - k) * size;
+    bytes_ = least(kBlockCols, k1 - k) * size;
   }
   void fetch(int64_t rows) {
     for (; rows > 0 && rows_ > 0; --rows, --rows_, at_ += stride_)
@@ -121,36 +121,30 @@ void read(const Reading& r, int64_t t0, int64_t t1, const Partial& part, float* 
   alignas(64) float block[kBlockRows * kStride];
   const int64_t wide = r.panel_count * kWidth, total = r.x.columns;
   const bool sides = r.row_squares || r.column_sums || r.y0.dtype || r.col_scale;
-  // Read once: not worth a copy.
-  const bool in_place = r.x.dtype == kF32 && !r.left && !sides && r.panel_count == 1;
+  // A block of fp32 is multiplied where it lies, unless columns of it would be read first and its rows share their sets of the cache.
+  const bool in_place = r.x.dtype == kF32 && !sides && (r.panels ? r.panel_count == 1 : r.x.stride % 1024 != 0);
   for (int64_t t = t0; t < t1; t += kBlockRows) {
     const int64_t rows = least(kBlockRows, t1 - t);
     for (int64_t k = 0; k < total; k += kBlockCols) {
       const int64_t columns = least(kBlockCols, total - k);
-      Ahead ahead(r.x, t, k, t1);
+      Ahead ahead(r.x, t, k, t1, 0, total);
       for (int s = 0; s < r.segments.count; ++s) {
         const Segment& g = r.segments.list[s];
-        const bool direct = in_place && !g.threshold;
-        const float* x = static_cast<const float*>(r.x.data) + t * r.x.stride;
+        const bool direct = in_place && !g.threshold && (!r.left || columns % kLanes == 0);
+        const float* from = direct ? static_cast<const float*>(r.x.data) + t * r.x.stride + k : block;
+        const int64_t step = direct ? r.x.stride : kStride;
         if (!direct) fill(r.x, t, k, rows, columns, r.segments.seed, g, block);
         if (sides) side_results(r, part, t, k, rows, columns, t == t0, block);
         for (int64_t n = 0; r.panels && n < g.rank; n += kWidth) {
           const int64_t panel = g.panel + n / kWidth;
-          const Product p = {direct ? x + k : block,
-                             direct ? r.x.stride : kStride,
-                             1,
-                             r.panels + (panel * total + k) * kWidth,
-                             kWidth,
-                             columns,
-                             wide,
-                             k > 0};
+          const Product p = {from, step, 1, r.panels + (panel * total + k) * kWidth, kWidth, columns, wide, k > 0};
           for (int64_t i = 0; i < rows; i += kTall) {
             ahead.fetch(r.left ? 0 : kTall);
             product(p, least(kTall, rows - i), least(kWidth, g.rank - n), scratch + i * wide + panel * kWidth, i);
           }
         }
         for (int64_t j = 0; r.left && j < columns; j += kWidth) {
-          const Product p = {r.left + t * r.left_rank + g.first, 1, r.left_rank, block + j, kStride, rows, part.stride, t > t0};
+          const Product p = {r.left + t * r.left_rank + g.first, 1, r.left_rank, from + j, step, rows, part.stride, t > t0};
           ahead.fetch(kBlockRows * kWidth / kBlockCols);
           product(p, r.panels ? r.left_rank : g.rank, least(kWidth, columns - j), part.m + g.first * part.stride + k + j);
         }
@@ -162,15 +156,13 @@ void read(const Reading& r, int64_t t0, int64_t t1, const Partial& part, float* 
 
 // ---- writing ----
 
-// From: y's format. To: the sum's.
-template <class From, class To>
-FA_INLINE void add_row(const Matrix& y, const Matrix& out, const float* sum, int64_t t, int64_t k, int64_t columns) {
-  const auto* from = static_cast<const typename From::E*>(y.data) + t * y.stride + k;
-  auto* to = static_cast<typename To::E*>(out.data) + t * out.stride + k;
-  const auto added = [&](int64_t j) { return widen_at<From>(from + j, columns - j) + load<F>(sum + j); };
+template <class Format>
+FA_INLINE void add_row(const Matrix& y, const float* sum, int64_t t, int64_t k, int64_t columns) {
+  auto* at = static_cast<typename Format::E*>(y.data) + t * y.stride + k;
+  const auto added = [&](int64_t j) { return widen_at<Format>(at + j, columns - j) + load<F>(sum + j); };
   int64_t j = 0;
-  for (; j + 2 * kLanes <= columns; j += 2 * kLanes) To::store_pair(to + j, added(j), added(j + kLanes));
-  for (; j < columns; j += kLanes) narrow_at<To>(to + j, added(j), columns - j);
+  for (; j + 2 * kLanes <= columns; j += 2 * kLanes) Format::store_pair(at + j, added(j), added(j + kLanes));
+  for (; j < columns; j += kLanes) narrow_at<Format>(at + j, added(j), columns - j);
 }
 
 template <class Format>
@@ -216,58 +208,78 @@ FA_INLINE void merge_row(const Writing& w, const float* sum, int64_t t, int64_t 
   }
 }
 
-// c (+)= u a for one segment and block, a few rows at a time: the block's panels stay in L1, and c is walked along its rows.
-void expand_segment(const Writing& w, const Segment& g, int64_t t, int64_t k, int64_t rows, int64_t columns, bool add, float* c,
-                    int64_t c_m) {
+// c (+)= u a for one segment and block, a few rows at a time: the block's panels stay in L1, and c is walked along its rows. `start`: kBlockCols
+// numbers that every row of c begins with instead of zeros, or null.
+void expand_segment(const Writing& w, const Segment& g, int64_t t, int64_t k, int64_t rows, int64_t columns, bool add, const float* start,
+                    float* c, int64_t c_m, Ahead& ahead) {
   for (int64_t i = 0; i < rows; i += kTall) {
     const float* u = w.u + (t + i) * w.rank + g.first;
     const int64_t height = least(kTall, rows - i);
+    ahead.fetch(kTall);
     for (int64_t j = 0; j < columns; j += kWidth) {
       const float* panel = w.panels + ((k + j) / kWidth * w.rank + g.first) * kWidth;
-      const Product p = {u, w.rank, 1, panel, kWidth, g.rank, c_m, add};
+      const Product p = {u, w.rank, 1, panel, kWidth, g.rank, c_m, add, start ? start + j : nullptr};
       product(p, height, least(kWidth, columns - j), c + i * c_m + j);
     }
   }
 }
 
-// sum[i][j] = drop(u a) for a block, all segments together.
-void expand(const Writing& w, int64_t t, int64_t k, int64_t rows, int64_t columns, float* sum) {
+// sum[i * stride + j] = start[j] + drop(u a) for a block, all segments together.
+void expand(const Writing& w, int64_t t, int64_t k, int64_t rows, int64_t columns, const float* start, float* sum, int64_t stride,
+            Ahead ahead) {
   alignas(64) float own[kBlockRows * kStride];
   for (int s = 0; s < w.segments.count; ++s) {
     const Segment& g = w.segments.list[s];
-    float* to = s > 0 && g.threshold ? own : sum;
-    expand_segment(w, g, t, k, rows, columns, s > 0 && !g.threshold, to, kStride);
+    const bool apart = s > 0 && g.threshold;
+    float* to = apart ? own : sum;
+    const int64_t step = apart ? kStride : stride;
+    expand_segment(w, g, t, k, rows, columns, s > 0 && !g.threshold, s > 0 || g.threshold ? nullptr : start, to, step, ahead);
     if (!g.threshold) continue;
     const Origin& o = w.origin;
     for_masked_rows(t + o.row, k + o.column, rows, columns, o.total, w.segments.seed, g, [&](int64_t i, const uint16_t* keep) {
-      float *row = sum + i * kStride, *mine = to + i * kStride;
+      float *row = sum + i * stride, *mine = to + i * step;
+      const float* under = s > 0 ? row : start;
       for (int64_t j = 0; j < columns; j += kLanes) {
         const F f = masked(load<F>(mine + j), load<S>(keep + j));
-        store(row + j, s > 0 ? load<F>(row + j) + f : f);
+        store(row + j, under ? load<F>(under + j) + f : f);
       }
     });
   }
 }
 
+// y = bias + drop(u a) for a block of an fp32 matrix.
+void fill_block(const Writing& w, int64_t t, int64_t k, int64_t rows, int64_t columns, Ahead ahead, float* sum) {
+  alignas(64) float start[kBlockCols] = {};
+  if (w.bias) memcpy(start, w.bias + k, size_t(columns) * sizeof(float));
+  float* y = static_cast<float*>(w.y.data) + t * w.y.stride + k;
+  if (columns % kLanes == 0) return expand(w, t, k, rows, columns, w.bias ? start : nullptr, y, w.y.stride, ahead);
+  expand(w, t, k, rows, columns, w.bias ? start : nullptr, sum, kStride, ahead);
+  for (int64_t i = 0; i < rows; ++i) memcpy(y + i * w.y.stride, sum + i * kStride, size_t(columns) * sizeof(float));
+}
+
 void write(const Writing& w, int64_t t0, int64_t t1, int64_t k0, int64_t k1, double* stats) {
   alignas(64) float sum[kBlockRows * kStride];
-  const bool direct = w.kind == Write::kAdd && w.y.dtype == kF32 && !w.out.dtype && w.segments.count == 1 && !w.segments.list[0].threshold;
+  const bool direct = w.kind == Write::kAdd && w.y.dtype == kF32 && w.segments.count == 1 && !w.segments.list[0].threshold;
   for (int64_t t = t0; t < t1; t += kBlockRows) {
     const int64_t rows = least(kBlockRows, t1 - t);
     for (int64_t k = k0; k < k1; k += kBlockCols) {
       const int64_t columns = least(kBlockCols, k1 - k);
-      if (direct && columns == kBlockCols) {
-        float* y = static_cast<float*>(w.y.data) + t * w.y.stride;
-        expand_segment(w, w.segments.list[0], t, k, rows, columns, true, y + k, w.y.stride);
+      if (w.kind == Write::kFill) {
+        fill_block(w, t, k, rows, columns, Ahead(w.y, t, k, t1, k0, k1), sum);
         continue;
       }
-      if (w.u) expand(w, t, k, rows, columns, sum);
-      with_format(w.out.dtype ? w.out.dtype : w.y.dtype, [&](auto format) {
+      if (direct && columns == kBlockCols) {
+        float* y = static_cast<float*>(w.y.data) + t * w.y.stride;
+        Ahead ahead(w.y, t, k, t1, k0, k1);
+        expand_segment(w, w.segments.list[0], t, k, rows, columns, true, nullptr, y + k, w.y.stride, ahead);
+        continue;
+      }
+      if (w.u) expand(w, t, k, rows, columns, nullptr, sum, kStride, Ahead(w.y, t, k, t1, k0, k1));
+      with_format(w.y.dtype, [&](auto format) {
         using Format = decltype(format);
         for (int64_t i = 0; i < rows; ++i) {
           const float* row = sum + i * kStride;
-          if (w.kind == Write::kAdd && w.out.dtype) add_row<F32, Format>(w.y, w.out, row, t + i, k, columns);
-          if (w.kind == Write::kAdd && !w.out.dtype) add_row<Format, Format>(w.y, w.y, row, t + i, k, columns);
+          if (w.kind == Write::kAdd) add_row<Format>(w.y, row, t + i, k, columns);
           if (w.kind == Write::kScaleAdd) scale_add_row<Format>(w, row, t + i, k, columns);
           if (w.kind == Write::kMerge) merge_row<Format>(w, row, t + i, k, columns, stats);
         }

@@ -23,6 +23,7 @@ struct Product {
   int64_t b_p, depth;
   int64_t c_m;
   bool add;
+  const float* start = nullptr;  // what each row of c begins with; none: zeros
 };
 
 template <int M, int V>
@@ -31,7 +32,7 @@ void tile(const Product& g, const float* a, float* c) {
 #pragma GCC unroll 32
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) sum[m][v] = F{};
+    for (int v = 0; v < V; ++v) sum[m][v] = g.start ? load<F>(g.start + v * kLanes) : F{};
   const float* b = g.b;
   const int64_t a_m = g.a_m, a_p = g.a_p, b_p = g.b_p, c_m = g.c_m;
   const bool add = g.add;
@@ -164,16 +165,44 @@ void draw(uint16_t* keep, uint64_t first, int64_t row_step, int64_t rows, int64_
   for (int i = 0; i < count; i += kBatch) draw_batch(groups + i, keys, s.stream, s.threshold);
 }
 
+// Flags of 16 columns as bits, and back.
+FA_INLINE uint16_t to_bits(const uint16_t* keep) {
+#if defined(__x86_64__)
+  return uint16_t(_mm_movemask_epi8(_mm_packs_epi16(load<__m128i>(keep), load<__m128i>(keep + 8))));
+#else
+  uint16_t bits = 0;
+  for (int i = 0; i < 16; ++i) bits = uint16_t(bits | (keep[i] & 1) << i);
+  return bits;
+#endif
+}
+FA_INLINE void from_bits(uint16_t bits, uint16_t* keep) {
+  typedef uint16_t Sixteen __attribute__((vector_size(32)));
+  const Sixteen one = {1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
+  const Sixteen flags = Sixteen(((Sixteen{} + bits) & one) == one);
+  memcpy(keep, &flags, sizeof flags);
+}
+
 // One block's masks, kMaskRows rows at a time: calls f(row of the block, its keep flags).
 template <class Function>
 FA_INLINE void for_masked_rows(int64_t t, int64_t k, int64_t rows, int64_t columns, int64_t total, uint64_t seed, const Segment& s,
                                Function f) {
   alignas(64) uint16_t keep[kMaskRows * kMaskStride];
+  const bool stored = s.bits && k % 16 == 0;
   for (int64_t r = 0; r < rows; r += kMaskRows) {
     const int64_t n = least(kMaskRows, rows - r);
     const uint64_t first = uint64_t((t + r) * total + k);
-    draw(keep, first, total, n, columns, seed, s);
-    for (int64_t i = 0; i < n; ++i) f(r + i, keep + i * kMaskStride + (first + uint64_t(i * total)) % 8);
+    if (!stored || !s.known) draw(keep, first, total, n, columns, seed, s);
+    for (int64_t i = 0; i < n; ++i) {
+      uint16_t* flags = keep + i * kMaskStride;
+      uint8_t* bits = stored ? s.bits + (t + r + i) * s.bits_stride + k / 8 : nullptr;
+      if (stored && s.known)
+        for (int64_t j = 0; j < columns; j += 16) from_bits(load<uint16_t>(bits + j / 8), flags + j);
+      else
+        flags += (first + uint64_t(i * total)) % 8;
+      if (stored && !s.known)
+        for (int64_t j = 0; j < columns; j += 16) store(bits + j / 8, to_bits(flags + j));
+      f(r + i, flags);
+    }
   }
 }
 

@@ -17,6 +17,7 @@ from ..autocast import autocasting
 from ..derivatives import first_order
 from ..ops import base as base_ops
 from ..ops.base import Base
+from ..ops.dense import widens
 from ..ops.dense_low import Low
 from ..ops.lowrank import is_direct, ops_for
 from . import mid as middle
@@ -49,6 +50,10 @@ def _stack(parts: Sequence[Tensor], dim: int) -> Tensor:
 
 def _columns(t: Tensor, first: int, count: int) -> Tensor:
     return t if t.shape[1] == count else t[:, first : first + count]
+
+
+def _rows(t: Tensor, first: int, count: int) -> Tensor:
+    return t if t.shape[0] == count else t[first : first + count]
 
 
 class _Output:
@@ -114,20 +119,21 @@ class LowRankLinear(torch.autograd.Function):
             u = ops.lr_shrink(xs, _stack([a for o in outputs for a in o.A], 0), seed, p, ranks) if ranks else None
             results, kept, column = [], [], 0
             for output in outputs:
-                v = b = y0 = None
+                v = b = y0 = low = None
                 if output.A:
                     assert u is not None
                     v, b = _values(u, output, column), _stack(output.B, 1).t()
+                    low = Low(v, b, None, None, [v.shape[1]], ops)
                     column += sum(output.ranks)
                 if output.row_scale is None:
-                    y = base_ops.linear(xs, output.base, output.bias, None if v is None or b is None else Low(v, b, None, None, [v.shape[1]]))
+                    y = base_ops.linear(xs, output.base, output.bias, low)
                 else:
                     y0 = base_ops.linear(xs, output.base, output.bias if output.scale_bias else None)
                     y = ops.lr_scale_add_(y0, v, b, output.row_scale, None if output.scale_bias else output.bias)
                     y0 = y0 if output.row_scale.requires_grad else None
                 kept.append(y0)
                 results.append(y)
-            ctx.plan, ctx.device_type = plan, x.device.type
+            ctx.plan, ctx.device_type, ctx.ops = plan, x.device.type, ops if is_direct(x) else None
             ctx.numbers, given = (None, scalars) if isinstance(scalars, Tensor) else (scalars, None)
             needs_x = _needs_x(ctx.needs_input_grad[5:], outputs) or ctx.needs_input_grad[2]
             ctx.save_for_backward(x if needs_x else None, col_scale, seed, given, u, *kept, *tensors)
@@ -145,12 +151,17 @@ class LowRankLinear(torch.autograd.Function):
             sample = next((dy for dy in grads if dy is not None), None)
             if sample is None:
                 return (None,) * (5 + len(tensors))
-            ops, (scales, p) = ops_for(sample), _numbers(sample, scalars)
+            # Forward's backend, where ops are called directly both times.
+            ops = ctx.ops if ctx.ops is not None and is_direct(sample) else ops_for(sample)
+            scales, p = _numbers(sample, scalars)
             outputs = _outputs(tensors, ctx.plan, scales)
             xs = x if x is None or col_scale is None else (x * col_scale).to(x.dtype)
             found: list[Tensor | None] = [None] * len(tensors)
             into_x, dy0s, dus, column = want_x or want_col, [], [], 0
-            for output, dy, y0 in zip(outputs, grads, kept, strict=True):
+            # Where products are made of fp32 tiles anyway, the gradient of col_scale gets dx before its rounding.
+            wide = want_col and widens(sample)
+            for output, given_dy, y0 in zip(outputs, grads, kept, strict=True):
+                dy = given_dy.float() if wide and given_dy is not None else given_dy
                 width = sum(output.ranks)
                 dy0 = None
                 if dy is None:
@@ -159,7 +170,7 @@ class LowRankLinear(torch.autograd.Function):
                     dy0, du = _through_output(ops, output, dy, y0, u, column, wanted, found, into_x)
                     dus.append(du)
                     if wanted[output.start]:
-                        found[output.start] = (dy0.t() @ xs).to(output.base.weight.dtype)
+                        found[output.start] = (dy0.t() @ xs.to(dy0.dtype)).to(output.base.weight.dtype)
                 dy0s.append(dy0)
                 column += width
             dx = _through_x(ops, outputs, xs, seed, p, dus, wanted, found, dy0s if into_x else ())
@@ -167,7 +178,7 @@ class LowRankLinear(torch.autograd.Function):
             if want_col and dx is not None:
                 d_col = ops.lr_bwd_dy(dx, None, None, None, x, False)[4].to(col_scale.dtype)  # sum over the tokens of dx * x, in fp32
             if dx is not None and col_scale is not None:
-                dx = (dx * col_scale).to(dx.dtype)
+                dx = (dx * col_scale).to(sample.dtype)
             return None, dx if want_x else None, d_col, None, None, *found
 
 
@@ -245,17 +256,18 @@ def _through_x(
         width = [sum(output.ranks) for output in outputs]
         du = _stack([known.new_zeros(known.shape[0], w) if d is None else d for d, w in zip(dus, width, strict=True) if w], 1)
         if dy0s:
-            low = Low(du, _stack([a for output in outputs for a in output.A], 0), seed, p, ranks)
-    dx = None
-    for output, dy0 in zip(outputs, dy0s, strict=False):
-        if dy0 is not None:
-            dx = base_ops.linear_dx(dy0, output.base, low) if dx is None else dx.add_(base_ops.linear_dx(dy0, output.base))
+            low = Low(du, _stack([a for output in outputs for a in output.A], 0), seed, p, ranks, ops)
+    # Before dx, which has the same masks.
     if du is not None and any([output.any_of(wanted, _A) for output in outputs]):
         ma, row = ops.lr_bwd_x(xs, du, seed, p, ranks), 0
         for output in outputs:
             for j, a in enumerate(output.A):
                 at = output.segments + len(SEGMENT) * j
                 if wanted[at]:
-                    found[at] = ma[row : row + a.shape[0]].to(a.dtype)
+                    found[at] = _rows(ma, row, a.shape[0]).to(a.dtype)
                 row += a.shape[0]
+    dx = None
+    for output, dy0 in zip(outputs, dy0s, strict=False):
+        if dy0 is not None:
+            dx = base_ops.linear_dx(dy0, output.base, low) if dx is None else dx.add_(base_ops.linear_dx(dy0, output.base))
     return dx

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,8 +20,7 @@ from .function import Entry, LowRankLinear, Numbers
 _apply: Any = LowRankLinear.apply
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """One low-rank branch: scaling * token_gate * act((drop(x) A^T * rank_gate) core) B^T.
 
     ``A``: R x K; ``B``: N x R (N x R2 with a core); ``rank_gate``: R; ``token_gate``: one number per token, x's leading shape; ``core``: R x R2;
@@ -40,8 +38,7 @@ class Segment:
     activation: str | None = None
 
 
-@dataclass(frozen=True)
-class Output:
+class Output(NamedTuple):
     """One linear output of a shared x: row_scale * (x W^T + segments) + bias, or row_scale * (... + bias) with ``scale_bias``.
 
     ``weight``: N x K, a tensor or a `QuantizedTensor`; ``bias``, ``row_scale``: N.
@@ -49,7 +46,7 @@ class Output:
 
     weight: Tensor | QuantizedTensor
     bias: Tensor | None = None
-    segments: Sequence[Segment] = field(default_factory=tuple)
+    segments: Sequence[Segment] = ()
     row_scale: Tensor | None = None
     scale_bias: bool = False
 

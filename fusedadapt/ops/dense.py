@@ -40,15 +40,15 @@ def widens(x: Tensor) -> bool:
 
 def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + bias. x: T x K; w: N x K."""
-    if widens(x):
+    if widens(w):
         out: Tensor = torch.ops.fusedadapt.dense_widened(x, w, bias, False)
         return out
     return F.linear(x, w, bias)
 
 
 def linear_dx(dy: Tensor, w: Tensor) -> Tensor:
-    """dy W. dy: T x N; w: N x K."""
-    if widens(dy):
+    """dy W. dy: T x N, in fp32 where W `widens` too; w: N x K."""
+    if widens(w):
         out: Tensor = torch.ops.fusedadapt.dense_widened(dy, w, None, True)
         return out
     return dy @ w
@@ -61,23 +61,28 @@ def check(x: Tensor, w: Tensor, transposed: bool) -> None:
         raise ValueError(f"fusedadapt.dense_widened: expected x of {inner} columns; got {tuple(x.shape)}; pass matching shapes")
 
 
-def _round(tile: Tensor, out: Tensor, row: int, column: int) -> None:
-    out.copy_(tile)
-
-
-def widened(x: Tensor, w: Tensor, bias: Tensor | None, transposed: bool, finish: Callable[[Tensor, Tensor, int, int], None] = _round) -> Tensor:
-    """x W^T + bias, or x W where ``transposed``. ``finish`` gets an fp32 tile of it, where it goes, and that place's first row and column."""
+def widened(
+    x: Tensor, w: Tensor, bias: Tensor | None, transposed: bool, start: Callable[[Tensor, Tensor | None, int, int], None] | None = None
+) -> Tensor:
+    """x W^T + bias, or x W where ``transposed``. ``start`` fills an fp32 tile with what its product is added to: it gets the tile, the bias's part
+    (fp32) and the tile's first row and column; none: the bias, or nothing."""
     check(x, w, transposed)
     inner, width = (w.shape[0], w.shape[1]) if transposed else (w.shape[1], w.shape[0])
     y = x.new_empty(x.shape[0], width)
     block = max(64, _SCRATCH // max(1, inner))
     wide_bias = None if bias is None else bias.float()
     for j in range(0, width, block):
-        tile = (w[:, j : j + block] if transposed else w[j : j + block].t()).float()
+        right = (w[:, j : j + block] if transposed else w[j : j + block].t()).float()
+        under = None if wide_bias is None else wide_bias[j : j + block]
         for i in range(0, x.shape[0], block):
             rows = x[i : i + block].float()
-            product = rows @ tile if wide_bias is None else torch.addmm(wide_bias[j : j + block], rows, tile)
-            finish(product, y[i : i + block, j : j + block], i, j)
+            if start is not None:
+                tile = right.new_empty(rows.shape[0], right.shape[1])
+                start(tile, under, i, j)
+                tile.addmm_(rows, right)
+            else:
+                tile = rows @ right if under is None else torch.addmm(under, rows, right)
+            y[i : i + block, j : j + block] = tile
     return y
 
 

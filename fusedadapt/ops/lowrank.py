@@ -63,7 +63,7 @@ def _matrix(op: str, name: str, t: Tensor, rows: Any = None, columns: Any = None
         _refuse(op, f"{name} on {like.device}", t.device, "move it there")
 
 
-def _vector(op: str, name: str, t: Tensor | None, length: Any, like: Tensor) -> None:
+def check_vector(op: str, name: str, t: Tensor | None, length: Any, like: Tensor) -> None:
     if t is None:
         return
     if t.dim() != 1 or t.shape[0] != length:
@@ -201,8 +201,8 @@ def _check_scale_add(y0: Tensor, v: Tensor | None, a: Tensor | None, row_scale: 
     if v is not None and a is not None:
         _matrix("scale_add_", "v", v, rows=y0.shape[0], like=y0)
         _matrix("scale_add_", "a", a, rows=v.shape[1], columns=y0.shape[1], like=y0)
-    _vector("scale_add_", "row_scale", row_scale, y0.shape[1], y0)
-    _vector("scale_add_", "bias", bias, y0.shape[1], y0)
+    check_vector("scale_add_", "row_scale", row_scale, y0.shape[1], y0)
+    check_vector("scale_add_", "bias", bias, y0.shape[1], y0)
 
 
 def _flops_scale_add(y0: Any, v: Any, *_: Any, **__: Any) -> int:
@@ -230,7 +230,7 @@ def _check_bwd_dy(dy: Tensor, v: Tensor | None, b: Tensor | None, row_scale: Ten
         _matrix("bwd_dy", "v", v, rows=dy.shape[0], like=dy)
     if b is not None:
         _matrix("bwd_dy", "b", b, rows=dy.shape[1], like=dy)
-    _vector("bwd_dy", "row_scale", row_scale, dy.shape[1], dy)
+    check_vector("bwd_dy", "row_scale", row_scale, dy.shape[1], dy)
     if y0 is not None:
         _matrix("bwd_dy", "y0", y0, rows=dy.shape[0], columns=dy.shape[1], like=dy)
 
@@ -250,12 +250,6 @@ def _flops_bwd_dy(dy: Any, v: Any, b: Any, *_: Any, **__: Any) -> int:
     return 2 * dy[0] * dy[1] * ((v[1] if v is not None else 0) + (b[1] if b is not None else 0))
 
 
-@op(
-    "lr_bwd_dy(Tensor dy, Tensor? v, Tensor? b, Tensor? row_scale, Tensor? y0, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _check_bwd_dy,
-    _fake_bwd_dy,
-    _flops_bwd_dy,
-)
 def _bwd_dy(
     dy: Tensor, v: Tensor | None, b: Tensor | None, row_scale: Tensor | None, y0: Tensor | None, need_bias: bool, backend: ModuleType | None = None
 ) -> tuple[Tensor, ...]:
@@ -264,6 +258,17 @@ def _bwd_dy(
     y0 = y0 if y0 is None else _rows(y0)
     out: tuple[Tensor, ...] = (backend or backend_of("bwd_dy", dy)).bwd_dy(_rows(dy), _dense(v), b, _dense(row_scale), y0, need_bias)
     return out
+
+
+@op(
+    "lr_bwd_dy(Tensor dy, Tensor? v, Tensor? b, Tensor? row_scale, Tensor? y0, bool need_bias) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _check_bwd_dy,
+    _fake_bwd_dy,
+    _flops_bwd_dy,
+)
+def _bwd_dy_apart(*args: Any) -> tuple[Tensor, ...]:
+    """Backends may return one tensor for all parts that have no elements; results of an op may not be the same tensor."""
+    return tuple(part if part.numel() else part.clone() for part in _bwd_dy(*args))
 
 
 def _check_dropout(x: Tensor, seed: Tensor, p: Tensor) -> None:
@@ -301,7 +306,7 @@ def _check_merge(w: Tensor, v: Tensor, a: Tensor, row_scale: Tensor | None) -> N
     _matrix("merge_", "w", w)
     _matrix("merge_", "v", v, rows=w.shape[0], like=w)
     _matrix("merge_", "a", a, rows=v.shape[1], columns=w.shape[1], like=w)
-    _vector("merge_", "row_scale", row_scale, w.shape[0], w)
+    check_vector("merge_", "row_scale", row_scale, w.shape[0], w)
 
 
 @op(
@@ -325,12 +330,20 @@ class _Direct:
         self._key = key
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        run = functools.partial(_RUNS[name], backend=_module(_choose(name.removeprefix("lr_"), *self._key).backend))
+        function, op = RUNS[name]
+        run = functools.partial(function, backend=_module(_choose(op, *self._key).backend))
         setattr(self, name, run)
         return run
 
 
-_RUNS = {"lr_shrink": _shrink, "lr_bwd_x": _bwd_x, "lr_add_": _add_, "lr_scale_add_": _scale_add_, "lr_bwd_dy": _bwd_dy}
+#: the functions behind the ops that are called directly, and whose backend each takes
+RUNS: dict[str, tuple[Callable[..., Any], str]] = {
+    "lr_shrink": (_shrink, "shrink"),
+    "lr_bwd_x": (_bwd_x, "bwd_x"),
+    "lr_add_": (_add_, "add_"),
+    "lr_scale_add_": (_scale_add_, "scale_add_"),
+    "lr_bwd_dy": (_bwd_dy, "bwd_dy"),
+}
 _direct = functools.lru_cache(maxsize=64)(_Direct)
 
 

@@ -60,12 +60,13 @@ def bwd_x(x: Tensor, u: Tensor, seed: Tensor | None, thresholds: Sequence[int], 
 
 def add_(y: Tensor, u: Tensor, a: Tensor, seed: Tensor | None, thresholds: Sequence[int], ranks: Sequence[int]) -> None:
     """y += drop(u a), rounded once. y: T x K; u: T x R; a: R x K."""
-    round_add(y, None, (0, 0, 0), u, a, seed, thresholds, ranks)
+    u, a_ = _fp32(u), _adapter(a)
+    _core.lr_add(_matrix(y), u.data_ptr(), _matrix(a_), _key(seed), thresholds, ranks, torch.get_num_threads())
 
 
-def round_add(
-    tile: Tensor,
-    out: Tensor | None,
+def fill_(
+    y: Tensor,
+    bias: Tensor | None,
     origin: tuple[int, int, int],
     u: Tensor,
     a: Tensor,
@@ -73,12 +74,12 @@ def round_add(
     thresholds: Sequence[int],
     ranks: Sequence[int],
 ) -> None:
-    """out = tile + drop(u a), rounded once to out's dtype, for an fp32 tile of a larger matrix. No ``out``: in place, in any dtype.
+    """y = bias + drop(u a), for an fp32 tile of a larger matrix: what a GEMM then adds its product to.
 
-    ``origin``: the tile's first row and column there, and that matrix's width. tile, out: t x k; u: t x R; a: R x k.
+    ``origin``: the tile's first row and column there, and that matrix's width. y: t x k; bias: k; u: t x R; a: R x k.
     """
-    u, a_ = _fp32(u), _adapter(a)
-    _core.lr_add(_matrix(tile), _matrix(out), origin, u.data_ptr(), _matrix(a_), _key(seed), thresholds, ranks, torch.get_num_threads())
+    u, a_, bias = _fp32(u), _adapter(a), None if bias is None else _fp32(bias)
+    _core.lr_fill(_matrix(y), _address(bias), origin, u.data_ptr(), _matrix(a_), _key(seed), thresholds, ranks, torch.get_num_threads())
 
 
 def scale_add_(y0: Tensor, v: Tensor | None, a: Tensor | None, row_scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -97,14 +98,14 @@ def bwd_dy(
 
     dy, y0: T x N; v: T x R; b: N x R; row_scale: N. Sums and products are fp32 and use dY0 before its rounding.
     """
-    (t, n), fp32 = dy.shape, torch.float32
+    (t, n), none = dy.shape, torch.empty(0, dtype=torch.float32, device="cpu")
     v, b, row_scale = None if v is None else _fp32(v), _adapter(b), None if row_scale is None else _fp32(row_scale)
     rank = 0 if v is None else v.shape[1]
-    scaled = torch.empty(0 if row_scale is None else (t, n), dtype=dy.dtype, device="cpu")
-    dv = torch.empty(0 if b is None else (t, b.shape[1]), dtype=fp32, device="cpu")
-    mb = torch.empty(0 if v is None else (n, rank), dtype=fp32, device="cpu")
-    db = torch.empty(n if need_bias else 0, dtype=fp32, device="cpu")
-    dg = torch.empty(0 if y0 is None else n, dtype=fp32, device="cpu")
+    scaled = none.to(dy.dtype) if row_scale is None else torch.empty(t, n, dtype=dy.dtype, device="cpu")
+    dv = none if b is None else none.new_empty(t, b.shape[1])
+    mb = none if v is None else none.new_empty(n, rank)
+    db = none.new_empty(n) if need_bias else none
+    dg = none if y0 is None else none.new_empty(n)
     out = [part.data_ptr() for part in (dv, mb, db, dg)]
     scaled_ = _ABSENT if row_scale is None else _matrix(scaled)
     _core.lr_bwd_dy(_matrix(dy), _address(v), rank, _matrix(b), _address(row_scale), _matrix(y0), scaled_, out, torch.get_num_threads())

@@ -137,8 +137,15 @@ void check(const Shape& c, const std::string& isa) {
   Array out(c.dtype, t, k, 0, true);
   lr::scale_add(y0.m, u.floats(), a.m, scale.floats(), nullptr, out.m, 2);
   close(out, plain, slack, "scale_add " + what);
-  lr::add(x.m, {}, {}, u.floats(), a.m, c.segments, kSeed, 2);
+  lr::add(x.m, u.floats(), a.m, c.segments, kSeed, 2);
   close(x, sum, slack, "add " + what);
+  Array tile(fa::kF32, t, k, 3, true);
+  lr::fill(tile.m, scale.floats(), {}, u.floats(), a.m, c.segments, kSeed, 2);
+  close(
+      tile,
+      table(t, k, rank,
+            [&](int64_t i, int64_t j, int64_t r) { return u(i, r) * a(r, j) * kept(i * k + j, segment(r)) + scale(0, j) / double(rank); }),
+      slack, "fill " + what);
   Doubles merged = table(t, k, rank, [&](int64_t i, int64_t j, int64_t r) { return u(i, r) * a(r, j); });
   for (int64_t i = 0; i < t; ++i)
     for (int64_t j = 0; j < k; ++j) merged[size_t(i * k + j)] += x(i, j);
