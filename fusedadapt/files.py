@@ -6,6 +6,7 @@ import json
 import math
 import os
 import struct
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,6 +72,14 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a CPU tensor in row-major order."""
     flat = tensor.detach().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def checksum(about: Any, *tensors: Tensor) -> int:
+    """CRC-32 of what JSON can hold and of the bytes and dtypes of CPU tensors: a flipped bit in a shape must not pass either."""
+    crc = zlib.crc32(json.dumps([about, [CODES[t.dtype] for t in tensors]]).encode())
+    for tensor in tensors:
+        crc = zlib.crc32(tensor_bytes(tensor), crc)
+    return crc
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
