@@ -189,6 +189,7 @@ def test_prune_model_bad_input_changes_nothing():
         ({"skip": ["head"]}, "head"),
         ({"scope": "block"}, "scope"),
         ({"density": 1.1}, "density"),
+        ({"density": None, "n": 2}, "n and m; got density=None, n=2, m=None"),
         ({"density": {"0.weight": 0.5}}, "1.weight"),
     ):
         with pytest.raises(ValueError, match=words):

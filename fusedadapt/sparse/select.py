@@ -114,7 +114,7 @@ def topk_mask(
         scope: "global": k of all elements of all tensors; "tensor": of each tensor; "row": of each row (last dimension); "block": of each run of
             ``block_size`` columns in a row.
         ties: among equal scores at the cut, "lowest_index" keeps those that come first, so that exactly k are kept; "inclusive" keeps all of them,
-            "exclusive" none.
+            "exclusive" none, unless all of them fit.
         nan: NaN scores rank "highest" (as torch.topk) or "lowest", or "raise".
         rounding: of density * n: "floor", "ceil" or "round" (half to even).
         group: a torch process group; scope "global" only. Every process passes its shards; ties go to the lower rank.
