@@ -97,7 +97,7 @@ def _check_words(method: str, compat: str, dtype: torch.dtype | None, device: to
     if dtype is not None and dtype not in MERGED:
         raise ValueError(f"merge: expected dtype to be float32, bfloat16, float16 or float64; got {dtype}")
     try:
-        torch.empty(0, device=device)
+        torch.empty(0, dtype=torch.uint8, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"merge: expected a device that torch can use; got {device!r} ({str(error).splitlines()[0]}); leave it out") from error
 
