@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
@@ -89,9 +90,9 @@ def _checked(
         raise ValueError("grow_prune: expected a plain parameter; got a DTensor; each process would choose its own share")
     if (fraction is None) == (k is None):
         raise ValueError(f"grow_prune: expected fraction or k; got {'both' if k is not None else 'neither'}")
-    if k is not None and (isinstance(k, bool) or not isinstance(k, int)):
+    if k is not None and (isinstance(k, bool) or not isinstance(k, Integral)):
         raise ValueError(f"grow_prune: expected an integer k; got {k!r}; a share is fraction=")
-    if fraction is not None and not (isinstance(fraction, int | float) and 0.0 <= fraction <= 1.0):
+    if fraction is not None and not (isinstance(fraction, Real) and 0.0 <= fraction <= 1.0):
         raise ValueError(f"grow_prune: expected a fraction in [0, 1]; got {fraction!r}")
     if new_value is not None and (isinstance(new_value, bool) or not isinstance(new_value, int | float)):
         raise ValueError(f"grow_prune: expected a number or None as new_value; got {new_value!r}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -142,13 +143,13 @@ def _open(base: Source | None, models: Sequence[Source], method: str, device: to
 
 
 def _job(method: str, base: Model | None, models: list[Model], weights: Any, density: Any, compat: str, normalize: bool | None) -> Job:
-    if isinstance(weights, (int, float)):
+    if isinstance(weights, Real):
         raise ValueError(f"merge: expected {len(models)} weights, one per model; got the number {weights}; pass a list")
     values = [1.0] * len(models) if weights is None else [float(w) for w in weights]
     if len(values) != len(models) or not all(math.isfinite(w) for w in values):
         raise ValueError(f"merge: expected {len(models)} finite weights, one per model; got {values}")
-    wanted = (0.1 if method == "pcb" else 1.0) if density is None else density
-    densities = [float(wanted)] * len(models) if isinstance(wanted, (int, float)) else [float(d) for d in wanted]
+    wanted: Any = (0.1 if method == "pcb" else 1.0) if density is None else density
+    densities = [float(wanted)] * len(models) if isinstance(wanted, Real) else [float(d) for d in wanted]
     if len(densities) != len(models) or not all(0.0 <= d <= 1.0 for d in densities):
         raise ValueError(f"merge: expected a density in [0, 1], or {len(models)} of them; got {density}")
     spec = METHODS.get(method)
