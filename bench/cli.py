@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fusedadapt.cli import positive
+
 
 class Family(NamedTuple):
     """What the command needs of a family: rows of a device, how one is measured, and what is made of the results."""
@@ -50,36 +52,51 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("family", choices=("optim", "lowrank", "quant", "sparse"), help="what to time")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--threads", type=int, default=2, help="torch.set_num_threads; ours use as many (default 2)")
+    parser.add_argument("--threads", type=positive(int), default=2, help="torch.set_num_threads; ours use as many (default 2)")
     parser.add_argument("--quick", action="store_true", help="smaller mixes and less time: a look, not a measurement")
-    parser.add_argument("--seconds", type=float, help="for the rounds of one row (default 6, quick 0.5)")
-    parser.add_argument("--filter", default="", metavar="RE", help="only rows whose name matches, e.g. 'adamw.*fp32'")
-    parser.add_argument("--json", metavar="FILE", help="write machine, rows and goals there")
-    parser.add_argument("--plots", metavar="DIR", help="write plots there, PNG and SVG")
+    parser.add_argument("--seconds", type=positive(float), help="for the rounds of one row (default 6, quick 0.5)")
+    parser.add_argument("--filter", type=_pattern, default="", metavar="RE", help="only rows whose name matches, e.g. 'adamw.*fp32'")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write machine, rows and goals there")
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="write plots there, PNG and SVG")
     parser.add_argument("--list", action="store_true", help="only name the rows")
     return parser
 
 
+def _pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"expected a regular expression, got {text!r}: {error}; escape what is meant literally") from None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0 once everything asked for was timed (goals missed do not change that), 2 if the command line does not fit."""
+    """Returns 0 once everything asked for was timed (goals missed do not change that), 2 if the command line does not fit here."""
     options = _parser().parse_args(argv)
     import torch
     from rich.console import Console
+
+    from fusedadapt.files import check_writable
 
     from .report import goals_table
     from .runner import Settings
 
     chosen = family(options.family, options.device)
     console = Console(width=None if sys.stdout.isatty() else 140)
-    rows = [row for row in chosen.rows if re.search(options.filter, row.name)]
+    rows = [row for row in chosen.rows if options.filter.search(row.name)]
     if not rows:
-        console.print(f"bench: expected --filter to match a row; {options.filter!r} matches none; --list names them", markup=False)
+        console.print(f"bench: expected --filter to match a row; {options.filter.pattern!r} matches none; --list names them", markup=False)
         return 2
     if options.list:
         console.print("\n".join(row.name for row in rows), markup=False, highlight=False)
         return 0
     if options.device == "cuda" and not torch.cuda.is_available():
         console.print("bench: expected a CUDA device; torch finds none; use --device cpu")
+        return 2
+    try:
+        for path in filter(None, (options.json, options.plots and options.plots / "plot.png")):
+            check_writable(path)
+    except OSError as error:
+        console.print(f"bench: expected to write {path}; {error.strerror}; choose another place", markup=False)
         return 2
     seconds = options.seconds if options.seconds is not None else 0.5 if options.quick else 6.0
     settings = Settings(options.device, options.threads, seconds, options.quick, (3 if options.quick else 5, 200))
@@ -99,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.quick:
         console.print("a quick run: mixes are smaller than the goals mean", style="yellow")
     if options.json:
-        Path(options.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     if options.plots:
-        console.print("\n".join(map(str, chosen.plots(report, Path(options.plots)))), markup=False, highlight=False)
+        console.print("\n".join(map(str, chosen.plots(report, options.plots))), markup=False, highlight=False)
     return 0

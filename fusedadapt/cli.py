@@ -8,6 +8,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from . import __version__
 
@@ -20,6 +21,18 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "merge": ("fusedadapt.sparse.cli", "merge fine-tuned models on disk: ties, dare, della, slerp and others, out of core"),
     "parity": ("fusedadapt.parity", "worst error against the fp64 truth per rule, dtype and case, for ours or another library"),
 }
+
+
+def positive(kind: type[int] | type[float], zero: bool = False) -> Any:
+    """argparse's `type` for finite numbers above 0 (or from 0 on)."""
+
+    def number(text: str) -> int | float:
+        value = kind(text)
+        if not (0 <= value if zero else 0 < value) or value == float("inf"):
+            raise argparse.ArgumentTypeError(f"expected {'0 or more' if zero else 'more than 0'}, got {text}")
+        return value
+
+    return number
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -37,7 +50,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0 fine, 1 the command found a fault, 2 the command line or installation has one."""
+    """Runs one command and returns its exit code: 0 fine, 1 the command found a fault, 2 the command line or installation has one, 130
+    interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] not in COMMANDS:
         parser = _parser()
@@ -55,4 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             fix = "pip install 'fusedadapt[demo]'"
         print(f"fusedadapt {command}: expected module {error.name}; it is not installed; {fix}", file=sys.stderr)
         return 2
-    return int(module.main(rest) or 0)
+    try:
+        return int(module.main(rest) or 0)
+    except KeyboardInterrupt:  # of the commands that have nothing to say about what is left
+        print(f"fusedadapt {command}: interrupted", file=sys.stderr)
+        return 130

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import struct
+import tempfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -52,6 +55,15 @@ def atomic_open(path: Path) -> Iterator[BinaryIO]:
     _fsync_folder(path.parent)
 
 
+def check_writable(path: Path) -> None:
+    """OSError now, rather than after the work whose result was to go to `path`. Makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    with tempfile.TemporaryFile(dir=path.parent):
+        pass
+
+
 def header(entries: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str]) -> tuple[bytes, list[str]]:
     """The head of a safetensors file and the order in which its tensors follow: wide types first, which keeps every tensor aligned."""
     table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -71,6 +83,14 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a CPU tensor in row-major order."""
     flat = tensor.detach().contiguous().reshape(-1)
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
+
+
+def checksum(about: Any, *tensors: Tensor) -> int:
+    """CRC-32 of what JSON can hold and of the bytes and dtypes of CPU tensors: a flipped bit in a shape must not pass either."""
+    crc = zlib.crc32(json.dumps([about, [CODES[t.dtype] for t in tensors]]).encode())
+    for tensor in tensors:
+        crc = zlib.crc32(tensor_bytes(tensor), crc)
+    return crc
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

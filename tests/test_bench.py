@@ -119,6 +119,24 @@ def test_command_writes_json_and_plots(tiny_mixes, tmp_path, capsys):
     assert "quick run" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "arguments, said",
+    [(["--filter", "("], "a regular expression"), (["--threads", "0"], "more than 0"), (["--seconds", "nan"], "more than 0")],
+)
+def test_arguments_are_checked_before_anything_runs(capsys, arguments, said):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["optim", *arguments])
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--json", "--plots"])
+def test_results_that_could_not_be_written_are_not_measured(tmp_path, capsys, monkeypatch, option):
+    monkeypatch.setattr(runner, "measure", lambda *_: pytest.fail("measured"))
+    (tmp_path / "file").write_text("")
+    assert cli.main(["optim", option, str(tmp_path / "file" / "below")]) == 2
+    assert "bench: expected to write" in capsys.readouterr().out
+
+
 def test_command_line_faults(capsys):
     assert cli.main(["optim", "--filter", "no such row"]) == 2
     if not torch.cuda.is_available():

@@ -45,6 +45,15 @@ def test_a_missing_module_is_named_with_its_cure(module, fix, monkeypatch, tmp_p
     assert re.search(fix, said) and ("a_package_that_is_not_here" in said) == ("lacking" in module)
 
 
+def test_ctrl_c_ends_any_command_with_one_line(monkeypatch, capsys):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fusedadapt.doctor.main", interrupted)
+    assert cli.main(["doctor"]) == 130
+    assert capsys.readouterr().err == "fusedadapt doctor: interrupted\n"
+
+
 def test_every_command_has_a_module():
     # In a process of its own: importing all of them here would hide what one of them forgets to import.
     code = "import importlib, fusedadapt.cli as c; [getattr(importlib.import_module(m), 'main') for m, _ in c.COMMANDS.values()]"

@@ -169,6 +169,19 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         main(["--steps", "0"])
 
 
+def test_where_it_cannot_write_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    assert main([*SMALL, "--out", str(tmp_path / "file" / "run")]) == 1
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fusedadapt.finetune.cli.run", full)
+    assert main([*SMALL, "--out", str(tmp_path / "run")]) == 1
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2 and all(line.startswith("finetune: expected to write into ") for line in errors) and "No space left" in errors[1]
+
+
 def test_resume_takes_the_stored_configuration_and_refuses_another(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "run")
     assert main([*SMALL, "--optimizer", "torch:SGD", "--lr", "0.5", "--out", out]) == 0

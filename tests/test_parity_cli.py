@@ -246,7 +246,19 @@ def test_command_line_faults(capsys):
     assert parity.main(["optim", "--lib", "no_such_library"]) == 2
     if not torch.cuda.is_available():
         assert parity.main(["optim", "--backend", "cuda"]) == 2
+        assert parity.main(["optim", "--lib", "torch", "--device", "cuda"]) == 2
     assert "expected" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        parity.main(["optim", "--cases", "0"])
+    assert "expected more than 0, got 0" in capsys.readouterr().err
+
+
+def test_a_report_that_could_not_be_written_is_not_made(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(suite, "run", lambda *_, **__: pytest.fail("ran"))
+    for place in (tmp_path, tmp_path / "file" / "below"):
+        (tmp_path / "file").write_text("")
+        assert parity.main(["optim", "--backend", "reference", "--json", str(place)]) == 2
+        assert "parity: expected to write" in capsys.readouterr().out
 
 
 def test_refused_case_is_reported(monkeypatch):

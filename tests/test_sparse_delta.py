@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +217,61 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         SparseDelta.load(path)
 
 
+@pytest.mark.parametrize("kind", ["add", "set"])
+def test_a_flipped_bit_anywhere_is_refused_or_harmless(tmp_path: Path, kind: str) -> None:
+    """Also in the shapes, names and kinds of the header, which still parse then."""
+    base = {"x": torch.randn(40, 30), "y": torch.randn(70).bfloat16()}
+    delta, path = SparseDelta.from_diff(base, {n: t + 1 for n, t in base.items()}, k=9, kind=kind), tmp_path / "d"
+    delta.save(path)
+    whole, silent = path.read_bytes(), list[int]()
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+        try:
+            found = SparseDelta.load(path)
+        except ValueError as error:
+            assert str(error).startswith("SparseDelta.load: expected"), error
+        else:
+            same = found.kind == kind and found.entries.keys() == delta.entries.keys()
+            if not same or any(found.entries[n].shape != e.shape or found.entries[n].values.dtype != e.values.dtype
+                               or not torch.equal(found.entries[n].indices, e.indices)
+                               or bits(found.entries[n].values) != bits(e.values) for n, e in delta.entries.items()):  # fmt: skip
+                silent.append(at)
+    assert not silent
+
+
+def test_a_delta_without_changes_goes_on_and_off() -> None:
+    base = state(0)
+    delta = SparseDelta.from_diff(base, base)
+    assert delta.nnz == 0 and delta.apply_(base).applied
+    with pytest.raises(RuntimeError, match="revert_"):
+        delta.apply_(base)
+    delta.revert_()
+    assert not delta.applied
+
+
+def test_copies_are_not_applied_and_hold_no_weights() -> None:
+    base = state(0)
+    delta = SparseDelta.from_diff(base, tuned(base))
+    before = copied(base)
+    delta.apply_(base)
+    for twin in (copy.copy(delta), copy.deepcopy(delta), pickle.loads(pickle.dumps(delta))):
+        assert not twin.applied and len(pickle.dumps(twin)) < 2 * len(pickle.dumps(SparseDelta(delta.entries)))
+        fresh = copied(before)
+        twin.apply_(fresh).revert_()
+        assert equal(fresh, before) and delta.applied
+    delta.revert_()
+    assert equal(base, before)
+
+
+def test_expanded_weights_are_refused_before_anything_moves() -> None:
+    base = {"a": torch.zeros(3), "b": torch.zeros(3, 3)}
+    delta = SparseDelta.from_diff(base, {n: t + 1 for n, t in base.items()})
+    weights = {"a": torch.zeros(3), "b": torch.zeros(1).expand(3, 3)}
+    with pytest.raises(ValueError, match=r"expanded: \['b'\]; clone"):
+        delta.apply_(weights)
+    assert not weights["a"].any() and not delta.applied
+
+
 def test_saving_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = state(0)
     delta, path = SparseDelta.from_diff(base, tuned(base)), tmp_path / "d"
@@ -239,6 +296,7 @@ def entry(at: list[int], shape: tuple[int, ...] = (6,), values: int | None = Non
     [
         (entry([0, 6]), r"positions in \[0, 6\)"), (entry([-1, 2]), r"positions in \[0, 6\)"), (entry([1, 3, 2, 5]), "sorted"),
         (entry([1, 1]), "without repeats"),
+        (Entry(torch.tensor([1]), torch.tensor([2]), torch.Size([6])), "floating-point values"),
         (entry([1, 2], values=3), "as many positions"), (Entry(torch.tensor([1.0]), torch.ones(1), torch.Size([6])), "int32 or int64"),
     ],
 )  # fmt: skip

@@ -164,6 +164,19 @@ def test_semi_structured_round_trip(dtype):
     assert torch.equal(unpack_semi_structured(values, metadata), clean)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_semi_structured_keeps_every_bit(dtype):
+    """Also of fp32 numbers of which a half would be NaN."""
+    integer = {2: torch.int16, 4: torch.int32}[dtype.itemsize]
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(torch.iinfo(integer).min, torch.iinfo(integer).max, (64, 128), generator=generator, dtype=integer)
+    w, (n, m) = bits.view(dtype), (1, 2) if dtype == torch.float32 else (2, 4)
+    mask = nm_mask(torch.rand(64, 128, generator=generator), n, m)
+    w[(w == 0) | w.isnan()] = 1
+    dense = unpack_semi_structured(*pack_semi_structured(w, mask))
+    assert torch.equal(dense.view(integer), w.masked_fill(~mask.to_bool(), 0).view(integer))
+
+
 def test_semi_structured_raises_where_torch_drops():
     w = torch.zeros(32, 64, dtype=torch.float16)
     w[3, 8:11] = torch.tensor([1.0, 2.0, 3.0])

@@ -185,6 +185,9 @@ def test_bad_input_changes_nothing() -> None:
         ({"k": 1, "grow": "best"}, "grow to be"), ({"k": 1, "state": "old"}, "state to be"), ({"k": 1, "score": "size"}, "score"),
         ({"k": 1, "gradient": torch.ones(3)}, "a gradient of shape"), ({"k": 5, "gradient": (free[:2], torch.ones(2))}, "at least 5 candidates"),
         ({"k": 1, "gradient": (torch.tensor([N]), torch.ones(1))}, "candidates in"), ({"k": 1, "grow": "momentum"}, "dense state"),
+        ({"k": 1, "new_value": "x"}, "a number or None as new_value"), ({"fraction": "half"}, "fraction in"),
+        ({"k": 1, "gradient": 3}, "a gradient of shape"), ({"k": 1, "gradient": ([1], [2.0])}, "two tensors"),
+        ({"k": 1, "gradient": torch.eye(20).to_sparse()}, "a gradient of shape"),
         ({"k": 1, "score": torch.ones(2)}, "scores of shape"), ({"k": 1.5}, "an integer k; got 1.5"),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=expected):

@@ -270,6 +270,21 @@ def test_wgrad(dtype: torch.dtype) -> None:
     assert flops.get_total_flops() == 2 * 8 * 7 * 9
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("cls", LAYERS)
+def test_no_features_and_no_rows(cls: Any) -> None:
+    """As torch's own layer."""
+    for rows, k, n in ((3, 0, 4), (3, 4, 0), (0, 4, 5), (0, 0, 0)):
+        dense = nn.Linear(k, n)
+        layer = cls.from_linear(dense, torch.ones(n, k, dtype=torch.bool))
+        x = torch.randn(2, rows, k, requires_grad=True)
+        y = layer(x)
+        assert torch.equal(y, nn.functional.linear(x, dense.weight, dense.bias))
+        y.sum().backward()
+        assert x.grad is not None and layer.values.grad is not None and layer.values.grad.shape == (n * k,)
+        assert torch.equal(masked_wgrad(torch.zeros(2, rows, n), x, torch.ones(n, k, dtype=torch.bool)), torch.zeros(n * k))
+
+
 def peak(call: Any) -> int:
     """Largest sum of bytes that torch's CPU allocator held during the call, beyond what it held before."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
@@ -307,6 +322,8 @@ def test_bad_input() -> None:
         (lambda: masked_wgrad(torch.zeros(3, N), torch.zeros(3, K), Mask.full((K, N), True)), r"mask of shape \(12, 20\)"),
         (lambda: masked_wgrad(torch.zeros(3, N), torch.zeros(4, K), Mask.full((N, K), True)), "expected dy"),
         (lambda: masked_wgrad(torch.zeros(3, N), torch.zeros(3, K), torch.zeros(3)), "int32 or int64"),
+        (lambda: masked_wgrad(torch.zeros(3, N).int(), torch.zeros(3, K).int(), torch.tensor([0])), "floating-point dy"),
+        (lambda: masked_wgrad(torch.tensor(1.0), torch.zeros(K), torch.tensor([0])), r"dy \[..., N\]"),
         (lambda: masked_wgrad(torch.zeros(3, N), torch.zeros(3, K), torch.tensor([2, 1])), "sorted"),
         (lambda: masked_wgrad(torch.zeros(3, N), torch.zeros(3, K), torch.tensor([0, N * K])), "sorted"),
         (lambda: masked_wgrad(torch.zeros(3, N, dtype=torch.bfloat16), torch.zeros(3, K), torch.tensor([0])), "one dtype"),

@@ -114,6 +114,24 @@ def test_files(tmp_path: Path) -> None:
             Mask.load(tmp_path / "one")
 
 
+def test_a_flipped_bit_anywhere_is_refused_or_harmless(tmp_path: Path) -> None:
+    masks, path = {"a": Mask.from_bool(draw((5, 7))), "b": Mask.from_bool(draw((2, 33)), row_aligned=True)}, tmp_path / "masks"
+    save_masks(path, masks)
+    whole, silent = path.read_bytes(), list[int]()
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :])
+        try:
+            found = load_masks(path)
+        except ValueError as error:
+            assert str(error).startswith("load_masks: expected"), error
+        else:
+            silent += [] if found == masks and all(found[n].row_aligned == m.row_aligned for n, m in masks.items()) else [at]
+    assert not silent
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match="holds a, b; read it with load_masks"):
+        Mask.load(path)
+
+
 BAD = [
     (lambda: Mask(torch.zeros(2, dtype=torch.int32), (32,)), "expected 1 int32 words"),
     (lambda: Mask(torch.zeros(1, dtype=torch.int64), (32,)), "torch.int64"),
@@ -123,6 +141,8 @@ BAD = [
     (lambda: Mask.from_indices(torch.tensor([0, 5]), (5,)), r"\[0, 5\)"),
     (lambda: Mask.from_indices(torch.tensor([-1, 2]), (5,)), r"\[0, 5\)"),
     (lambda: Mask.from_indices(torch.tensor([1.0]), (5,)), "int32 or int64"),
+    (lambda: Mask.from_bool([True, False]), "expected a bool tensor; got list"),
+    (lambda: Mask.from_indices([1, 2], (5,)), "int32 or int64; got list"),
     (lambda: Mask.full((3, 4), True) & Mask.full((4, 3), True), r"mask of shape \(3, 4\); got \(4, 3\)"),
 ]
 

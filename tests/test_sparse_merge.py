@@ -210,7 +210,11 @@ def test_mergekit_slerp(base, tuned):
 
 
 def test_mergekit_density_extremes(base, tuned):
-    nothing = merge(base, tuned, "ties", density=0.0, compat="mergekit")
-    assert all(torch.equal(nothing[name], base[name]) for name in SHAPES)
+    for method in ("ties", "dare_linear", "dare_ties", "della", "della_linear", "breadcrumbs"):
+        nothing = merge(base, tuned, method, density=0.0, compat="mergekit")
+        assert all(torch.equal(nothing[name], base[name]) for name in SHAPES), method
+    for method in ("dare_linear", "dare_ties"):  # the authors' code, too, leaves what a drop rate of 1 has emptied as it is
+        nothing = merge(base, tuned, method, density=0.0)
+        assert all(torch.equal(nothing[name], base[name]) for name in SHAPES), method
     one = merge(base, tuned[:1], "ties", density=1e-9, compat="mergekit")  # at least one change of each tensor
     assert all(int((one[name] != base[name]).sum()) == min(1, base[name].numel()) for name in SHAPES)

@@ -75,6 +75,7 @@ def test_every_option_arrives(folders, tmp_path, capsys):
         (["--density", "2"], "density in [0, 1]"),
         (["--density", "0.2", "--weights", "1"], "2 finite weights"),
         (["--density", "0.2", "--base", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["--density", "0.2", "--device", "nowhere"], "'nowhere'"),
     ],
 )
 def test_errors_are_one_line(folders, tmp_path, capsys, arguments, words):
@@ -97,4 +98,13 @@ def test_a_failing_write_is_one_line(folders, tmp_path, capsys, monkeypatch):
     assert cli.main(["merge", *models, "--base", base, "--density", "0.2", "--quiet", "--out", str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err
     assert "No space left on device; nothing was written" in error and error.count("\n") == 1
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_where_it_cannot_write(folders, tmp_path, capsys):
+    base, *models = folders
+    (tmp_path / "file").write_text("")
+    for out in ("/proc/nowhere", "/proc/x.safetensors", str(tmp_path / "file" / "out")):
+        assert cli.main(["merge", *models, "--base", base, "--density", "0.2", "--quiet", "--out", out]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith(f"merge: expected to write {out}; ") and error.count("\n") == 1

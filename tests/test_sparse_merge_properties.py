@@ -4,6 +4,7 @@ import merge_cases as cases
 import pytest
 import torch
 from merge_cases import EVERY, SEED, SHAPES, WEIGHTS, assert_same, call, hashes, model, options_of
+from safetensors.torch import save_file
 
 import fusedadapt as fa
 from fusedadapt.ops import sparse as ops
@@ -128,7 +129,12 @@ def test_nan_and_infinity_stay_where_they_are(base, tuned, method, compat):
         ({"method": "fisher"}, "fishers="),
         ({"method": "breadcrumbs", "density": 0.5, "gamma": 2.0}, "gamma"),
         ({"method": "della", "density": 0.9, "epsilon": 0.2}, "epsilon"),
-        ({"method": "dare_linear", "density": 0.0}, "above 0"),
+        ({"method": "della", "density": 0.5, "epsilon": -0.1}, "epsilon >= 0"),
+        ({"method": "della", "density": 0.0}, "epsilon"),
+        ({"method": "dare_linear", "density": 0.0, "compat": "peft"}, "above 0"),
+        ({"method": "darex", "density": 0.5, "q": float("nan")}, "finite q"),
+        ({"method": "darex", "density": 0.5, "q": float("inf")}, "finite q"),
+        ({"density": 0.5, "device": "nowhere"}, "a device that torch can use; got 'nowhere'"),
         ({"method": "darex", "density": 0.0}, "above 0"),
         ({"method": "linear", "lambda_": 0.5}, "lambda_"),
         ({"method": "pcb", "compat": "peft"}, "pcb"),
@@ -183,6 +189,10 @@ def test_unreadable_files(base, tmp_path):
         merge(base, [folder], density=0.5)
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
     with pytest.raises(FileNotFoundError, match="gone"):
+        merge(base, [folder], density=0.5)
+    save_file(base, folder / "model.safetensors")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"c": "model.safetensors", "lost": "model.safetensors"}}')
+    with pytest.raises(ValueError, match="no file has lost; copy"):
         merge(base, [folder], density=0.5)
 
 

@@ -252,7 +252,7 @@ def test_lt_sft_edges():
     with torch.no_grad():
         p += 1
     assert ties.select_()[p].indices().tolist() == [0, 1] and "frozen" not in ties.params  # equal changes: the first
-    for kwargs in ({}, {"k": 7}, {"k": 1, "density": 0.5}, {"density": 1.2}, {"k": 1, "iterations": 0}):
+    for kwargs in ({}, {"k": 7}, {"k": 1, "density": 0.5}, {"density": 1.2}, {"density": math.nan}, {"k": 2.5}, {"k": 1, "iterations": 0}):
         with pytest.raises(ValueError, match="LTSFT"):
             LTSFT({"p": p}, **kwargs)
     with torch.no_grad():

@@ -7,6 +7,7 @@ import math
 from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -291,3 +292,28 @@ def test_rows_on_triton(scope: str, quick_calls: None) -> None:
     with fa.backend("triton"), fa.strict():
         got = topk_mask(x, **options)
     assert got == topk_mask(x, **options)
+
+
+def test_numpy_numbers_are_numbers() -> None:
+    x = torch.arange(10.0)
+    for given in ({"k": np.int64(5)}, {"density": np.float32(0.5)}, {"density": np.float64(0.5)}):
+        assert topk_mask(x, **given) == topk_mask(x, k=5) and topk_threshold(x, **given).above == 4
+        assert topk_mask([x], scope="tensor", **given) == [topk_mask(x, k=5)]
+    for shares in ([0.5, 0.2], np.array([0.5, 0.2]), torch.tensor([0.5, 0.2])):
+        assert [m.nnz for m in topk_mask([x, x], density=shares, scope="tensor")] == [5, 2]
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda x: topk_mask(x, density="half"), r"density in \[0, 1\]; got half"),
+        (lambda x: topk_mask([x], density="half", scope="tensor"), r"density in \[0, 1\]; got half"),
+        (lambda x: topk_threshold(x, density=[0.5]), r"density in \[0, 1\]; got \[0.5\]"), (lambda x: topk_mask([], k=1), r"k in 0..0; got 1"),
+        (lambda x: topk_mask([], density=2), r"density in \[0, 1\]"),
+        (lambda x: topk_mask(x, k=1, scope="block", block_size=2.5), "block_size to divide"),
+    ],
+)  # fmt: skip
+def test_what_is_no_count_is_refused(call: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        call(torch.arange(10.0))
+    assert topk_mask([], density=0.5) == [] and topk_mask({}, k=0) == {}

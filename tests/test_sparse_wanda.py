@@ -75,7 +75,8 @@ def test_wanda_n_of_m_and_strides():
 
 @pytest.mark.parametrize("shape", [(0, 4), (4, 0)])
 def test_wanda_of_nothing(shape):
-    assert wanda_mask(torch.zeros(shape), torch.ones(shape[1]), 0.5).nnz == 0
+    for activations in (torch.ones(shape[1]), torch.ones(3, shape[1])):
+        assert wanda_mask(torch.zeros(shape), activations, 0.5).nnz == 0
 
 
 def test_wanda_bad_input():
@@ -87,6 +88,7 @@ def test_wanda_bad_input():
         ((w, norm, 0.5), {"n": 2}, "n and m"),
         ((w, norm[:3], 0.5), {}, "8 columns; got 3"),
         ((w, norm * math.inf, 0.5), {}, "finite"),
+        ((w, -norm, 0.5), {}, "norms from 0 on; got -1.0"),
         ((w, ColumnStats(8), 0.5), {}, "empty"),
         ((w, torch.zeros(0, 8), 0.5), {}, "empty"),
         ((w[0], norm, 0.5), {}, r"\[N, K\]"),
@@ -187,6 +189,7 @@ def test_prune_model_bad_input_changes_nothing():
         ({"skip": ["head"]}, "head"),
         ({"scope": "block"}, "scope"),
         ({"density": 1.1}, "density"),
+        ({"density": None, "n": 2}, "n and m; got density=None, n=2, m=None"),
         ({"density": {"0.weight": 0.5}}, "1.weight"),
     ):
         with pytest.raises(ValueError, match=words):

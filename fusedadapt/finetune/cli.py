@@ -12,6 +12,7 @@ import torch
 from rich.console import Console
 
 from ..checkpoint import CheckpointError
+from ..cli import positive
 from . import report
 from .adapters import ADAPTERS, IN_PEFT, INITS
 from .errors import FinetuneError
@@ -23,16 +24,6 @@ from .train import CHECKPOINT, DTYPES, REPORT, Config, run, stored_config
 DEFAULT_OUT = Path("runs/finetune")
 SAVE_EVERY = 20
 QUICK = {"steps": 30, "batch": 16, "lr": 2e-3}  # of --quick, unless given: a random model learns at a pretraining rate
-
-
-def _positive(kind: type[int] | type[float], zero: bool = False) -> Any:
-    def number(text: str) -> int | float:
-        value = kind(text)
-        if not (0 <= value if zero else 0 < value) or value == float("inf"):
-            raise argparse.ArgumentTypeError(f"expected {'0 or more' if zero else 'more than 0'}, got {text}")
-        return value
-
-    return number
 
 
 def _share(text: str) -> float:
@@ -53,32 +44,32 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--optimizer", metavar="NAME", help=f"any rule of fusedadapt.optim, or torch:CLASS (default {d.optimizer})")
     p.add_argument("--compare", choices=["torch", "peft"], help="side by side: torch's optimizer of the same name, or PEFT's adapter")
     p.add_argument("--adapter", choices=list(ADAPTERS), help="train a low-rank adapter and freeze the rest; merged at the end")
-    p.add_argument("--rank", type=_positive(int), help=f"of the adapter (default {d.rank})")
-    p.add_argument("--alpha", type=_positive(float), help=f"scaling times rank, as LoRA counts it (default {d.alpha:g})")
-    p.add_argument("--dropout", type=_positive(float, zero=True), help=f"on the adapter's input (default {d.dropout})")
+    p.add_argument("--rank", type=positive(int), help=f"of the adapter (default {d.rank})")
+    p.add_argument("--alpha", type=positive(float), help=f"scaling times rank, as LoRA counts it (default {d.alpha:g})")
+    p.add_argument("--dropout", type=positive(float, zero=True), help=f"on the adapter's input (default {d.dropout})")
     p.add_argument("--init", choices=INITS, help="of lora_A and lora_B (default: the method's own)")
     p.add_argument(
         "--quant", choices=list(CHOICES), metavar="FORMAT", help="the linear layers in few bits, under an adapter: nf4, int4, fp8_e4m3, ..."
     )
     p.add_argument("--sparse", type=_share, metavar="DENSITY", help="train that share of the weights and leave the rest's bits alone")
     p.add_argument("--select", choices=list(SELECT), help=f"which, with --sparse (default {d.select}: {SELECT[d.select]})")
-    p.add_argument("--steps", type=_positive(int), help=f"default {d.steps}")
-    p.add_argument("--batch", type=_positive(int), help=f"pairs per step (default {d.batch})")
-    p.add_argument("--lr", type=_positive(float), help="peak learning rate (default: per rule, AdamW 5e-5)")
-    p.add_argument("--weight-decay", type=_positive(float, zero=True), help="of matrices and embeddings (default: the rule's)")
-    p.add_argument("--max-grad-norm", type=_positive(float), help="clip the global gradient norm")
+    p.add_argument("--steps", type=positive(int), help=f"default {d.steps}")
+    p.add_argument("--batch", type=positive(int), help=f"pairs per step (default {d.batch})")
+    p.add_argument("--lr", type=positive(float), help="peak learning rate (default: per rule, AdamW 5e-5)")
+    p.add_argument("--weight-decay", type=positive(float, zero=True), help="of matrices and embeddings (default: the rule's)")
+    p.add_argument("--max-grad-norm", type=positive(float), help="clip the global gradient norm")
     p.add_argument("--seed", type=int, help=f"order of the data and all randomness (default {d.seed})")
     p.add_argument("--device", choices=["cpu", "cuda"], help=f"default {d.device}")
     p.add_argument("--dtype", choices=list(DTYPES), help=f"of weights and gradients (default {d.dtype})")
     p.add_argument("--master-weights", choices=["fp32", "split"], help="keep exact weights beside bf16 ones")
     p.add_argument("--stochastic-rounding", action="store_true", help="round bf16 weights stochastically")
-    p.add_argument("--threads", type=_positive(int), help=f"CPU threads (default: torch's, {d.threads} here)")
+    p.add_argument("--threads", type=positive(int), help=f"CPU threads (default: torch's, {d.threads} here)")
     p.add_argument("--quick", action="store_true", help="a tiny random encoder on a part of the data: the whole path in seconds, needs no weights")
     p.add_argument("--out", type=Path, metavar="DIR", help=f"where results go (default {DEFAULT_OUT})")
     p.add_argument("--resume", nargs="?", const=None, type=Path, metavar="DIR", help="continue the run in DIR (default: in --out)")
     p.add_argument(
         "--save-every",
-        type=_positive(int, zero=True),
+        type=positive(int, zero=True),
         metavar="N",
         help=f"steps between checkpoints, 0: at the end only (default {SAVE_EVERY})",
     )
@@ -154,7 +145,7 @@ def _check_sparse(config: Config, typed: dict[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """0: done; 2: bad arguments or a damaged checkpoint, said in one line; 130: interrupted, resumable."""
+    """0: done; 1: writing failed; 2: bad arguments or a damaged checkpoint, said in one line; 130: interrupted, resumable."""
     typed = vars(parser().parse_args(argv))
     console = Console()
     try:
@@ -164,6 +155,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise FinetuneError(f"finetune: expected one folder; got --resume {typed['resume']} and --out {out}; drop --out")
         (out / REPORT).unlink(missing_ok=True)  # its presence marks a finished run
         result = run(config, out, report.Screen(console), save_every=typed.get("save_every", SAVE_EVERY), resume=resume)
+        paths = report.write(result, out)
     except (FinetuneError, CheckpointError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -171,7 +163,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         kept = (out / CHECKPOINT).exists()
         print(f"interrupted; continue with: --resume {out}" if kept else "interrupted before the first checkpoint", file=sys.stderr)
         return 130
-    paths = report.write(result, out)
+    except OSError as error:
+        at = f"{error.filename}: " if error.filename else ""
+        print(f"finetune: expected to write into {out}; {at}{error.strerror or error}; make room there or choose another --out", file=sys.stderr)
+        return 1
     console.print(report.table(result))
     for line in report.notes(result):
         console.print(line, highlight=False)

@@ -6,8 +6,10 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..cli import positive
 from ..config import interpret_triton
 
 if TYPE_CHECKING:
@@ -30,10 +32,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--backend", default="all", choices=_BACKENDS, help="of ours; all: every one that runs here (default)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where the tensors under test are (default cpu)")
     parser.add_argument("--optimizer", action="append", metavar="NAME", help="only this one; may be given more than once")
-    parser.add_argument("--cases", type=int, default=20, help="per optimizer and backend; an eighth on interpreted Triton (default 20)")
+    parser.add_argument("--cases", type=positive(int), default=20, help="per optimizer and backend; an eighth on interpreted Triton (default 20)")
     parser.add_argument("--seed", type=int, default=0, help="of the first case (default 0)")
     parser.add_argument("--detail", action="store_true", help="a row for every kind of gradient")
-    parser.add_argument("--json", metavar="FILE", help="write every row there")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every row there")
     parser.add_argument("--strict", action="store_true", help="exit with 1 on mismatches of another library too")
     return parser
 
@@ -58,14 +60,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ModuleNotFoundError, ValueError) as error:
         console.print(f"parity: {error}; install it, or choose another --lib or --backend", style="red", markup=False)
         return 2
+    fault = _fault(options)
+    if fault:
+        console.print(f"parity: {fault}", style="red", markup=False)
+        return 2
     with console.status("…") as status:
         names = options.optimizer or list(optim.OPTIMIZERS)
         report = suite.run(subjects, names, seed=options.seed, cases=options.cases, device=options.device, progress=status.update)
     _show(console, report, options.detail)
     if options.json:
-        with open(options.json, "w", encoding="utf-8") as file:
-            json.dump({"seed": options.seed, "lib": options.lib, "device": options.device, **report.as_json()}, file, indent=1)
+        about = {"seed": options.seed, "lib": options.lib, "device": options.device, **report.as_json()}
+        options.json.write_text(json.dumps(about, indent=1), encoding="utf-8")
     return int(not report.clean and (options.lib is None or options.strict))
+
+
+def _fault(options: argparse.Namespace) -> str:
+    """What would stop the run, before it starts."""
+    import torch
+
+    from ..files import check_writable
+
+    if options.device == "cuda" and not torch.cuda.is_available():
+        return "expected a CUDA device; torch finds none; use --device cpu"
+    try:
+        if options.json:
+            check_writable(options.json)
+    except OSError as error:
+        return f"expected to write {options.json}; {error.strerror}; choose another place"
+    return ""
 
 
 def _subjects(options: argparse.Namespace, console: Any) -> list[Any]:

@@ -76,10 +76,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("merge: interrupted; nothing was written", file=sys.stderr)
         return 130
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
+    except (ValueError, RuntimeError) as error:
         print(_one_line(error), file=sys.stderr)
         return 2
     except OSError as error:
+        if isinstance(error, FileNotFoundError) and error.errno is None:  # ours: a model that is not there
+            print(_one_line(error), file=sys.stderr)
+            return 2
         print(f"merge: expected to write {options.out}; {error.strerror or error}; nothing was written", file=sys.stderr)
         return 1
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

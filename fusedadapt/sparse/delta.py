@@ -5,15 +5,15 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..files import tensor_bytes, write_safetensors
+from ..files import checksum, write_safetensors
 from ..ops import sparse as ops
 from . import coding
 from .mask import Mask
@@ -40,7 +40,7 @@ class SparseDelta:
     """name -> `Entry`. With ``kind="add"`` the values are differences, which compose (LT-SFT, arXiv 2110.07560; SHiRA, arXiv 2406.13175); with
     "set" they are the new weights themselves, which arrive bit for bit.
 
-    `apply_` remembers what it overwrote: `revert_` puts back the very bits (subtracting would not).
+    `apply_` remembers what it overwrote: `revert_` puts back the very bits (subtracting would not). A copy, also a pickled one, is not applied.
     """
 
     def __init__(self, entries: Mapping[str, Entry], kind: str = "add") -> None:
@@ -48,8 +48,10 @@ class SparseDelta:
             raise ValueError(f'SparseDelta: expected kind "add" or "set"; got {kind!r}')
         self.entries = dict(entries)
         self.kind = kind
-        self._undo: list[tuple[Tensor, str, Tensor]] = []
+        self._undo: list[tuple[Tensor, str, Tensor]] | None = None
         for name, e in self.entries.items():
+            if not e.values.dtype.is_floating_point:
+                raise ValueError(f"SparseDelta: expected floating-point values for {name!r}; got {e.values.dtype}; convert them")
             n = math.prod(e.shape)
             if e.indices.shape != e.values.shape or e.indices.dim() != 1 or e.indices.dtype not in (torch.int32, torch.int64):
                 raise ValueError(f"SparseDelta: expected as many positions (int32 or int64) as values for {name!r}; got {_about(e)}")
@@ -96,6 +98,9 @@ class SparseDelta:
             entries[name] = Entry(index, values.to(dtype or old[name].dtype), old[name].shape)
         return cls(entries, kind)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_undo": None}  # another object must not write into these weights, nor carry a model's tensors into a file
+
     @property
     def nnz(self) -> int:
         """Entries in all."""
@@ -103,7 +108,7 @@ class SparseDelta:
 
     @property
     def applied(self) -> bool:
-        return bool(self._undo)
+        return self._undo is not None
 
     def masks(self) -> dict[str, Mask]:
         """Which elements each tensor's part touches."""
@@ -119,24 +124,26 @@ class SparseDelta:
         Raises:
             RuntimeError: applied already. ValueError: a tensor is missing or of another shape (all named), alpha with kind "set": nothing changed.
         """
-        if self._undo:
+        if self._undo is not None:
             raise RuntimeError("SparseDelta.apply_: expected a delta that is not applied; this one is; revert_() first, or copy it")
         if self.kind == "set" and alpha != 1.0:
             raise ValueError(f'SparseDelta.apply_: expected alpha 1 with kind "set"; got {alpha}')
-        for batch in _apart(self._matched("apply_", weights)):
+        jobs, undo = self._matched("apply_", weights), list[tuple[Tensor, str, Tensor]]()
+        self._undo = undo
+        for batch in _apart(jobs):
             old = _take_all([(w, e.indices) for _, w, e in batch])
+            undo += [(w, name, kept) for (name, w, _), kept in zip(batch, old, strict=True)]
             _move("scatter" if self.kind == "set" else "add", [(w, e.indices, e.values) for _, w, e in batch], alpha)
-            self._undo += [(w, name, kept) for (name, w, _), kept in zip(batch, old, strict=True)]
         return self
 
     @torch.no_grad()
     def revert_(self) -> None:
         """Puts back the bits that `apply_` found. Deltas applied on top of each other are reverted in the opposite order."""
-        if not self._undo:
+        if self._undo is None:
             raise RuntimeError("SparseDelta.revert_: expected an applied delta; this one is not; apply_() it first")
         for batch in _apart([(name, w, Entry(self.entries[name].indices, old, w.shape)) for w, name, old in reversed(self._undo)]):
             _move("scatter", [(w, e.indices, e.values) for _, w, e in batch])
-        self._undo = []
+        self._undo = None
 
     @torch.no_grad()
     def swap_(self, weights: Weights) -> None:
@@ -155,6 +162,8 @@ class SparseDelta:
         bad = [n for n, e in self.entries.items() if n not in found or found[n].shape != e.shape or not found[n].dtype.is_floating_point]
         if bad:
             raise ValueError(f"SparseDelta.{op}: expected weights with the delta's tensors; missing, of another shape or not floating-point: {bad}")
+        if folded := [n for n in self.entries if any(s == 0 < d - 1 for s, d in zip(found[n].stride(), found[n].shape, strict=True))]:
+            raise ValueError(f"SparseDelta.{op}: expected tensors whose elements have memory of their own; expanded: {folded}; clone them")
         return [(name, found[name], e) for name, e in self.entries.items()]
 
     def save(self, path: str | Path) -> None:
@@ -163,7 +172,8 @@ class SparseDelta:
         for name, e in self.entries.items():
             code, width = coding.encode(e.indices)
             tensors[f"{name}.gaps"], tensors[f"{name}.values"] = code, e.values.cpu()
-            about[name] = {"shape": list(e.shape), "width": width, "crc": _crc(code, tensors[f"{name}.values"])}
+            facts = [name, self.kind, list(e.shape), width]
+            about[name] = {"shape": list(e.shape), "width": width, "crc": checksum(facts, code, tensors[f"{name}.values"])}
         write_safetensors(Path(path), tensors, {"format": _FORMAT, "kind": self.kind, "entries": json.dumps(about)})
 
     @classmethod
@@ -180,26 +190,24 @@ class SparseDelta:
                 about = file.metadata() or {}
                 if about.get("format") != _FORMAT:
                     raise ValueError(f"SparseDelta.load: expected a delta's file; {path} is none; write one with SparseDelta.save")
-                entries = {}
-                for name, e in json.loads(about["entries"]).items():
+                entries, listed = {}, json.loads(about["entries"])
+                if {f"{name}.{part}" for name in listed for part in ("gaps", "values")} != set(file.keys()):
+                    raise KeyError("names")
+                for name, e in listed.items():
                     gaps, values = file.get_tensor(f"{name}.gaps"), file.get_tensor(f"{name}.values")
-                    if _crc(gaps, values) != e["crc"]:
+                    if checksum([name, about["kind"], e["shape"], e["width"]], gaps, values) != e["crc"]:
                         raise ValueError(f"SparseDelta.load: expected {name!r} as it was saved; {path} is damaged there; copy it again")
                     index = coding.decode(gaps, int(e["width"]))
                     small = math.prod(e["shape"]) < 1 << 31
                     at = index.to(device, torch.int32 if small else torch.int64)
                     entries[name] = Entry(at, values.to(device), torch.Size(e["shape"]))
                 return cls(entries, about["kind"])
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"SparseDelta.load: expected a whole file; {path} is damaged ({error}); copy it again") from error
 
     def __repr__(self) -> str:
         total = sum(math.prod(e.shape) for e in self.entries.values())
         return f"SparseDelta({len(self.entries)} tensors, {self.nnz} of {total} elements, kind={self.kind!r})"
-
-
-def _crc(gaps: Tensor, values: Tensor) -> int:
-    return zlib.crc32(tensor_bytes(values), zlib.crc32(tensor_bytes(gaps)))
 
 
 def _differ(a: Tensor, b: Tensor, kind: str) -> Tensor:

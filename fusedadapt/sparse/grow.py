@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
@@ -62,7 +63,7 @@ def grow_prune(
     Raises:
         ValueError: whatever does not fit, before anything has changed.
     """
-    words = _checked(optimizer, param, fraction, k, grow, state)
+    words = _checked(optimizer, param, fraction, k, grow, state, new_value)
     p, held = param.detach(), optimizer.state.get(param, {})
     active = states.positions(words, param).long()
     n = int(fraction * active.numel()) if fraction is not None else int(k or 0)
@@ -79,7 +80,9 @@ def grow_prune(
     return Mask.from_bool(unpack_mask(optimizer._masks[param], p))
 
 
-def _checked(optimizer: FusedOptimizer, param: Tensor, fraction: float | None, k: int | None, grow: str, state: str) -> Tensor:
+def _checked(
+    optimizer: FusedOptimizer, param: Tensor, fraction: float | None, k: int | None, grow: str, state: str, new_value: float | None
+) -> Tensor:
     """The packed mask."""
     if not isinstance(optimizer, FusedOptimizer) or not any(param is q for g in optimizer.param_groups for q in g["params"]):
         raise ValueError(f"grow_prune: expected an optimizer of fusedadapt and a parameter of it; got {type(optimizer).__name__}")
@@ -87,10 +90,12 @@ def _checked(optimizer: FusedOptimizer, param: Tensor, fraction: float | None, k
         raise ValueError("grow_prune: expected a plain parameter; got a DTensor; each process would choose its own share")
     if (fraction is None) == (k is None):
         raise ValueError(f"grow_prune: expected fraction or k; got {'both' if k is not None else 'neither'}")
-    if k is not None and (isinstance(k, bool) or not isinstance(k, int)):
+    if k is not None and (isinstance(k, bool) or not isinstance(k, Integral)):
         raise ValueError(f"grow_prune: expected an integer k; got {k!r}; a share is fraction=")
-    if fraction is not None and not 0.0 <= fraction <= 1.0:
-        raise ValueError(f"grow_prune: expected a fraction in [0, 1]; got {fraction}")
+    if fraction is not None and not (isinstance(fraction, Real) and 0.0 <= fraction <= 1.0):
+        raise ValueError(f"grow_prune: expected a fraction in [0, 1]; got {fraction!r}")
+    if new_value is not None and (isinstance(new_value, bool) or not isinstance(new_value, int | float)):
+        raise ValueError(f"grow_prune: expected a number or None as new_value; got {new_value!r}")
     for name, value, choices in (("grow", grow, ("gradient", "random", "momentum")), ("state", state, ("zero", "seed"))):
         if value not in choices:
             raise ValueError(f"grow_prune: expected {name} to be one of {', '.join(choices)}; got {value!r}")
@@ -146,6 +151,8 @@ def _dense_gradient(param: Tensor, gradient: Candidates | None) -> tuple[Tensor,
     """(gradient in memory order, which elements are candidates or None for all)."""
     p = param.detach()
     if isinstance(gradient, tuple):
+        if len(gradient) != 2 or not all(isinstance(part, Tensor) for part in gradient):
+            raise ValueError(f"grow_prune: expected candidates as two tensors, positions and values; got {[type(g).__name__ for g in gradient]}")
         at, values = gradient
         if at.dim() != 1 or at.shape != values.shape or at.dtype not in (torch.int32, torch.int64):
             raise ValueError(f"grow_prune: expected candidates as positions and as many values; got {tuple(at.shape)} and {tuple(values.shape)}")
@@ -156,8 +163,8 @@ def _dense_gradient(param: Tensor, gradient: Candidates | None) -> tuple[Tensor,
         chosen[at.long().to(p.device)] = True
         return states.in_order(dense.view(p.shape), p), states.in_order(chosen.view(p.shape), p)
     g = param.grad if gradient is None else gradient
-    if g is None or g.shape != p.shape:
-        got = "none" if g is None else f"shape {tuple(g.shape)}"
+    if not isinstance(g, Tensor) or g.shape != p.shape or g.layout != torch.strided:
+        got = "none" if g is None else f"shape {tuple(g.shape)} ({g.layout})" if isinstance(g, Tensor) else type(g).__name__
         raise ValueError(f"grow_prune: expected a gradient of shape {tuple(p.shape)}; got {got}; call it after backward(), or pass gradient=")
     return states.in_order(g.detach(), p), None
 

@@ -27,6 +27,8 @@ def masked_wgrad(dy: Tensor, x: Tensor, mask: Mask | Tensor) -> Tensor:
     Raises:
         ValueError: shapes that do not fit.
     """
+    if not dy.dim() or not x.dim() or not dy.is_floating_point():
+        raise ValueError(f"masked_wgrad: expected floating-point dy [..., N] and x [..., K]; got {dy.dtype} {tuple(dy.shape)} and {tuple(x.shape)}")
     shape = (dy.shape[-1], x.shape[-1])
     if isinstance(mask, Tensor) and mask.dtype == torch.bool:
         mask = Mask.from_bool(mask)
@@ -37,8 +39,13 @@ def masked_wgrad(dy: Tensor, x: Tensor, mask: Mask | Tensor) -> Tensor:
         n = shape[0] * shape[1]
         if int(index[0]) < 0 or int(index[-1]) >= n or not bool((index[1:] > index[:-1]).all()):
             raise ValueError(f"masked_wgrad: expected sorted positions in [0, {n}) without repeats; got others; sort them, drop repeats")
-    out: Tensor = torch.ops.fusedadapt.masked_wgrad(dy.reshape(-1, shape[0]), x.reshape(-1, shape[1]), index)
+    out: Tensor = torch.ops.fusedadapt.masked_wgrad(_rows(dy), _rows(x), index)
     return out
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., K] as a matrix; unlike reshape(-1, K) also where K is 0."""
+    return x.flatten(0, -2) if x.dim() > 1 else x[None]
 
 
 class _ChosenLinear(torch.autograd.Function):
@@ -171,7 +178,7 @@ class MaskedLinear(nn.Linear):
         if cast:  # as autocast does with F.linear, which it cannot see in backward; the weight is converted anew there instead of kept
             dtype = torch.get_autocast_dtype(device)
             x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-        y: Tensor = _apply(x.reshape(-1, self.in_features), self.weight, bias, self.values, self.index, self.alpha, cast)
+        y: Tensor = _apply(_rows(x), self.weight, bias, self.values, self.index, self.alpha, cast)
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def to_linear(self) -> nn.Linear:

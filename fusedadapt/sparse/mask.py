@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..files import checksum, write_safetensors
 from ..ops import sparse as ops
 
 _FORMAT = "fusedadapt.masks"
@@ -44,8 +45,9 @@ class Mask:
     @classmethod
     def from_bool(cls, mask: Tensor, *, row_aligned: bool = False) -> Mask:
         """From a bool tensor of any shape and strides."""
-        if mask.dtype != torch.bool:
-            raise ValueError(f"Mask.from_bool: expected a bool tensor; got {mask.dtype}; compare first, e.g. x != 0")
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"Mask.from_bool: expected a bool tensor; got {got}; compare first, e.g. x != 0")
         packed = mask
         if row_aligned and mask.dim() and mask.numel():
             packed = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % 32))
@@ -58,8 +60,9 @@ class Mask:
         Raises:
             ValueError: positions out of range, unsorted or repeated.
         """
-        if indices.dtype not in (torch.int32, torch.int64) or indices.dim() != 1:
-            raise ValueError(f"Mask.from_indices: expected a vector of int32 or int64; got {indices.dtype} of shape {tuple(indices.shape)}")
+        if not isinstance(indices, Tensor) or indices.dtype not in (torch.int32, torch.int64) or indices.dim() != 1:
+            got = f"{indices.dtype} of shape {tuple(indices.shape)}" if isinstance(indices, Tensor) else type(indices).__name__
+            raise ValueError(f"Mask.from_indices: expected a vector of int32 or int64; got {got}; make it a tensor of flat positions")
         return cls(ops.run("from_indices", indices)(indices.contiguous(), math.prod(shape)), shape)
 
     @classmethod
@@ -166,8 +169,11 @@ class Mask:
 
     @classmethod
     def load(cls, path: str | Path) -> Mask:
-        """Reads what `save` wrote."""
-        return load_masks(path)["mask"]
+        """Reads what `save` wrote. ValueError: as `load_masks`, or a file of other masks."""
+        masks = load_masks(path)
+        if list(masks) != ["mask"]:
+            raise ValueError(f"Mask.load: expected a file of one mask; {path} holds {', '.join(masks) or 'none'}; read it with load_masks")
+        return masks["mask"]
 
 
 torch.serialization.add_safe_globals([Mask])  # for torch.load(weights_only=True)
@@ -175,10 +181,11 @@ torch.serialization.add_safe_globals([Mask])  # for torch.load(weights_only=True
 
 def save_masks(path: str | Path, masks: dict[str, Mask]) -> None:
     """Writes name -> Mask as one safetensors file: temporary file, fsync, rename."""
-    from ..files import write_safetensors
-
     tensors = {name: mask.words.cpu() for name, mask in masks.items()}
-    about = {name: {"shape": list(mask.shape), "row_aligned": mask.row_aligned} for name, mask in masks.items()}
+    about = {
+        name: {"shape": list(m.shape), "row_aligned": m.row_aligned, "crc": checksum([name, list(m.shape), m.row_aligned], tensors[name])}
+        for name, m in masks.items()
+    }
     write_safetensors(Path(path), tensors, {"format": _FORMAT, "masks": json.dumps(about)})
 
 
@@ -195,7 +202,14 @@ def load_masks(path: str | Path) -> dict[str, Mask]:
             about = file.metadata() or {}
             if about.get("format") != _FORMAT:
                 raise ValueError(f"load_masks: expected a file of masks; {path} is none; write one with save_masks")
-            entries = json.loads(about["masks"]).items()
-            return {name: Mask(file.get_tensor(name), e["shape"], row_aligned=e["row_aligned"]) for name, e in entries}
-    except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+            masks, entries = {}, json.loads(about["masks"])
+            if set(entries) != set(file.keys()):
+                raise KeyError("names")
+            for name, e in entries.items():
+                words, shape, row_aligned = file.get_tensor(name), e["shape"], e["row_aligned"]
+                if checksum([name, shape, row_aligned], words) != e["crc"]:
+                    raise KeyError(name)
+                masks[name] = Mask(words, shape, row_aligned=row_aligned)
+            return masks
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"load_masks: expected a whole file; {path} is damaged ({error}); copy it again") from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def merge(
         ValueError: unknown method or compat, arguments that do not fit it, models that differ in names, shapes or dtypes (all listed), files that
             are no models, an `out` that is one of the inputs. FileNotFoundError. OSError while writing; `out` is as before then.
     """
-    _check_words(method, compat, dtype)
+    _check_words(method, compat, dtype, device)
     opened, first = _open(base, models, method, device)
     job = _job(method, None if base is None else opened[0], opened if base is None else opened[1:], weights, density, compat, normalize)
     job.lambda_, job.seed, job.gamma, job.q = float(lambda_), int(seed), float(gamma), q
@@ -89,13 +90,17 @@ def merge(
         return writer.out
 
 
-def _check_words(method: str, compat: str, dtype: torch.dtype | None) -> None:
+def _check_words(method: str, compat: str, dtype: torch.dtype | None, device: torch.device | str | None) -> None:
     if method not in METHODS and method not in SPECIAL:
         raise ValueError(f"merge: expected a method among {', '.join([*METHODS, *SPECIAL])}; got {method!r}")
     if compat not in COMPAT:
         raise ValueError(f"merge: expected compat to be one of {', '.join(COMPAT)}; got {compat!r}")
     if dtype is not None and dtype not in MERGED:
         raise ValueError(f"merge: expected dtype to be float32, bfloat16, float16 or float64; got {dtype}")
+    try:
+        torch.empty(0, dtype=torch.uint8, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"merge: expected a device that torch can use; got {device!r} ({str(error).splitlines()[0]}); leave it out") from error
 
 
 def _tensors(
@@ -138,13 +143,13 @@ def _open(base: Source | None, models: Sequence[Source], method: str, device: to
 
 
 def _job(method: str, base: Model | None, models: list[Model], weights: Any, density: Any, compat: str, normalize: bool | None) -> Job:
-    if isinstance(weights, (int, float)):
+    if isinstance(weights, Real):
         raise ValueError(f"merge: expected {len(models)} weights, one per model; got the number {weights}; pass a list")
     values = [1.0] * len(models) if weights is None else [float(w) for w in weights]
     if len(values) != len(models) or not all(math.isfinite(w) for w in values):
         raise ValueError(f"merge: expected {len(models)} finite weights, one per model; got {values}")
-    wanted = (0.1 if method == "pcb" else 1.0) if density is None else density
-    densities = [float(wanted)] * len(models) if isinstance(wanted, (int, float)) else [float(d) for d in wanted]
+    wanted: Any = (0.1 if method == "pcb" else 1.0) if density is None else density
+    densities = [float(wanted)] * len(models) if isinstance(wanted, Real) else [float(d) for d in wanted]
     if len(densities) != len(models) or not all(0.0 <= d <= 1.0 for d in densities):
         raise ValueError(f"merge: expected a density in [0, 1], or {len(models)} of them; got {density}")
     spec = METHODS.get(method)
@@ -162,8 +167,8 @@ def _check_options(job: Job, t: float | None, fishers: Sequence[Source] | None) 
         raise ValueError(f'merge: expected fishers= with "fisher" and only there; got {"some" if fishers is not None else "none"} with {job.name!r}')
     if fishers is not None and len(fishers) != len(job.models):
         raise ValueError(f"merge: expected {len(job.models)} fishers, one per model; got {len(fishers)}")
-    if job.q is not None and (job.name != "darex" or job.q <= 0):
-        raise ValueError(f'merge: expected q > 0, with "darex" only; got q={job.q} with {job.name!r}')
+    if job.q is not None and (job.name != "darex" or not 0 < job.q < math.inf):
+        raise ValueError(f'merge: expected a finite q > 0, with "darex" only; got q={job.q} with {job.name!r}')
     if not math.isfinite(job.lambda_) or (job.lambda_ != 1.0 and job.name in ("linear", "slerp", "fisher")):
         raise ValueError(f"merge: expected a finite lambda_, 1 with linear, slerp and fisher; got {job.lambda_} with {job.name!r}; use weights=")
     if t is not None and not math.isfinite(t):
@@ -173,11 +178,16 @@ def _check_options(job: Job, t: float | None, fishers: Sequence[Source] | None) 
     if job.name == "pcb" and job.compat != "paper":
         raise ValueError(f'merge: expected compat="paper" with "pcb": nobody else has it; got {job.compat!r}')
     if job.name in METHODS and job.method.drop == "rank":
-        bad = [d for d in job.density if d < 1 and not (0 < d - job.epsilon and d + job.epsilon < 1)]
-        if bad:
-            raise ValueError(f"merge: expected density - epsilon and density + epsilon inside (0, 1); got density {bad}, epsilon {job.epsilon}")
-    if job.name in METHODS and job.method.drop == "chance" and job.q is None and any(d == 0 for d in job.density):
-        raise ValueError(f"merge: expected a density above 0 with {job.name!r}; got {job.density}: nothing would be left to rescale")
+        none = job.compat == "mergekit"  # there, density 0 keeps nothing without a look at epsilon
+        bad = [d for d in job.density if not (d == 1 or (none and d == 0) or (0 < d - job.epsilon and d + job.epsilon < 1))]
+        if bad or not job.epsilon >= 0:
+            raise ValueError(
+                f"merge: expected epsilon >= 0 with density - epsilon and density + epsilon inside (0, 1); got density {bad or job.density}, "
+                f"epsilon {job.epsilon}; a smaller epsilon fits"
+            )
+    scaled = job.q is None and (job.name == "darex" or job.compat == "peft")  # by 1 / density, whatever stays
+    if scaled and job.name in METHODS and job.method.drop == "chance" and 0.0 in job.density:
+        raise ValueError(f"merge: expected a density above 0 with {job.name!r}; got {job.density}: 0 / 0 is no weight; leave those models out")
 
 
 def _check_unused(method: str, weights: Any, density: Any, normalize: bool | None, epsilon: float | None) -> None:

@@ -185,8 +185,8 @@ def _ranked(job: Job, i: int, base: Tensor, tensor: Tensor, row: int, first: int
     """(the changes of whole rows, the changes that stay: scaled by 1/p as published, or not yet as mergekit does)."""
     d = truth.delta(base, Part(tensor), recipe, first, last)
     density, epsilon = job.density[i], job.epsilon
-    if density >= 1:
-        return d, d
+    if density >= 1 or density == 0:
+        return d, d if density else torch.zeros_like(d)
     order = torch.argsort(key_of(d.abs().float()).view(-1, row), dim=1, stable=True)
     rank = torch.empty_like(order).scatter_(1, order, torch.arange(row, device=d.device).expand_as(order).contiguous()).reshape(-1)
     p = (density - epsilon + 2 * epsilon * rank.double() / max(1, row - 1)) if row > 1 else torch.full_like(d, density, dtype=torch.float64)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -135,11 +136,11 @@ class LTSFT:
     def __init__(self, params: Params, *, density: float | None = None, k: int | None = None, iterations: int = 1) -> None:
         self.params = _trainable(params)
         n = sum(p.numel() for p in self.params.values())
-        if (density is None) == (k is None) or iterations < 1:
-            raise ValueError(f"LTSFT: expected density or k, iterations >= 1; got density={density}, k={k}, iterations={iterations}")
-        total = int(density * n) if density is not None else int(k or 0)
-        if not 0 <= total <= n or (density is not None and not 0.0 <= density <= 1.0):
+        if (density is None) == (k is None) or iterations < 1 or not isinstance(k, Integral | None):
+            raise ValueError(f"LTSFT: expected density or an integer k, iterations >= 1; got density={density}, k={k}, iterations={iterations}")
+        if not (0.0 <= density <= 1.0 if density is not None else 0 <= (k or 0) <= n):
             raise ValueError(f"LTSFT: expected a density in [0, 1], k in 0..{n}; got density={density}, k={k}")
+        total = int(density * n) if density is not None else int(k or 0)
         self._shares = [total // iterations + (i < total % iterations) for i in range(iterations)]
         self.start = {name: p.detach().clone() for name, p in self.params.items()}
         self._round_start = self.start

@@ -110,8 +110,8 @@ def _layers(model: nn.Module, types: tuple[type[Any], ...], skip: Collection[str
 
 
 def _magnitude(weights: dict[str, Tensor], density: Any, scope: str, n: int | None, m: int | None) -> dict[str, Mask]:
-    if n is not None and m is not None:
-        if density is not None:
+    if n is not None or m is not None:
+        if density is not None or n is None or m is None:
             raise ValueError(f"prune_model_: expected a density, or n and m; got density={density}, n={n}, m={m}")
         return {name: nm_mask(w.flatten(1), n, m).reshape(*w.shape) for name, w in weights.items()}
     if scope not in ("global", "tensor", "row"):

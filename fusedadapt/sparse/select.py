@@ -4,6 +4,7 @@ writes the bits. Histograms add up over tensors and over processes, so a list ne
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 import torch
@@ -114,7 +115,7 @@ def topk_mask(
         scope: "global": k of all elements of all tensors; "tensor": of each tensor; "row": of each row (last dimension); "block": of each run of
             ``block_size`` columns in a row.
         ties: among equal scores at the cut, "lowest_index" keeps those that come first, so that exactly k are kept; "inclusive" keeps all of them,
-            "exclusive" none.
+            "exclusive" none, unless all of them fit.
         nan: NaN scores rank "highest" (as torch.topk) or "lowest", or "raise".
         rounding: of density * n: "floor", "ceil" or "round" (half to even).
         group: a torch process group; scope "global" only. Every process passes its shards; ties go to the lower rank.
@@ -129,7 +130,7 @@ def topk_mask(
     if scope not in ("global", "tensor", "row", "block"):
         raise ValueError(f"topk_mask: expected scope global, tensor, row or block; got {scope!r}")
     if scope == "global":
-        if not (density is None or isinstance(density, (int, float))):
+        if isinstance(density, Sequence | Mapping) and not isinstance(density, str):
             raise ValueError('topk_mask: expected one density with scope "global"; got several; use scope="tensor"')
         words = _global(items, score, density, k, ties, nan, rounding, group)[: len(items)]
         masks = [Mask(m, x.shape) for m, (x, _) in zip(words, items, strict=True)]
@@ -215,24 +216,23 @@ def _k(op: str, n: int, density: float | None, k: int | None, rounding: str) -> 
     if rounding not in ("floor", "ceil", "round"):
         raise ValueError(f"{op}: expected rounding floor, ceil or round; got {rounding!r}")
     if k is not None:
-        if not isinstance(k, int) or not 0 <= k <= n:
+        if not isinstance(k, Integral) or not 0 <= k <= n:
             raise ValueError(f"{op}: expected an integer k in 0..{n}; got {k}")
         return int(k)
-    assert density is not None
-    if not 0.0 <= density <= 1.0:
+    if not isinstance(density, Real) or not 0.0 <= density <= 1.0:
         raise ValueError(f"{op}: expected a density in [0, 1]; got {density}")
-    return count_of(n, density, rounding)
+    return count_of(n, float(density), rounding)
 
 
 def _densities(density: Any, names: list[str] | None, count: int) -> list[float | None]:
-    if density is None or isinstance(density, (int, float)):
-        return [density] * count
+    if density is None or isinstance(density, Real | str):
+        return [density] * count  # type: ignore[list-item]  # what is no number is refused where it is used
     if isinstance(density, Mapping):
         wrong = sorted(map(repr, set(density) ^ set(names or [])))
         if names is None or wrong:
             raise ValueError(f"topk_mask: expected densities under the names of the tensors; missing or unknown: {', '.join(wrong) or 'all'}")
         density = [density[name] for name in names]
-    values = list(density)
+    values = density.tolist() if isinstance(density, Tensor) else list(density)
     if len(values) != count:
         raise ValueError(f"topk_mask: expected one density for each of {count} tensors; got {len(values)}")
     return values
@@ -299,10 +299,7 @@ def _sample(batches: Iterable[list[Item]]) -> Tensor:
 
 
 def _global(items: list[Item], score: str, density: float | None, k: int | None, ties: str, nan: str, rounding: str, group: Any) -> list[Tensor]:
-    if not items:
-        if group is None:
-            return []
-        items = [_nothing(score, group)]
+    items = items or [_nothing(score, group)]
     k = _k("topk_mask", _total(sum(x.numel() for x, _ in items), group), density, k, rounding)
     if k == 0:
         return [torch.zeros((x.numel() + 31) // 32, dtype=torch.int32, device=x.device) for x, _ in items]
@@ -342,7 +339,7 @@ def _local(
         return Mask(_global([item], score, density, k, ties, nan, rounding, None)[0], x.shape)
     length = x.shape[-1] if x.dim() else 1
     if scope == "block":
-        if not block_size or block_size < 1 or length % block_size:
+        if not isinstance(block_size, int) or block_size < 1 or length % block_size:
             raise ValueError(f"topk_mask: expected block_size to divide rows of {length}; got {block_size}")
         length = block_size
     if x.numel() == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Collection, Iterator
 from decimal import Decimal
 from typing import Any
@@ -48,7 +49,7 @@ class ColumnStats:
         if x.numel():
             rows = x.detach().reshape(-1, features).contiguous()
             self.sum_squares += ops.run("colstat", rows)(rows).to(self.sum_squares)
-            self.rows += rows.shape[0]
+        self.rows += math.prod(x.shape[:-1])
         return self
 
     def __add__(self, other: ColumnStats) -> ColumnStats:
@@ -194,7 +195,10 @@ def _norm(w: Tensor, given: Tensor | ColumnStats) -> Tensor:
         norm = given.detach().float()
     if norm.numel() != w.shape[1]:
         raise ValueError(f"wanda_mask: expected statistics of {w.shape[1]} columns; got {norm.numel()}; they belong to another layer")
-    if not bool(norm.isfinite().all()):
-        at = int((~norm.isfinite()).nonzero()[0])
-        raise ValueError(f"wanda_mask: expected finite column norms; got {float(norm[at])} for column {at}; look for overflow in the calibration")
+    good = norm.isfinite() & (norm >= 0)
+    if not bool(good.all()):
+        at = int((~good).nonzero()[0])
+        raise ValueError(
+            f"wanda_mask: expected finite column norms from 0 on; got {float(norm[at])} for column {at}; look for overflow in the calibration"
+        )
     return norm.to(w.device)

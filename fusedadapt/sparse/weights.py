@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..files import DTYPES, atomic_open, header, tensor_bytes
 
+_INDEX = "model.safetensors.index.json"
 Source = str | Path | Mapping[str, Tensor]
 
 
@@ -37,6 +38,7 @@ class Model:
             assert self.path is not None
             for file in _files(self.path):
                 self._read_header(file)
+            self._check_index(self.path / _INDEX)
         unknown = sorted({str(dtype) for dtype, _ in self.about.values()} - {str(dtype) for dtype in COPIED + MERGED})
         if unknown:
             raise ValueError(f"merge: expected float32, bfloat16, float16 or float64 weights, or integers; got {', '.join(unknown)}; convert them")
@@ -51,6 +53,12 @@ class Model:
                     raise ValueError(f"merge: expected known dtypes; {name} in {file} is {part.get_dtype()}; convert it")
                 self.shards[name] = file
                 self.about[name] = (DTYPES[part.get_dtype()], tuple(part.get_shape()))
+
+    def _check_index(self, index: Path) -> None:
+        """A tensor that the index names and no file has means a damaged checkpoint, not a smaller model."""
+        absent = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"]) - set(self.about)) if index.is_file() else []
+        if absent:
+            raise ValueError(f"merge: expected all tensors that {index} names; no file has {', '.join(absent[:5])}; copy the checkpoint again")
 
     def __getitem__(self, name: str) -> Tensor:
         if self._tensors is not None:
@@ -94,7 +102,7 @@ def _files(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise FileNotFoundError(f"merge: expected a model at {path}; nothing is there; check the path")
-    index = path / "model.safetensors.index.json"
+    index = path / _INDEX
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -133,9 +141,16 @@ class Writer:
             if others != [_INDEX] or len(self.groups) == 1:
                 raise ValueError(f"merge: expected a folder without other weights; {self.out} has {others[0]}; write elsewhere or remove it")
 
+    def _drop_empty(self) -> None:
+        """Takes back the folder that was made for nothing."""
+        with suppress(OSError):
+            self.out.rmdir()
+
     def write(self, compute: Callable[[str], Tensor]) -> None:
         """``compute(name)`` gives each tensor, in the order of the files."""
         with ExitStack() as files:  # closed, and so renamed, from the last entered to the first
+            if not self.single and not self.out.exists():
+                files.callback(self._drop_empty)
             index = files.enter_context(atomic_open(self.out / _INDEX)) if len(self.groups) > 1 else None
             for shard, about in self.groups.items():
                 head, order = header(about, {"format": "pt"})
@@ -147,9 +162,6 @@ class Writer:
                 sizes = [dtype.itemsize * math.prod(shape) for about in self.groups.values() for dtype, shape in about.values()]
                 weight_map = {name: shard for shard, about in self.groups.items() for name in about}
                 index.write(json.dumps({"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}, indent=2).encode())
-
-
-_INDEX = "model.safetensors.index.json"
 
 
 def check_alike(models: Sequence[Model], labels: Sequence[str]) -> None:
