@@ -62,10 +62,8 @@ MUTANTS = (
     Mutant(HOST, "k.second.step == before.step && ", "", "test_groups_keep_their_own_rows"),
     Mutant(HOST, "k.first == t.group && ", "", "test_groups_keep_their_own_rows"),
     # the table
-    Mutant(
-        TABLE, "if (!e.compact_grad && !same_order(e.p, e.g) && e.p.numel) return strided.push_back(index);",
-        "", "test_a_gradient_in_another_memory_order",
-    ),
+    Mutant(TABLE, " || (!e.compact_grad && !same_order(e.p, e.g))", "", "test_a_gradient_in_another_memory_order"),
+    Mutant(TABLE, "negated(given) || ", "", "test_a_gradient_stored_as_its_negative_is_read_right"),
     Mutant(TABLE, 'if (!e.compact_grad && !same_shape(e.p, e.g)) fail("shape:grad");', "", "test_a_wrong_gradient_is_refused"),
     Mutant("csrc/table_warm.cpp", "!(p == w.p)", "p.signature != w.p.signature", "test_a_moved_parameter_is_found"),
     # the mask as the index
