@@ -81,6 +81,11 @@ class _Output:
         return any(True in wanted[self.segments + name : self.end : len(SEGMENT)] for name in names)
 
 
+def resolved(t: Tensor | None) -> Any:
+    """Memory that holds a tensor's values: of the imaginary part of a conjugate, say, it holds the negatives, which only torch's own ops know."""
+    return t.resolve_neg() if t is not None and t.is_neg() else t
+
+
 def as_tensor(scalars: Tensor | Numbers) -> Tensor:
     """fp64 CPU [segments, 2]."""
     return scalars if isinstance(scalars, Tensor) else torch.tensor(scalars, dtype=torch.float64, device="cpu").view(-1, 2)
@@ -111,6 +116,7 @@ class LowRankLinear(torch.autograd.Function):
     def forward(
         ctx: Any, plan: Plan, x: Tensor, col_scale: Tensor | None, seed: Tensor | None, scalars: Tensor | Numbers, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
+        x, *tensors = map(resolved, (x, *tensors))  # type: ignore[assignment]
         with _no_autocast(x.device.type):
             ops, (scales, p) = ops_for(x), _numbers(x, scalars)
             outputs = _outputs(tensors, plan, scales)
@@ -160,7 +166,7 @@ class LowRankLinear(torch.autograd.Function):
             into_x, dy0s, dus, column = want_x or want_col, [], [], 0
             # Where products are made of fp32 tiles anyway, the gradient of col_scale gets dx before its rounding.
             wide = want_col and widens(sample)
-            for output, given_dy, y0 in zip(outputs, grads, kept, strict=True):
+            for output, given_dy, y0 in zip(outputs, map(resolved, grads), kept, strict=True):
                 dy = given_dy.float() if wide and given_dy is not None else given_dy
                 width = sum(output.ranks)
                 dy0 = None

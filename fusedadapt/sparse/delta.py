@@ -215,7 +215,8 @@ def _differ(a: Tensor, b: Tensor, kind: str) -> Tensor:
     if kind == "add" or a.dtype != b.dtype:
         return a != b
     bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(a.element_size(), torch.uint8)
-    return a.contiguous().view(bits) != b.contiguous().view(bits)
+    x, y = (t.contiguous().resolve_neg().view(bits) for t in (a, b))
+    return x != y
 
 
 def _about(e: Entry) -> str:
@@ -261,13 +262,14 @@ def _move(op: str, jobs: Sequence[tuple[Tensor, Tensor, Tensor]], alpha: float =
     copy; so do values elsewhere or of a type that kernels do not read."""
     moves, back = [], []
     for w, index, values in jobs:
-        flat = w.view(-1) if w.is_contiguous() else w.contiguous().view(-1)
+        own = w.is_contiguous() and not w.is_neg()
+        flat = w.view(-1) if own else w.contiguous().resolve_neg().view(-1)
         dtype = values.dtype
         if dtype != w.dtype and dtype not in ops.DTYPES:
             dtype = w.dtype if op == "scatter" else torch.float32
-        near = values.to(w.device, dtype)
+        near = values.to(w.device, dtype).resolve_neg()
         moves.append((flat, index.to(w.device), near))
-        if op != "gather" and not w.is_contiguous():
+        if op != "gather" and not own:
             back.append((w, flat.view(w.shape)))
         if op == "swap" and near is not values:
             back.append((values, near))

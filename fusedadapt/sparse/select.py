@@ -182,7 +182,7 @@ def _items(op: str, w: Tensors, score: str, other: Tensors | None, ties: str, na
 def _plain(x: Tensor) -> Tensor:
     """Contiguous, in a dtype that kernels read: scores are fp32, so rounding to it first changes none."""
     x = x.detach()
-    return (x if x.dtype in ops.DTYPES else x.float()).contiguous()
+    return (x if x.dtype in ops.DTYPES else x.float()).contiguous().resolve_neg()
 
 
 def _nothing(score: str, group: Any) -> Item:

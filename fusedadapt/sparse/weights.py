@@ -62,7 +62,7 @@ class Model:
 
     def __getitem__(self, name: str) -> Tensor:
         if self._tensors is not None:
-            tensor = self._tensors[name].detach()
+            tensor = self._tensors[name].detach().contiguous().resolve_neg()
         else:
             # Opened anew each time: an open file keeps every page mapped that was ever read.
             with _opened(self.shards[name]) as handle:
