@@ -63,7 +63,7 @@ MUTANTS = (
     Mutant(HOST, "k.first == t.group && ", "", "test_groups_keep_their_own_rows"),
     # the table
     Mutant(TABLE, " || (!e.compact_grad && !same_order(e.p, e.g))", "", "test_a_gradient_in_another_memory_order"),
-    Mutant(TABLE, "negated(given) || ", "", "test_a_gradient_stored_as_its_negative_is_read_right"),
+    Mutant(TABLE, "negated(given) || ", "", "test_table_reading.py::test_a_gradient_stored_as_its_negative_is_read_right[dlpack-flips0-shape0]"),
     Mutant(TABLE, 'if (!e.compact_grad && !same_shape(e.p, e.g)) fail("shape:grad");', "", "test_a_wrong_gradient_is_refused"),
     Mutant("csrc/table_warm.cpp", "!(p == w.p)", "p.signature != w.p.signature", "test_a_moved_parameter_is_found"),
     # the mask as the index
@@ -152,7 +152,7 @@ MUTANTS = (
     Mutant(LOWRANK, "b, _dense(row_scale), y0, need_bias", "b, row_scale, y0, need_bias", "test_lowrank_triton[100001]"),
     # low-rank: C++ and Triton
     Mutant(LR_HOST, "&& !s.threshold && !out.back().threshold", "&& !s.threshold", "test_lowrank_cpp"),
-    Mutant(LR_HOST, "seed != drawn.seed || ", "", "test_lowrank_cpp"),
+    Mutant(LR_HOST, "seed != drawn.seed || ", "", "test_lowrank_cpp.py::test_masks_are_drawn_once_for_both_uses[base]"),
     Mutant(LR_CPU, "widen_one(at[j * step_n]) * scale;", "widen_one(at[j * step_n]);", f"{CONTRACT}masks_are_the_same_bits_everywhere[cpp-5-13]"),
     Mutant(LR_CPU, "sums[i] = add ? sums[i] + total : total;", "sums[i] = total;", f"{CONTRACT}skinny_w[cpp]"),
     Mutant(LR_CPU, "if (w.bias) f += ", "if (w.bias) f -= ", "test_lowrank_cpp"),

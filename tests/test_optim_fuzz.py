@@ -195,7 +195,7 @@ class Run:
     def arrays(self, k: int) -> dict[str, Tensor]:
         """What the step may change of parameter ``k``; a split pair is one fp32 number."""
         p, state = self.params[k], self.opt.state.get(self.params[k], {})
-        return {"param": p.detach(), **{n: t for n, t in state.items() if isinstance(t, Tensor) and n not in ("mask", "index")}}
+        return {"param": p.detach(), **{n: t for n, t in state.items() if isinstance(t, Tensor) and n not in ("mask", "index", "prefix")}}
 
     def like_mine(self, k: int, arrays: dict[str, Tensor], always: tuple[str, ...] = ("param", "step")) -> dict[str, Tensor]:
         """Arrays of a run with dense states as this one keeps them."""
