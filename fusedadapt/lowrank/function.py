@@ -82,8 +82,9 @@ class _Output:
 
 
 def resolved(t: Tensor | None) -> Any:
-    """Memory that holds a tensor's values: of the imaginary part of a conjugate, say, it holds the negatives, which only torch's own ops know."""
-    return t.resolve_neg() if t is not None and t.is_neg() else t
+    """Memory that holds a tensor's values: of the imaginary part of a conjugate, say, it holds the negatives, which only torch's own ops know (and
+    its dispatcher, through which compiled graphs go)."""
+    return t if t is None or torch.compiler.is_compiling() or not t.is_neg() else t.resolve_neg()
 
 
 def as_tensor(scalars: Tensor | Numbers) -> Tensor:
