@@ -80,11 +80,11 @@ struct Clock {
 // What the whole launch shares. The scalars live where the launch runs (host or device): nobody waits for their value.
 struct Globals {
   const float* grad_scale;  // GradScaler's scale: gradients are divided by it; null = 1
-  const float* found_inf;  // nonzero: nothing changes; null = never
-  const float* clip;  // coefficient of global-norm clipping; null = 1
+  const float* found_inf;   // nonzero: nothing changes; null = never
+  const float* clip;        // coefficient of global-norm clipping; null = 1
   uint64_t seed;
-  int32_t stochastic;  // round bf16 parameters stochastically
-  int32_t chunk;  // elements per chunk
+  int32_t stochastic;       // round bf16 parameters stochastically
+  int32_t chunk;            // elements per chunk
 };
 
 }  // namespace fa

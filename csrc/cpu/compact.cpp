@@ -15,8 +15,8 @@ namespace {
 // prefetches 16 to 48 ahead are within 6 % of each other.
 constexpr int kBlock = 64;  // small: the lines of p are in L1 when they are written, and the next block's arrive while this one is computed
 constexpr int kAhead = 48;  // elements between a prefetch and its use
-constexpr int kDecoded =
-    512;  // positions taken from a mask at a time: moving what is left of them at every block waits for what was just written
+// Positions taken from a mask at a time: moving what is left of them at every block waits for what was just written.
+constexpr int kDecoded = 512;
 
 // The chosen elements of p and, unless it is null, of g, side by side: their cache misses overlap (one array after the other took 40 % longer). `left`:
 // how many positions may be read from `at` on.

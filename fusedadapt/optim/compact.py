@@ -55,6 +55,11 @@ def index_of(state: dict[str, Any], p: Tensor) -> Tensor:
     return found
 
 
+def chosen(state: dict[str, Any], p: Tensor) -> Tensor | None:
+    """Which elements of the parameter a state holds, in its order; None: all of them, it is dense."""
+    return index_of(state, p) if is_compact(state) else None
+
+
 def count(state: dict[str, Any]) -> int:
     """How many elements a compact state has."""
     return int(state["index"].numel() if "index" in state else state["prefix"][-1])
@@ -202,7 +207,7 @@ def convert(opt: FusedOptimizer, label: str, p: Tensor, group: dict[str, Any], s
     if opt.decay_to == "zero":
         state.pop("anchor", None)
     elif "anchor" not in state:
-        state["anchor"] = take(p.detach(), p, index_of(state, p) if is_compact(state) else None)
+        state["anchor"] = take(p.detach(), p, chosen(state, p))
     if "index" in state:
         squeeze(state, p, rule)
     return state

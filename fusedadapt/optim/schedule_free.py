@@ -10,7 +10,6 @@ from typing_extensions import Unpack
 
 from . import compact
 from .base import Extras, FusedOptimizer, Params
-from .spec import is_compact
 
 _SCALARS = ("weight_sum", "lr_max")
 
@@ -86,7 +85,7 @@ class ScheduleFreeAdamW(FusedOptimizer):
                 state = self.state.get(p, {})
                 if "z" in state:
                     wide = torch.float64 if p.dtype == torch.float64 else torch.float32
-                    index = compact.index_of(state, p) if is_compact(state) else None
+                    index = compact.chosen(state, p)
                     master = state.get("master", p if index is None else compact.take(p, p, index))
                     moved = master.to(wide).lerp(state["z"].to(wide), weight)
                     master.copy_(moved)

@@ -353,7 +353,7 @@ def _load_master(opt: FusedOptimizer, op: str, label: str, p: Tensor, out: dict[
             f'build the optimizer with master_weights="{form}"'
         )
     if opt.master_weights and key not in out:
-        fp32 = compact.take(p.detach(), p, compact.index_of(out, p) if is_compact(out) else None).float()
+        fp32 = compact.take(p.detach(), p, compact.chosen(out, p)).float()
         out[key] = fp32 if key == "master" else torch.zeros_like(fp32, dtype=torch.int16)
 
 
