@@ -4,7 +4,7 @@ FUSEDADAPT_CORE=auto|on|off    auto (default): without a working C++ compiler in
                                off: do not compile
 FUSEDADAPT_CUDA=auto|on|off    auto (default): CUDA part if nvcc and an NVIDIA device are here; on: nvcc is enough, and required
 CMAKE_BUILD_TYPE=Release       or any other of CMake's, as CMake itself takes it
-FUSEDADAPT_CUDA_ARCHS="80;90"  with CUDA: the architectures; default: this machine's device, else 80 86 89 90 100 120
+FUSEDADAPT_CUDA_ARCHS="80;90"  with CUDA: the architectures; default: this machine's device, else 80 (also for 86, 89) 90 100 120
 
 python setup.py build_ext --inplace     fusedadapt/_core*.so in the checkout
 python setup.py build_emulated          fusedadapt/_core_emulated*.so there: the .cu files on a CPU stand-in for CUDA, for the tests
@@ -64,9 +64,7 @@ def compiler_fault() -> str:
         return f"no C++ compiler found (CXX={os.environ.get('CXX', '')!r})"
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.cpp")
-        source.write_text(
-            "#include <Python.h>\n#include <vector>\nint probe(std::vector<int> v) { return int(v.size()) + PY_MAJOR_VERSION; }\n"
-        )
+        source.write_text("#include <Python.h>\n#include <vector>\nint probe(std::vector<int> v) { return int(v.size()) + PY_MAJOR_VERSION; }\n")
         command = [compiler, "-std=c++17", "-I", sysconfig.get_paths()["include"], "-c", str(source), "-o", str(Path(folder, "probe.o"))]
         run = subprocess.run(command, capture_output=True, text=True, check=False)
         if run.returncode == 0 and Path(folder, "probe.o").exists():
@@ -100,7 +98,7 @@ def cuda_options() -> list[str]:
         )
     if wish == "off" or not nvcc or (wish == "auto" and not here):
         return ["-DFA_CUDA=OFF"]
-    archs = os.environ.get("FUSEDADAPT_CUDA_ARCHS") or ("native" if here else "80-real;86-real;89-real;90-real;100-real;120")
+    archs = os.environ.get("FUSEDADAPT_CUDA_ARCHS") or ("native" if here else "")  # "": those of a release, CMakeLists.txt
     return ["-DFA_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_CUDA_ARCHITECTURES={archs}"]
 
 
