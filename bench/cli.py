@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fusedadapt.cli import positive
+from fusedadapt.files import write_text
 
 
 class Family(NamedTuple):
@@ -116,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.quick:
         console.print("a quick run: mixes are smaller than the goals mean", style="yellow")
     if options.json:
-        options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_text(options.json, json.dumps(report, indent=1) + "\n")
     if options.plots:
         console.print("\n".join(map(str, chosen.plots(report, options.plots))), markup=False, highlight=False)
     return 0

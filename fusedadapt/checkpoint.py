@@ -1,19 +1,16 @@
 """Checkpoints in one safetensors file: exact, atomic, checked, never pickled.
 
 A checkpoint is a tree of dicts, lists, tuples, scalars and tensors. The tensors are the tensors of a plain safetensors file (any
-safetensors
-reader opens it); the tree, with a name in place of each tensor, is JSON in the file's metadata together with dtype, shape and BLAKE2b
-hash of
-every tensor and a hash of that text itself. So a cut or a flipped bit anywhere is found on load, before anything is changed.
+safetensors reader opens it); the tree, with a name in place of each tensor, is JSON in the file's metadata together with dtype, shape and
+BLAKE2b hash of every tensor and a hash of that text itself. So a cut or a flipped bit anywhere is found on load, before anything is
+changed.
 
     save("run/ckpt.safetensors", model, optimizer, extra={"step": 40})
     extra = load("run/ckpt.safetensors", model, optimizer)
 
-What comes back is what went in: dtypes of every state (also where ``Optimizer.load_state_dict`` would cast), tuples, ints, bools, None
-and Tensor
-learning rates in the parameter groups, torch's random state. POSIX file systems; any number of readers, one writer per path at a time
-is the
-intended use, two writers cannot damage the file (the last rename wins).
+What comes back is what went in: dtypes of every state (also where ``Optimizer.load_state_dict`` would cast), tuples, ints, bools, None and
+Tensor learning rates in the parameter groups, torch's random state. POSIX file systems; any number of readers, one writer per path at a
+time is the intended use, two writers cannot damage the file (the last rename wins).
 """
 
 from __future__ import annotations
@@ -46,9 +43,8 @@ class CheckpointError(RuntimeError):
 def save(path: str | os.PathLike[str], model: Any = None, optimizer: Any = None, extra: Any = None, *, rng: bool = True) -> None:
     """Write model, optimizer, ``extra`` and torch's random state to ``path``, replacing it in one step.
 
-    ``model`` and ``optimizer`` are one ``nn.Module`` / ``Optimizer`` or a dict of them. ``extra`` is a tree of dicts (str or int
-    keys), lists,
-    tuples, str, int, float, bool, None, ``torch.dtype`` and tensors. A kill at any moment leaves the old file or the new one, whole.
+    ``model`` and ``optimizer`` are one ``nn.Module`` / ``Optimizer`` or a dict of them. ``extra`` is a tree of dicts (str or int keys),
+    lists, tuples, str, int, float, bool, None, ``torch.dtype`` and tensors. A kill at any moment leaves the old file or the new one, whole.
     Raises CheckpointError naming what cannot be stored.
     """
     tree: dict[str, Any] = {
@@ -64,8 +60,7 @@ def load(path: str | os.PathLike[str], model: Any = None, optimizer: Any = None,
     """Read a file written by :func:`save` into ``model`` and ``optimizer`` (in place) and return its ``extra``.
 
     The whole file is read, hashed and compared with the model and the optimizer first; on CheckpointError (damaged file, missing,
-    unexpected or
-    differently shaped or typed tensor, state of another rule, other parameter groups) nothing has been changed.
+    unexpected or differently shaped or typed tensor, state of another rule, other parameter groups) nothing has been changed.
     """
     tree = load_tree(path)
     if not isinstance(tree, dict) or not {"model", "optimizer", "extra", "rng"} <= tree.keys():

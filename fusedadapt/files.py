@@ -42,6 +42,10 @@ DTYPES = {code: dtype for dtype, code in CODES.items()}
 def atomic_open(path: Path) -> Iterator[BinaryIO]:
     """A binary file that takes the name `path` when the block ends without an error, and leaves nothing behind when it does not."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not path.is_file() and not path.is_dir():  # /dev/stdout, a named pipe: nothing there can be replaced
+        with open(path, "wb") as file:
+            yield file
+        return
     _remove_stale(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -53,6 +57,11 @@ def atomic_open(path: Path) -> Iterator[BinaryIO]:
     finally:
         temporary.unlink(missing_ok=True)
     _fsync_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic_open(path) as file:
+        file.write(text.encode())
 
 
 def check_writable(path: Path) -> None:

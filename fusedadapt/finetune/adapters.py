@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..files import write_safetensors, write_text
 from ..lowrank import LoRALinear, RankAllocator, VeraProjection, orthogonal_penalty
 from ..lowrank.methods import METHODS
 from .errors import FinetuneError
@@ -123,10 +123,10 @@ class Adapter:
         if self.options.method == "vera":
             tensors |= {f"base_model.vera_{part}": getattr(self.projection, part).cpu() for part in "AB"}
         paths = [folder / "adapter_model.safetensors"]
-        save_file(tensors, paths[0], metadata={"format": "pt"})
+        write_safetensors(paths[0], tensors, {"format": "pt"})
         if (config := self._peft_config()) is not None:
             paths.append(folder / "adapter_config.json")
-            paths[1].write_text(json.dumps(config, indent=1) + "\n")
+            write_text(paths[1], json.dumps(config, indent=1) + "\n")
         return paths
 
     def _peft_config(self) -> dict[str, Any] | None:

@@ -1,8 +1,7 @@
 """Code search over the Python standard library: real (description, function) pairs that are on every machine.
 
 A pair is the first paragraph of a function's docstring and the function's source without that docstring, its name replaced by ``f``
-wherever it
-stands. Nothing is downloaded or cached; the same Python gives the same pairs in the same order on every machine.
+wherever it stands. Nothing is downloaded or cached; the same Python gives the same pairs in the same order on every machine.
 """
 
 from __future__ import annotations

@@ -47,8 +47,8 @@ class History:
 
 
 class Lane:
-    """Trains ``model`` with ``rule`` on pairs; every step is a pure function of the weights, the optimizer's state, the batch and
-    (seed, step)."""
+    """Trains ``model`` with ``rule`` on pairs; every step is a pure function of the weights, the optimizer's state, the batch and (seed,
+    step)."""
 
     def __init__(
         self, model: Encoder, rule: Rule, tokens: Tokens, seed: int, adapter: AnyAdapter | None = None, masks: dict[str, Mask] | None = None

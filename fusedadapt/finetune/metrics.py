@@ -1,5 +1,5 @@
-"""The loss that trains and the numbers that judge a retrieval model. All take unit embeddings; row i of one side belongs to row i of
-the other."""
+"""The loss that trains and the numbers that judge a retrieval model. All take unit embeddings; row i of one side belongs to row i of the
+other."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def logits(queries: Tensor, candidates: Tensor) -> Tensor:
 
 
 def info_nce(queries: Tensor, candidates: Tensor) -> Tensor:
-    """In-batch contrastive loss, scalar fp32: cross-entropy of each query over all candidates of the batch (van den Oord et al. 2018,
-    arXiv 1807.03748)."""
+    """In-batch contrastive loss, scalar fp32: cross-entropy of each query over all candidates of the batch (van den Oord et al. 2018, arXiv
+    1807.03748)."""
     scores = logits(queries, candidates)
     return F.cross_entropy(scores, torch.arange(len(scores), device=scores.device))
 

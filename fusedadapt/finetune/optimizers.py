@@ -1,8 +1,8 @@
 """From ``--optimizer NAME`` to a constructed optimizer, and from ours to torch's twin of it.
 
-``NAME`` is a class of ``fusedadapt.optim.OPTIMIZERS`` or ``torch:CLASS``, in any case. Rules that need more than ``step()`` are
-recognised by what they
-have (``train``/``eval``, ``update_hessian``, ``step(bs=…)``), so a new rule needs no line here unless its learning rate must differ.
+``NAME`` is a class of ``fusedadapt.optim.OPTIMIZERS`` or ``torch:CLASS``, in any case. Rules that need more than ``step()`` are recognised
+by what they have (``train``/``eval``, ``update_hessian``, ``step(bs=…)``), so a new rule needs no line here unless its learning rate must
+differ.
 """
 
 from __future__ import annotations

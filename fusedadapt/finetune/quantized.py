@@ -20,8 +20,8 @@ CHOICES = (*(name for name in FORMATS if not name.startswith("dynamic")), "nf4-d
 
 @dataclass(frozen=True)
 class Summary:
-    """Bytes of the quantized layers' weights and of the whole model, each before and after; bytes a batch keeps for backward when the whole dense
-    model is trained; quality right after quantizing."""
+    """Bytes of the quantized layers' weights and of the whole model, each before and after; bytes a batch keeps for backward when the whole
+    dense model is trained; quality right after quantizing."""
 
     format: str
     layers: int

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from .. import __version__
+from ..files import write_text
 from . import quantized
 from .lane import Lane
 from .metrics import Quality
@@ -160,7 +161,7 @@ def as_json(result: Result) -> dict[str, Any]:
 def write(result: Result, out: Path) -> list[Path]:
     """report.json, curves.png and curves.svg in ``out``; returns everything the run left there."""
     plot(result, [out / "curves.png", out / "curves.svg"])
-    (out / REPORT).write_text(json.dumps(as_json(result), indent=1) + "\n")
+    write_text(out / REPORT, json.dumps(as_json(result), indent=1) + "\n")  # last: it marks a finished run
     models = [out / folder / "model.safetensors" for folder in ("model", "model-compared")][: len(result.lanes)]
     if result.adapted:
         models.append(out / "adapter" / "adapter_model.safetensors")

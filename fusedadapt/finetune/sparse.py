@@ -56,8 +56,8 @@ def unpacked(stored: Mapping[str, Any], device: str) -> Masks:
 
 @dataclass
 class Summary:
-    """Elements trained and in all; bytes of the optimizer's state, and what it would take with states of its tensors' shapes; the delta's entries and
-    bytes on disk; elements outside the masks whose bits changed (0, or something is wrong)."""
+    """Elements trained and in all; bytes of the optimizer's state, and what it would take with states of its tensors' shapes; the delta's
+    entries and bytes on disk; elements outside the masks whose bits changed (0, or something is wrong)."""
 
     trained: int
     parameters: int

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors.torch import save_file
 
 from .. import checkpoint
+from ..files import write_safetensors
 from . import adapters, data, model, quantized, sparse
 from .errors import FinetuneError
 from .lane import History, Lane, gradients
@@ -69,8 +69,8 @@ class Watcher(Protocol):
 
 @dataclass
 class Adapted:
-    """What an adapter cost and left: parameters trained and in all; bytes a batch keeps for backward; layer -> share of the change that merging kept
-    (PEFT reports none); quality of the merged model."""
+    """What an adapter cost and left: parameters trained and in all; bytes a batch keeps for backward; layer -> share of the change that
+    merging kept (PEFT reports none); quality of the merged model."""
 
     trained: int
     parameters: int
@@ -94,8 +94,8 @@ class Result:
 
 
 def run(config: Config, out: Path, watcher: Watcher, *, save_every: int, resume: bool) -> Result:
-    """The whole job; leaves ``checkpoint.safetensors`` and ``model/`` in ``out``. Killed and resumed equals uninterrupted, bit for
-    bit, on a CPU."""
+    """The whole job; leaves ``checkpoint.safetensors`` and ``model/`` in ``out``. Killed and resumed equals uninterrupted, bit for bit, on
+    a CPU."""
     began = time.perf_counter()
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
@@ -157,8 +157,8 @@ def load_data(config: Config) -> tuple[list[data.Pair], list[data.Pair]]:
 
 
 def build_lanes(config: Config, train: list[data.Pair] | None = None, masks: sparse.Masks | None = None) -> list[Lane]:
-    """One lane, or two from the same start. The second one's hyper-parameters are read from the first one's constructed optimizer. ``masks``: a
-    stored run's; without, --sparse chooses them, by gradients of the first batch of ``train`` if told so."""
+    """One lane, or two from the same start. The second one's hyper-parameters are read from the first one's constructed optimizer.
+    ``masks``: a stored run's; without, --sparse chooses them, by gradients of the first batch of ``train`` if told so."""
     extras: dict[str, Any] = {}
     if config.master_weights is not None:
         extras["master_weights"] = config.master_weights
@@ -313,4 +313,4 @@ def export(lane: Lane, folder: Path, config: Config) -> None:
             shutil.copy(source / name, folder / name)
         (folder / "1_Pooling").mkdir(exist_ok=True)
         shutil.copy(source / "1_Pooling" / "config.json", folder / "1_Pooling" / "config.json")
-    save_file(lane.final_weights(), folder / "model.safetensors", metadata={"format": "pt"})
+    write_safetensors(folder / "model.safetensors", lane.final_weights(), {"format": "pt"})

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..cli import positive
 from ..config import interpret_triton
+from ..files import write_text
 
 if TYPE_CHECKING:
     from .suite import Report, Row
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _show(console, report, options.detail)
     if options.json:
         about = {"seed": options.seed, "lib": options.lib, "device": options.device, **report.as_json()}
-        options.json.write_text(json.dumps(about, indent=1), encoding="utf-8")
+        write_text(options.json, json.dumps(about, indent=1))
     return int(not report.clean and (options.lib is None or options.strict))
 
 
