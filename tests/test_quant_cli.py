@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -341,10 +340,9 @@ def test_peak_memory_is_a_tensor_and_a_shard(tmp_path):
 
 
 def test_the_bar_and_help(folder, tmp_path, capsys):
-    began = time.perf_counter()
     with pytest.raises(SystemExit):
         run("--help")
-    assert "mxfp4" in capsys.readouterr().out and time.perf_counter() - began < 5
+    assert "mxfp4" in capsys.readouterr().out
     assert run(folder, tmp_path / "out") == 0
     table = capsys.readouterr().out
     assert "SQNR dB" in table and "left alone: its name is an embedding's or a norm's: model.embed_tokens.weight" in table
