@@ -113,19 +113,56 @@ def test_stacked_deltas_come_off_in_the_opposite_order() -> None:
     assert equal({n: p.detach() for n, p in module.named_parameters()}, before)
 
 
-def test_tied_weights_under_two_names(backend: str) -> None:
-    """Both names' changes are added, one after the other, and come off again."""
+def test_weights_that_overlap(backend: str) -> None:
+    """Changes of tensors that share some of their memory are added one after the other, and come off again."""
     w = torch.randn(50, generator=torch.Generator().manual_seed(1))
-    was = w.clone()
-    at = torch.arange(0, 50, 3, dtype=torch.int32)
-    delta = SparseDelta({name: Entry(at, torch.full((17,), 0.3), w.shape) for name in ("a", "b", "c")})
-    for views in ({"a": w, "b": w.view(50), "c": torch.zeros(50)}, {"a": w[:50], "b": torch.zeros(50), "c": w}):
+    was, at = w.clone(), torch.arange(0, 40, 3, dtype=torch.int32)
+    delta = SparseDelta({name: Entry(at, torch.full((14,), 0.3), torch.Size([40])) for name in ("a", "b", "c")})
+    for views in ({"a": w[:40], "b": w[3:43], "c": torch.zeros(40)}, {"a": w[3:43], "b": torch.zeros(40), "c": w[:40]}):
         delta.apply_(views)
         wanted = was.clone()
-        wanted[at.long()] = (was[at.long()] + 0.3) + 0.3
+        for first in (0, 3):
+            wanted[at.long() + first] += 0.3
         assert torch.equal(w, wanted)
         delta.revert_()
         assert torch.equal(w, was)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(10, 4), nn.Linear(4, 10, bias=False)
+        self.head.weight = self.embed.weight
+        self.register_buffer("scale", torch.ones(3))
+
+
+@pytest.mark.parametrize("kind", ["add", "set"])
+def test_tied_weights_change_once(kind: str) -> None:
+    """A state dict has them under both names, so has a delta of two state dicts; it fits the module, its state dict and an untied copy."""
+    old, new = Tied(), Tied()
+    new.load_state_dict(old.state_dict())
+    with torch.no_grad():
+        new.embed.weight[2:4] += 0.3
+        new.scale[1] = 2
+    base, wanted = copied(old.state_dict()), copied(new.state_dict())
+    delta = SparseDelta.from_diff(old.state_dict(), new.state_dict(), kind=kind)
+    assert set(delta.entries) == {"embed.weight", "head.weight", "scale"}
+    for weights in (old, old.state_dict(), copied(base)):
+        found = weights.state_dict() if isinstance(weights, nn.Module) else weights
+        delta.apply_(weights)
+        assert equal(found, wanted)
+        delta.revert_()
+        assert equal(found, base)
+    if kind == "set":
+        delta.swap_(old)
+        assert equal(old.state_dict(), wanted) and torch.equal(delta.entries["head.weight"].values, base["head.weight"][2:4].flatten())
+        delta.swap_(old)
+        assert equal(old.state_dict(), base)
+    changes = dict(delta.entries)
+    changes["head.weight"] = Entry(changes["head.weight"].indices, changes["head.weight"].values + 1, torch.Size([10, 4]))
+    with pytest.raises(ValueError, match="'embed.weight' and 'head.weight' are one tensor, with two changes"):
+        SparseDelta(changes, kind).apply_(old)
+    assert equal(old.state_dict(), base)
 
 
 def test_the_model_moves_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:

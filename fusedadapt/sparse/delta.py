@@ -121,14 +121,17 @@ class SparseDelta:
     def apply_(self, weights: Weights, alpha: float = 1.0) -> SparseDelta:
         """w[positions] += alpha * values (computed wide, rounded once), or = values with kind "set". Returns self.
 
+        Tied weights, which a state dict has under several names, change once.
+
         Raises:
-            RuntimeError: applied already. ValueError: a tensor is missing or of another shape (all named), alpha with kind "set": nothing changed.
+            RuntimeError: applied already. ValueError: a tensor is missing or of another shape (all named), tied weights with different changes,
+                alpha with kind "set": nothing changed.
         """
         if self._undo is not None:
             raise RuntimeError("SparseDelta.apply_: expected a delta that is not applied; this one is; revert_() first, or copy it")
         if self.kind == "set" and alpha != 1.0:
             raise ValueError(f'SparseDelta.apply_: expected alpha 1 with kind "set"; got {alpha}')
-        jobs, undo = self._matched("apply_", weights), list[tuple[Tensor, str, Tensor]]()
+        (jobs, _), undo = self._matched("apply_", weights), list[tuple[Tensor, str, Tensor]]()
         self._undo = undo
         for batch in _apart(jobs):
             old = _take_all([(w, e.indices) for _, w, e in batch])
@@ -150,21 +153,34 @@ class SparseDelta:
         """Exchanges the weights and the values (kind "set"): doing it twice changes nothing."""
         if self.kind != "set":
             raise ValueError('SparseDelta.swap_: expected kind "set"; got "add"; use apply_ and revert_')
-        matched = self._matched("swap_", weights)
+        matched, twins = self._matched("swap_", weights)
         narrow = [f"{name}: {e.values.dtype} for {w.dtype}" for name, w, e in matched if e.values.dtype != w.dtype]
         if narrow:
             raise ValueError(f"SparseDelta.swap_: expected values of the weights' dtypes, so that an exchange loses nothing; got {narrow}")
         for batch in _apart(matched):
             _move("swap", [(w, e.indices, e.values) for _, w, e in batch])
+        for e, twin in twins:
+            twin.values.copy_(e.values)
 
-    def _matched(self, op: str, weights: Weights) -> list[Job]:
-        found = _tensors(weights)
+    def _matched(self, op: str, weights: Weights) -> tuple[list[Job], list[tuple[Entry, Entry]]]:
+        """What is to be written where, tied weights once; and the entries that were left out for it, each behind its like."""
+        found = _tensors(weights, every=True)
         bad = [n for n, e in self.entries.items() if n not in found or found[n].shape != e.shape or not found[n].dtype.is_floating_point]
         if bad:
             raise ValueError(f"SparseDelta.{op}: expected weights with the delta's tensors; missing, of another shape or not floating-point: {bad}")
         if folded := [n for n in self.entries if any(s == 0 < d - 1 for s, d in zip(found[n].stride(), found[n].shape, strict=True))]:
             raise ValueError(f"SparseDelta.{op}: expected tensors whose elements have memory of their own; expanded: {folded}; clone them")
-        return [(name, found[name], e) for name, e in self.entries.items()]
+        jobs, twins = dict[tuple[Any, ...], Job](), list[tuple[Entry, Entry]]()
+        for name, e in self.entries.items():
+            w = found[name]
+            tied = jobs.setdefault((w.device, w.data_ptr(), w.shape, w.stride(), w.dtype) if w.numel() else (name,), (name, w, e))
+            if tied[0] == name:
+                continue
+            twins.append((tied[2], e))
+            if not _alike(tied[2], e):
+                names = f"{tied[0]!r} and {name!r} are one tensor, with two changes"
+                raise ValueError(f"SparseDelta.{op}: expected one change of each tensor; {names}; leave one name out of the delta, or untie them")
+        return list(jobs.values()), twins
 
     def save(self, path: str | Path) -> None:
         """One safetensors file, written atomically: gap-coded positions (about 1.02 bytes at 1 %) and values."""
@@ -232,13 +248,22 @@ def _positions(e: Mapping[str, Any], gaps: Tensor, values: Tensor) -> Tensor:
     return decoder(gaps, int(how), len(values), size).to(torch.int32 if size < 1 << 31 else torch.int64)
 
 
+def _alike(a: Entry, b: Entry) -> bool:
+    """The same change, to the bit."""
+    if a.values.dtype != b.values.dtype or a.shape != b.shape or not torch.equal(a.indices, b.indices.to(a.indices)):
+        return False
+    return not bool(_differ(a.values, b.values.to(a.values.device), "set").any())
+
+
 def _about(e: Entry) -> str:
     return f"{tuple(e.indices.shape)} {e.indices.dtype} positions, {tuple(e.values.shape)} values, shape {tuple(e.shape)}"
 
 
-def _tensors(weights: Weights) -> dict[str, Tensor]:
+def _tensors(weights: Weights, every: bool = False) -> dict[str, Tensor]:
+    """With ``every`` a module's buffers too, and each name of tied weights, as its state dict has them."""
     if isinstance(weights, nn.Module):
-        return {name: p.detach() for name, p in weights.named_parameters()}
+        named = [*weights.named_parameters(remove_duplicate=not every), *(weights.named_buffers(remove_duplicate=False) if every else ())]
+        return {name: p.detach() for name, p in named}
     return {name: t.detach() for name, t in weights.items()}
 
 
