@@ -20,7 +20,8 @@ from .mask import Mask
 from .select import topk_mask
 
 Weights = nn.Module | Mapping[str, Tensor]
-_FORMAT = "fusedadapt.delta"
+FORMAT = "fusedadapt.delta"
+KINDS = ("add", "set")
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class SparseDelta:
     """
 
     def __init__(self, entries: Mapping[str, Entry], kind: str = "add") -> None:
-        if kind not in ("add", "set"):
+        if kind not in KINDS:
             raise ValueError(f'SparseDelta: expected kind "add" or "set"; got {kind!r}')
         self.entries = dict(entries)
         self.kind = kind
@@ -190,7 +191,7 @@ class SparseDelta:
             tensors[f"{name}.gaps"], tensors[f"{name}.values"] = code, e.values.cpu()
             coded: dict[str, Any] = {"shape": list(e.shape), "shift": shift}
             about[name] = coded | {"crc": _crc(name, self.kind, coded, code, tensors[f"{name}.values"])}
-        write_safetensors(Path(path), tensors, {"format": _FORMAT, "kind": self.kind, "entries": json.dumps(about, separators=(",", ":"))})
+        write_safetensors(Path(path), tensors, {"format": FORMAT, "kind": self.kind, "entries": json.dumps(about, separators=(",", ":"))})
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> SparseDelta:
@@ -204,17 +205,14 @@ class SparseDelta:
         try:
             with safe_open(str(path), "pt") as file:
                 about = file.metadata() or {}
-                if about.get("format") != _FORMAT:
+                if about.get("format") != FORMAT:
                     raise ValueError(f"SparseDelta.load: expected a delta's file; {path} is none; write one with SparseDelta.save")
                 entries, listed = {}, json.loads(about["entries"])
                 if {f"{name}.{part}" for name in dict(listed) for part in ("gaps", "values")} != set(file.keys()):
                     raise KeyError("names")
                 for name, e in listed.items():
-                    gaps, values = file.get_tensor(f"{name}.gaps"), file.get_tensor(f"{name}.values")
-                    if _crc(name, about["kind"], e, gaps, values) != e["crc"]:
-                        raise ValueError(f"SparseDelta.load: expected {name!r} as it was saved; {path} is damaged there; copy it again")
-                    at = _positions(e, gaps, values).to(device)
-                    entries[name] = Entry(at, values.to(device), torch.Size(e["shape"]))
+                    entry = read_entry(name, about["kind"], e, file.get_tensor(f"{name}.gaps"), file.get_tensor(f"{name}.values"))
+                    entries[name] = Entry(entry.indices.to(device), entry.values.to(device), entry.shape)
                 return cls(entries, about["kind"])
         except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, coding.Damaged) as error:
             raise ValueError(f"SparseDelta.load: expected a whole file; {path} is damaged ({error}); copy it again") from error
@@ -238,14 +236,21 @@ def _crc(name: str, kind: str, e: Mapping[str, Any], *tensors: Tensor) -> int:
     return checksum([name, kind, e["shape"], coded], *tensors)
 
 
-def _positions(e: Mapping[str, Any], gaps: Tensor, values: Tensor) -> Tensor:
-    """A file's positions; they fit its shape."""
+def read_entry(name: str, kind: str, e: Mapping[str, Any], gaps: Tensor, values: Tensor) -> Entry:
+    """One tensor's part, from what a file has of it. KeyError, TypeError, or `coding.Damaged`, which names the tensor."""
+    if _crc(name, kind, e, gaps, values) != e["crc"]:
+        raise coding.Damaged(f"{name!r} is not as it was saved: another checksum")
     shape = e["shape"]
     if any(type(side) is not int or side < 0 for side in shape) or gaps.dtype != torch.uint8 or gaps.dim() != 1 or values.dim() != 1:
-        raise coding.Damaged(f"shape {shape}, {gaps.dtype} gaps of shape {tuple(gaps.shape)}, values of shape {tuple(values.shape)}")
+        got = f"shape {shape}, {gaps.dtype} gaps of shape {tuple(gaps.shape)}, values of shape {tuple(values.shape)}"
+        raise coding.Damaged(f"{name!r} is no part of a delta: {got}")
     size = math.prod(shape)
     decoder, how = (coding.decode_bytes, e["width"]) if "width" in e else (coding.decode, e["shift"])
-    return decoder(gaps, int(how), len(values), size).to(torch.int32 if size < 1 << 31 else torch.int64)
+    try:
+        at = decoder(gaps, int(how), len(values), size)
+    except coding.Damaged as error:
+        raise coding.Damaged(f"{name!r}: {error}") from error
+    return Entry(at.to(torch.int32 if size < 1 << 31 else torch.int64), values, torch.Size(shape))
 
 
 def _alike(a: Entry, b: Entry) -> bool:
