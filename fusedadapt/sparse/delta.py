@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..derivatives import refuse_transforms
 from ..files import checksum, write_safetensors
 from ..ops import sparse as ops
 from . import coding
@@ -165,6 +166,7 @@ class SparseDelta:
 
     def _matched(self, op: str, weights: Weights) -> tuple[list[Job], list[tuple[Entry, Entry]]]:
         """What is to be written where, tied weights once; and the entries that were left out for it, each behind its like."""
+        refuse_transforms(f"SparseDelta.{op}")
         found = _tensors(weights, every=True)
         bad = [n for n, e in self.entries.items() if n not in found or found[n].shape != e.shape or not found[n].dtype.is_floating_point]
         if bad:

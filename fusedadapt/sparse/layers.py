@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from ..autocast import autocasting
-from ..derivatives import first_order
+from ..derivatives import first_order, refuse_transforms
 from ..ops import dense
 from ..ops import sparse as ops
 from ..ops import wgrad as _wgrad  # noqa: F401 - defines torch.ops.fusedadapt.masked_wgrad
@@ -171,6 +171,7 @@ class MaskedLinear(nn.Linear):
                 self.sync_()
 
     def forward(self, x: Tensor) -> Tensor:
+        refuse_transforms(f"fusedadapt.{type(self).__name__}")
         self._follow()
         bias: Tensor | None = self.bias
         device = x.device.type
