@@ -31,7 +31,9 @@ TOLERANCE = 2e-6
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the report; returns 0 if every backend found passed its self-test (or the checkpoint named is sound), else 1."""
     parser = argparse.ArgumentParser(prog="python -m fusedadapt doctor", description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("checkpoint", nargs="?", help="look at this quantized file or folder instead of at the installation")
+    parser.add_argument(
+        "checkpoint", nargs="?", help="look at this file (a delta, masks, quantized weights) or folder instead of at the installation"
+    )
     parser.add_argument("--no-self-test", action="store_true", help="only look, do not run anything")
     parser.add_argument("--seconds", type=float, default=5.0, help="start no further self-test after this long (default 5)")
     options = parser.parse_args(argv)
@@ -56,11 +58,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _checkpoint(path: str) -> int:
-    """Prints what is wrong with a quantized model on disk; 0 nothing, 1 something, 2 there is no such file or folder."""
+    """Prints what is wrong with a quantized model, a delta or masks on disk; 0 nothing, 1 something, 2 there is no such file or folder."""
     from .quant import checkup
+    from .sparse import checkup as sparse
 
     try:
-        result = checkup.examine(path)
+        result = sparse.examine(path) or checkup.examine(path)
     except FileNotFoundError as error:
         print(error)
         return 1 if os.path.exists(path) else 2

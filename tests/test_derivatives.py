@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import fusedadapt as fa
 from fusedadapt.lowrank.dora import dora_linear_peft
 from fusedadapt.optim import AdaHessian
+from fusedadapt.sparse import Mask, MaskedLinear, SparseDelta, SparseDeltaLinear, merge, topk_mask
 
 X = torch.linspace(-1, 1, 40).reshape(5, 8)
 W = torch.linspace(-2, 1, 48).reshape(6, 8)
@@ -78,3 +79,29 @@ def test_function_transforms_are_refused() -> None:
     layer = fa.LoRALinear.from_linear(nn.Linear(8, 6), 2)  # a call with other parameters is no transform
     changed = {name: p * 2 for name, p in layer.named_parameters()}
     assert torch.allclose(torch.func.functional_call(layer, changed, (X,)), 2 * layer(X))
+
+
+def test_function_transforms_are_refused_in_the_sparse_family() -> None:
+    """A tensor that a transform holds has no memory; plain ones may be used inside a transform all the same."""
+    mask, w = torch.eye(6, 8) > 0, torch.randn(3, 6, 8)
+    delta = SparseDelta.from_diff({"w": w[0]}, {"w": w[0] + 1}, k=3)
+    for layer in (MaskedLinear(8, 6, mask=mask), SparseDeltaLinear(8, 6, mask=mask)):
+        for call in (
+            lambda layer=layer: torch.func.vmap(layer)(X),
+            lambda layer=layer: torch.func.grad(lambda x: layer(x).sum())(X),
+            lambda layer=layer: torch.func.jvp(layer, (X,), (X,)),
+        ):
+            with pytest.raises(RuntimeError, match=rf"fusedadapt\.{type(layer).__name__}: expected a call outside torch\.func"):
+                call()
+        changed = {name: p * 1 for name, p in layer.named_parameters()}
+        assert torch.equal(torch.func.functional_call(layer, changed, (X,)), layer(X))
+    for inner, op in (
+        (lambda x: topk_mask(x, k=3).to_bool(), r"fusedadapt\.sparse"), (lambda x: Mask.from_bool(x > 0).to_bool(), r"fusedadapt\.sparse"),
+        (lambda x: merge({"w": x}, [{"w": x}], "task_arithmetic")["w"], r"fusedadapt\.sparse"),
+        (lambda x: delta.apply_({"w": x}).nnz, r"SparseDelta\.apply_"),
+    ):  # fmt: skip
+        with pytest.raises(RuntimeError, match=f"{op}: expected a call outside torch"):
+            torch.func.vmap(inner)(w)
+    assert not delta.applied
+    masked = torch.func.vmap(lambda x: x * topk_mask(w[0], k=3).to_bool())(w)
+    assert torch.equal(masked, w * topk_mask(w[0], k=3).to_bool())

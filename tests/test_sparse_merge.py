@@ -173,9 +173,7 @@ MERGEKIT = {
 }
 
 
-@pytest.mark.parametrize("normalize", [None, True, False])
-@pytest.mark.parametrize("method", MERGEKIT)
-def test_mergekit(base, tuned, method, normalize, monkeypatch):
+def by_mergekit(method: str, tensors: list[Tensor], normalize: bool | None, density: list[float]) -> Tensor:
     arithmetic = pytest.importorskip("mergekit.merge_methods.generalized_task_arithmetic")
     group = pytest.importorskip("mergekit.merge_methods.base").TensorGroup
     consensus, sparsification, default, rescale = MERGEKIT[method]
@@ -189,16 +187,40 @@ def test_mergekit(base, tuned, method, normalize, monkeypatch):
         method_reference_url=None,
     )
     shared = {"normalize": default if normalize is None else normalize, "rescale": rescale, "int8_mask": False, "lambda": 0.8}
-    each = {"weight": WEIGHTS, "density": [0.3, 0.5, 0.6]}
-    options = {"density": each["density"]} if sparsification else {}
-    extra = {"gamma": [0.1] * 3} if "breadcrumbs" in method else {"epsilon": [0.15] * 3} if "della" in method else {}
+    each = {"weight": WEIGHTS, "density": density, "gamma": [0.1] * 3, "epsilon": [0.15] * 3}
+    by_id = {key: {i + 1: v for i, v in enumerate(values)} for key, values in each.items()}
+    merged: Tensor = theirs.merge_group(group.from_tensors(tensors, base_index=0), **shared, **by_id)
+    return merged
+
+
+@pytest.mark.parametrize("normalize", [None, True, False])
+@pytest.mark.parametrize("method", MERGEKIT)
+def test_mergekit(base, tuned, method, normalize, monkeypatch):
+    density = [0.3, 0.5, 0.6]
+    options = {"density": density} if MERGEKIT[method][1] else {}
     gamma = {"gamma": 0.1} if "breadcrumbs" in method else {}
     merged = merge(base, tuned, method, weights=WEIGHTS, lambda_=0.8, compat="mergekit", normalize=normalize, seed=SEED, **options, **gamma)
     for name in ("a.weight", "b.bias"):
         monkeypatch.setattr(torch, "bernoulli", Lottery(name))
-        tensors = group.from_tensors([base[name], *(m[name] for m in tuned)], base_index=0)
-        by_id = {key: {i + 1: v for i, v in enumerate(values)} for key, values in (each | extra).items()}
-        torch.testing.assert_close(merged[name], theirs.merge_group(tensors, **shared, **by_id), rtol=1e-5, atol=3e-6, msg=name)
+        theirs = by_mergekit(method, [base[name], *(m[name] for m in tuned)], normalize, density)
+        torch.testing.assert_close(merged[name], theirs, rtol=1e-5, atol=3e-6, msg=name)
+
+
+@pytest.mark.parametrize("shape", [(3, 40, 5), (2, 30, 3, 3), (700, 30, 7), (4, 2, 1), (5, 1)], ids=str)
+@pytest.mark.parametrize("method", ["della", "della_linear", "breadcrumbs", "ties", "dare_ties"])
+def test_mergekit_in_more_dimensions(method, shape, monkeypatch):
+    """DELLA ranks along the second dimension there, the others look at the whole tensor."""
+    g = torch.Generator().manual_seed(0)
+    base, *tuned = ({"w": torch.randn(shape, generator=g)} for _ in range(4))
+    extra = {"epsilon": 0.15} if "della" in method else {"gamma": 0.1} if method == "breadcrumbs" else {}
+    if shape == (5, 1) and "della" in method:  # 0 / 0 in mergekit: the density
+        keep = oracle.bits(SEED, 5, 0, stream_of("w")) < round(65536 * 0.4)
+        merged = merge(base, tuned[:1], "della_linear", density=0.4, compat="mergekit", seed=SEED)
+        assert torch.equal(torch.ne(merged["w"], base["w"]).flatten(), torch.from_numpy(keep))
+        return
+    monkeypatch.setattr(torch, "bernoulli", Lottery("w"))
+    merged = merge(base, tuned, method, weights=WEIGHTS, density=0.4, lambda_=0.8, compat="mergekit", seed=SEED, **extra)
+    torch.testing.assert_close(merged["w"], by_mergekit(method, [base["w"], *(m["w"] for m in tuned)], None, [0.4] * 3), rtol=1e-5, atol=3e-6)
 
 
 def test_mergekit_slerp(base, tuned):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import config, dispatch
+from ..derivatives import refuse_transforms, transforming
 
 # A primitive may be in any of a backend's modules.
 _MODULES = {
@@ -56,7 +57,9 @@ def choose(op: str, device_type: str, dtype: torch.dtype = torch.float32) -> dis
 
 
 def run(op: str, data: Tensor) -> Callable[..., Any]:
-    """The primitive `op` of the backend chosen for `data`."""
+    """The primitive `op` of the backend chosen for `data`. RuntimeError for a tensor that a torch.func transform holds: it has no memory to read."""
+    if transforming() and torch._C._functorch.is_functorch_wrapped_tensor(data):
+        refuse_transforms("fusedadapt.sparse")
     return _find(choose(op, data.device.type, data.dtype).backend, op)
 
 

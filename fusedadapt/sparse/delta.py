@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..derivatives import refuse_transforms
 from ..files import checksum, write_safetensors
 from ..ops import sparse as ops
 from . import coding
@@ -20,7 +21,8 @@ from .mask import Mask
 from .select import topk_mask
 
 Weights = nn.Module | Mapping[str, Tensor]
-_FORMAT = "fusedadapt.delta"
+FORMAT = "fusedadapt.delta"
+KINDS = ("add", "set")
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class SparseDelta:
     """
 
     def __init__(self, entries: Mapping[str, Entry], kind: str = "add") -> None:
-        if kind not in ("add", "set"):
+        if kind not in KINDS:
             raise ValueError(f'SparseDelta: expected kind "add" or "set"; got {kind!r}')
         self.entries = dict(entries)
         self.kind = kind
@@ -121,14 +123,17 @@ class SparseDelta:
     def apply_(self, weights: Weights, alpha: float = 1.0) -> SparseDelta:
         """w[positions] += alpha * values (computed wide, rounded once), or = values with kind "set". Returns self.
 
+        Tied weights, which a state dict has under several names, change once.
+
         Raises:
-            RuntimeError: applied already. ValueError: a tensor is missing or of another shape (all named), alpha with kind "set": nothing changed.
+            RuntimeError: applied already. ValueError: a tensor is missing or of another shape (all named), tied weights with different changes,
+                alpha with kind "set": nothing changed.
         """
         if self._undo is not None:
             raise RuntimeError("SparseDelta.apply_: expected a delta that is not applied; this one is; revert_() first, or copy it")
         if self.kind == "set" and alpha != 1.0:
             raise ValueError(f'SparseDelta.apply_: expected alpha 1 with kind "set"; got {alpha}')
-        jobs, undo = self._matched("apply_", weights), list[tuple[Tensor, str, Tensor]]()
+        (jobs, _), undo = self._matched("apply_", weights), list[tuple[Tensor, str, Tensor]]()
         self._undo = undo
         for batch in _apart(jobs):
             old = _take_all([(w, e.indices) for _, w, e in batch])
@@ -150,31 +155,45 @@ class SparseDelta:
         """Exchanges the weights and the values (kind "set"): doing it twice changes nothing."""
         if self.kind != "set":
             raise ValueError('SparseDelta.swap_: expected kind "set"; got "add"; use apply_ and revert_')
-        matched = self._matched("swap_", weights)
+        matched, twins = self._matched("swap_", weights)
         narrow = [f"{name}: {e.values.dtype} for {w.dtype}" for name, w, e in matched if e.values.dtype != w.dtype]
         if narrow:
             raise ValueError(f"SparseDelta.swap_: expected values of the weights' dtypes, so that an exchange loses nothing; got {narrow}")
         for batch in _apart(matched):
             _move("swap", [(w, e.indices, e.values) for _, w, e in batch])
+        for e, twin in twins:
+            twin.values.copy_(e.values)
 
-    def _matched(self, op: str, weights: Weights) -> list[Job]:
-        found = _tensors(weights)
+    def _matched(self, op: str, weights: Weights) -> tuple[list[Job], list[tuple[Entry, Entry]]]:
+        """What is to be written where, tied weights once; and the entries that were left out for it, each behind its like."""
+        refuse_transforms(f"SparseDelta.{op}")
+        found = _tensors(weights, every=True)
         bad = [n for n, e in self.entries.items() if n not in found or found[n].shape != e.shape or not found[n].dtype.is_floating_point]
         if bad:
             raise ValueError(f"SparseDelta.{op}: expected weights with the delta's tensors; missing, of another shape or not floating-point: {bad}")
         if folded := [n for n in self.entries if any(s == 0 < d - 1 for s, d in zip(found[n].stride(), found[n].shape, strict=True))]:
             raise ValueError(f"SparseDelta.{op}: expected tensors whose elements have memory of their own; expanded: {folded}; clone them")
-        return [(name, found[name], e) for name, e in self.entries.items()]
+        jobs, twins = dict[tuple[Any, ...], Job](), list[tuple[Entry, Entry]]()
+        for name, e in self.entries.items():
+            w = found[name]
+            tied = jobs.setdefault((w.device, w.data_ptr(), w.shape, w.stride(), w.dtype) if w.numel() else (name,), (name, w, e))
+            if tied[0] == name:
+                continue
+            twins.append((tied[2], e))
+            if not _alike(tied[2], e):
+                names = f"{tied[0]!r} and {name!r} are one tensor, with two changes"
+                raise ValueError(f"SparseDelta.{op}: expected one change of each tensor; {names}; leave one name out of the delta, or untie them")
+        return list(jobs.values()), twins
 
     def save(self, path: str | Path) -> None:
-        """One safetensors file, written atomically: gap-coded positions (about 1.1 bytes at 1 %) and values."""
+        """One safetensors file, written atomically: gap-coded positions (about 1.02 bytes at 1 %) and values."""
         tensors, about = {}, {}
         for name, e in self.entries.items():
-            code, width = coding.encode(e.indices)
+            code, shift = coding.encode(e.indices)
             tensors[f"{name}.gaps"], tensors[f"{name}.values"] = code, e.values.cpu()
-            facts = [name, self.kind, list(e.shape), width]
-            about[name] = {"shape": list(e.shape), "width": width, "crc": checksum(facts, code, tensors[f"{name}.values"])}
-        write_safetensors(Path(path), tensors, {"format": _FORMAT, "kind": self.kind, "entries": json.dumps(about)})
+            coded: dict[str, Any] = {"shape": list(e.shape), "shift": shift}
+            about[name] = coded | {"crc": _crc(name, self.kind, coded, code, tensors[f"{name}.values"])}
+        write_safetensors(Path(path), tensors, {"format": FORMAT, "kind": self.kind, "entries": json.dumps(about, separators=(",", ":"))})
 
     @classmethod
     def load(cls, path: str | Path, device: torch.device | str = "cpu") -> SparseDelta:
@@ -188,21 +207,16 @@ class SparseDelta:
         try:
             with safe_open(str(path), "pt") as file:
                 about = file.metadata() or {}
-                if about.get("format") != _FORMAT:
+                if about.get("format") != FORMAT:
                     raise ValueError(f"SparseDelta.load: expected a delta's file; {path} is none; write one with SparseDelta.save")
                 entries, listed = {}, json.loads(about["entries"])
-                if {f"{name}.{part}" for name in listed for part in ("gaps", "values")} != set(file.keys()):
+                if {f"{name}.{part}" for name in dict(listed) for part in ("gaps", "values")} != set(file.keys()):
                     raise KeyError("names")
                 for name, e in listed.items():
-                    gaps, values = file.get_tensor(f"{name}.gaps"), file.get_tensor(f"{name}.values")
-                    if checksum([name, about["kind"], e["shape"], e["width"]], gaps, values) != e["crc"]:
-                        raise ValueError(f"SparseDelta.load: expected {name!r} as it was saved; {path} is damaged there; copy it again")
-                    index = coding.decode(gaps, int(e["width"]))
-                    small = math.prod(e["shape"]) < 1 << 31
-                    at = index.to(device, torch.int32 if small else torch.int64)
-                    entries[name] = Entry(at, values.to(device), torch.Size(e["shape"]))
+                    entry = read_entry(name, about["kind"], e, file.get_tensor(f"{name}.gaps"), file.get_tensor(f"{name}.values"))
+                    entries[name] = Entry(entry.indices.to(device), entry.values.to(device), entry.shape)
                 return cls(entries, about["kind"])
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, coding.Damaged) as error:
             raise ValueError(f"SparseDelta.load: expected a whole file; {path} is damaged ({error}); copy it again") from error
 
     def __repr__(self) -> str:
@@ -219,13 +233,44 @@ def _differ(a: Tensor, b: Tensor, kind: str) -> Tensor:
     return x != y
 
 
+def _crc(name: str, kind: str, e: Mapping[str, Any], *tensors: Tensor) -> int:
+    coded = e["width"] if "width" in e else ["shift", e["shift"]]
+    return checksum([name, kind, e["shape"], coded], *tensors)
+
+
+def read_entry(name: str, kind: str, e: Mapping[str, Any], gaps: Tensor, values: Tensor) -> Entry:
+    """One tensor's part, from what a file has of it. KeyError, TypeError, or `coding.Damaged`, which names the tensor."""
+    if _crc(name, kind, e, gaps, values) != e["crc"]:
+        raise coding.Damaged(f"{name!r} is not as it was saved: another checksum")
+    shape = e["shape"]
+    if any(type(side) is not int or side < 0 for side in shape) or gaps.dtype != torch.uint8 or gaps.dim() != 1 or values.dim() != 1:
+        got = f"shape {shape}, {gaps.dtype} gaps of shape {tuple(gaps.shape)}, values of shape {tuple(values.shape)}"
+        raise coding.Damaged(f"{name!r} is no part of a delta: {got}")
+    size = math.prod(shape)
+    decoder, how = (coding.decode_bytes, e["width"]) if "width" in e else (coding.decode, e["shift"])
+    try:
+        at = decoder(gaps, int(how), len(values), size)
+    except coding.Damaged as error:
+        raise coding.Damaged(f"{name!r}: {error}") from error
+    return Entry(at.to(torch.int32 if size < 1 << 31 else torch.int64), values, torch.Size(shape))
+
+
+def _alike(a: Entry, b: Entry) -> bool:
+    """The same change, to the bit."""
+    if a.values.dtype != b.values.dtype or a.shape != b.shape or not torch.equal(a.indices, b.indices.to(a.indices)):
+        return False
+    return not bool(_differ(a.values, b.values.to(a.values.device), "set").any())
+
+
 def _about(e: Entry) -> str:
     return f"{tuple(e.indices.shape)} {e.indices.dtype} positions, {tuple(e.values.shape)} values, shape {tuple(e.shape)}"
 
 
-def _tensors(weights: Weights) -> dict[str, Tensor]:
+def _tensors(weights: Weights, every: bool = False) -> dict[str, Tensor]:
+    """With ``every`` a module's buffers too, and each name of tied weights, as its state dict has them."""
     if isinstance(weights, nn.Module):
-        return {name: p.detach() for name, p in weights.named_parameters()}
+        named = [*weights.named_parameters(remove_duplicate=not every), *(weights.named_buffers(remove_duplicate=False) if every else ())]
+        return {name: p.detach() for name, p in named}
     return {name: t.detach() for name, t in weights.items()}
 
 

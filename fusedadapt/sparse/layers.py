@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from ..autocast import autocasting
-from ..derivatives import first_order
+from ..derivatives import first_order, refuse_transforms
 from ..ops import dense
 from ..ops import sparse as ops
 from ..ops import wgrad as _wgrad  # noqa: F401 - defines torch.ops.fusedadapt.masked_wgrad
@@ -105,6 +105,9 @@ class MaskedLinear(nn.Linear):
     def from_linear(cls, linear: nn.Linear, mask: Mask | Tensor, *, prune: bool = False) -> MaskedLinear:
         """Takes over `linear`'s own weight and bias (shared, not copied). TypeError if it is not a plain nn.Linear."""
         check_plain(f"{cls.__name__}.from_linear", linear)
+        if not isinstance(linear.weight, nn.Parameter):
+            got = f"one that follows other parameters, in {type(linear).__name__}"
+            raise TypeError(f"{cls.__name__}.from_linear: expected a weight that is a parameter; got {got}; remove the parametrization first")
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
@@ -168,6 +171,7 @@ class MaskedLinear(nn.Linear):
                 self.sync_()
 
     def forward(self, x: Tensor) -> Tensor:
+        refuse_transforms(f"fusedadapt.{type(self).__name__}")
         self._follow()
         bias: Tensor | None = self.bias
         device = x.device.type

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..files import checksum, write_safetensors
 from ..ops import sparse as ops
+from . import coding
 
-_FORMAT = "fusedadapt.masks"
+FORMAT = "fusedadapt.masks"
 
 
 class Mask:
@@ -186,7 +188,7 @@ def save_masks(path: str | Path, masks: dict[str, Mask]) -> None:
         name: {"shape": list(m.shape), "row_aligned": m.row_aligned, "crc": checksum([name, list(m.shape), m.row_aligned], tensors[name])}
         for name, m in masks.items()
     }
-    write_safetensors(Path(path), tensors, {"format": _FORMAT, "masks": json.dumps(about)})
+    write_safetensors(Path(path), tensors, {"format": FORMAT, "masks": json.dumps(about)})
 
 
 def load_masks(path: str | Path) -> dict[str, Mask]:
@@ -200,16 +202,30 @@ def load_masks(path: str | Path) -> dict[str, Mask]:
     try:
         with safe_open(str(path), "pt") as file:
             about = file.metadata() or {}
-            if about.get("format") != _FORMAT:
+            if about.get("format") != FORMAT:
                 raise ValueError(f"load_masks: expected a file of masks; {path} is none; write one with save_masks")
             masks, entries = {}, json.loads(about["masks"])
             if set(entries) != set(file.keys()):
                 raise KeyError("names")
-            for name, e in entries.items():
-                words, shape, row_aligned = file.get_tensor(name), e["shape"], e["row_aligned"]
-                if checksum([name, shape, row_aligned], words) != e["crc"]:
-                    raise KeyError(name)
-                masks[name] = Mask(words, shape, row_aligned=row_aligned)
+            for name, e in dict(entries).items():
+                masks[name] = read_mask(name, e, file.get_tensor(name))
             return masks
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, coding.Damaged) as error:
         raise ValueError(f"load_masks: expected a whole file; {path} is damaged ({error}); copy it again") from error
+
+
+def read_mask(name: str, e: Mapping[str, Any], words: Tensor) -> Mask:
+    """One mask, from what a file has of it. KeyError, TypeError, or `coding.Damaged`, which names the mask."""
+    shape, row_aligned = e["shape"], e["row_aligned"]
+    if checksum([name, shape, row_aligned], words) != e["crc"]:
+        raise coding.Damaged(f"{name!r} is not as it was saved: another checksum")
+    if any(type(side) is not int or side < 0 for side in shape):
+        raise coding.Damaged(f"{name!r} is no mask: shape {shape}")
+    try:
+        mask = Mask(words, shape, row_aligned=bool(row_aligned))
+    except ValueError as error:
+        raise coding.Damaged(f"{name!r} is no mask: {error}") from error
+    length = mask.shape[-1] if mask.row_aligned else mask.numel()
+    if words.numel() and length % 32 and bool((words.view(-1, (length + 31) // 32)[:, -1] >> length % 32).any()):
+        raise coding.Damaged(f"{name!r} is no mask: bits are set beyond its {mask.numel()} elements")
+    return mask

@@ -161,11 +161,14 @@ def _ratio(every: float, some: float) -> float:
 
 
 def rank_drop(job: Job, name: str, out: Tensor, shape: Sequence[int]) -> None:
-    """DELLA: the chance to stay grows with the rank of the change in its row, from density - epsilon to density + epsilon. Rows in blocks."""
+    """DELLA: the chance to stay grows with the rank of the change in its row, from density - epsilon to density + epsilon. Rows in blocks.
+
+    A vector is one row. Of more than two dimensions mergekit ranks along the second, here it is the last.
+    """
     assert job.base is not None
     base, tensors = job.base[name].reshape(-1), [model[name].reshape(-1) for model in job.models]
-    row = shape[-1] if len(shape) > 1 else out.numel()
-    recipe, block = job.recipe(name), max(1, _BLOCK // max(1, row)) * row
+    row = _ranked_along(shape, job.compat)
+    recipe, block = job.recipe(name), max(1, _BLOCK // (row[0] * row[1])) * row[0] * row[1]
     factors = [1.0] * len(tensors)
     if job.compat == "mergekit":
         sums = torch.zeros(len(tensors), 2, dtype=torch.float64, device="cpu")
@@ -181,15 +184,24 @@ def rank_drop(job: Job, name: str, out: Tensor, shape: Sequence[int]) -> None:
         out[first:last] = (base[first:last].to(merged.dtype) + merged).to(out.dtype)
 
 
-def _ranked(job: Job, i: int, base: Tensor, tensor: Tensor, row: int, first: int, last: int, recipe: Recipe) -> tuple[Tensor, Tensor]:
+def _ranked_along(shape: Sequence[int], compat: str) -> tuple[int, int]:
+    """(length of a row, how far apart its elements are)."""
+    if len(shape) < 2:
+        return math.prod(shape), 1
+    return (shape[1], math.prod(shape[2:])) if compat == "mergekit" else (shape[-1], 1)
+
+
+def _ranked(job: Job, i: int, base: Tensor, tensor: Tensor, row: tuple[int, int], first: int, last: int, recipe: Recipe) -> tuple[Tensor, Tensor]:
     """(the changes of whole rows, the changes that stay: scaled by 1/p as published, or not yet as mergekit does)."""
     d = truth.delta(base, Part(tensor), recipe, first, last)
     density, epsilon = job.density[i], job.epsilon
     if density >= 1 or density == 0:
         return d, d if density else torch.zeros_like(d)
-    order = torch.argsort(key_of(d.abs().float()).view(-1, row), dim=1, stable=True)
-    rank = torch.empty_like(order).scatter_(1, order, torch.arange(row, device=d.device).expand_as(order).contiguous()).reshape(-1)
-    p = (density - epsilon + 2 * epsilon * rank.double() / max(1, row - 1)) if row > 1 else torch.full_like(d, density, dtype=torch.float64)
+    length, apart = row
+    order = torch.argsort(key_of(d.abs().float()).view(-1, length, apart), dim=1, stable=True)
+    places = torch.arange(length, device=d.device)[:, None].expand_as(order).contiguous()
+    rank = torch.empty_like(order).scatter_(1, order, places).reshape(-1)
+    p = (density - epsilon + 2 * epsilon * rank.double() / (length - 1)) if length > 1 else torch.full_like(d, density, dtype=torch.float64)
     lanes = random16(job.seed & 0xFFFFFFFFFFFFFFFF, np.arange(first, last, dtype=np.uint64), i, recipe.stream).to(d.device)
     stays = lanes < (p.clamp(0, 1) * 65536).round()
     return d, torch.where(stays, d if job.compat == "mergekit" else d / p.to(d.dtype), 0)

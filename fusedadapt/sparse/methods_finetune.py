@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from .delta import Entry, SparseDelta
 from .mask import Mask
+from .methods_prune import distinct
 from .select import topk_mask
 
 Params = nn.Module | Mapping[str, Tensor]
@@ -19,7 +20,7 @@ Params = nn.Module | Mapping[str, Tensor]
 
 def _trainable(params: Params) -> dict[str, Tensor]:
     named = params.named_parameters() if isinstance(params, nn.Module) else params.items()
-    return {name: p for name, p in named if p.requires_grad and p.dtype.is_floating_point}
+    return {name: p for name, p in distinct(named).items() if p.requires_grad and p.dtype.is_floating_point}
 
 
 class SaRA:

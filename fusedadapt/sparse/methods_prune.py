@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .layers import MaskedLinear
 from .mask import Mask
 from .select import nm_mask, topk_mask
 from .wanda import ColumnStats, wanda_mask
@@ -59,7 +60,10 @@ def prune_model_(
         method: "magnitude": |w|, of Linear and convolution layers; "wanda": |w| * ||x||, of Linear layers, with ``stats`` from
             `ColumnStats.collect` (arXiv 2306.11695).
         scope: magnitude: "global" (the default: one cut through all layers), "tensor" or "row"; wanda: "row" (default) or "tensor".
-        skip: module names to leave alone, such as "lm_head" (which may share its weight with an embedding).
+        skip: names of modules to leave alone, and all inside them, such as "lm_head".
+
+    A weight that several modules share (tied) is one weight, under the name that ``named_parameters()`` has for it: magnitude prunes it once, and
+    so in all of them, unless one of them is in skip. Wanda refuses it: one layer's statistics say nothing about the others' use.
 
     The published Wanda goes block by block, each one calibrated on the outputs of the pruned blocks before it::
 
@@ -69,13 +73,16 @@ def prune_model_(
             prune_model_(block, 0.5, method="wanda", stats=stats)
 
     Raises:
-        ValueError: unknown names in skip, layers without statistics, a weight that two layers share (wanda), what the selection refuses;
-            nothing was changed.
+        ValueError: unknown names in skip, layers without statistics, a weight that two modules share (wanda), weights that follow other parameters
+            (`MaskedLinear`, parametrizations), what the selection refuses; nothing was changed.
     """
     if method not in ("magnitude", "wanda"):
         raise ValueError(f"prune_model_: expected method magnitude or wanda; got {method!r}")
-    layers = _layers(model, _WEIGHTED if method == "magnitude" else _LINEAR, skip, shared=method == "magnitude")
-    weights = {f"{name}.weight" if name else "weight": layer.weight for name, layer in layers.items()}
+    layers = _layers(model, _WEIGHTED if method == "magnitude" else _LINEAR, skip)
+    names = tied_names(model)
+    if method == "wanda" and (tied := [also for layer in layers.values() if len(also := names[id(layer.weight)]) > 1]):
+        raise ValueError(f"prune_model_: expected a weight of its own for each layer; these share one: {tied}; skip those modules, or untie them")
+    weights = {names[id(layer.weight)][0]: layer.weight for layer in layers.values()}
     if method == "wanda":
         masks = _wanda(layers, weights, density, stats, scope or "row", n, m)
     else:
@@ -91,21 +98,39 @@ def keep_only_(w: Tensor, mask: Mask | Tensor) -> None:
     w.detach().masked_fill_(~keep.to(w.device), 0)
 
 
-def _layers(model: nn.Module, types: tuple[type[Any], ...], skip: Collection[str], shared: bool) -> dict[str, Any]:
-    every: dict[str, Any] = dict(model.named_modules())
+def tied_names(model: nn.Module) -> dict[int, list[str]]:
+    """id of a parameter -> its names, one for each module that holds it; the first is the one of ``named_parameters()``."""
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for last, p in module.named_parameters(recurse=False, remove_duplicate=False):
+            names.setdefault(id(p), []).append(f"{name}.{last}" if name else last)
+    return names
+
+
+def distinct(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """name -> tensor; one that stands under several names (tied) under its first alone."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for name, t in named:
+        found.setdefault(id(t), (name, t))
+    return dict(found.values())
+
+
+def _layers(model: nn.Module, types: tuple[type[Any], ...], skip: Collection[str]) -> dict[str, Any]:
+    every: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
     unknown = sorted(set(skip) - set(every))
     if unknown:
         raise ValueError(f"prune_model_: expected names of modules in skip; unknown: {unknown}")
+    done = {id(p) for name in skip for p in every[name].parameters()}
+    within = tuple(f"{name}." for name in skip)
     found: dict[str, Any] = {}
-    seen: dict[int, str] = {}
     for name, layer in every.items():
-        if name in skip or not isinstance(layer, types):
+        if name in skip or name.startswith(within) or not isinstance(layer, types) or id(layer.weight) in done:
             continue
-        first = seen.setdefault(id(layer.weight), name)
-        if first == name:
-            found[name] = layer
-        elif not shared:
-            raise ValueError(f"prune_model_: expected a weight of its own for each layer; {first!r} and {name!r} share one; skip both")
+        if isinstance(layer, MaskedLinear) or not isinstance(layer.weight, nn.Parameter):
+            got = f"{type(layer).__name__} {name!r}, whose weight follows other parameters"
+            raise ValueError(f"prune_model_: expected layers with weights of their own; got {got}; make it a plain layer, or skip it")
+        done.add(id(layer.weight))
+        found[name] = layer
     return found
 
 
@@ -180,7 +205,7 @@ class GradualMagnitudePruning:
         cubic_sparsity(0, start=start, end=end, initial=initial, final=final)
         if every < 1 or scope not in ("tensor", "global"):
             raise ValueError(f"GradualMagnitudePruning: expected every >= 1, scope tensor or global; got {every} and {scope!r}")
-        self.params = dict(params)
+        self.params = distinct(params.items())
         self.start, self.end, self.initial, self.final, self.every, self.scope = start, end, initial, final, every, scope
         self.steps = 0
         self._masks: dict[str, Mask] = {}

@@ -13,7 +13,7 @@ from .delta import Entry, SparseDelta
 from .density import densities
 from .layers import MaskedLinear, SparseDeltaLinear
 from .mask import Mask
-from .methods_prune import keep_only_
+from .methods_prune import distinct, keep_only_, tied_names
 from .select import _k
 
 
@@ -63,7 +63,7 @@ def sparse_init_(params: nn.Module | Mapping[str, Tensor], density: float, *, me
     Returns:
         parameter -> Mask, as optimizers' ``masks=`` takes them.
     """
-    chosen = {n: p for n, p in params.named_parameters() if p.dim() >= 2} if isinstance(params, nn.Module) else dict(params)
+    chosen = {n: p for n, p in params.named_parameters() if p.dim() >= 2} if isinstance(params, nn.Module) else distinct(params.items())
     share = densities(chosen, density, method)
     masks = {name: random_mask(p.shape, density=share[name], seed=seed, name=name, device=p.device) for name, p in chosen.items()}
     for name, p in chosen.items():
@@ -90,7 +90,8 @@ def shira_(
             magnitude and SNIP variants).
 
     Raises:
-        ValueError: r * (N + K) above N * K (named), or no layer chosen; nothing was changed.
+        ValueError: r * (N + K) above N * K (named), no layer chosen, or one whose weight another module uses too (an output layer tied to the
+            embedding: leave it out with `target`). TypeError: layers that are no plain nn.Linear. Nothing was changed.
     """
     found = {
         name: layer
@@ -99,6 +100,9 @@ def shira_(
     }
     if not found:
         raise ValueError("shira_: expected Linear layers inside the model; the target chose none; check its names")
+    names = tied_names(model)
+    if tied := [also for layer in found.values() if len(also := names.get(id(layer.weight), [])) > 1]:
+        raise ValueError(f"shira_: expected a weight of its own for each layer; these share one: {tied}; leave them out with target=, or untie them")
     missing = [name for name in found if masks is not None and name not in masks]
     too_small = [f"{n}: {tuple(x.weight.shape)}" for n, x in found.items() if masks is None and not 0 < r * sum(x.weight.shape) <= x.weight.numel()]
     if too_small or missing:
@@ -107,12 +111,19 @@ def shira_(
         name: random_mask(x.weight.shape, k=r * sum(x.weight.shape), seed=seed, name=name, device=x.weight.device) if masks is None else masks[name]
         for name, x in found.items()
     }
-    layers = {name: SparseDeltaLinear.from_linear(layer, chosen[name], alpha=alpha) for name, layer in found.items()}
-    for p in model.parameters():
+    trained = {p: p.requires_grad for p in model.parameters()}
+    try:
+        layers = {name: SparseDeltaLinear.from_linear(layer, chosen[name], alpha=alpha) for name, layer in found.items()}
+    except (TypeError, ValueError):
+        for p, was in trained.items():
+            p.requires_grad_(was)
+        raise
+    for p in trained:
         p.requires_grad_(False)
-    for name, layer in layers.items():
+    new = {id(layer): layers[name] for name, layer in found.items()}
+    for name, old in [(n, m) for n, m in model.named_modules(remove_duplicate=False) if id(m) in new]:  # one layer may stand in several places
         parent, _, last = name.rpartition(".")
-        setattr(model.get_submodule(parent), last, layer)
+        setattr(model.get_submodule(parent), last, new[id(old)])
     return layers
 
 
