@@ -78,3 +78,10 @@ def test_function_transforms_are_refused() -> None:
     layer = fa.LoRALinear.from_linear(nn.Linear(8, 6), 2)  # a call with other parameters is no transform
     changed = {name: p * 2 for name, p in layer.named_parameters()}
     assert torch.allclose(torch.func.functional_call(layer, changed, (X,)), 2 * layer(X))
+
+
+@pytest.mark.parametrize("call", [quantized, quantized_act, fake_quantized])
+def test_transforms_are_refused_in_our_words(call: Callable[[Tensor], Tensor]) -> None:
+    for wrapped in (torch.func.vmap(call), torch.func.grad(lambda x: call(x).sum())):
+        with pytest.raises(RuntimeError, match=r"fusedadapt\.quant.*outside torch\.func transforms"):
+            wrapped(X)

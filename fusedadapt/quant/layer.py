@@ -62,12 +62,14 @@ class PackedWeight(nn.Linear):
                 mine.copy_(new)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
-        kept = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, old in kept.items():  # a scale is part of the bytes: it moves between devices, but .to(dtype) must not round it
-            new = self._buffers[name]
-            if old is not None and new is not None and new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
+        packed = [t for t in self._buffers.values() if t is not None]
+        packed += [] if self.format is None else [self.weight]
+
+        def moved(t: Tensor) -> Tensor:  # codes and scales move between devices; .to(dtype), .half() and .type() must not convert them
+            new = fn(t)
+            return t.to(new.device) if new.dtype != t.dtype and any(t is part for part in packed) else new
+
+        super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
         return self
 
 
