@@ -264,8 +264,20 @@ def test_bytes_are_moved_and_not_converted() -> None:
 
 def test_another_format_is_not_loaded() -> None:
     a, b = (fa.QuantizedLinear.from_linear(nn.Linear(64, 24), name) for name in ("nf4", "fp4"))
-    with pytest.raises(RuntimeError, match="expected a state in fp4; got nf4"):
-        b.load_state_dict(a.state_dict())
+    before, own = b.dequantize(), b.state_dict()
+    extra, state = "_extra_state", a.state_dict()
+    damaged = torch.tensor([200, *b"fp4"], dtype=torch.uint8)
+    for bad, match in (
+        (state, "expected a state in fp4; got nf4"),
+        (state | {extra: damaged}, "expected a state in fp4; got \ufffdfp4"),
+        (state | {extra: torch.tensor([*b"fp4;serialization"], dtype=torch.uint8)}, "expected the dtype of a weight"),
+        (state | {extra: own[extra], "weight_scale": state["weight_scale"].half()}, "weight_scale: expected torch.float32"),
+        (state | {extra: own[extra], "weight": state["weight"].float()}, "weight: expected torch.uint8; got torch.float32"),
+    ):
+        for options in ({}, {"strict": False}, {"assign": True}):
+            with pytest.raises(RuntimeError, match=match):
+                b.load_state_dict(bad, **options)
+            assert torch.equal(b.dequantize(), before) and b.weight_dtype == torch.float32  # nothing is taken over
 
 
 def test_refusals() -> None:

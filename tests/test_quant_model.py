@@ -144,6 +144,8 @@ def test_what_is_no_plain_linear_is_left_alone():
     class Mine(nn.Linear):
         pass
 
+    masked = nn.Linear(8, 8)
+    masked.register_buffer("mask", torch.ones(8))
     adapter = nn.Module()
     adapter.base_layer, adapter.lora_A = nn.Linear(8, 8), nn.ModuleDict({"default": nn.Linear(8, 2, bias=False)})
     model = nn.ModuleDict(
@@ -153,6 +155,7 @@ def test_what_is_no_plain_linear_is_left_alone():
             "encoder": nn.TransformerEncoderLayer(8, 2, 16),
             "normed": nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)),
             "adapted": adapter,
+            "masked": masked,
             "plain": nn.Linear(8, 8),
         }
     )
@@ -161,6 +164,7 @@ def test_what_is_no_plain_linear_is_left_alone():
     for name, word in {"mine": "Mine", "attention.out_proj": "not exactly", "encoder.linear1": "fast path|past its forward"}.items():
         assert any(part in report.left[name] for part in word.split("|")), report.left[name]
     assert report.left["adapted.lora_A.default"] == "an adapter's own weight" and "normed" in report.left
+    assert report.left["masked"] == "it holds more than weight and bias: mask"
 
 
 def test_a_second_time_is_a_note_and_a_mixture_works(tiny):
@@ -233,13 +237,15 @@ def test_bad_arguments(tiny):
         (lambda: quantize_model_(nn.Linear(4, 4), "nf4"), "lone nn.Linear"),
         (lambda: quantize_model_(nn.Sequential(nn.ReLU()), "nf4"), "at least one nn.Linear"),
         (lambda: quantize_model_(tiny, "nf4", skip="*"), "at least one nn.Linear"),
+        (lambda: quantize_model_(tiny, "nf4", device="meta"), "a device that holds numbers"),
     ]:
         with pytest.raises(ValueError, match=match):
             call()
     with pytest.raises(TypeError, match="expected a torch.nn.Module; got Tensor"):
         quantize_model_(torch.ones(2, 2), "nf4")
-    with pytest.raises(TypeError, match="names or globs"):
-        quantize_model_(tiny, "nf4", skip=[3])
+    for skip in ([3], None, 3):
+        with pytest.raises(TypeError, match="names or globs"):
+            quantize_model_(tiny, "nf4", skip=skip)
     assert set(kinds(tiny).values()) == {nn.Linear}
 
 

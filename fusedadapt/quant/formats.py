@@ -191,7 +191,7 @@ def format_of(name: str | QFormat, group_size: int | None = None, **options: Any
     return _format_of(name, group_size, **options)
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[no-untyped-call, untyped-decorator]
 def _format_of(name: str | QFormat, group_size: int | None, **options: Any) -> QFormat:
     if isinstance(name, QFormat):
         fmt = name
@@ -286,7 +286,7 @@ _APPLY: dict[str, Callable[[QFormat, Any], QFormat]] = {
 }
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[no-untyped-call, untyped-decorator]
 def _spec(fmt: QFormat) -> str:
     own = FORMATS.get(fmt.name)
     if own is None:

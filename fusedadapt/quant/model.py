@@ -122,6 +122,8 @@ def _unfit(model: nn.Module, linear: nn.Module, name: str, owners: dict[Any, dic
         return "its weight is computed by a hook (weight_norm and the like)"
     if not weight.is_floating_point() or weight.itemsize < 2:
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}: quantized already"
+    if more := sorted({*linear._parameters, *linear._buffers, *linear._modules} - {"weight", "bias"}):
+        return f"it holds more than weight and bias: {', '.join(more)}"
     others = [other for module, other in owners[_key(weight)].items() if module is not linear]
     if others:
         return f"its weight is tied to {others[0]}"
