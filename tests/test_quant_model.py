@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import fusedadapt as fa
-from fusedadapt.quant import FORMATS, QuantizedLinear, load_model_, quantize, save_pretrained
+from fusedadapt.quant import FORMATS, QuantizedLinear, load_model_, quantize, quantize_checkpoint, save_pretrained
 from fusedadapt.quant.model import quantize_model_
 
 
@@ -310,3 +310,35 @@ def test_what_cannot_be_saved_leaves_nothing(tiny, tmp_path):
 def test_explain_names_the_layers(tiny):
     quantize_model_(tiny, "nf4")
     assert "QuantizedLinear[nf4]" in str(fa.explain(tiny))
+
+
+# ---- models of transformers
+
+
+def test_what_a_model_keeps_in_fp32_is_left_alone():
+    """T5 converts the input of `wo` to the dtype of its weight, bytes included."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, vocab_size=50)
+    model, ids = transformers.T5ForConditionalGeneration(config).eval(), torch.arange(6)[None]
+    report = quantize_model_(model, "int8")
+    kept = {name for name, why in report.left.items() if why == "T5ForConditionalGeneration keeps it in fp32"}
+    assert kept == {"encoder.block.0.layer.1.DenseReluDense.wo", "decoder.block.0.layer.2.DenseReluDense.wo"}
+    assert model(input_ids=ids, decoder_input_ids=ids).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("format", ["nf4", "int4"])
+def test_files_with_names_that_transformers_changes_when_it_loads(format, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64, "image_size": 32, "patch_size": 16}
+    model, x = transformers.ViTModel(transformers.ViTConfig(**sizes)).eval(), torch.randn(1, 3, 32, 32)
+    model.save_pretrained(tmp_path / "m")
+    report = quantize_checkpoint(tmp_path / "m", tmp_path / "q", format)
+    fresh = transformers.ViTModel(model.config).eval()
+    names = load_model_(fresh, tmp_path / "q")
+    assert len(report.layers) == 7 and not report.left and all(type(fresh.get_submodule(name)) is QuantizedLinear for name in names)
+    quantize_model_(model, format)
+    assert torch.equal(fresh(x).last_hidden_state, model(x).last_hidden_state)
+    if format == "nf4":
+        pytest.importorskip("bitsandbytes")
+        theirs = transformers.ViTModel.from_pretrained(tmp_path / "q", device_map="cpu")(x).last_hidden_state
+        torch.testing.assert_close(theirs, model(x).last_hidden_state, rtol=1e-4, atol=1e-4)
