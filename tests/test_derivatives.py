@@ -105,3 +105,10 @@ def test_function_transforms_are_refused_in_the_sparse_family() -> None:
     assert not delta.applied
     masked = torch.func.vmap(lambda x: x * topk_mask(w[0], k=3).to_bool())(w)
     assert torch.equal(masked, w * topk_mask(w[0], k=3).to_bool())
+
+
+@pytest.mark.parametrize("call", [quantized, quantized_act, fake_quantized])
+def test_transforms_are_refused_in_our_words(call: Callable[[Tensor], Tensor]) -> None:
+    for wrapped in (torch.func.vmap(call), torch.func.grad(lambda x: call(x).sum())):
+        with pytest.raises(RuntimeError, match=r"fusedadapt\.quant.*outside torch\.func transforms"):
+            wrapped(X)

@@ -97,6 +97,12 @@ def test_compiled_once_for_every_width() -> None:
         ({"axis": 2}, "axis within"), ({"axis": 0, "group_size": 4}, "not both"), ({"group_size": 0}, "group_size of at least 1"),
         ({"zero_point": torch.ones(3)}, "zero_point"), ({"grad_scale": "lqs"}, "grad_scale"), ({"quant_max": 0, "grad_scale": "lsq"}, "of at least"),
         ({"x": torch.tensor(1.0), "axis": 0}, "scalar"), ({"offset": torch.ones(3)}, "offset"),
+        ({"x": torch.eye(4).to_sparse()}, "a dense tensor"), ({"ste": ["clamp"]}, "ste among"), ({"scale": [0.1]}, "scale: a number or a tensor"),
+        ({"scale": None}, "scale: a number"), ({"axis": 0.0}, "axis: a whole number"), ({"group_size": 2.0}, "group_size: a whole number"),
+        ({"quant_min": -8.0}, "quant_min: a whole number"), ({"quant_max": "7"}, "quant_max: a whole number"),
+        ({"zero_point": "a"}, "zero_point: a number"), ({"grad_scale": torch.ones(3)}, "grad_scale: 1 or 1 elements"),
+        ({"grad_scale": [1.0]}, "grad_scale: a number"), ({"scale_min": -1.0}, "scale_min"), ({"scale_min": float("nan")}, "scale_min"),
+        ({"scale_min": "a"}, "scale_min"),
     ],
 )  # fmt: skip
 def test_bad_input(change: dict[str, Any], match: str) -> None:

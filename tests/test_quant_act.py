@@ -250,7 +250,7 @@ def test_refusals() -> None:
         (lambda: quantized_linear_act(x, fa.quantize(new(6, 256), "int8", symmetric=False)), "without zero points"),
         (lambda: quantized_linear_act(x, fa.quantize(new(6, 256), "int8", group_size=32)), "one scale per row"),
         (lambda: quantized_linear_act(x[:, :5], int8), "x of 256 columns"),
-        (lambda: quantized_linear_act(x.int(), int8), "x in float32"),
+        (lambda: quantized_linear_act(x.int(), int8), "x: dense, in float32"),
         (lambda: quantized_linear_act(x, int8, new(5)), r"bias of shape \(6,\)"),
         (lambda: ops.q_act_quant(x, "nf4"), "x coded as"),
         (lambda: ops.q_linear8(x, new(4, 1), *int8.parts, None, "int8", "int8", 6, torch.float32), "contiguous bytes"),

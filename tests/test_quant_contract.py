@@ -222,6 +222,10 @@ BAD_FORMATS: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
     (("int4", -2), {}, "positive"),
     (("int4", 2.5), {}, "positive"),
     (("int4", True), {}, "positive"),
+    (("int4", 1 << 70), {}, "positive"),
+    ((["nf4"],), {}, "one of the formats"),
+    (("int4",), {"group_axis": ["k"]}, "group_axis among"),
+    (("int4",), {"scale_dtype": [1]}, "scale_dtype"),
     (("mxfp4", 64), {}, "group_size=32"),
     (("nvfp4", 32), {}, "group_size=16"),
     (("ternary", 128), {}, "group_size"),
@@ -258,7 +262,11 @@ def test_options_can_be_turned_back() -> None:
     assert format_of(format_of("nf4", double_quant=True), double_quant=False) == FORMATS["nf4"]
 
 
-@pytest.mark.parametrize("w", [torch.ones(4, 4, dtype=torch.int32), torch.ones(4, 4, dtype=torch.bool), [[1.0]], torch.tensor(1.0), None], ids=str)
+@pytest.mark.parametrize(
+    "w",
+    [torch.ones(4, 4, dtype=torch.int32), torch.ones(4, 4, dtype=torch.bool), [[1.0]], torch.tensor(1.0), None, torch.eye(4).to_sparse()],
+    ids=str,
+)
 def test_what_is_no_weight_is_refused(w: Any) -> None:
     with pytest.raises(ValueError, match="quantize: expected"):
         quantize(w)

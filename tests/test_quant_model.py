@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import fusedadapt as fa
-from fusedadapt.quant import FORMATS, QuantizedLinear, load_model_, quantize, save_pretrained
+from fusedadapt.quant import FORMATS, QuantizedLinear, load_model_, quantize, quantize_checkpoint, save_pretrained
 from fusedadapt.quant.model import quantize_model_
 
 
@@ -144,6 +144,8 @@ def test_what_is_no_plain_linear_is_left_alone():
     class Mine(nn.Linear):
         pass
 
+    masked = nn.Linear(8, 8)
+    masked.register_buffer("mask", torch.ones(8))
     adapter = nn.Module()
     adapter.base_layer, adapter.lora_A = nn.Linear(8, 8), nn.ModuleDict({"default": nn.Linear(8, 2, bias=False)})
     model = nn.ModuleDict(
@@ -153,6 +155,7 @@ def test_what_is_no_plain_linear_is_left_alone():
             "encoder": nn.TransformerEncoderLayer(8, 2, 16),
             "normed": nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)),
             "adapted": adapter,
+            "masked": masked,
             "plain": nn.Linear(8, 8),
         }
     )
@@ -161,6 +164,7 @@ def test_what_is_no_plain_linear_is_left_alone():
     for name, word in {"mine": "Mine", "attention.out_proj": "not exactly", "encoder.linear1": "fast path|past its forward"}.items():
         assert any(part in report.left[name] for part in word.split("|")), report.left[name]
     assert report.left["adapted.lora_A.default"] == "an adapter's own weight" and "normed" in report.left
+    assert report.left["masked"] == "it holds more than weight and bias: mask"
 
 
 def test_a_second_time_is_a_note_and_a_mixture_works(tiny):
@@ -233,13 +237,15 @@ def test_bad_arguments(tiny):
         (lambda: quantize_model_(nn.Linear(4, 4), "nf4"), "lone nn.Linear"),
         (lambda: quantize_model_(nn.Sequential(nn.ReLU()), "nf4"), "at least one nn.Linear"),
         (lambda: quantize_model_(tiny, "nf4", skip="*"), "at least one nn.Linear"),
+        (lambda: quantize_model_(tiny, "nf4", device="meta"), "a device that holds numbers"),
     ]:
         with pytest.raises(ValueError, match=match):
             call()
     with pytest.raises(TypeError, match="expected a torch.nn.Module; got Tensor"):
         quantize_model_(torch.ones(2, 2), "nf4")
-    with pytest.raises(TypeError, match="names or globs"):
-        quantize_model_(tiny, "nf4", skip=[3])
+    for skip in ([3], None, 3):
+        with pytest.raises(TypeError, match="names or globs"):
+            quantize_model_(tiny, "nf4", skip=skip)
     assert set(kinds(tiny).values()) == {nn.Linear}
 
 
@@ -304,3 +310,35 @@ def test_what_cannot_be_saved_leaves_nothing(tiny, tmp_path):
 def test_explain_names_the_layers(tiny):
     quantize_model_(tiny, "nf4")
     assert "QuantizedLinear[nf4]" in str(fa.explain(tiny))
+
+
+# ---- models of transformers
+
+
+def test_what_a_model_keeps_in_fp32_is_left_alone():
+    """T5 converts the input of `wo` to the dtype of its weight, bytes included."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, vocab_size=50)
+    model, ids = transformers.T5ForConditionalGeneration(config).eval(), torch.arange(6)[None]
+    report = quantize_model_(model, "int8")
+    kept = {name for name, why in report.left.items() if why == "T5ForConditionalGeneration keeps it in fp32"}
+    assert kept == {"encoder.block.0.layer.1.DenseReluDense.wo", "decoder.block.0.layer.2.DenseReluDense.wo"}
+    assert model(input_ids=ids, decoder_input_ids=ids).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("format", ["nf4", "int4"])
+def test_files_with_names_that_transformers_changes_when_it_loads(format, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64, "image_size": 32, "patch_size": 16}
+    model, x = transformers.ViTModel(transformers.ViTConfig(**sizes)).eval(), torch.randn(1, 3, 32, 32)
+    model.save_pretrained(tmp_path / "m")
+    report = quantize_checkpoint(tmp_path / "m", tmp_path / "q", format)
+    fresh = transformers.ViTModel(model.config).eval()
+    names = load_model_(fresh, tmp_path / "q")
+    assert len(report.layers) == 7 and not report.left and all(type(fresh.get_submodule(name)) is QuantizedLinear for name in names)
+    quantize_model_(model, format)
+    assert torch.equal(fresh(x).last_hidden_state, model(x).last_hidden_state)
+    if format == "nf4":
+        pytest.importorskip("bitsandbytes")
+        theirs = transformers.ViTModel.from_pretrained(tmp_path / "q", device_map="cpu")(x).last_hidden_state
+        torch.testing.assert_close(theirs, model(x).last_hidden_state, rtol=1e-4, atol=1e-4)

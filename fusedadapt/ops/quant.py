@@ -136,7 +136,7 @@ def _empty_parts(w: Tensor, spec: str) -> tuple[Tensor, Tensor, Tensor, Tensor, 
 @op("q_quantize(Tensor w, str spec) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", _check_quantize, _empty_parts, None)
 def _quantize(w: Tensor, spec: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Absent parts have no elements: an op returns tensors only."""
-    fmt, none = QFormat.parse(spec), w.new_empty(0, dtype=torch.float32)
+    fmt = QFormat.parse(spec)
     if w.numel() == 0:
         a, b, c, d, e = (t.zero_() for t in _empty_parts(w, spec))
         return a, b, c, d, e
@@ -149,7 +149,7 @@ def _quantize(w: Tensor, spec: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Ten
         qdata = _with_divided_tail(encode, w, found, fmt)
     else:
         qdata = encode(w, found.factor, zero, fmt)
-    rest = [none if t is None else t for t in (found.zero, found.super, found.offset)]
+    rest = [w.new_empty(0, dtype=torch.float32) if t is None else t for t in (found.zero, found.super, found.offset)]
     return qdata, found.scale, rest[0], rest[1], rest[2]
 
 

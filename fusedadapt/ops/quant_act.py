@@ -75,7 +75,7 @@ def activation_spec(activations: str, weight: QFormat) -> str:
     Raises:
         ValueError: unknown ``activations``, or a weight whose codes and scales do not go with them.
     """
-    if activations not in _WEIGHTS:
+    if not isinstance(activations, str) or activations not in _WEIGHTS:
         _refuse("linear8", f"activations among {', '.join(_WEIGHTS)}", repr(activations), "choose one of them")
     if weight.name != activations or weight.block not in _WEIGHTS[activations] or weight.zero:
         kinds = "one scale per row or for the whole weight" + (" or per 128 x 128 block" if activations == "fp8_e4m3" else "")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..derivatives import first_order
+from ..derivatives import first_order, refuse_transforms
 from ..ops import quant_act as ops
 from . import product
 from .tensor import QuantizedTensor
@@ -26,7 +26,7 @@ class QuantizedActMatmul(torch.autograd.Function):
     @staticmethod
     @first_order("fusedadapt.quant.quantized_linear_act")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return *product.gradients(ctx, dy), None, None, None, *([None] * len(ctx.saved_tensors))
+        return *product.gradients(ctx, dy), None, None, None, *product.NO_PARTS
 
 
 _apply: Any = QuantizedActMatmul.apply
@@ -55,7 +55,8 @@ def quantized_linear_act(x: Tensor, qw: QuantizedTensor, bias: Tensor | None = N
     Raises:
         ValueError: shapes, dtypes, devices or formats that do not fit, before anything is computed. TypeError: ``qw`` is not a `QuantizedTensor`.
     """
-    rows = product.checked_input(x, qw)
+    refuse_transforms("fusedadapt.quant.quantized_linear_act")
+    rows = product.checked_input(x, qw, bias)
     act = ops.activation_spec(activations, qw.format)
     y: Tensor = _apply(rows, bias, act, qw.format.spec, qw.rows, *qw.parts)
     return y.view(*x.shape[:-1], qw.rows)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..derivatives import first_order
+from ..derivatives import first_order, refuse_transforms
 from ..ops import fake_quant as ops
 from ..reference.fake_quant import INSIDE, wide
 
@@ -101,6 +101,9 @@ def _groups(x: Tensor, axis: int | None, group_size: int | None) -> _Groups:
         ops.refuse("axis or group_size, not both", f"axis={axis}, group_size={group_size}", "groups run along the last dimension: leave axis out")
     if (axis is not None or group_size is not None) and x.dim() == 0:
         ops.refuse("at least one dimension with axis or group_size", "a scalar", "leave them out")
+    for name, number in (("axis", axis), ("group_size", group_size)):
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int)):
+            ops.refuse(f"{name}: a whole number or None", repr(number), "convert it")
     if group_size is not None:
         if group_size < 1:
             ops.refuse("group_size of at least 1", group_size, "choose how many elements share a scale")
@@ -116,14 +119,26 @@ def _groups(x: Tensor, axis: int | None, group_size: int | None) -> _Groups:
     return _Groups(inner, inner, x.shape[axis], inner)
 
 
-def _tensor(value: Tensor | float | None, x: Tensor) -> Tensor | None:
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, int | float):
+        return value
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        ops.refuse(f"{name}: a number or a tensor", type(value).__name__, "convert it with torch.as_tensor")
+
+
+def _tensor(name: str, value: Tensor | float | None, x: Tensor) -> Tensor | None:
     """A number or tensor on x's device."""
     if value is None or isinstance(value, Tensor):
         return value
-    return x.new_full((), float(value), dtype=wide(x.dtype))
+    return x.new_full((), _number(name, value), dtype=wide(x.dtype))
 
 
 def _bounds(quant_min: int | Tensor, quant_max: int | Tensor, x: Tensor) -> Tensor | None:
+    for name, end in (("quant_min", quant_min), ("quant_max", quant_max)):
+        if not isinstance(end, int | Tensor):
+            ops.refuse(f"{name}: a whole number or a tensor", repr(end), "convert it")
     if not isinstance(quant_min, Tensor) and not isinstance(quant_max, Tensor):
         return None
     ends = [torch.as_tensor(b, dtype=wide(x.dtype), device=x.device).detach().reshape(-1) for b in (quant_min, quant_max)]
@@ -135,11 +150,14 @@ def _grad_scale(given: str | float | Tensor | None, x: Tensor, quant_max: int | 
     if given is None:
         return 1.0
     if isinstance(given, Tensor):
+        if given.numel() not in (1, groups.scales):
+            wanted = f"grad_scale: 1 or {groups.scales} elements"
+            ops.refuse(wanted, tuple(given.shape), "pass one number, or one for each scale")
         return given.detach().to(x.device, wide(x.dtype)).reshape(-1)
     if given != "lsq":
         if isinstance(given, str):
             ops.refuse('grad_scale "lsq", a number or a tensor', repr(given), "choose one of them")
-        return float(given)
+        return _number("grad_scale", given)
     if isinstance(quant_max, int) and quant_max < 1:
         ops.refuse('quant_max of at least 1 with grad_scale="lsq"', quant_max, "pass a number instead")
     if groups.last == groups.run:
@@ -154,11 +172,14 @@ def _grad_scale(given: str | float | Tensor | None, x: Tensor, quant_max: int | 
     return total**-0.5
 
 
-def _check(x: Tensor, ste: str) -> None:
-    if not isinstance(x, Tensor) or x.dtype not in ops.DTYPES:
-        ops.refuse("x: a tensor in float32, bfloat16, float16 or float64", getattr(x, "dtype", type(x).__name__), "convert it")
-    if ste not in INSIDE:
+def _check(x: Tensor, ste: str, scale_min: float) -> None:
+    if not isinstance(x, Tensor) or x.dtype not in ops.DTYPES or x.layout != torch.strided:
+        got = type(x).__name__ if not isinstance(x, Tensor) else x.dtype if x.layout == torch.strided else x.layout
+        ops.refuse("x: a dense tensor in float32, bfloat16, float16 or float64", got, "convert it")
+    if not isinstance(ste, str) or ste not in INSIDE:
         ops.refuse(f"ste among {', '.join(INSIDE)}", repr(ste), "choose one of them")
+    if not 0 <= scale_min < math.inf:
+        ops.refuse("scale_min: a number from 0 up", scale_min, "0 uses scales as they are")
 
 
 def _check_sizes(x: Tensor, scales: int, s: Tensor, z: Tensor | None, o: Tensor | None) -> None:
@@ -215,16 +236,19 @@ def fake_quantize(
         ValueError: shapes that do not match, a range that is empty or beyond 2^22, an unknown ``ste``, a dtype that is not floating point.
     Esser et al., "Learned Step Size Quantization" (2020); Bhalgat et al., "LSQ+" (2020).
     """
-    _check(x, ste)
+    refuse_transforms("fusedadapt.quant.fake_quantize")
+    scale_min = _number("scale_min", scale_min)
+    _check(x, ste, scale_min)
     groups = _groups(x, axis, group_size)
-    s, z, o = _tensor(scale, x), _tensor(zero_point, x), _tensor(offset, x)
-    assert s is not None
+    s, z, o = _tensor("scale", scale, x), _tensor("zero_point", zero_point, x), _tensor("offset", offset, x)
+    if s is None:
+        ops.refuse("scale: a number or a tensor", None, "pass the step between levels")
     _check_sizes(x, groups.scales, s, z, o)
     bounds = _bounds(quant_min, quant_max, x)
     if bounds is None:
         ops.check_range(quant_min, quant_max)
     low, high = (0, 1) if bounds is not None else (quant_min, quant_max)
-    plan = _Plan(low, high, groups.line, groups.run, divide, ste, scale_min)  # type: ignore[arg-type]
+    plan = _Plan(low, high, groups.line, groups.run, bool(divide), ste, scale_min)  # type: ignore[arg-type]
     factor = _grad_scale(grad_scale, x, quant_max, groups)
     y: Tensor = FakeQuantize.apply(plan, x, s, z, o, bounds, factor)  # type: ignore[no-untyped-call]
     return y

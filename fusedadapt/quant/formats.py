@@ -10,6 +10,7 @@ products, checkpoints and tests read these records; a new format is one of them 
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
@@ -54,10 +55,11 @@ class QFormat:
     high_first: bool = False
     compat: str = ""
 
-    @functools.cached_property
+    @property
     def spec(self) -> str:
         """The name and whatever differs from the record of that name, e.g. "int4,block=1x64,scale=fp16"."""
-        return _spec(self)
+        found: str | None = self.__dict__.get("_text")
+        return found or _spec(self)
 
     @staticmethod
     def parse(spec: str) -> QFormat:
@@ -183,9 +185,17 @@ def format_of(name: str | QFormat, group_size: int | None = None, **options: Any
     Raises:
         ValueError: unknown format or option, or an option or group size that the format does not have.
     """
+    # torch.compile hands over a symbol where numbers differ from call to call; its index is a number that the graph is guarded by.
+    if isinstance(group_size, int) and not isinstance(group_size, bool):
+        group_size = operator.index(group_size)
+    return _format_of(name, group_size, **options)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[no-untyped-call, untyped-decorator]
+def _format_of(name: str | QFormat, group_size: int | None, **options: Any) -> QFormat:
     if isinstance(name, QFormat):
         fmt = name
-    elif name in FORMATS:
+    elif isinstance(name, str) and name in FORMATS:
         fmt = FORMATS[name]
     else:
         _refuse(f"one of the formats {', '.join(FORMATS)}", repr(name), "choose one of them")
@@ -209,8 +219,8 @@ def _grouped(fmt: QFormat, size: int) -> QFormat:
         return fmt
     if fmt.name in _FIXED_GROUP:
         _refuse(f"group_size={fmt.group_size} or None with {fmt.name}", size, "leave group_size out")
-    if isinstance(size, bool) or not isinstance(size, int) or size == 0 or size < -1:
-        _refuse("group_size: a positive number of elements, -1 or None", repr(size), "pass one of these")
+    if isinstance(size, bool) or not isinstance(size, int) or size == 0 or size < -1 or size >= 1 << 62:
+        _refuse("group_size: a positive number of elements below 2^62, -1 or None", repr(size), "pass one of these")
     if fmt.flat:
         if size < 32 or size & (size - 1) or size > 4096:
             _refuse(f"group_size of {fmt.name}: a power of two from 32 to 4096", size, "choose one")
@@ -254,14 +264,14 @@ def _axis(fmt: QFormat, value: Any) -> QFormat:
         _refuse("group_axis with an integer or fp8 format", fmt.name, "leave it out")
     size = fmt.block[1]
     blocks = {"k": (1, size), "n": (size, 1), "row": (1, WHOLE), "tensor": (WHOLE, WHOLE), "block": (128, 128)}
-    if value not in blocks:
+    if not isinstance(value, str) or value not in blocks:
         _refuse(f"group_axis among {', '.join(blocks)}", repr(value), "choose one of them")
     return replace(fmt, block=blocks[value])
 
 
 def _scale_dtype(fmt: QFormat, value: Any) -> QFormat:
     names = {dtype: name for name, dtype in _SCALES.items() if name in ("fp32", "fp16", "bf16")}
-    if value not in names or fmt.scale not in names.values():
+    if not isinstance(value, torch.dtype) or value not in names or fmt.scale not in names.values():
         _refuse("scale_dtype: torch.float32, float16 or bfloat16, in a format whose scales are not coded", f"{value} with {fmt.name}", "leave it out")
     return replace(fmt, scale=names[value])
 
@@ -276,7 +286,7 @@ _APPLY: dict[str, Callable[[QFormat, Any], QFormat]] = {
 }
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # type: ignore[no-untyped-call, untyped-decorator]
 def _spec(fmt: QFormat) -> str:
     own = FORMATS.get(fmt.name)
     if own is None:
@@ -286,6 +296,7 @@ def _spec(fmt: QFormat) -> str:
         value = getattr(fmt, field)
         if field != "name" and value != getattr(own, field):
             parts.append(f"{field}={'x'.join(map(str, value)) if field == 'block' else int(value) if isinstance(value, bool) else value}")
+    fmt.__dict__["_text"] = ",".join(parts)  # not functools.cached_property: torch cannot compile its lock
     return ",".join(parts)
 
 

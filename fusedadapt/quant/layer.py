@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -62,13 +62,30 @@ class PackedWeight(nn.Linear):
                 mine.copy_(new)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedWeight:
-        kept = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, old in kept.items():  # a scale is part of the bytes: it moves between devices, but .to(dtype) must not round it
-            new = self._buffers[name]
-            if old is not None and new is not None and new.dtype != old.dtype:
-                self._buffers[name] = old.to(new.device)
+        packed = [t for t in self._buffers.values() if t is not None]
+        packed += [] if self.format is None else [self.weight]
+
+        def moved(t: Tensor) -> Tensor:  # codes and scales move between devices; .to(dtype), .half() and .type() must not convert them
+            new = fn(t)
+            return t.to(new.device) if new.dtype != t.dtype and any(t is part for part in packed) else new
+
+        super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
         return self
+
+    def _misfits(self, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
+        """What stands against loading a state. torch's copy would convert bytes of another dtype as if they were numbers."""
+        own = {} if self.format is None else {"weight": self.weight, **self._buffers}
+        return [
+            f"{prefix}{name}: expected {t.dtype}; got {saved.dtype}; load the state as it was saved, unconverted"
+            for name, t in own.items()
+            if t is not None and isinstance(saved := state_dict.get(prefix + name), Tensor) and saved.dtype != t.dtype
+        ]
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        if faults := self._misfits(state_dict, prefix):
+            rest[-1].extend(faults)  # torch raises RuntimeError with them
+        else:
+            super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[no-untyped-call]
 
 
 class QuantizedLinear(PackedWeight):
@@ -152,11 +169,23 @@ class QuantizedLinear(PackedWeight):
         return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).clone()
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Refuses (RuntimeError) a state of another format."""
-        spec, _, dtype = bytes(state.tolist()).decode().partition(";")
+        """Refuses (RuntimeError) a state of another format, and one that is damaged."""
+        spec, _, dtype = bytes(state.tolist()).decode(errors="replace").partition(";")
         if spec != self.format.spec:
             raise RuntimeError(f"QuantizedLinear: expected a state in {self.format.spec}; got {spec}; quantize the layer to that format first")
-        self.weight_dtype = getattr(torch, dtype)
+        found = {str(each).removeprefix("torch."): each for each in ops.DTYPES}.get(dtype)
+        if found is None:
+            raise RuntimeError(f"QuantizedLinear: expected the dtype of a weight in _extra_state; got {dtype!r}; the state is damaged: save it again")
+        self.weight_dtype = found
+
+    def _misfits(self, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
+        faults, extra = super()._misfits(state_dict, prefix), state_dict.get(f"{prefix}_extra_state")
+        if not faults and isinstance(extra, Tensor):
+            try:  # torch asks set_extra_state when the codes have been overwritten
+                self.set_extra_state(extra)
+            except RuntimeError as error:
+                faults.append(f"{prefix}_extra_state: {error}")
+        return faults
 
     def extra_repr(self) -> str:
         """nn.Linear's, and the format."""

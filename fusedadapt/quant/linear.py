@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..derivatives import first_order
+from ..derivatives import first_order, refuse_transforms
 from ..ops import quant as _quant  # noqa: F401 - defines torch.ops.fusedadapt.q_*
 from . import product
 from .activations import quantized_linear_act
@@ -26,7 +26,7 @@ class QuantizedMatmul(torch.autograd.Function):
     @staticmethod
     @first_order("fusedadapt.quantized_linear")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        return *product.gradients(ctx, dy), None, None, *([None] * len(ctx.saved_tensors))
+        return *product.gradients(ctx, dy), None, None, *product.NO_PARTS
 
 
 _apply: Any = QuantizedMatmul.apply
@@ -52,5 +52,6 @@ def quantized_linear(x: Tensor, qw: QuantizedTensor, bias: Tensor | None = None,
     """
     if activations is not None:
         return quantized_linear_act(x, qw, bias, activations)
-    y: Tensor = _apply(product.checked_input(x, qw), bias, qw.format.spec, qw.rows, *qw.parts)
+    refuse_transforms("fusedadapt.quantized_linear")
+    y: Tensor = _apply(product.checked_input(x, qw, bias), bias, qw.format.spec, qw.rows, *qw.parts)
     return y.view(*x.shape[:-1], qw.rows)

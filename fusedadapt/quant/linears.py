@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -50,10 +50,11 @@ class Architecture:
     heads: frozenset[str]
     conv1d: frozenset[str]
     keep: tuple[str, ...]
+    renamed: Callable[[str], str]
 
     def module_of(self, tensor: str) -> str:
         """The module that a tensor `...weight` belongs to. Files saved from the bare model lack its prefix, and the other way round."""
-        name = tensor.removesuffix(".weight")
+        name = self.renamed(tensor).removesuffix(".weight")
         known = self.linear | self.conv1d
         short = name.removeprefix(f"{self.prefix}.")
         return next((n for n in (name, f"{self.prefix}.{name}", short) if n in known), name)
@@ -176,10 +177,35 @@ def _described(model: Any, version: str) -> Architecture:
     shared |= {key.removesuffix(".weight") for pair in dict(declared).items() for key in pair if isinstance(key, str)}
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     heads = {name for name, module in model.named_modules() if module is head}
-    keep = tuple(sorted(getattr(model, "_keep_in_fp32_modules", None) or ()))
+    keep = kept_in_fp32(model)
     title = f"{type(model).__name__} (transformers {version})"
     prefix = getattr(model, "base_model_prefix", "") or "model"
-    return Architecture(title, prefix, frozenset(linear), frozenset(shared), frozenset(heads), frozenset(conv1d), keep)
+    return Architecture(title, prefix, frozenset(linear), frozenset(shared), frozenset(heads), frozenset(conv1d), keep, renamer(model))
+
+
+def kept_in_fp32(model: Any) -> tuple[str, ...]:
+    """Modules that a model of transformers wants in fp32; some convert their input to the dtype of this weight."""
+    return tuple(sorted(getattr(model, "_keep_in_fp32_modules", None) or ()))
+
+
+def renamer(model: Any) -> Callable[[str], str]:
+    """What a tensor of a file is called in the model: transformers renames some when it loads them. Those that it joins or cuts keep their name."""
+    if not hasattr(model, "base_model_prefix"):
+        return lambda name: name
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, rename_source_key
+    except ImportError:  # transformers before 5 has other ways, for few models
+        return lambda name: name
+    steps: list[Any] = get_model_conversion_mapping(model)
+    joins = [step for step in steps if isinstance(step, WeightConverter)]
+    names = [step for step in steps if not isinstance(step, WeightConverter)]
+
+    def renamed(name: str) -> str:
+        found, joined = rename_source_key(name, names, joins)
+        return name if joined else found
+
+    return renamed
 
 
 def read_config(folder: Path | None) -> dict[str, Any]:

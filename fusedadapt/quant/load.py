@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .archive import Archive, Entry, opened
+from .archive import Archive, Entry, opened, read_tensor
 from .layer import QuantizedLinear
-from .linears import read_config
+from .linears import read_config, renamer
 from .packed import Packed, packed_layers, read_packed
 from .report import checked_device, some
 
@@ -24,7 +24,8 @@ def load_model_(model: nn.Module, source: str | Path, device: torch.device | str
     time is held beside the model, which may be on the meta device.
 
     Args:
-        model: its nn.Linear layers are replaced where the files hold packed ones; other parameters and buffers are filled (and cast).
+        model: its nn.Linear layers are replaced where the files hold packed ones; other parameters and buffers are filled (and cast). Of a model
+            of transformers the files may have the names that it renames when it loads; tensors that it joins have to be joined already.
         source: a folder (model.safetensors, or shards with an index) or one .safetensors file.
         device: where packed weights and what was on the meta device go. None: where the layer is; the CPU for the meta device.
 
@@ -41,13 +42,17 @@ def load_model_(model: nn.Module, source: str | Path, device: torch.device | str
     config = read_config(archive.folder)
     layers = packed_layers(archive, config)
     taken = {name for layer in layers for name in layer.tensors}
-    plain = {name: entry for name, entry in archive.entries.items() if name not in taken}
-    _check(model, archive, layers, plain)
+    slots, renamed = _slots(model), renamer(model)
+    plain = {name if name in slots else renamed(name): entry for name, entry in archive.entries.items() if name not in taken}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    homes = [layer.prefix if layer.prefix in modules else renamed(f"{layer.prefix}.weight").removesuffix(".weight") for layer in layers]
+    _check(archive, [*zip(homes, layers, strict=True)], plain, slots, modules)
     places: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         places.setdefault(module, []).append(name)
-    for layer in layers:
-        linear = model.get_submodule(layer.prefix)
+    del slots, modules  # they keep what is replaced in memory
+    for home, layer in zip(homes, layers, strict=True):
+        linear = model.get_submodule(home)
         assert isinstance(linear, nn.Linear)
         where = device or (torch.device("cpu") if linear.weight.is_meta else linear.weight.device)
         weight, order = read_packed(archive, layer, config)
@@ -58,8 +63,8 @@ def load_model_(model: nn.Module, source: str | Path, device: torch.device | str
     slots = _slots(model)
     with torch.no_grad():
         for name in plain:
-            _fill(model, slots, name, archive[name], device)
-    return [layer.prefix for layer in layers]
+            _fill(model, slots, name, read_tensor(plain[name], name), device)
+    return homes
 
 
 Slots = dict[str, tuple[bool, Tensor]]
@@ -80,11 +85,12 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, bool, Tensor]]:
                 yield f"{path}.{name}".lstrip("."), name not in module._non_persistent_buffers_set, b
 
 
-def _check(model: nn.Module, archive: Archive, layers: list[Packed], plain: dict[str, Entry]) -> None:
-    slots, faults, modules = _slots(model), [], dict(model.named_modules(remove_duplicate=False))
+def _check(archive: Archive, layers: list[tuple[str, Packed]], plain: dict[str, Entry], slots: Slots, modules: dict[str, nn.Module]) -> None:
+    homes = [home for home, _ in layers]
+    faults = [f"{home}: packed in the file more than once" for home in sorted({home for home in homes if homes.count(home) > 1})]
     given = {id(slots[name][1]) for name in plain if name in slots}
-    for layer in layers:
-        found = modules.get(layer.prefix)
+    for home, layer in layers:
+        found = modules.get(home)
         if type(found) not in (nn.Linear, QuantizedLinear):
             faults.append(f"{layer.prefix}: packed in the file; in the model it is {'missing' if found is None else type(found).__name__}")
             continue

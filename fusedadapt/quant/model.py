@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .formats import QFormat, format_of
 from .layer import QuantizedLinear
+from .linears import kept_in_fp32, module_matches
 from .report import Patterns, QuantizationReport, check_finite, checked_device, measured
 from .tensor import quantize
 
@@ -33,7 +34,8 @@ def quantize_model_(
 
     Args:
         model: on any device. What is exactly an nn.Linear is replaced. Left alone, with the reason in the report: subclasses, adapters' own layers,
-            layers whose weight is tied to another module's, and layers that torch's own modules read past their forward.
+            layers whose weight is tied to another module's, layers that torch's own modules read past their forward, and those that a model of
+            transformers keeps in fp32.
         format, group_size, options: as `fusedadapt.quantize` takes them.
         skip: layers to leave alone: names ("lm_head"), ends of names ("q_proj"), globs ("model.layers.0.*"), or modules, with all inside.
         device: quantize there, e.g. "cuda"; the bytes come back to where the weight was. None: where the weight is.
@@ -71,7 +73,7 @@ def quantize_model_(
 
 def _choose(model: nn.Module, patterns: Patterns, report: QuantizationReport) -> deque[tuple[list[str], nn.Linear]]:
     """The layers to replace, each with all its names; the others go to the report with the reason."""
-    owners = _owners(model)
+    owners, keep = _owners(model), kept_in_fp32(model)
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.Linear):
@@ -80,6 +82,8 @@ def _choose(model: nn.Module, patterns: Patterns, report: QuantizationReport) ->
     for module, every in names.items():
         matched = next((p for name in every if (p := patterns.match(name)) is not None), None)
         why = f"skip={matched!r}" if matched else _unfit(model, module, every[0], owners)
+        if not why and module_matches(keep, every[0]):
+            why = f"{type(model).__name__} keeps it in fp32"
         if why:
             report.left |= dict.fromkeys(every, why)
         elif isinstance(module, nn.Linear):
@@ -122,6 +126,8 @@ def _unfit(model: nn.Module, linear: nn.Module, name: str, owners: dict[Any, dic
         return "its weight is computed by a hook (weight_norm and the like)"
     if not weight.is_floating_point() or weight.itemsize < 2:
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}: quantized already"
+    if more := sorted({*linear._parameters, *linear._buffers, *linear._modules} - {"weight", "bias"}):
+        return f"it holds more than weight and bias: {', '.join(more)}"
     others = [other for module, other in owners[_key(weight)].items() if module is not linear]
     if others:
         return f"its weight is tied to {others[0]}"

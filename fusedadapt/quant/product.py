@@ -10,19 +10,27 @@ from torch import Tensor
 
 from ..autocast import autocasting
 from ..ops.quant import DTYPES
+from ..reference.quant import Parts
 from .tensor import QuantizedTensor
 
+#: the gradients of a packed weight, the last inputs of a function. (Saved tensors may be asked for once only: checkpointing computes them anew.)
+NO_PARTS = (None,) * len(Parts._fields)
 
-def checked_input(x: Tensor, qw: QuantizedTensor) -> Tensor:
-    """x as [T, K], cast under autocast as nn.Linear's input is. ValueError, TypeError where it does not fit the weight."""
+
+def checked_input(x: Tensor, qw: QuantizedTensor, bias: Tensor | None) -> Tensor:
+    """x as [T, K], cast under autocast as nn.Linear's input is. ValueError, TypeError where it or the bias does not fit the weight."""
     name = "fusedadapt.quantized_linear"
+    for what, t in (("x", x), ("bias", bias)):
+        if not isinstance(t, Tensor) and (t is not None or what == "x"):
+            raise TypeError(f"{name}: expected {what}: a tensor; got {type(t).__name__}; convert it")
+        if t is not None and (t.dtype not in DTYPES or t.layout != torch.strided):
+            got = t.dtype if t.layout == torch.strided else t.layout
+            raise ValueError(f"{name}: expected {what}: dense, in float32, bfloat16, float16 or float64; got {got}; convert it")
     if not isinstance(qw, QuantizedTensor):
         raise TypeError(f"{name}: expected a QuantizedTensor; got {type(qw).__name__}; make one with fusedadapt.quantize")
     if len(qw.shape) != 2 or x.dim() < 1 or x.shape[-1] != qw.columns:
         shapes = f"x {tuple(x.shape)}, weight {tuple(qw.shape)}"
         raise ValueError(f"{name}: expected x of {qw.shape[-1]} columns and a weight of two dimensions; got {shapes}; pass matching shapes")
-    if x.dtype not in DTYPES:
-        raise ValueError(f"{name}: expected x in float32, bfloat16, float16 or float64; got {x.dtype}; convert it")
     kind = x.device.type
     if autocasting(kind) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(kind))

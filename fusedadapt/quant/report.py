@@ -133,7 +133,7 @@ def some(names: Iterable[str], most: int = 3) -> str:
 
 
 def checked_device(device: torch.device | str | None) -> torch.device | None:
-    """The device. ValueError if this machine has none such."""
+    """The device. ValueError if this machine has none such, or no numbers can be there."""
     if device is None:
         return None
     try:
@@ -143,6 +143,8 @@ def checked_device(device: torch.device | str | None) -> torch.device | None:
         raise ValueError(
             f"quantize: expected a device that is here; got {device!r} ({str(error).splitlines()[0]}); leave device out for the CPU"
         ) from error
+    if found.type == "meta":
+        raise ValueError("quantize: expected a device that holds numbers; got 'meta'; leave device out for the CPU")
     return found
 
 
@@ -183,6 +185,8 @@ class Patterns:
     """Which layers are meant: full names ("lm_head"), ends of names ("q_proj"), globs ("model.layers.0.*"), and everything inside a module meant."""
 
     def __init__(self, patterns: str | Iterable[str], what: str) -> None:
+        if not isinstance(patterns, Iterable):
+            raise TypeError(f"quantize: expected {what} to be names or globs of layers; got {patterns!r}; pass text, or () for none")
         self.patterns = (patterns,) if isinstance(patterns, str) else tuple(patterns)
         if strange := [p for p in self.patterns if not isinstance(p, str) or not p]:
             raise TypeError(f"quantize: expected {what} to be names or globs of layers; got {strange[0]!r}; pass text")

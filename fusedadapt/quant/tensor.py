@@ -59,8 +59,18 @@ class QuantizedTensor:
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight in ``dtype`` (default: the one it came in)."""
         n, k = self.rows, self.columns
+        if dtype is not None and dtype not in ops.DTYPES:
+            ops._refuse("dequantize", "dtype float32, bfloat16, float16 or float64", repr(dtype), "choose one of them")
         w: Tensor = torch.ops.fusedadapt.q_dequantize(*self.parts, self.format.spec, n, k, 0, n, dtype or self.dtype)
         return w.view(self.shape)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The codes as plain bytes: torch writes fp8 tensors into ordinary pickles that it cannot read."""
+        return self.__dict__ | {"qdata": self.parts.qdata}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        fmt: QFormat = state["format"]
+        self.__dict__.update(state, qdata=state["qdata"].view(fmt.storage_dtype))
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> QuantizedTensor:
         changed: dict[str, Any] = {name: None if (t := getattr(self, name)) is None else change(t) for name in Parts._fields}
@@ -100,8 +110,9 @@ def quantize(w: Tensor, format: str | QFormat = "nf4", group_size: int | None = 
     Raises:
         ValueError: unknown format or option, a group size that the format does not have, or a dtype that is not floating point.
     """
-    if not isinstance(w, Tensor) or w.dtype not in ops.DTYPES:
-        ops._refuse("quantize", "a tensor in float32, bfloat16, float16 or float64", getattr(w, "dtype", type(w).__name__), "convert it")
+    if not isinstance(w, Tensor) or w.dtype not in ops.DTYPES or w.layout != torch.strided:
+        got = type(w).__name__ if not isinstance(w, Tensor) else w.dtype if w.layout == torch.strided else w.layout
+        ops._refuse("quantize", "a dense tensor in float32, bfloat16, float16 or float64", got, "convert it")
     if w.dim() == 0:
         ops._refuse("quantize", "at least one dimension", "a scalar", "reshape it")
     fmt = format_of(format, group_size, **options)
