@@ -146,9 +146,14 @@ def lora_linear_group(
         flat += [base.weight, output.bias, output.row_scale, *base.parts[1:]]
         for s in output.segments:
             flat += [s.A, s.B, s.rank_gate, _token_gate(s, x2), s.core]
-    run: Any = LowRankLinear.apply if torch.is_grad_enabled() or not is_direct(x2) or forward_ad._current_level >= 0 else forward_only
+    run: Any = LowRankLinear.apply if _is_watched(x2) else forward_only
     results = run(tuple(plan), x2, col_scale, _seed(seed, x2) if dropping else None, scalars, *flat)
     return list(results) if flat_x else [y.reshape(*lead, y.shape[-1]) for y in results]
+
+
+def _is_watched(x: Tensor) -> bool:
+    """Whether anybody but the caller wants to know of this call: autograd (no_grad leaves its forward mode on), a tracer, or who `is_direct` names."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None or not is_direct(x)
 
 
 def _scalars(segments: Sequence[Segment], training: bool) -> tuple[Tensor | Numbers, bool]:
