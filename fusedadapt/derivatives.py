@@ -10,6 +10,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 
+_is_batch: Any = torch._C._functorch.is_legacy_batchedtensor  # what stands for one of many gradients: it has no memory to read
+
+
 def first_order(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Marks the backward of an autograd function as one that has no derivative itself: under create_graph=True it raises RuntimeError.
 
@@ -26,6 +29,11 @@ def first_order(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
                 raise RuntimeError(
                     f"{op}: expected a backward pass without create_graph=True; got one with it; the fused backward cannot be differentiated again: "
                     "use the plain operations there (of a patched model: fusedadapt.unpatch)"
+                )
+            if not torch.compiler.is_compiling() and any([isinstance(g, torch.Tensor) and _is_batch(g) for g in grads]):
+                raise RuntimeError(
+                    f"{op}: expected one gradient at a time; got a batch of them (is_grads_batched=True, or vectorize=True of a Jacobian); leave "
+                    "that out, or use the plain operations there (of a patched model: fusedadapt.unpatch)"
                 )
             return once(ctx, *grads)
 

@@ -45,8 +45,11 @@ def fake_quantized(x: Tensor) -> Tensor:
     return fa.quant.fake_quantize(x, torch.tensor([0.1], requires_grad=True), torch.tensor(0.0), quant_min=-8, quant_max=7, ste="clamp")
 
 
+CALLS = pytest.mark.parametrize("call", [lora, dora_with_dropout, masked, quantized, quantized_act, fake_quantized])
+
+
 @pytest.mark.parametrize("loss", ["constant", "by name"])
-@pytest.mark.parametrize("call", [lora, dora_with_dropout, masked, quantized, quantized_act, fake_quantized])
+@CALLS
 def test_second_derivatives_are_refused(call: Callable[[Tensor], Tensor], loss: str) -> None:
     """A gradient penalty on a sum, and a Hessian product that names what it wants: torch's once_differentiable lets both pass without the terms."""
     x = X.clone().requires_grad_()
@@ -55,6 +58,16 @@ def test_second_derivatives_are_refused(call: Callable[[Tensor], Tensor], loss: 
     assert dx.shape == x.shape
     with pytest.raises(RuntimeError, match=r"fusedadapt\..*create_graph=True"):
         torch.autograd.grad(y.sum() if loss == "constant" else y.square().sum(), x, create_graph=True)
+
+
+@CALLS
+def test_batches_of_gradients_are_refused_by_name(call: Callable[[Tensor], Tensor]) -> None:
+    """What stands for many gradients at once has no memory, and a kernel's own complaint about that says nothing to a caller."""
+    x = X.clone().requires_grad_()
+    y = call(x)
+    with pytest.raises(RuntimeError, match=r"fusedadapt\..*expected one gradient at a time"):
+        torch.autograd.grad(y, x, torch.ones(2, *y.shape), is_grads_batched=True, retain_graph=True)
+    assert torch.autograd.grad(y, x, torch.ones_like(y))[0].shape == x.shape
 
 
 def test_a_hessian_is_not_zero_in_silence() -> None:

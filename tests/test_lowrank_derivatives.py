@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_lowrank_contract import layer, values
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import fusedadapt as fa
 from fusedadapt.lowrank import Output, Segment, lora_linear, lora_linear_group
@@ -119,3 +120,13 @@ def test_partly_frozen_groups(wanted: str) -> None:
     mine, theirs = (torch.autograd.grad(sum(y.sin().sum() for y in out[used]), inputs, allow_unused=True) for out in (ys, true))
     for m, t in zip(mine, theirs):
         torch.testing.assert_close(torch.zeros(()) if m is None or not m.any() else m, torch.zeros(()) if t is None else t, check_dtype=False)
+
+
+@pytest.mark.parametrize("recording", [True, False])
+def test_forward_mode_is_refused_not_dropped(recording: bool) -> None:
+    """no_grad leaves forward-mode derivatives on: a tangent may not vanish."""
+    x, weight, a, b = layer(dtype=torch.float64)
+    with forward_ad.dual_level(), torch.set_grad_enabled(recording):
+        dual = forward_ad.make_dual(x.detach(), values(*x.shape, grad=False))
+        with pytest.raises(RuntimeError, match="jvp"):
+            lora_linear(dual, weight.detach(), a.detach(), b.detach())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import logging
 import pickle
 from collections.abc import Callable
@@ -134,6 +135,23 @@ def test_copies_and_pickles_are_their_own() -> None:
             layer_of(twin).lora_B["default"].weight.add_(1)
         assert not torch.allclose(twin(tokens()), y)
     assert torch.equal(model(tokens()), y)
+
+
+def test_replicas_of_data_parallel_run_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """nn.DataParallel without its GPUs: each replica computes with its own copies of the parameters, and their gradients arrive."""
+    replicate = importlib.import_module("torch.nn.parallel.replicate")
+    monkeypatch.setattr(replicate, "_get_device_index", lambda device, optional: device)
+    monkeypatch.setattr(replicate, "_broadcast_coalesced_reshape", lambda ts, devices, detach=False: [[t * (i + 1) for t in ts] for i in devices])
+    model = build(lora())
+    fa.patch(model)
+    replicas = replicate.replicate(model, [0, 1])
+    assert fa.unpatch(copy.deepcopy(model)) == 12
+    assert torch.equal(replicas[0](tokens()), model(tokens())) and not torch.allclose(replicas[1](tokens()), model(tokens()))
+    replicas[1](tokens()).sum().backward()
+    assert float(layer_of(model).lora_A["default"].weight.grad.abs().sum()) > 0
+    fa.unpatch(model)
+    plain = replicate.replicate(model, [0, 1])
+    assert all((r(tokens()) - p(tokens())).norm() <= 3e-6 * p(tokens()).norm() for r, p in zip(replicas, plain, strict=True))
 
 
 def test_save_and_load(tmp_path: Any) -> None:

@@ -290,6 +290,21 @@ void write(const Writing& w, int64_t t0, int64_t t1, int64_t k0, int64_t k1, dou
 
 // ---- adapters, dropout alone, masks ----
 
+// Walks along whichever step is the shorter: across rows whose distance is a power of two, lines would push each other out (A, 16 x 1024: 20 us, so 4).
+template <class Format>
+FA_INLINE void pack_square(const typename Format::E* from, int64_t step_p, int64_t step_n, int64_t depth, int64_t n, float scale,
+                           float* to) {
+  const auto at = [&](int64_t p, int64_t j) { to[p * kWidth + j] = Format::widen_one(from[p * step_p + j * step_n]) * scale; };
+  if (step_p < step_n)
+    for (int64_t j = 0; j < n; ++j)
+      for (int64_t p = 0; p < depth; ++p) at(p, j);
+  else
+    for (int64_t p = 0; p < depth; ++p)
+      for (int64_t j = 0; j < n; ++j) at(p, j);
+  for (int64_t p = 0; n < kWidth && p < depth; ++p)
+    for (int64_t j = n; j < kWidth; ++j) to[p * kWidth + j] = 0.f;
+}
+
 void pack(const Matrix& source, int64_t step_p, int64_t step_n, int64_t depth, int64_t n, float scale, float* out, int64_t panel_size,
           int64_t first, int64_t last) {
   with_format(source.dtype, [&](auto format) {
@@ -297,12 +312,10 @@ void pack(const Matrix& source, int64_t step_p, int64_t step_n, int64_t depth, i
     const auto* from = static_cast<const typename Format::E*>(source.data);
     for (int64_t panel = first; panel < last; ++panel) {
       const int64_t columns = least(kWidth, n - panel * kWidth);
-      for (int64_t p = 0; p < depth; ++p) {
-        float* to = out + panel * panel_size + p * kWidth;
-        const auto* at = from + p * step_p + panel * kWidth * step_n;
-        for (int64_t j = 0; j < columns; ++j) to[j] = Format::widen_one(at[j * step_n]) * scale;
-        for (int64_t j = columns; j < kWidth; ++j) to[j] = 0.f;
-      }
+      float* to = out + panel * panel_size;
+      for (int64_t p = 0; p < depth; p += kWidth)
+        pack_square<Format>(from + p * step_p + panel * kWidth * step_n, step_p, step_n, least(kWidth, depth - p), columns, scale,
+                            to + p * kWidth);
     }
   });
 }

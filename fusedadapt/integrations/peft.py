@@ -81,6 +81,16 @@ class FusedForward:
             return type(layer).forward(layer, x, *args, **kwargs)
         return kind.run(layer, x, names, self._values(names), self.paper_dora)
 
+    def replicate(self) -> Any:
+        """As nn.DataParallel asks for it, which a Trainer on several GPUs takes unasked: a shallow copy would run this layer, not the replica."""
+        replica = type(self.layer)._replicate_for_data_parallel(self.layer)
+        FusedForward(replica, self.method, self.name, self.paper_dora).attach()
+        return replica
+
+    def attach(self) -> None:
+        """From here on the layer runs through this forward."""
+        self.layer.forward, self.layer._replicate_for_data_parallel = self, self.replicate
+
     def _values(self, names: Sequence[str]) -> layers.Numbers:
         kind = layers.KINDS[self.method]
         if not torch.compiler.is_compiling() or not kind.dropouts:
@@ -226,7 +236,7 @@ def patch(model: nn.Module, *, strict: bool = False, dora: str = "peft") -> Patc
         if isinstance(forward, FusedForward):
             forward.paper_dora = dora == "paper"
         elif method and forward is None and not layers.structural(layer):
-            layer.forward = FusedForward(layer, method, name, dora == "paper")
+            FusedForward(layer, method, name, dora == "paper").attach()
     return report
 
 
@@ -246,7 +256,7 @@ def unpatch(model: nn.Module) -> int:
                 "(accelerate.hooks.remove_hook_from_module)"
             )
     for module in patched:
-        del module.forward
+        del module.forward, module._replicate_for_data_parallel
     return len(patched)
 
 

@@ -86,7 +86,7 @@ class DoraDropout(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, row_scale: Tensor, seed: Tensor, scalars: Tensor, *fields: Any
     ) -> Tensor:
-        x, A, B, row_scale = map(resolved, (x, A, B, row_scale))
+        x, A, B, row_scale = resolved((x, A, B, row_scale))
         base = Base(*fields)
         with _no_autocast(x.device.type):
             s, p = scalars[0, 0], scalars[:, 1]
@@ -106,7 +106,7 @@ class DoraDropout(torch.autograd.Function):
     @first_order("fusedadapt.lowrank.dora_linear_peft")
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, A, B, row_scale, seed, scalars, u, z, *packed = ctx.saved_tensors
-        base, dy = Base(*packed, *ctx.shape), resolved(dy)
+        base, dy = Base(*packed, *ctx.shape), resolved((dy,))[0]
         want_x, want_bias, want_a, want_b, want_g, _, _, want_w, *_ = ctx.needs_input_grad
         with _no_autocast(dy.device.type):
             s, p, rank = scalars[0, 0], scalars[:, 1], [A.shape[0]]

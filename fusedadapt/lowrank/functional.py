@@ -8,16 +8,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ..autocast import autocasting
 from ..derivatives import refuse_transforms
 from ..ops.base import Base
-from ..ops.lowrank import DTYPES
+from ..ops.lowrank import DTYPES, is_direct
 from ..quant.tensor import QuantizedTensor
 from ..reference.lowrank import ACTIVATIONS, wide
-from .function import Entry, LowRankLinear, Numbers
-
-_apply: Any = LowRankLinear.apply
+from .function import Entry, LowRankLinear, Numbers, forward_only
 
 
 class Segment(NamedTuple):
@@ -147,8 +146,14 @@ def lora_linear_group(
         flat += [base.weight, output.bias, output.row_scale, *base.parts[1:]]
         for s in output.segments:
             flat += [s.A, s.B, s.rank_gate, _token_gate(s, x2), s.core]
-    results = _apply(tuple(plan), x2, col_scale, _seed(seed, x2) if dropping else None, scalars, *flat)
+    run: Any = LowRankLinear.apply if _is_watched(x2) else forward_only
+    results = run(tuple(plan), x2, col_scale, _seed(seed, x2) if dropping else None, scalars, *flat)
     return list(results) if flat_x else [y.reshape(*lead, y.shape[-1]) for y in results]
+
+
+def _is_watched(x: Tensor) -> bool:
+    """Whether anybody but the caller wants to know of this call: autograd (no_grad leaves its forward mode on), a tracer, or who `is_direct` names."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None or not is_direct(x)
 
 
 def _scalars(segments: Sequence[Segment], training: bool) -> tuple[Tensor | Numbers, bool]:

@@ -31,7 +31,7 @@ def _adapter(t: Tensor | None) -> Tensor | None:
 
 def _fp32(t: Tensor) -> Tensor:
     """t itself where it is what the kernels read: fp32, contiguous."""
-    return t.to(torch.float32).contiguous()
+    return (t if t.dtype == torch.float32 else t.float()).contiguous()
 
 
 def _address(t: Tensor | None) -> int:
