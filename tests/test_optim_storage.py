@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -138,3 +140,19 @@ def test_groups_may_carry_keys_of_their_own():
     opt.param_groups[1]["lr"] = 0.25
     opt.step()
     assert opt.state[q]["step"] == 2
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference", "emulated"])
+def test_an_optimizer_that_goes_frees_its_states_at_once(backend: str) -> None:
+    """It was in a cycle with its plans: two models' worth of memory until the next garbage collection."""
+    params = model()
+    opt = AdamW(params, backend=backend)
+    feed(params, 0)
+    opt.step()
+    states = [weakref.ref(v) for s in opt.state.values() for v in s.values()]
+    gc.disable()
+    try:
+        del opt
+        assert not any(state() is not None for state in states)
+    finally:
+        gc.enable()
