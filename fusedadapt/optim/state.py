@@ -292,7 +292,7 @@ def load(opt: FusedOptimizer, state_dict: dict[str, Any]) -> None:
     params = [p for g in opt.param_groups for p in g["params"]]
     labels = names(opt.param_groups)
     group_of = [g for g in groups for _ in g["params"]]
-    fresh = {}
+    fresh: dict[Any, Any] = {k: copy.deepcopy(v) for k, v in saved_state.items() if k not in ids}  # a user's own, as torch
     for i, p, label, group in zip(ids, params, labels, group_of, strict=True):
         if saved_state.get(i):
             fresh[p] = _convert(opt, label, p, group, saved_state[i])
