@@ -151,10 +151,13 @@ uint64_t fingerprint(const py::list& param_groups, const py::dict& state) {
   uint64_t h = 1469598103934665603ull;
   for (py::handle group : param_groups) {
     PyObject* params = PyDict_GetItemWithError(group.ptr(), key);
-    if (!params || !PyList_Check(params)) throw std::invalid_argument("fingerprint: every param group needs a list 'params'");
-    const Py_ssize_t n = PyList_GET_SIZE(params);
+    if (!params || !(PyList_Check(params) || PyTuple_Check(params))) {
+      throw std::invalid_argument("fingerprint: every param group needs a list or tuple 'params'");
+    }
+    const Py_ssize_t n = PySequence_Fast_GET_SIZE(params);
+    PyObject** items = PySequence_Fast_ITEMS(params);
     h = (h ^ uint64_t(n)) * 1099511628211ull;
-    for (Py_ssize_t i = 0; i < n; ++i) h = (h ^ uint64_t(uintptr_t(PyList_GET_ITEM(params, i)))) * 1099511628211ull;
+    for (Py_ssize_t i = 0; i < n; ++i) h = (h ^ uint64_t(uintptr_t(items[i]))) * 1099511628211ull;
   }
   PyObject *param, *of_param;
   for (Py_ssize_t at = 0; PyDict_Next(state.ptr(), &at, &param, &of_param);) h = (h ^ uint64_t(uintptr_t(of_param))) * 1099511628211ull;

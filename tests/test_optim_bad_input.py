@@ -121,6 +121,11 @@ def test_errors_name_the_tensor() -> None:
         (lambda p: AdamW([torch.nn.Parameter(p.detach().half())]), "fp16"),
         (lambda p: AdamW([torch.nn.Parameter(p.detach().half())], state_dtype="fp32", master_weights="split"), "bf16 parameters"),
         (lambda p: OPTIMIZERS["SGD"]([p], nesterov=True), "nesterov"),
+        (lambda p: OPTIMIZERS["NAdam"]([p], momentum_decay=-1.0), "momentum_decay >= 0"),
+        (lambda p: OPTIMIZERS["RMSprop"]([p], alpha=1.5), r"alpha in \[0, 1\]"),  # it was called beta2
+        (lambda p: OPTIMIZERS["Adadelta"]([p], rho=-0.5), r"rho in \[0, 1\]"),
+        (lambda p: AdamW([{"params": [p], "differentiable": True}]), "differentiable=False"),  # of a group, or a loaded one: was ignored
+        (lambda p: fa.optim.from_torch(torch.optim.Adam([p], differentiable=True)), "differentiable=False"),
     ],
 )
 def test_bad_options(make, message: str) -> None:

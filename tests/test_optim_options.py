@@ -1,11 +1,13 @@
 """Options in every form that torch and the official codes take them in, and their way through checkpoints."""
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
 from samples import feed, model
 
-from fusedadapt.optim import OPTIMIZERS, AdamW, Lion
+from fusedadapt.optim import OPTIMIZERS, SGD, AdamW, Lion, from_torch, to_torch
 
 
 def test_hyper_parameters_may_be_tensors_and_numpy_numbers() -> None:
@@ -88,3 +90,83 @@ def test_lion_takes_the_packages_arguments() -> None:
         ours.step(), theirs.step()
     for p, q in zip(params, twin, strict=True):
         torch.testing.assert_close(p, q, rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad", "RMSprop", "Adadelta", "NAdam", "RAdam"])
+def test_arguments_stand_in_torchs_order(name: str) -> None:
+    def order(cls) -> list[str]:
+        return [p.name for p in inspect.signature(cls).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+
+    assert order(OPTIMIZERS[name]) == order(getattr(torch.optim, name))
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_a_group_added_after_the_change_takes_the_old_defaults(back: bool) -> None:
+    """They were those of the class: a group added to a run at lr 0.5 learned at 0.001."""
+    params, late = model(), torch.nn.Parameter(torch.ones(3))
+    opt = from_torch(torch.optim.AdamW(params, lr=0.5, betas=(0.5, 0.6), maximize=True))
+    opt = to_torch(opt) if back else opt
+    opt.add_param_group({"params": [late]})
+    added = opt.param_groups[1]
+    assert (added["lr"], added["betas"], added["maximize"]) == (0.5, (0.5, 0.6), True)
+    assert from_torch(torch.optim.AdamW(params, maximize=True), maximize=False).defaults["maximize"] is False
+
+
+@pytest.mark.parametrize("start", ["plain steps", "torch's None"])
+@pytest.mark.parametrize("dampening", [0.0, 0.5])
+def test_momentum_switched_on_late_starts_with_the_gradient(start: str, dampening: float) -> None:
+    """torch's first step of a buffer copies the gradient, undamped, whatever came before."""
+    params, twin = model(), model()
+    ours, theirs = SGD(params, lr=0.1), torch.optim.SGD(twin, lr=0.1)
+    for t in range(6):
+        if t == 3:
+            if start == "torch's None":  # as torch up to 2.7 saved it
+                ours.load_state_dict(theirs.state_dict() | {"state": {i: {"momentum_buffer": None} for i in range(3)}})
+            for opt in (ours, theirs):
+                opt.param_groups[0].update(momentum=0.9, dampening=dampening)
+        feed(params, t), feed(twin, t)
+        ours.step(), theirs.step()
+    for p, q in zip(params, twin, strict=True):
+        torch.testing.assert_close(p, q, rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(("name", "options"), [("RMSprop", {"alpha": 1.0}), ("Adadelta", {"rho": 1.0}), ("RMSprop", {"alpha": 1.0, "momentum": 0.9})])
+def test_averages_may_stand_still(name: str, options: dict) -> None:
+    params, twin = ([torch.nn.Parameter(p.detach().double()) for p in model()] for _ in range(2))
+    ours, theirs = OPTIMIZERS[name](params, lr=1e-6, **options), getattr(torch.optim, name)(twin, lr=1e-6, **options)
+    for t in range(3):
+        feed(params, t), feed(twin, t)
+        ours.step(), theirs.step()
+    for p, q in zip(params, twin, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-10, atol=0.0)
+    Lion(model(), betas=(1.0, 1.0))
+
+
+def test_adagrad_has_all_its_states_as_torchs() -> None:
+    """torch starts a state it does not find at the value its constructor was given, not at the group's."""
+    params, twin = model(), model()
+    ours, alone = OPTIMIZERS["Adagrad"](params, initial_accumulator_value=0.5), torch.optim.Adagrad(twin, initial_accumulator_value=0.5)
+    for t, opt in enumerate((ours, torch.optim.Adagrad(params))):
+        if t:
+            opt.load_state_dict(ours.state_dict())
+        feed(params, t), feed(twin, t)
+        if t == 0:
+            params[1].grad = twin[1].grad = None
+        opt.step(), alone.step()
+    for p, q in zip(params, twin, strict=True):
+        torch.testing.assert_close(p, q)
+    ours.share_memory()
+    assert len(ours.state) == 3 and all(v.is_shared() for s in ours.state.values() for v in s.values())
+    ours.step()
+
+
+def test_fp64_is_clipped_in_fp64() -> None:
+    """The factor was rounded to fp32."""
+    params, twin = ([torch.nn.Parameter(p.detach().double()) for p in model()] for _ in range(2))
+    ours, theirs = SGD(params, lr=0.1, max_grad_norm=0.1), torch.optim.SGD(twin, lr=0.1)
+    feed(params, 0), feed(twin, 0)
+    norm = torch.nn.utils.clip_grad_norm_(twin, 0.1)
+    ours.step(), theirs.step()
+    torch.testing.assert_close(ours.grad_norm, norm, rtol=1e-14, atol=0.0)
+    for p, q in zip(params, twin, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-14, atol=0.0)

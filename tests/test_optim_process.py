@@ -349,6 +349,18 @@ def test_hooks_see_and_change_the_step():
     assert drive(AdamW) == drive(torch.optim.AdamW)
 
 
+@pytest.mark.parametrize("returned", [1, (1, 2, 3)])
+def test_a_pre_hook_that_returns_something_else_is_refused(returned: Any) -> None:
+    p = nn.Parameter(torch.ones(3))
+    p.grad = torch.ones(3)
+    for cls in (AdamW, torch.optim.AdamW):
+        opt = cls([p])
+        opt.register_step_pre_hook(lambda o, args, kwargs: returned)
+        with pytest.raises(RuntimeError, match="returned|must return"):
+            opt.step()
+    assert torch.equal(p, torch.ones(3))
+
+
 def test_post_hook_alone_sees_the_same_arguments():
     """No pre hook and no profiler: the short way through step."""
     seen = []

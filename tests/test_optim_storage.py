@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -138,3 +140,44 @@ def test_groups_may_carry_keys_of_their_own():
     opt.param_groups[1]["lr"] = 0.25
     opt.step()
     assert opt.state[q]["step"] == 2
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference", "emulated"])
+def test_an_optimizer_that_goes_frees_its_states_at_once(backend: str) -> None:
+    """It was in a cycle with its plans: two models' worth of memory until the next garbage collection."""
+    params = model()
+    opt = AdamW(params, backend=backend)
+    feed(params, 0)
+    opt.step()
+    states = [weakref.ref(v) for s in opt.state.values() for v in s.values()]
+    gc.disable()
+    try:
+        del opt
+        assert not any(state() is not None for state in states)
+    finally:
+        gc.enable()
+
+
+def test_groups_and_states_may_be_changed_by_hand() -> None:
+    """As torch: parameters in a tuple, lists made anew, states that belong to no parameter."""
+    params, twin, ends = model(), model(), []
+    for tensors, cls in ((params, AdamW), (twin, torch.optim.AdamW)):
+        opt = cls(tensors, lr=0.01)
+        feed(tensors, 0)
+        opt.step()
+        opt.param_groups[0]["params"] = tuple(tensors[:2])
+        del opt.state[tensors[2]]
+        opt.step()
+        opt.param_groups = [dict(group) for group in opt.param_groups]
+        opt.state["notes"] = {"seen": 1}
+        opt.step()
+        other = cls(tensors[:2])
+        other.load_state_dict(copy.deepcopy(opt.state_dict()))
+        assert other.state["notes"] == {"seen": 1}
+        other.step()
+        other.param_groups[0]["params"] = []
+        other.step()
+        ends.append([float(s["step"]) for s in other.state.values() if "step" in s])
+    assert ends[0] == ends[1] == [4.0, 4.0]
+    for p, q in zip(params, twin, strict=True):
+        torch.testing.assert_close(p, q, rtol=2e-6, atol=1e-7)

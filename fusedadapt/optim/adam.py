@@ -64,6 +64,8 @@ class NAdam(FusedOptimizer):
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, float]:
         fields = coupling(super()._hyper(group), group, group["decoupled_weight_decay"])
+        if not group["momentum_decay"] >= 0:
+            raise ValueError(f"NAdam: expected momentum_decay >= 0; got {group['momentum_decay']}")
         return fields | {"mu_base": 0.96 ** group["momentum_decay"]}
 
 

@@ -64,7 +64,8 @@ class FusedOptimizer(Optimizer):
       `fusedadapt.sparse.grow_prune` changes the mask: then in the order of ``state["index"]``.
     - ``decay_to``: what weight decay pulls towards: ``"zero"``, or ``"init"``: the values the parameter had when its state was made, kept as
       ``anchor``. Decoupled: p -= (1 - factor) (p - anchor); coupled: g += weight_decay (p - anchor).
-    - ``max_grad_norm``: clip to this global L2 norm of the unscaled gradients, inside the step; ``opt.grad_norm`` holds the norm (0-d tensor).
+    - ``max_grad_norm``: clip to this global L2 norm of the unscaled gradients, inside the step; ``opt.grad_norm`` holds the norm (0-d tensor, fp32;
+      with fp64 parameters fp64).
       Frozen elements' gradients count, as without masks; of a compact gradient its own elements.
     - ``backend``: ``"cpp"``, ``"cuda"``, ``"triton"`` or ``"reference"``; raises if it cannot run. ``None`` chooses (see ``fusedadapt.explain``).
     - ``foreach``, ``fused``: accepted and ignored (every step is fused); ``differentiable=True`` is refused.
@@ -78,6 +79,8 @@ class FusedOptimizer(Optimizer):
     official_group: ClassVar[frozenset[str]] = frozenset()
     #: how many betas the rule has, if any
     n_betas: ClassVar[int] = 2
+    #: whether a beta may be 1, as in torch and the official codes: no bias correction divides by 1 - beta
+    closed_betas: ClassVar[bool] = False
     #: hyper-parameters that weight_decay feeds: "l2" (coupled) or "decoupled"
     decay: ClassVar[str] = "l2"
     _step_supports_amp_scaling = True
@@ -95,8 +98,6 @@ class FusedOptimizer(Optimizer):
 
     def _take_extras(self, extras: Extras) -> None:
         name = type(self).__name__
-        if extras.get("differentiable"):
-            raise ValueError(f"{name}: expected differentiable=False; a fused step has no autograd graph; use torch.optim for that")
         self.state_dtype = states.one_of(name, "state_dtype", extras.get("state_dtype"), (None, *STATE_DTYPES, *CODED))
         self.state_block = coded.check_options(name, self.state_dtype, extras.get("state_block"))
         self.master_weights = states.one_of(name, "master_weights", extras.get("master_weights"), (None, "fp32", "split"))
@@ -164,8 +165,11 @@ class FusedOptimizer(Optimizer):
         kwargs: dict[str, Any] = {}
         with torch.autograd.profiler.record_function(f"Optimizer.step#{type(self).__name__}.step"):
             for pre in (*_global_optimizer_pre_hooks.values(), *self._optimizer_step_pre_hooks.values()):
-                if (result := pre(self, args, kwargs)) is not None:  # type: ignore[func-returns-value]
-                    args, kwargs = result
+                if (result := pre(self, args, kwargs)) is None:  # type: ignore[func-returns-value]
+                    continue
+                if not isinstance(result, tuple) or len(result) != 2:
+                    raise RuntimeError(f"{type(self).__name__}.step: expected None or (args, kwargs) of the pre-hook {pre}; it returned {result!r}")
+                args, kwargs = result
             loss = self._step(*args[1:], **kwargs)
             for post in (*self._optimizer_step_post_hooks.values(), *_global_optimizer_post_hooks.values()):
                 post(self, args, kwargs)
@@ -192,7 +196,8 @@ class FusedOptimizer(Optimizer):
         seed = self.param_groups[0]["seed"] if self.stochastic_rounding else 0
         for plan in plans:
             device = plan.device
-            plan.run(Scalars(on(grad_scale, device), on(found_inf, device), on(clip, device), seed, self.stochastic_rounding))
+            factor = on(clip, device, torch.float64 if plan.wide else torch.float32)
+            plan.run(Scalars(on(grad_scale, device), on(found_inf, device), factor, seed, self.stochastic_rounding))
 
     def step_one_(self, p: Tensor) -> None:
         """The step of one parameter alone (used inside backward hooks); its gradient must be there."""
@@ -212,7 +217,7 @@ class FusedOptimizer(Optimizer):
         plan.run(Scalars(None, None, None, seed, self.stochastic_rounding))
 
     def _clip(self, plans: list[Plan], grad_scale: Tensor | None) -> Tensor:
-        """Leaves the global norm in grad_norm and returns the factor min(1, max_norm / (norm + 1e-6)) of torch's clip_grad_norm_."""
+        """Leaves the global norm in grad_norm and returns the factor min(1, max_norm / (norm + 1e-6)) of torch's clip_grad_norm_, in fp64."""
         home = plans[0].device if plans else torch.device("cpu")
         parts = []
         for plan in plans:
@@ -221,9 +226,9 @@ class FusedOptimizer(Optimizer):
         # (a small model's step is over in the time of a few of torch's operations)
         total = sum(parts[1:], start=parts[0]) if parts else torch.zeros((), dtype=torch.float64, device=home)
         norm = total.sqrt()
-        self.grad_norm = norm.float()
+        self.grad_norm = norm if any(plan.wide for plan in plans) else norm.float()
         assert self.max_grad_norm is not None
-        return (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0).float()
+        return (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
 
     # --- plans -------------------------------------------------------------------------------------------------------------------------
 
@@ -327,12 +332,7 @@ class FusedOptimizer(Optimizer):
     def __fusedadapt_explain__(self) -> list[tuple[str, str, str]]:
         if not self._plans:
             self._current_plans()
-        name = type(self).__name__
-        return [
-            (f"{name}[{p.rule}] {p.device}", p.choice.backend, f"{len(p.entries)} tensors; {p.choice.reason}"
-             + (f"; {len(p.copied)} gradients copied into the parameter's memory order" if p.copied else ""))
-            for p in self._plans
-        ]  # fmt: skip
+        return [plan.explain() for plan in self._plans]
 
     # --- state -------------------------------------------------------------------------------------------------------------------------
 

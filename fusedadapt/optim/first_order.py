@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
 from .base import Extras, FusedOptimizer, Params
+from .plans import Entry
 
 
 class SGD(FusedOptimizer):
@@ -32,6 +34,13 @@ class SGD(FusedOptimizer):
     def _hyper(self, group: dict[str, Any]) -> dict[str, float]:
         options = {"momentum": group["momentum"], "dampening": group["dampening"], "nesterov": float(group["nesterov"])}
         return super()._hyper(group) | options
+
+    def _init_states(self, entries: list[Entry], rule: str) -> None:
+        for e in entries:  # the buffer's first step copies the gradient, whenever momentum is switched on: the steps before it do not count
+            state = self.state[e.param]
+            if rule == "sgd_momentum" and "step" in state and "momentum_buffer" not in state:
+                state["step"] = torch.zeros_like(state["step"])
+        super()._init_states(entries, rule)
 
 
 class Signum(FusedOptimizer):
@@ -64,6 +73,7 @@ class Lion(FusedOptimizer):
     """
 
     examples = ({}, {"betas": (0.95, 0.98)}, {"decoupled_weight_decay": True})
+    closed_betas = True
     decay = "decoupled"
     _step_rule = "lion"
 
@@ -91,18 +101,37 @@ class Adagrad(FusedOptimizer):
 
     def __init__(
         self, params: Params, lr: float | Tensor = 1e-2, lr_decay: float = 0, weight_decay: float = 0, initial_accumulator_value: float = 0,
-        eps: float = 1e-10, **extras: Unpack[Extras],
+        eps: float = 1e-10, foreach: bool | None = None, **extras: Any,
     ):  # fmt: skip
         if not initial_accumulator_value >= 0:
             raise ValueError(f"Adagrad: expected initial_accumulator_value >= 0; got {initial_accumulator_value}")
         options = dict(lr_decay=lr_decay, initial_accumulator_value=initial_accumulator_value, eps=eps)
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, **options), extras)
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, **options), Extras(foreach=foreach, **extras))  # type: ignore[typeddict-item]
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, float]:
         return super()._hyper(group) | {"lr_decay": group["lr_decay"]}
 
     def _initial(self, name: str, p: Tensor, group: dict[str, Any]) -> Tensor | float:
         return group["initial_accumulator_value"]
+
+    def _complete(self) -> None:
+        """torch's has its states from the start: makes those that are not there yet."""
+        if not any(p.is_meta for group in self.param_groups for p in group["params"]):
+            for plan in self._current_plans():
+                self._init_states([e for e in plan.entries if not self.state.get(e.param)], plan.rule)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As every optimizer's here, with the states of parameters that had no gradient yet: torch's Adagrad would start them at another value."""
+        self._complete()
+        return super().state_dict()
+
+    def share_memory(self) -> None:
+        """Moves all states into shared memory, for processes that train the same parameters (torch.optim.Adagrad has this method)."""
+        self._complete()
+        for state in self.state.values():
+            for value in state.values():
+                if isinstance(value, Tensor):
+                    value.share_memory_()
 
 
 class RMSprop(FusedOptimizer):
@@ -112,12 +141,16 @@ class RMSprop(FusedOptimizer):
     """
 
     examples = ({}, {"momentum": 0.9}, {"centered": True, "alpha": 0.9}, {"centered": True, "momentum": 0.8})
+    closed_betas = True
 
     def __init__(
         self, params: Params, lr: float | Tensor = 1e-2, alpha: float = 0.99, eps: float = 1e-8, weight_decay: float = 0, momentum: float = 0,
-        centered: bool = False, **extras: Unpack[Extras],
+        centered: bool = False, capturable: bool = False, foreach: bool | None = None, maximize: bool = False, differentiable: bool = False,
+        **extras: Any,
     ):  # fmt: skip
-        super().__init__(params, dict(lr=lr, momentum=momentum, alpha=alpha, eps=eps, centered=centered, weight_decay=weight_decay), extras)
+        options = dict(lr=lr, momentum=momentum, alpha=alpha, eps=eps, centered=centered, weight_decay=weight_decay)
+        by_position = dict(capturable=capturable, foreach=foreach, maximize=maximize, differentiable=differentiable)
+        super().__init__(params, options, Extras(**by_position, **extras))  # type: ignore[typeddict-item]
 
     def _rule(self, group: dict[str, Any]) -> str:
         return "rmsprop" + "_centered" * bool(group["centered"]) + "_momentum" * bool(group["momentum"])
@@ -130,12 +163,14 @@ class Adadelta(FusedOptimizer):
     """torch.optim.Adadelta. States: ``square_avg``, ``acc_delta``. Weight decay: L2."""
 
     examples = ({}, {"rho": 0.95, "eps": 1e-5})
+    closed_betas = True
     _step_rule = "adadelta"
 
     def __init__(
-        self, params: Params, lr: float | Tensor = 1.0, rho: float = 0.9, eps: float = 1e-6, weight_decay: float = 0, **extras: Unpack[Extras],
+        self, params: Params, lr: float | Tensor = 1.0, rho: float = 0.9, eps: float = 1e-6, weight_decay: float = 0, foreach: bool | None = None,
+        **extras: Any,
     ):  # fmt: skip
-        super().__init__(params, dict(lr=lr, rho=rho, eps=eps, weight_decay=weight_decay), extras)
+        super().__init__(params, dict(lr=lr, rho=rho, eps=eps, weight_decay=weight_decay), Extras(foreach=foreach, **extras))  # type: ignore[typeddict-item]
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, float]:
         return super()._hyper(group) | {"beta2": group["rho"]}

@@ -32,7 +32,8 @@ def from_torch(optimizer: torch.optim.Optimizer, **extras: Any) -> FusedOptimize
         if "param_names" in group:
             keep["params"] = list(zip(group["param_names"], group["params"], strict=True))
         groups.append(keep)
-    ours = cls(groups, **extras)
+    defaults = {k: v for k, v in optimizer.defaults.items() if k in known or k in ("maximize", "capturable")}
+    ours = cls(groups, **{**defaults, **extras})  # the defaults are what a group added later takes
     ours.load_state_dict(optimizer.state_dict())
     coded.encode_loaded(ours)
     return ours
@@ -48,6 +49,6 @@ def to_torch(optimizer: FusedOptimizer) -> torch.optim.Optimizer:
         raise ValueError(f"to_torch: expected a {type(optimizer).__name__} without masks, master weights and anchors; torch cannot carry them on")
     known = set(inspect.signature(cls.__init__).parameters)
     groups = [{k: v for k, v in g.items() if k in known or k == "params"} for g in optimizer.param_groups]
-    theirs = cls(groups)
+    theirs = cls(groups, **{k: v for k, v in optimizer.defaults.items() if k in known})
     theirs.load_state_dict(coded.decoded(optimizer.state_dict()))
     return theirs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -29,7 +30,7 @@ class Entry(NamedTuple):
 
 
 class Scalars(NamedTuple):
-    """What one step shares; tensors are 0-d fp32 on the plan's device, or None."""
+    """What one step shares; tensors are 0-d fp32 (``clip`` of a wide plan: fp64) on the plan's device, or None."""
 
     grad_scale: Tensor | None
     found_inf: Tensor | None
@@ -38,10 +39,10 @@ class Scalars(NamedTuple):
     stochastic: bool
 
 
-def on(t: Tensor | None, device: torch.device) -> Tensor | None:
-    if t is None or (t.device == device and t.dtype == torch.float32):
+def on(t: Tensor | None, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor | None:
+    if t is None or (t.device == device and t.dtype == dtype):
         return t
-    return t.to(device=device, dtype=torch.float32)
+    return t.to(device=device, dtype=dtype)
 
 
 def address(t: Tensor | None) -> int:
@@ -56,8 +57,11 @@ def _map(name: str) -> int:
 class Plan:
     """Common part: the table, state on demand, gradients in the parameter's memory order."""
 
+    wide = False  # whether parameters are updated in fp64
+
     def __init__(self, opt: FusedOptimizer, rule: str, device: torch.device, choice: dispatch.Choice, entries: list[Entry]):
-        self.opt, self.rule, self.device, self.choice, self.entries = opt, rule, device, choice, entries
+        self._opt = weakref.ref(opt)  # it holds its plans: in a cycle, its states would outlive it until the next garbage collection
+        self.rule, self.device, self.choice, self.entries = rule, device, choice, entries
         self.spec = RULES[rule]
         self.hypers: list[list[float]] = []
         self.copied: list[int] = []  # entries whose gradient had to be copied this step
@@ -72,6 +76,17 @@ class Plan:
             self.table.use_shim(shim)
         for e in entries:
             self.table.add(e.param, opt._state_of(e.param), e.group, e.ordinal, *opt._index_map(e.param), compact.wanted(opt, e.param))
+
+    @property
+    def opt(self) -> FusedOptimizer:
+        opt = self._opt()
+        assert opt is not None
+        return opt
+
+    def explain(self) -> tuple[str, str, str]:
+        name = f"{type(self.opt).__name__}[{self.rule}] {self.device}"
+        copied = f"; {len(self.copied)} gradients copied into the parameter's memory order" if self.copied else ""
+        return name, self.choice.backend, f"{len(self.entries)} tensors; {self.choice.reason}{copied}"
 
     def prepare(self) -> None:
         """Reads every tensor and checks it. Writes nothing but missing states."""
@@ -156,8 +171,10 @@ class ReferencePlan(Plan):
     """Pure PyTorch, tensor by tensor: the truth, and the only one that takes fp64."""
 
     def __init__(self, opt: FusedOptimizer, rule: str, device: torch.device, choice: dispatch.Choice, entries: list[Entry]):
-        self.opt, self.rule, self.device, self.choice, self.entries = opt, rule, device, choice, entries
+        self._opt = weakref.ref(opt)
+        self.rule, self.device, self.choice, self.entries = rule, device, choice, entries
         self.spec, self.copied = RULES[rule], []
+        self.wide = any(e.param.dtype == torch.float64 for e in entries)
         self.active: list[Entry] = []
 
     def prepare(self) -> None:

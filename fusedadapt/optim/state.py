@@ -78,10 +78,14 @@ def holds_tensor(group: dict[str, Any]) -> bool:
 def check_hypers(opt: FusedOptimizer, group: dict[str, Any], fields: dict[str, float]) -> None:
     op = type(opt).__name__
     labels = {"l2": "weight_decay", "decoupled": "weight_decay", "fixed": "weight_decay"}
+    if "betas" not in group:
+        labels["beta2"] = "rho" if "rho" in group else "alpha"
 
     def refuse(what: str, value: Any, expected: str) -> None:
         raise ValueError(f"{op}: expected {what} {expected}; got {value!r}")
 
+    if group.get("differentiable"):
+        raise ValueError(f"{op}: expected differentiable=False; a fused step has no autograd graph; use torch.optim for that")
     lr = group["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         refuse("a Tensor lr", tuple(lr.shape), "with one element")
@@ -91,8 +95,8 @@ def check_hypers(opt: FusedOptimizer, group: dict[str, Any], fields: dict[str, f
         label, value = labels.get(name, name), number(given)
         if value is None or math.isnan(value) or (math.isinf(value) and name != "clip"):
             refuse(label, given, "to be a finite number")
-        elif name in ("beta1", "beta2", "beta3") and not 0.0 <= value < 1.0:
-            refuse(label, value, "in [0, 1)")
+        elif name in ("beta1", "beta2", "beta3") and not (0.0 <= value < 1.0 or (value == 1.0 and opt.closed_betas)):
+            refuse(label, value, "in [0, 1]" if opt.closed_betas else "in [0, 1)")
         elif name in ("lr", "eps", "l2", "decoupled", "momentum", "rho", "lr_decay") and value < 0:
             refuse(label, value, ">= 0")
 
@@ -288,7 +292,7 @@ def load(opt: FusedOptimizer, state_dict: dict[str, Any]) -> None:
     params = [p for g in opt.param_groups for p in g["params"]]
     labels = names(opt.param_groups)
     group_of = [g for g in groups for _ in g["params"]]
-    fresh = {}
+    fresh: dict[Any, Any] = {k: copy.deepcopy(v) for k, v in saved_state.items() if k not in ids}  # a user's own, as torch
     for i, p, label, group in zip(ids, params, labels, group_of, strict=True):
         if saved_state.get(i):
             fresh[p] = _convert(opt, label, p, group, saved_state[i])
