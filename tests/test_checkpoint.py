@@ -9,7 +9,6 @@ import signal
 import struct
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -19,7 +18,6 @@ from safetensors.torch import save_file
 from torch import nn
 
 from fusedadapt.checkpoint import CheckpointError, load, load_tree, save, save_tree
-from fusedadapt.files import write_text
 
 DTYPES = [
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32, torch.uint64,
@@ -399,14 +397,3 @@ def test_temporary_file_of_a_living_process_is_left_alone(tmp_path: Path) -> Non
         sleeper.wait()
     save_tree(tmp_path / "c", 2)
     assert not theirs.exists()
-
-
-def test_a_device_or_pipe_is_written_not_replaced(tmp_path: Path):
-    """`--json /dev/stdout` by root would otherwise put a file in the place of the device."""
-    os.mkfifo(tmp_path / "pipe")
-    got: list[str] = []
-    reader = threading.Thread(target=lambda: got.append((tmp_path / "pipe").read_text()))
-    reader.start()
-    write_text(tmp_path / "pipe", "words")
-    reader.join(10)
-    assert got == ["words"] and (tmp_path / "pipe").is_fifo() and len(list(tmp_path.iterdir())) == 1
