@@ -17,7 +17,8 @@ def register() -> None:
     """Makes PEFT merge into `QuantizedLinear` layers, from now on; does nothing if PEFT is not imported, or the second time."""
     if "peft" not in sys.modules:
         return
-    model, utils = (importlib.import_module(f"peft.tuners.{name}") for name in ("lora.model", "tuners_utils"))
+    model: Any = importlib.import_module("peft.tuners.lora.model")
+    utils: Any = importlib.import_module("peft.tuners.tuners_utils")
     if getattr(model.dispatch_default, "__fusedadapt__", False):
         return
     model.dispatch_default = _dispatching(model.dispatch_default)
