@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Iterator
 
 import pytest
+import quant_models as models
 import torch
 from torch import nn
 
@@ -342,3 +343,18 @@ def test_files_with_names_that_transformers_changes_when_it_loads(format, tmp_pa
         pytest.importorskip("bitsandbytes")
         theirs = transformers.ViTModel.from_pretrained(tmp_path / "q", device_map="cpu")(x).last_hidden_state
         torch.testing.assert_close(theirs, model(x).last_hidden_state, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("config", [{"architectures": 3}, {"architectures": [None]}, {"model_type": "llama", "hidden_size": "x"}, {"model_type": 7}])
+def test_a_config_that_builds_nothing_leaves_names_and_shapes(config, tmp_path):
+    pytest.importorskip("transformers")
+    source = models.write(tmp_path / "m", {"a.weight": torch.randn(32, 64)}, config=config)
+    report = quantize_checkpoint(source, tmp_path / "q", "int4")
+    assert len(report.layers) == 1 and report.notes[0].startswith("layers: names and shapes (transformers ")
+
+
+@pytest.mark.parametrize("index", [b"[1]", b"\xff\xfe{", b'{"weight_map": {"a": "../x.safetensors"}}'])
+def test_a_damaged_index_is_named(index, tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_bytes(index)
+    with pytest.raises(FileNotFoundError, match=r"got none, and model\.safetensors\.index\.json: expected"):
+        quantize_checkpoint(tmp_path, tmp_path / "q", "int4")

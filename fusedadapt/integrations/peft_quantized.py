@@ -1,4 +1,4 @@
-"""PEFT's LoRA on `QuantizedLinear`: accepted, saved and merged like on any other layer. Registered with PEFT by `register`."""
+"""PEFT on `QuantizedLinear`: LoRA is accepted, saved and merged like on any other layer, and other methods merge as well. `register` tells PEFT."""
 
 from __future__ import annotations
 
@@ -14,13 +14,19 @@ from ..quant.tensor import QuantizedTensor, quantize
 
 
 def register() -> None:
-    """Makes PEFT use this module's class for `QuantizedLinear` layers, from now on; does nothing if PEFT is not imported, or the second time."""
+    """Makes PEFT merge into `QuantizedLinear` layers, from now on; does nothing if PEFT is not imported, or the second time."""
     if "peft" not in sys.modules:
         return
     model: Any = importlib.import_module("peft.tuners.lora.model")
+    utils: Any = importlib.import_module("peft.tuners.tuners_utils")
     if getattr(model.dispatch_default, "__fusedadapt__", False):
         return
-    original = model.dispatch_default
+    model.dispatch_default = _dispatching(model.dispatch_default)
+    utils.BaseTuner.inject_adapter = _injecting(utils.BaseTuner.inject_adapter, utils.BaseTunerLayer)
+
+
+def _dispatching(original: Any) -> Any:
+    """PEFT's choice of a LoRA layer: ours for packed weights."""
 
     @functools.wraps(original)
     def dispatch(target: Any, adapter_name: str, config: Any, **kwargs: Any) -> Any:
@@ -30,53 +36,82 @@ def register() -> None:
         return linear_class()(target, adapter_name, config=config, **kwargs)
 
     dispatch.__fusedadapt__ = True  # type: ignore[attr-defined]
-    model.dispatch_default = dispatch
+    return dispatch
 
 
-@functools.cache
-def linear_class() -> Any:
-    """PEFT's lora.Linear whose `merge` quantizes the sum anew, and whose `unmerge` brings the former bytes back."""
-    layer, merging = (importlib.import_module(f"peft.tuners.{name}") for name in ("lora.layer", "tuners_utils"))
+def _injecting(original: Any, layers: type) -> Any:
+    """Layers of PEFT's other methods add to or multiply `weight` when they merge, whatever its bytes stand for: they learn to merge."""
 
-    def merge(self: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        names = merging.check_adapters_to_merge(self, adapter_names)
-        names = [name for name in names if name in self.lora_A]
+    @functools.wraps(original)
+    def inject(self: Any, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, model, *args, **kwargs)
+        packed = (module for module in model.modules() if type(getattr(module, "base_layer", None)) is QuantizedLinear)
+        kinds: set[Any] = {type(module) for module in packed if isinstance(module, layers)}
+        for kind in kinds:
+            if not hasattr(kind.merge, "__fusedadapt__"):
+                kind.merge, kind.unmerge = _merging(kind.merge), _unmerging(kind.unmerge)
+        return result
+
+    return inject
+
+
+def _merging(original: Any) -> Any:
+    """`merge` of an adapter's layer: on a packed weight it is done in fp32, and the result is quantized anew."""
+
+    @functools.wraps(original)
+    def merge(self: Any, *args: Any, **kwargs: Any) -> None:
+        base = self.base_layer
+        if type(base) is not QuantizedLinear:
+            return original(self, *args, **kwargs)
+        names, dense, done = list(self.merged_adapters), base.to_linear(torch.float32), False
+        if dense.bias is not None:
+            dense.bias = torch.nn.Parameter(dense.bias.clone(), requires_grad=False)
+        self.base_layer = dense
+        try:
+            original(self, *args, **kwargs)
+            if not torch.isfinite(dense.weight).all():
+                raise ValueError(f"QuantizedLinear: merge expected finite adapters; got inf or nan from {self.merged_adapters}; nothing was changed")
+            done = True
+        finally:
+            self.base_layer = base
+            if not done:
+                self.merged_adapters[:] = names
+        if self.merged_adapters == names:
+            return
         if not names:
-            return
-        base = self.get_base_layer()
-        weight = base.dequantize(torch.float32)
-        bias = None if base.bias is None else base.bias.detach().clone()
-        for name in names:
-            if name in self.lora_variant:
-                weight = self.lora_variant[name].merge_safe(self, name, weight)
-            else:
-                weight += self.get_delta_weight(name).float()
-            if self.lora_bias[name]:
-                if bias is None:
-                    raise RuntimeError("Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias.")
-                bias += self.lora_B[name].bias * self.scaling[name]
-        if not torch.isfinite(weight).all():
-            raise ValueError(f"QuantizedLinear: merge expected finite adapters; got inf or nan from {', '.join(names)}; nothing was changed")
-        if not self.merged_adapters:
             self._fusedadapt_before = (base.quantized.clone(), None if base.bias is None else base.bias.detach().clone())
-        base.write(quantize(base.stored(weight), base.format))
-        if bias is not None:
-            base.bias.data.copy_(bias)
-        self.merged_adapters += names
+        base.write(quantize(base.stored(dense.weight), base.format))
+        if dense.bias is not None:
+            base.bias.data.copy_(dense.bias)
 
+    merge.__fusedadapt__ = True  # type: ignore[attr-defined]
+    return torch.no_grad()(merge)
+
+
+def _unmerging(original: Any) -> Any:
+    """`unmerge` of an adapter's layer: a packed weight gets its former bytes back."""
+
+    @functools.wraps(original)
     def unmerge(self: Any) -> None:
-        if not self.merged:
-            return
+        base = self.base_layer
+        if type(base) is not QuantizedLinear or not self.merged:
+            return original(self)
         before: tuple[QuantizedTensor, torch.Tensor | None] = self._fusedadapt_before
-        base = self.get_base_layer()
         base.write(before[0])
         if before[1] is not None:
             base.bias.data.copy_(before[1])
         self.merged_adapters.clear()
         del self._fusedadapt_before
 
+    return torch.no_grad()(unmerge)
+
+
+@functools.cache
+def linear_class() -> Any:
+    """PEFT's lora.Linear whose `merge` quantizes the sum anew, and whose `unmerge` brings the former bytes back."""
+    plain = importlib.import_module("peft.tuners.lora.layer").Linear
     # The name is what pickle looks up here, see __getattr__.
-    return type("Linear", (layer.Linear,), {"merge": torch.no_grad()(merge), "unmerge": torch.no_grad()(unmerge), "__module__": __name__})
+    return type("Linear", (plain,), {"merge": _merging(plain.merge), "unmerge": _unmerging(plain.unmerge), "__module__": __name__})
 
 
 def __getattr__(name: str) -> Any:

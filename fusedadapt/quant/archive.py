@@ -226,6 +226,8 @@ def _files(path: Path, faults: list[str]) -> tuple[list[Path], dict[str, str]]:
     if found := sorted(path.glob("*.safetensors")):
         return found, {}
     pickled = sorted(file.name for pattern in _PICKLED for file in path.glob(pattern))
+    if faults:
+        raise FileNotFoundError(f"checkpoint: expected safetensors files in {path}; got none, and {faults[-1]}; fetch or save it again")
     got = f"{pickled[0]}, which holds pickled objects and is not read" if pickled else "none"
     raise FileNotFoundError(f"checkpoint: expected safetensors files in {path}; got {got}; save the model with safe_serialization=True")
 

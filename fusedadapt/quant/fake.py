@@ -128,11 +128,13 @@ def _number(name: str, value: Any) -> float:
         ops.refuse(f"{name}: a number or a tensor", type(value).__name__, "convert it with torch.as_tensor")
 
 
-def _tensor(name: str, value: Tensor | float | None, x: Tensor) -> Tensor | None:
+def _needed(name: str, value: Tensor | float, x: Tensor) -> Tensor:
     """A number or tensor on x's device."""
-    if value is None or isinstance(value, Tensor):
-        return value
-    return x.new_full((), _number(name, value), dtype=wide(x.dtype))
+    return value if isinstance(value, Tensor) else x.new_full((), _number(name, value), dtype=wide(x.dtype))
+
+
+def _tensor(name: str, value: Tensor | float | None, x: Tensor) -> Tensor | None:
+    return None if value is None else _needed(name, value, x)
 
 
 def _bounds(quant_min: int | Tensor, quant_max: int | Tensor, x: Tensor) -> Tensor | None:
@@ -172,14 +174,17 @@ def _grad_scale(given: str | float | Tensor | None, x: Tensor, quant_max: int | 
     return total**-0.5
 
 
-def _check(x: Tensor, ste: str, scale_min: float) -> None:
+def _checked(x: Tensor, ste: str, scale_min: float) -> float:
+    """``scale_min`` as a number."""
     if not isinstance(x, Tensor) or x.dtype not in ops.DTYPES or x.layout != torch.strided:
         got = type(x).__name__ if not isinstance(x, Tensor) else x.dtype if x.layout == torch.strided else x.layout
         ops.refuse("x: a dense tensor in float32, bfloat16, float16 or float64", got, "convert it")
     if not isinstance(ste, str) or ste not in INSIDE:
         ops.refuse(f"ste among {', '.join(INSIDE)}", repr(ste), "choose one of them")
+    scale_min = _number("scale_min", scale_min)
     if not 0 <= scale_min < math.inf:
         ops.refuse("scale_min: a number from 0 up", scale_min, "0 uses scales as they are")
+    return scale_min
 
 
 def _check_sizes(x: Tensor, scales: int, s: Tensor, z: Tensor | None, o: Tensor | None) -> None:
@@ -237,12 +242,9 @@ def fake_quantize(
     Esser et al., "Learned Step Size Quantization" (2020); Bhalgat et al., "LSQ+" (2020).
     """
     refuse_transforms("fusedadapt.quant.fake_quantize")
-    scale_min = _number("scale_min", scale_min)
-    _check(x, ste, scale_min)
+    scale_min = _checked(x, ste, scale_min)
     groups = _groups(x, axis, group_size)
-    s, z, o = _tensor("scale", scale, x), _tensor("zero_point", zero_point, x), _tensor("offset", offset, x)
-    if s is None:
-        ops.refuse("scale: a number or a tensor", None, "pass the step between levels")
+    s, z, o = _needed("scale", scale, x), _tensor("zero_point", zero_point, x), _tensor("offset", offset, x)
     _check_sizes(x, groups.scales, s, z, o)
     bounds = _bounds(quant_min, quant_max, x)
     if bounds is None:

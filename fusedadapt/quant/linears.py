@@ -143,17 +143,22 @@ def architecture(folder: Path | None, config: Mapping[str, Any]) -> tuple[Archit
         return None, "transformers is not installed"
     import torch
     import transformers
+    from huggingface_hub import errors
 
     names = config.get("architectures") or []
-    kind = getattr(transformers, names[0], None) if names else transformers.AutoModel
+    name = names[0] if isinstance(names, list) and names else names
+    kind = transformers.AutoModel if not names else getattr(transformers, name, None) if isinstance(name, str) else None
     if kind is None:
-        return None, f"transformers {transformers.__version__} has no {names[0]}"
+        return None, f"transformers {transformers.__version__} has no {name}"
+    invalid: Any = getattr(errors, "StrictDataclassError", ValueError)  # a field of another type; newer than 2024
     try:
         settings = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
             build: Any = kind.from_config if kind is transformers.AutoModel else kind
             model = build(settings)
-    except (ValueError, KeyError, OSError, ImportError, AttributeError, TypeError, RuntimeError, NotImplementedError) as error:
+    except (
+        ValueError, LookupError, ArithmeticError, AssertionError, OSError, ImportError, AttributeError, TypeError, RuntimeError, invalid,
+    ) as error:  # fmt: skip
         return None, f"transformers {transformers.__version__} cannot build it: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
     return _described(model, transformers.__version__), ""
 
