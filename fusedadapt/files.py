@@ -65,7 +65,10 @@ def check_writable(path: Path) -> None:
 
 
 def header(entries: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str]) -> tuple[bytes, list[str]]:
-    """The head of a safetensors file and the order in which its tensors follow: wide types first, which keeps every tensor aligned."""
+    """The head of a safetensors file and the order in which its tensors follow: wide types first, which keeps every tensor aligned. ValueError for
+    names that would make a file that nobody can read."""
+    if wrong := [name for name in entries if name == "__metadata__" or any("\ud800" <= c <= "\udfff" for c in name)]:
+        raise ValueError(f"safetensors: expected names in Unicode other than __metadata__, which the format has for itself; got {wrong}; rename them")
     table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     order = sorted(entries, key=lambda name: -entries[name][0].itemsize)
     position = 0

@@ -52,6 +52,8 @@ class SparseDelta:
         self.kind = kind
         self._undo: list[tuple[Tensor, str, Tensor]] | None = None
         for name, e in self.entries.items():
+            if not isinstance(name, str):
+                raise ValueError(f"SparseDelta: expected names of tensors; got {name!r}; use a parameter's name")
             if not e.values.dtype.is_floating_point:
                 raise ValueError(f"SparseDelta: expected floating-point values for {name!r}; got {e.values.dtype}; convert them")
             n = math.prod(e.shape)
