@@ -42,6 +42,7 @@ DTYPES = {code: dtype for dtype, code in CODES.items()}
 def atomic_open(path: Path) -> Iterator[BinaryIO]:
     """A binary file that takes the name `path` when the block ends without an error, and leaves nothing behind when it does not."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    _check_replaceable(path)
     _remove_stale(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -58,10 +59,17 @@ def atomic_open(path: Path) -> Iterator[BinaryIO]:
 def check_writable(path: Path) -> None:
     """OSError now, rather than after the work whose result was to go to `path`. Makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    _check_replaceable(path)
     with tempfile.TemporaryFile(dir=path.parent):
         pass
+
+
+def _check_replaceable(path: Path) -> None:
+    """A device such as /dev/null would become a file: what is there must be one, or nothing."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if path.exists() and not path.is_file():
+        raise FileExistsError(errno.EEXIST, "expected a file or nothing there, not a device or pipe", str(path))
 
 
 def header(entries: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str]) -> tuple[bytes, list[str]]:
@@ -85,6 +93,7 @@ def header(entries: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: M
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a CPU tensor in row-major order."""
     flat = tensor.detach().contiguous().reshape(-1)
+    flat = flat.as_strided(flat.shape, (1,))  # one element is contiguous with any stride, which a view as bytes refuses
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
