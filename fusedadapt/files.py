@@ -42,10 +42,7 @@ DTYPES = {code: dtype for dtype, code in CODES.items()}
 def atomic_open(path: Path) -> Iterator[BinaryIO]:
     """A binary file that takes the name `path` when the block ends without an error, and leaves nothing behind when it does not."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and not path.is_file() and not path.is_dir():  # /dev/stdout, a named pipe: nothing there can be replaced
-        with open(path, "wb") as file:
-            yield file
-        return
+    _check_replaceable(path)
     _remove_stale(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -60,6 +57,10 @@ def atomic_open(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_text(path: Path, text: str) -> None:
+    """A report, atomically; into a device or a pipe (/dev/stdout) as it is."""
+    if _is_special(path):
+        path.write_text(text, encoding="utf-8")
+        return
     with atomic_open(path) as file:
         file.write(text.encode())
 
@@ -67,14 +68,31 @@ def write_text(path: Path, text: str) -> None:
 def check_writable(path: Path) -> None:
     """OSError now, rather than after the work whose result was to go to `path`. Makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    if _is_special(path):
+        return
     if path.is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     with tempfile.TemporaryFile(dir=path.parent):
         pass
 
 
+def _is_special(path: Path) -> bool:
+    """A device or a pipe, which a rename would turn into a file."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def _check_replaceable(path: Path) -> None:
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if _is_special(path):
+        raise FileExistsError(errno.EEXIST, "expected a file or nothing there, not a device or pipe", str(path))
+
+
 def header(entries: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str]) -> tuple[bytes, list[str]]:
-    """The head of a safetensors file and the order in which its tensors follow: wide types first, which keeps every tensor aligned."""
+    """The head of a safetensors file and the order in which its tensors follow: wide types first, which keeps every tensor aligned. ValueError for
+    names that would make a file that nobody can read."""
+    if wrong := [name for name in entries if name == "__metadata__" or any("\ud800" <= c <= "\udfff" for c in name)]:
+        raise ValueError(f"safetensors: expected names in Unicode other than __metadata__, which the format has for itself; got {wrong}; rename them")
     table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     order = sorted(entries, key=lambda name: -entries[name][0].itemsize)
     position = 0
@@ -91,6 +109,7 @@ def header(entries: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: M
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a CPU tensor in row-major order."""
     flat = tensor.detach().contiguous().reshape(-1)
+    flat = flat.as_strided(flat.shape, (1,))  # one element is contiguous with any stride, which a view as bytes refuses
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 

@@ -18,6 +18,7 @@ def test_a_device_or_pipe_is_written_not_replaced(tmp_path: Path):
     reader = threading.Thread(target=lambda: got.append((tmp_path / "pipe").read_text()))
     reader.start()
     write_text(tmp_path / "pipe", "words")
+    check_writable(tmp_path / "pipe")
     reader.join(10)
     assert got == ["words"] and (tmp_path / "pipe").is_fifo() and len(list(tmp_path.iterdir())) == 1
 

@@ -297,3 +297,51 @@ def test_bool_tensors_are_masks():
     chosen = torch.arange(24).view(4, 6) % 5 == 0
     delta = SparseDelta.from_diff({"w": torch.zeros(4, 6)}, {"w": torch.ones(4, 6)}, masks={"w": chosen})
     assert torch.equal(delta.masks()["w"].to_bool(), chosen)
+
+
+def test_a_module_that_moves_meanwhile_is_reverted_all_the_same() -> None:
+    module = nn.Linear(6, 4)
+    base = copied(module.state_dict())
+    delta = SparseDelta.from_diff(base, {n: t + 1 for n, t in base.items()}, k=9)
+    delta.apply_(module)
+    module.load_state_dict(copied(module.state_dict()), assign=True)  # other tensors; so do .to(device) and FSDP
+    delta.revert_()
+    assert equal(copied(module.state_dict()), base)
+    delta.apply_(module)
+    with pytest.raises(ValueError, match=r"converted or gone: \['weight'"):
+        module.double()
+        delta.revert_()
+    assert delta.applied
+    module.float()
+    delta.revert_()
+    assert equal(copied(module.state_dict()), base) and not delta.applied
+
+
+def test_a_failed_call_leaves_everything_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    base = state(0)
+    before, delta = copied(base), SparseDelta.from_diff(state(0), tuned(state(0)))
+    for alpha in (math.nan, math.inf, "1", None):
+        with pytest.raises(ValueError, match="a finite alpha"):
+            delta.apply_(base, alpha)
+        assert not delta.applied
+    run = ops.move_all
+
+    def failing(op: str, jobs: Any, alpha: float = 1.0) -> None:
+        run(op, jobs, alpha)
+        if op == "add":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ops, "move_all", failing)
+    with pytest.raises(KeyboardInterrupt):
+        delta.apply_(base)
+    assert equal(base, before) and not delta.applied
+    monkeypatch.setattr(ops, "move_all", run)
+    delta.apply_(base, torch.tensor(0.5)).revert_()
+    assert equal(base, before)
+    for wrong in ([base["a"]], base["a"], {"a": 1}):
+        with pytest.raises(TypeError, match="a module or name -> tensor"):
+            delta.apply_(wrong)
+    with pytest.raises(ValueError, match="tensors of positions and values"):
+        SparseDelta({"a": Entry([1, 2], torch.ones(2), torch.Size([6]))})
+    with pytest.raises(ValueError, match="Masks or bool tensors"):
+        SparseDelta.from_diff(base, base, masks={"a": [1]})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -200,3 +201,19 @@ def test_saving_is_all_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(OSError, match="No space left"):
         changed(0.5).save(path)
     assert path.read_bytes() == whole and [p.name for p in tmp_path.iterdir()] == ["d"]
+
+
+def test_one_value_out_of_a_larger_tensor(tmp_path: Path) -> None:
+    """One element counts as contiguous whatever its stride, and was refused."""
+    value = torch.arange(8.0)[2::4][:1]
+    SparseDelta({"w": Entry(torch.tensor([1]), value, torch.Size([6]))}).save(tmp_path / "d")
+    assert SparseDelta.load(tmp_path / "d").entries["w"].values.tolist() == [2.0]
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FileExistsError, match="not a device or pipe"):
+        changed().save(tmp_path / "pipe")
+    with pytest.raises(IsADirectoryError):
+        changed().save(tmp_path)
+    assert (tmp_path / "pipe").is_fifo() and [p.name for p in tmp_path.iterdir()] == ["pipe"]

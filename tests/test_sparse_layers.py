@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import threading
 from typing import Any
 
 import pytest
@@ -340,3 +341,48 @@ def test_bad_input() -> None:
         with pytest.raises(ValueError, match=r"MaskedLinear: expected x of shape \[..., 20\] in torch.float32"):
             MaskedLinear(K, N, mask=mask())(x)
     assert bits(linear.weight) == before and linear.weight.requires_grad and math.isfinite(float(linear.weight.detach().sum()))
+
+
+@pytest.mark.parametrize("cls", [MaskedLinear, SparseDeltaLinear])
+def test_a_state_dict_holds_the_weight_as_trained(cls: type[MaskedLinear]) -> None:
+    """Not as the last forward pass saw it; after `disable` the base's."""
+    mask = torch.eye(4, 6) > 0
+    layer = cls(6, 4, mask=mask)
+    start = layer.state_dict()["weight"].clone()
+    layer(torch.randn(3, 6)).sum().backward()
+    fa.optim.SGD([layer.values], lr=0.5).step()
+    saved = layer.state_dict()["weight"]
+    assert torch.equal(saved, layer.to_linear().weight) and not torch.equal(saved, start) and torch.equal(saved[~mask], start[~mask])
+    if isinstance(layer, SparseDeltaLinear):
+        layer.disable()
+        assert torch.equal(layer.state_dict()["weight"], start)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_threads_may_share_a_layer(backend: str) -> None:
+    """Forward writes the weight each time; another thread's backward pass must not take that for a change."""
+    for cls in (MaskedLinear, SparseDeltaLinear) * 3:
+        layer, failed = cls(60, 40, mask=torch.rand(40, 60) > 0.5), list[RuntimeError]()
+
+        def work(layer: MaskedLinear = layer, failed: list[RuntimeError] = failed) -> None:
+            try:
+                with fa.backend(backend):
+                    for _ in range(30):
+                        layer(torch.randn(3, 60)).sum().backward()
+            except RuntimeError as error:
+                failed.append(error)
+
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failed
+
+
+def test_wgrad_has_no_gradient_of_its_own() -> None:
+    """Autograd would have gone through the tiles of some paths and not of others."""
+    dy, x = torch.randn(3, 4, requires_grad=True), torch.randn(3, 6, requires_grad=True)
+    assert not masked_wgrad(dy, x, torch.eye(4, 6) > 0).requires_grad
+    with pytest.raises(TypeError, match="sorted positions; got list"):
+        masked_wgrad(dy, x, [1, 2])

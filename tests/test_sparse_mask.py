@@ -83,7 +83,7 @@ def test_other_shapes_and_devices() -> None:
     mask = Mask.from_bool(draw((6, 10)))
     assert torch.equal(mask.reshape(60).to_bool(), mask.to_bool().reshape(60)) and mask.to("cpu") == mask
     assert "nnz" in repr(mask) and "row_aligned" in repr(mask.aligned())
-    with pytest.raises(ValueError, match="flat mask of 59"):
+    with pytest.raises(ValueError, match=r"of 60 elements; got \(59,\)"):
         mask.reshape(59)
     with pytest.raises(ValueError, match="flat"):
         mask.aligned().reshape(60)
@@ -156,3 +156,28 @@ def test_bad_input(call: Any, said: str) -> None:
 def test_only_masks_combine() -> None:
     with pytest.raises(TypeError, match="Mask.from_bool"):
         Mask.full((3,), True) & torch.ones(3, dtype=torch.bool)
+
+
+def test_names_that_a_file_cannot_hold(tmp_path: Path) -> None:
+    """All others come back, whatever characters they are of; a file that is there stays."""
+    mask = Mask.from_bool(torch.rand(4, 6) > 0.5)
+    names = ["", " ", "a/b\\\"'\n\0 é.w", "x.gaps", "\u2028", "日本", "a" * 5000]
+    save_masks(tmp_path / "m", dict.fromkeys(names, mask))
+    assert load_masks(tmp_path / "m") == dict.fromkeys(names, mask)
+    for name in ("__metadata__", "\ud800", 1):
+        with pytest.raises(ValueError, match="expected names"):
+            save_masks(tmp_path / "m", {"a": mask, name: mask})
+    assert len(load_masks(tmp_path / "m")) == len(names)
+    save_masks(tmp_path / "m", {"a": mask.to_bool()})
+    assert load_masks(tmp_path / "m") == {"a": mask}
+
+
+def test_reshape_as_tensors_do() -> None:
+    mask = Mask.from_bool(torch.rand(4, 6) > 0.5)
+    for shape in ((6, 4), ((6, 4),), (-1,), (2, -1, 3), ([24],), (torch.Size([2, 12]),)):
+        assert torch.equal(mask.reshape(*shape).to_bool(), mask.to_bool().reshape(*shape))
+    for shape in ((5, 5), (-1, -1), (-4, -6), (7, -1), ("a",)):
+        with pytest.raises(ValueError, match=r"Mask\.reshape: expected a shape of 24 elements"):
+            mask.reshape(*shape)
+    with pytest.raises(ValueError, match="sides from 0 up"):
+        Mask.from_indices(torch.tensor([1]), (-4, -6))

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fusedadapt as fa
 from fusedadapt.reference.sparse import key_of
-from fusedadapt.sparse import nm_mask, topk_mask, topk_threshold
+from fusedadapt.sparse import Mask, SparseDelta, energy_histogram, merge, nm_mask, prune_model_, topk_mask, topk_threshold, wanda_mask
 
 BACKENDS = ("reference", "cpp")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -317,3 +317,23 @@ def test_what_is_no_count_is_refused(call: Any, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         call(torch.arange(10.0))
     assert topk_mask([], density=0.5) == [] and topk_mask({}, k=0) == {}
+
+
+def test_tensors_without_elements_to_read_are_refused() -> None:
+    """On the meta device."""
+    w = torch.empty(4, 8, device="meta")
+    for call in (
+        lambda: topk_mask(w, k=3), lambda: topk_mask({"a": w, "b": w}, density=0.5, scope="row"), lambda: topk_threshold(w, k=3),
+        lambda: nm_mask(w, 2, 4), lambda: Mask.from_bool(w > 0), lambda: energy_histogram(w),
+        lambda: merge({"w": w}, [{"w": w}], "ties", density=0.5),
+        lambda: SparseDelta.from_diff({"w": w}, {"w": w}), lambda: prune_model_(nn.Linear(4, 4, device="meta"), 0.5),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="got one on the meta device"):
+            call()
+
+
+def test_narrow_floats_and_numbers_of_numpy() -> None:
+    w = torch.randn(6, 8).to(torch.float8_e4m3fn)
+    assert wanda_mask(w, torch.ones(8), 0.5) == wanda_mask(w.float(), torch.ones(8), 0.5)
+    assert np.array_equal(energy_histogram({"a": w, "b": w}).squares, 2 * energy_histogram(w.float()).squares)
+    assert nm_mask(w, np.int64(2), np.int32(4)) == nm_mask(w.float(), 2, 4)

@@ -23,6 +23,10 @@ _MODULES = {
     "cuda": ("ops.sparse_cuda",),
     "emulated": ("ops.sparse_cuda",),
 }
+#: whose result, or its size, depends on the elements
+_READERS = (
+    "pack", "from_indices", "indices", "prefix", "histogram", "select", "mark", "rows", "nm", "energy", "cuts", "merge_", "votes", "norms",
+)  # fmt: skip
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -57,7 +61,13 @@ def choose(op: str, device_type: str, dtype: torch.dtype = torch.float32) -> dis
 
 
 def run(op: str, data: Tensor) -> Callable[..., Any]:
-    """The primitive `op` of the backend chosen for `data`. RuntimeError for a tensor that a torch.func transform holds: it has no memory to read."""
+    """The primitive `op` of the backend chosen for `data`.
+
+    Raises:
+        RuntimeError: a torch.func transform holds the tensor: it has no memory to read. ValueError: it is on the meta device, and `op` depends on it.
+    """
+    if data.device.type == "meta" and op in _READERS:
+        raise ValueError(f"fusedadapt.sparse: expected tensors with elements; got one on the meta device ({op}); materialise it first, e.g. to_empty")
     if transforming() and torch._C._functorch.is_functorch_wrapped_tensor(data):
         refuse_transforms("fusedadapt.sparse")
     return _find(choose(op, data.device.type, data.dtype).backend, op)

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,14 @@ class SparseDelta:
         self.entries = dict(entries)
         self.kind = kind
         self._undo: list[tuple[Tensor, str, Tensor]] | None = None
+        self._module: nn.Module | None = None
         for name, e in self.entries.items():
+            if not isinstance(name, str):
+                raise ValueError(f"SparseDelta: expected names of tensors; got {name!r}; use a parameter's name")
+            if not isinstance(e.indices, Tensor) or not isinstance(e.values, Tensor):
+                raise ValueError(
+                    f"SparseDelta: expected tensors of positions and values for {name!r}; got {type(e.indices).__name__}, {type(e.values).__name__}"
+                )
             if not e.values.dtype.is_floating_point:
                 raise ValueError(f"SparseDelta: expected floating-point values for {name!r}; got {e.values.dtype}; convert them")
             n = math.prod(e.shape)
@@ -101,7 +109,11 @@ class SparseDelta:
         return cls(entries, kind)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_undo": None}  # another object must not write into these weights, nor carry a model's tensors into a file
+        return {
+            **self.__dict__,
+            "_undo": None,
+            "_module": None,
+        }  # another object must not write into these weights, nor carry a model's tensors into a file
 
     @property
     def nnz(self) -> int:
@@ -131,24 +143,39 @@ class SparseDelta:
         """
         if self._undo is not None:
             raise RuntimeError("SparseDelta.apply_: expected a delta that is not applied; this one is; revert_() first, or copy it")
-        if self.kind == "set" and alpha != 1.0:
-            raise ValueError(f'SparseDelta.apply_: expected alpha 1 with kind "set"; got {alpha}')
-        (jobs, _), undo = self._matched("apply_", weights), list[tuple[Tensor, str, Tensor]]()
-        self._undo = undo
-        for batch in _apart(jobs):
-            old = _take_all([(w, e.indices) for _, w, e in batch])
-            undo += [(w, name, kept) for (name, w, _), kept in zip(batch, old, strict=True)]
-            _move("scatter" if self.kind == "set" else "add", [(w, e.indices, e.values) for _, w, e in batch], alpha)
+        if not isinstance(alpha, Real | Tensor) or not math.isfinite(alpha) or (self.kind == "set" and alpha != 1.0):
+            raise ValueError(f'SparseDelta.apply_: expected a finite alpha, with kind "set" alpha 1; got {alpha!r}')
+        jobs, _ = self._matched("apply_", weights)
+        self._undo, self._module = [], weights if isinstance(weights, nn.Module) else None
+        try:
+            for batch in _apart(jobs):
+                old = _take_all([(w, e.indices) for _, w, e in batch])
+                self._undo += [(w, name, kept) for (name, w, _), kept in zip(batch, old, strict=True)]
+                _move("scatter" if self.kind == "set" else "add", [(w, e.indices, e.values) for _, w, e in batch], float(alpha))
+        except BaseException:
+            self.revert_()
+            raise
         return self
 
     @torch.no_grad()
     def revert_(self) -> None:
-        """Puts back the bits that `apply_` found. Deltas applied on top of each other are reverted in the opposite order."""
+        """Puts back the bits that `apply_` found. Deltas applied on top of each other are reverted in the opposite order.
+
+        Raises:
+            RuntimeError: not applied. ValueError: a module whose parameters are of another dtype or shape by now, or gone; nothing changed.
+        """
         if self._undo is None:
             raise RuntimeError("SparseDelta.revert_: expected an applied delta; this one is not; apply_() it first")
-        for batch in _apart([(name, w, Entry(self.entries[name].indices, old, w.shape)) for w, name, old in reversed(self._undo)]):
+        # A module may have moved to another device meanwhile; its old tensors would take the bits and nobody would see them.
+        found = {name: w for w, name, _ in self._undo} if self._module is None else _tensors(self._module, every=True)
+        changed = [n for w, n, _ in self._undo if n not in found or found[n].dtype != w.dtype or found[n].shape != w.shape]
+        if changed:
+            raise ValueError(
+                f"SparseDelta.revert_: expected the module's tensors as apply_ found them; converted or gone: {changed}; convert them back"
+            )
+        for batch in _apart([(name, found[name], Entry(self.entries[name].indices, old, w.shape)) for w, name, old in reversed(self._undo)]):
             _move("scatter", [(w, e.indices, e.values) for _, w, e in batch])
-        self._undo = None
+        self._undo = self._module = None
 
     @torch.no_grad()
     def swap_(self, weights: Weights) -> None:
@@ -271,10 +298,16 @@ def _tensors(weights: Weights, every: bool = False) -> dict[str, Tensor]:
     if isinstance(weights, nn.Module):
         named = [*weights.named_parameters(remove_duplicate=not every), *(weights.named_buffers(remove_duplicate=False) if every else ())]
         return {name: p.detach() for name, p in named}
+    if not isinstance(weights, Mapping) or not all(isinstance(t, Tensor) for t in weights.values()):
+        raise TypeError(
+            f"SparseDelta: expected a module or name -> tensor; got {type(weights).__name__}; of a state dict leave out what is no tensor"
+        )
     return {name: t.detach() for name, t in weights.items()}
 
 
 def _fitting(masks: Mapping[str, Mask | Tensor], weights: Mapping[str, Tensor]) -> dict[str, Mask]:
+    if strange := [n for n, m in masks.items() if not isinstance(m, Mask | Tensor)]:
+        raise ValueError(f"SparseDelta.from_diff: expected Masks or bool tensors; got others for {strange}; convert them")
     bad = [f"{n}: {tuple(m.shape)}" for n, m in masks.items() if n not in weights or m.shape != weights[n].shape]
     if bad:
         raise ValueError(f"SparseDelta.from_diff: expected masks in the shapes of floating-point tensors; got others: {bad}")

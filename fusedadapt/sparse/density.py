@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..ops import sparse as ops
 from ..reference.sparse import count_of
+from .select import Tensors, _plain
 
 METHODS = ("uniform", "er", "erk", "rate_distortion")
 Source = nn.Module | Mapping[str, Any]
@@ -74,20 +75,20 @@ class EnergyHistogram:
         return np.concatenate((np.cumsum(self.counts[::-1])[::-1], [0.0]))
 
 
-def energy_histogram(w: Tensor | Sequence[Tensor]) -> EnergyHistogram:
-    """The histogram of |w| of a tensor, or of a list together; fp32, bf16, fp16 (fp64 rounded to fp32).
+def energy_histogram(w: Tensors) -> EnergyHistogram:
+    """The histogram of |w| of a tensor, or of a list or dict together; fp32, bf16, fp16 (other floating-point types rounded to fp32).
 
     Raises:
         ValueError: NaN or infinity among the elements; a dtype that is not floating-point.
     """
-    tensors = [w] if isinstance(w, Tensor) else list(w)
+    tensors = [w] if isinstance(w, Tensor) else list(w.values() if isinstance(w, Mapping) else w)
     bad = [str(x.dtype) for x in tensors if not x.dtype.is_floating_point]
     if bad:
         raise ValueError(f"energy_histogram: expected floating-point tensors; got {bad}; convert them")
     total = np.zeros((3, 2048))
     for x in tensors:
         if x.numel():
-            x = x.detach().contiguous()
+            x = _plain(x)
             total += np.stack([part.double().cpu().numpy() for part in ops.run("energy", x)([(x, None)], "abs")])
     if total[0, :_ZERO].any() or total[0, _ZERO + _BINS :].any():
         raise ValueError("energy_histogram: expected finite elements; got NaN or infinity; repair them first")

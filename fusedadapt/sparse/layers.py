@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
+import threading
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from ..autocast import autocasting
 from ..derivatives import first_order, refuse_transforms
@@ -17,15 +17,17 @@ from ..ops import wgrad as _wgrad  # noqa: F401 - defines torch.ops.fusedadapt.m
 from ..quant.layer import check_plain
 from .mask import Mask
 
+_FIRST = threading.Lock()  # of threads that share a layer, one tells autograd of a change
+
 
 def masked_wgrad(dy: Tensor, x: Tensor, mask: Mask | Tensor) -> Tensor:
     """dW = dy^T x at the mask's elements: fp32 [nnz] (fp64 for fp64), in their flat order. dy: [..., N]; x: [..., K]; mask: a Mask or bool tensor of
     shape (N, K), or its sorted flat positions.
 
-    Memory beyond the result: one tile of dW and its operands, at most 8 MB.
+    Memory beyond the result: one tile of dW and its operands, at most 8 MB. A gradient, with none of its own: the result requires none.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit. TypeError: a mask that is none.
     """
     if not dy.dim() or not x.dim() or not dy.is_floating_point():
         raise ValueError(f"masked_wgrad: expected floating-point dy [..., N] and x [..., K]; got {dy.dtype} {tuple(dy.shape)} and {tuple(x.shape)}")
@@ -34,12 +36,14 @@ def masked_wgrad(dy: Tensor, x: Tensor, mask: Mask | Tensor) -> Tensor:
         mask = Mask.from_bool(mask)
     if isinstance(mask, Mask) and tuple(mask.shape) != shape:
         raise ValueError(f"masked_wgrad: expected a mask of shape {shape}; got {tuple(mask.shape)}; make it from the layer's weight")
+    if not isinstance(mask, Mask | Tensor):
+        raise TypeError(f"masked_wgrad: expected a sparse.Mask, a bool tensor or sorted positions; got {type(mask).__name__}; make it a tensor")
     index = mask.indices() if isinstance(mask, Mask) else mask
     if index is mask and index.dim() == 1 and index.numel() and not index.is_floating_point():
         n = shape[0] * shape[1]
         if int(index[0]) < 0 or int(index[-1]) >= n or not bool((index[1:] > index[:-1]).all()):
             raise ValueError(f"masked_wgrad: expected sorted positions in [0, {n}) without repeats; got others; sort them, drop repeats")
-    out: Tensor = torch.ops.fusedadapt.masked_wgrad(_rows(dy), _rows(x), index)
+    out: Tensor = torch.ops.fusedadapt.masked_wgrad(_rows(dy.detach()), _rows(x.detach()), index)
     return out
 
 
@@ -149,10 +153,20 @@ class MaskedLinear(nn.Linear):
 
     @torch.no_grad()
     def sync_(self) -> None:
-        """Writes the current values into ``weight``; forward does so itself."""
-        ops.run("scatter_at_", self.weight)(self.weight.view(-1), self.index, self._wanted().to(self.weight.dtype))
+        """Writes the current values into ``weight``; forward and `state_dict` do so themselves."""
+        self._write()
         torch.autograd.graph.increment_version(self.weight)
         self._seen = self._state()
+
+    @torch.no_grad()
+    def _write(self) -> None:
+        silent = self.weight.data  # the same memory with a version of its own
+        ops.run("scatter_at_", silent)(silent.view(-1), self.index, self._wanted().to(silent.dtype))
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if self._seen is not None:  # None: nothing has been trained yet, or `disable` was called
+            self.sync_()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _state(self) -> tuple[int, int]:
         return -1 if self.values.is_inference() else self.values._version, self.values.data_ptr()
@@ -164,11 +178,11 @@ class MaskedLinear(nn.Linear):
         Always writes, since torch's fused optimizers change parameters without counting a version. Where nothing says that they changed, autograd is
         not told either, so that a layer may be used several times before one backward pass.
         """
-        if self._seen != self._state() or self.weight.is_inference():  # which has no version, and no autograd to tell
-            self.sync_()
-        else:
-            with _unsafe_preserve_version_counter(self.weight):
+        with _FIRST:
+            if self._seen != self._state() or self.weight.is_inference():  # which has no version, and no autograd to tell
                 self.sync_()
+                return
+        self._write()
 
     def forward(self, x: Tensor) -> Tensor:
         refuse_transforms(f"fusedadapt.{type(self).__name__}")

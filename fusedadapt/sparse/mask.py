@@ -30,6 +30,8 @@ class Mask:
 
     def __init__(self, words: Tensor, shape: Sequence[int], *, row_aligned: bool = False) -> None:
         self.shape = torch.Size(shape)
+        if any(side < 0 for side in self.shape):
+            raise ValueError(f"Mask: expected a shape of sides from 0 up; got {tuple(shape)}")
         self.row_aligned = row_aligned and len(self.shape) > 0
         expected = self._words_needed()
         if words.dtype != torch.int32 or words.dim() != 1 or words.numel() != expected:
@@ -122,11 +124,16 @@ class Mask:
     def to(self, device: torch.device | str) -> Mask:
         return Mask(self.words.to(device), self.shape, row_aligned=self.row_aligned)
 
-    def reshape(self, *shape: int) -> Mask:
-        """The same bits under another shape of as many elements (not for row-aligned masks)."""
-        if self.row_aligned or math.prod(shape) != self.numel():
-            raise ValueError(f"Mask.reshape: expected a flat mask of {math.prod(shape)} elements; got {self!r}; use .flat()")
-        return Mask(self.words, shape)
+    def reshape(self, *shape: int | Sequence[int]) -> Mask:
+        """The same bits under another shape of as many elements, -1 for what is left, as `torch.Tensor.reshape` (not for row-aligned masks)."""
+        sides = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        if self.row_aligned:
+            raise ValueError(f"Mask.reshape: expected a flat mask; got {self!r}; use .flat()")
+        try:
+            wanted = torch.empty(self.shape, device="meta").reshape(sides).shape  # type: ignore[arg-type]
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(f"Mask.reshape: expected a shape of {self.numel()} elements; got {tuple(sides)} for {self!r}") from error  # type: ignore[arg-type]
+        return Mask(self.words, wanted)
 
     def _with(self, other: Mask, words: Tensor) -> Mask:
         return Mask(words, self.shape, row_aligned=self.row_aligned)
@@ -181,12 +188,19 @@ class Mask:
 torch.serialization.add_safe_globals([Mask])  # for torch.load(weights_only=True)
 
 
-def save_masks(path: str | Path, masks: dict[str, Mask]) -> None:
-    """Writes name -> Mask as one safetensors file: temporary file, fsync, rename."""
-    tensors = {name: mask.words.cpu() for name, mask in masks.items()}
+def save_masks(path: str | Path, masks: Mapping[str, Mask | Tensor]) -> None:
+    """Writes name -> Mask (or bool tensor) as one safetensors file: temporary file, fsync, rename.
+
+    Raises:
+        ValueError: names that are no text, or "__metadata__", which the format has for itself; what is no mask. OSError: nothing was written.
+    """
+    if wrong := [name for name in masks if not isinstance(name, str)]:
+        raise ValueError(f"save_masks: expected names; got {wrong}; use a parameter's name")
+    made = {name: mask if isinstance(mask, Mask) else Mask.from_bool(mask) for name, mask in masks.items()}
+    tensors = {name: mask.words.cpu() for name, mask in made.items()}
     about = {
         name: {"shape": list(m.shape), "row_aligned": m.row_aligned, "crc": checksum([name, list(m.shape), m.row_aligned], tensors[name])}
-        for name, m in masks.items()
+        for name, m in made.items()
     }
     write_safetensors(Path(path), tensors, {"format": FORMAT, "masks": json.dumps(about)})
 

@@ -355,8 +355,8 @@ def nm_mask(w: Tensor, n: int, m: int, *, score: str = "abs", other: Tensor | No
         ValueError: rows that m does not divide; n outside 0..m.
     """
     _, ((x, y),) = _items("nm_mask", w, score, other, "lowest_index", nan)
-    if not (isinstance(n, int) and isinstance(m, int)) or not 0 <= n <= m or m < 1:
+    if not (isinstance(n, Integral) and isinstance(m, Integral)) or not 0 <= n <= m or m < 1:
         raise ValueError(f"nm_mask: expected 0 <= n <= m; got n={n}, m={m}")
     if x.dim() == 0 or x.shape[-1] % m:
         raise ValueError(f"nm_mask: expected rows of a multiple of {m} elements; got shape {tuple(x.shape)}; pad the last dimension")
-    return Mask(ops.run("nm", x)(x, y, score, "highest" if nan == "raise" else nan, n, m), x.shape)
+    return Mask(ops.run("nm", x)(x, y, score, "highest" if nan == "raise" else nan, int(n), int(m)), x.shape)
