@@ -152,7 +152,7 @@ def lora_linear_group(
 
 
 def _is_watched(x: Tensor) -> bool:
-    """Whether anybody but the caller wants to know of this call: autograd (no_grad leaves its forward mode on), a tracer, or who `is_direct` names."""
+    """Whether anybody but the caller wants to know of a call: autograd (whose forward mode no_grad leaves on), a tracer, who `is_direct` names."""
     return torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None or not is_direct(x)
 
 
