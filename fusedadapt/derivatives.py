@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-
 _is_batch: Any = torch._C._functorch.is_legacy_batchedtensor  # what stands for one of many gradients: it has no memory to read
 
 

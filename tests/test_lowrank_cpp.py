@@ -314,3 +314,18 @@ def test_refuses_what_it_cannot_read() -> None:
         cpp.shrink(torch.ones(2, 2), torch.ones(1, 2), None, [0, 0], [1, 1])
     with pytest.raises(ValueError, match="thresholds"):
         cpp.shrink(torch.ones(2, 2), torch.ones(1, 2), SEED, [65536], [1])
+
+
+@pytest.mark.parametrize("lost", ["x", "a", "bias"])
+def test_tensors_without_memory_are_refused(lost: str) -> None:
+    """A parameter that FSDP has given back has a shape and no address, which for the kernels means that there is no such argument."""
+    tensors = {"x": torch.ones(5, 8), "a": torch.ones(2, 8), "bias": torch.ones(4)}
+    tensors[lost].untyped_storage().resize_(0)
+    x, a, bias = tensors.values()
+    with pytest.raises(ValueError, match="expected tensors with memory; got"):
+        if lost == "bias":
+            cpp.scale_add_(torch.ones(5, 4), None, None, torch.ones(4), bias)
+        else:
+            cpp.shrink(x, a, None, (0,), [2])
+    with pytest.raises(ValueError, match="expected tensors with memory; got"):
+        cpp.shrink(torch._efficientzerotensor(5, 8), torch.ones(2, 8), None, (0,), [2])

@@ -317,6 +317,8 @@ def test_errors_name_what_was_wrong():
         ({"method": "dora", "dropout_form": "both"}, ValueError, "'paper' or 'peft'"),
         ({"method": "ia3", "init": "pissa"}, ValueError, "expected init=True"),
         ({"lora_alpha": float("nan")}, ValueError, "finite lora_alpha"),
+        ({"lora_alpha": None}, ValueError, "finite lora_alpha; got None"),
+        ({"lora_dropout": "0.1"}, ValueError, r"lora_dropout in \[0, 1\); got '0.1'"),
         ({"adapter_dtype": torch.int32}, ValueError, "floating-point adapter_dtype"),
     ):
         with pytest.raises(error, match=text):

@@ -160,6 +160,11 @@ def test_vera_projection_is_pefts_and_shared():
     assert not any("projection" in key for key in model.state_dict())
     with pytest.raises(ValueError, match="make it for the largest layer"):
         LoRALinear(32, 16, r=4, method="vera", projection=shared)
+    with torch.device("meta"):
+        empty = LoRALinear(K, N, r=4, method="vera")
+    for module in empty.to_empty(device="cpu").modules():  # as frameworks fill what they built without memory
+        module.reset_parameters()
+    assert torch.equal(empty.projection.A, layer.projection.A) and torch.equal(empty.projection.B, layer.projection.B)
 
 
 @pytest.mark.parametrize(("method", "options"), CASES, ids=IDS)

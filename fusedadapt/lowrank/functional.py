@@ -111,6 +111,8 @@ def lora_linear(
         raise _error("lora_A and lora_B together", "only one of them", "pass both, or None for both")
     elif rank_gate is not None or token_gate is not None or core is not None or activation is not None:
         raise _error("lora_A and lora_B with rank_gate, token_gate, core or activation", "neither", "these act between A and B: pass those too")
+    else:
+        _check_numbers(scaling, dropout_p)
     output = Output(weight, bias, segments, row_scale, scale_bias)
     return lora_linear_group(x, (output,), training=training, seed=seed, col_scale=col_scale)[0]
 
@@ -152,7 +154,7 @@ def lora_linear_group(
 
 
 def _is_watched(x: Tensor) -> bool:
-    """Whether anybody but the caller wants to know of this call: autograd (no_grad leaves its forward mode on), a tracer, or who `is_direct` names."""
+    """Whether anybody but the caller wants to know of a call: autograd (whose forward mode no_grad leaves on), a tracer, who `is_direct` names."""
     return torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None or not is_direct(x)
 
 
@@ -266,23 +268,29 @@ def _check_segment(s: Segment, x: Tensor, n: int, k: int, tokens: int) -> None:
         _check("token_gate", s.token_gate, tuple(s.token_gate.shape), x)
     if s.activation is not None and (not isinstance(s.activation, str) or s.activation not in ACTIVATIONS):
         raise _error(f"activation to be one of {', '.join(ACTIVATIONS)}", repr(s.activation), "name one of them, or leave it out")
-    for name, value in (("dropout_p", s.dropout_p), ("scaling", s.scaling)):
+    _check_numbers(s.scaling, s.dropout_p)
+
+
+def _check_numbers(scaling: float | Tensor, dropout_p: float | Tensor) -> None:
+    for name, value in (("dropout_p", dropout_p), ("scaling", scaling)):
         if not isinstance(value, (int, float, np.number, Tensor)):
             raise _error(f"{name} as a number or a tensor of one element", type(value).__name__, "pass one number")
         if isinstance(value, Tensor) and value.numel() != 1:
             raise _error(f"{name} as a number or a tensor of one element", f"shape {tuple(value.shape)}", "pass one number")
-    if isinstance(s.dropout_p, Tensor):
-        if s.dropout_p.device.type != "cpu":
-            raise _error("dropout_p on the CPU", str(s.dropout_p.device), "move it there: kernels take it as an argument")
+    if isinstance(dropout_p, Tensor):
+        if dropout_p.device.type != "cpu":
+            raise _error("dropout_p on the CPU", str(dropout_p.device), "move it there: kernels take it as an argument")
         if torch.compiler.is_compiling():
             return  # its value is not known yet: the op that meets it checks
-    if not 0.0 <= float(s.dropout_p) < 1.0:
-        raise _error("dropout_p in [0, 1)", str(float(s.dropout_p)), "choose a probability below 1")
+    if not 0.0 <= float(dropout_p) < 1.0:
+        raise _error("dropout_p in [0, 1)", str(float(dropout_p)), "choose a probability below 1")
 
 
 def _check_tensor(name: str, t: object) -> None:
     if not isinstance(t, Tensor):
         raise _error(f"{name} as a tensor", type(t).__name__, "pass a tensor")
+    if t.layout is not torch.strided or t.is_nested:
+        raise _error(f"a dense {name}", "a nested tensor" if t.is_nested else str(t.layout), "convert it: to_dense(), or to_padded_tensor()")
     if t.dtype not in DTYPES:
         raise _error(f"floating-point {name}: float32, bfloat16, float16 or float64", str(t.dtype), "convert it")
 

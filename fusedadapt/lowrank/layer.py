@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any
 
 import torch
@@ -116,8 +117,8 @@ class LoRALinear(PackedWeight):
     def _adapt(
         self, record: Method, r: int, alpha: float, dropout: float, init: Init, adapter_dtype: torch.dtype | None, options: dict[str, Any]
     ) -> None:
-        if not math.isfinite(alpha):
-            raise ValueError(f"LoRALinear[{record.name}]: expected a finite lora_alpha; got {alpha}; choose a number, often r or 2 r")
+        if not _is_number(alpha) or not math.isfinite(alpha):
+            raise ValueError(f"LoRALinear[{record.name}]: expected a finite lora_alpha; got {alpha!r}; choose a number, often r or 2 r")
         if adapter_dtype is not None and not adapter_dtype.is_floating_point:
             raise ValueError(f"LoRALinear[{record.name}]: expected a floating-point adapter_dtype; got {adapter_dtype}; choose torch.float32")
         self.method, self.r, self.lora_alpha = record.name, r if record.ranked else 0, alpha
@@ -301,9 +302,13 @@ def _checked(method: str, r: int, dropout: float, options: dict[str, Any]) -> Me
     return record
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real)
+
+
 def _check_dropout(p: float) -> None:
-    if not 0.0 <= p < 1.0:
-        raise ValueError(f"LoRALinear: expected lora_dropout in [0, 1); got {p}; choose a probability below 1")
+    if not _is_number(p) or not 0.0 <= p < 1.0:
+        raise ValueError(f"LoRALinear: expected lora_dropout in [0, 1); got {p!r}; choose a probability below 1")
 
 
 def _rounds(saved: torch.dtype, own: torch.dtype) -> bool:

@@ -77,11 +77,18 @@ class VeraProjection(nn.Module):
 
     def __init__(self, r: int, in_features: int, out_features: int, *, key: int = 0, save: bool = False, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(key)
+        self.key = key
         for name, shape in (("A", (r, in_features)), ("B", (out_features, r))):
-            bound = math.sqrt(6 / shape[1])
-            drawn = torch.empty(shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)
-            self.register_buffer(name, drawn.to(dtype), persistent=save)
+            self.register_buffer(name, torch.empty(shape, dtype=dtype, device="cpu"), persistent=save)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws the values again: after `to_empty`, which leaves none in buffers that no state dict brings."""
+        generator = torch.Generator().manual_seed(self.key)
+        for t in (self.A, self.B):
+            bound = math.sqrt(6 / t.shape[1])
+            t.copy_(torch.empty(t.shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator))
 
 
 def _normal(mean: float, std: float) -> Callable[[Tensor], Any]:

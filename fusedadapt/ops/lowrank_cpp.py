@@ -18,11 +18,25 @@ _ABSENT = (0, 0, 0, 0, 0, 1)
 _Matrix = tuple[int, int, int, int, int, int]
 
 
+def _address(t: Tensor | None) -> int:
+    """0 for None. ValueError for a tensor that has lost its memory (a parameter that FSDP has given back, a zero tensor of autograd's): it would pass
+    for None."""
+    if t is None:
+        return 0
+    address = t.data_ptr()
+    if not address and t.numel():
+        raise ValueError(
+            f"fusedadapt.lr_*: expected tensors with memory; got {t.dtype} {tuple(t.shape)} without; use it where its storage is there (of a sharded "
+            "parameter: inside the forward that gathers it)"
+        )
+    return address
+
+
 def _matrix(t: Tensor | None) -> _Matrix:
     if t is None:
         return _ABSENT
     (rows, columns), (stride, step) = t.shape, t.stride()
-    return t.data_ptr(), _CODES[t.dtype], rows, columns, stride, step
+    return _address(t), _CODES[t.dtype], rows, columns, stride, step
 
 
 def _adapter(t: Tensor | None) -> Tensor | None:
@@ -32,10 +46,6 @@ def _adapter(t: Tensor | None) -> Tensor | None:
 def _fp32(t: Tensor) -> Tensor:
     """t itself where it is what the kernels read: fp32, contiguous."""
     return (t if t.dtype == torch.float32 else t.float()).contiguous()
-
-
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
 
 
 def _key(seed: Tensor | None) -> int:
@@ -54,14 +64,14 @@ def bwd_x(x: Tensor, u: Tensor, seed: Tensor | None, thresholds: Sequence[int], 
     """M = u^T drop(x). x: T x K; u: T x R. Returns R x K, fp32."""
     u = _fp32(u)
     m = torch.empty(u.shape[1], x.shape[1], dtype=torch.float32, device="cpu")
-    _core.lr_bwd_x(_matrix(x), u.data_ptr(), u.shape[1], m.data_ptr(), _key(seed), thresholds, ranks, torch.get_num_threads())
+    _core.lr_bwd_x(_matrix(x), _address(u), u.shape[1], m.data_ptr(), _key(seed), thresholds, ranks, torch.get_num_threads())
     return m
 
 
 def add_(y: Tensor, u: Tensor, a: Tensor, seed: Tensor | None, thresholds: Sequence[int], ranks: Sequence[int]) -> None:
     """y += drop(u a), rounded once. y: T x K; u: T x R; a: R x K."""
     u, a_ = _fp32(u), _adapter(a)
-    _core.lr_add(_matrix(y), u.data_ptr(), _matrix(a_), _key(seed), thresholds, ranks, torch.get_num_threads())
+    _core.lr_add(_matrix(y), _address(u), _matrix(a_), _key(seed), thresholds, ranks, torch.get_num_threads())
 
 
 def fill_(
@@ -79,7 +89,7 @@ def fill_(
     ``origin``: the tile's first row and column there, and that matrix's width. y: t x k; bias: k; u: t x R; a: R x k.
     """
     u, a_, bias = _fp32(u), _adapter(a), None if bias is None else _fp32(bias)
-    _core.lr_fill(_matrix(y), _address(bias), origin, u.data_ptr(), _matrix(a_), _key(seed), thresholds, ranks, torch.get_num_threads())
+    _core.lr_fill(_matrix(y), _address(bias), origin, _address(u), _matrix(a_), _key(seed), thresholds, ranks, torch.get_num_threads())
 
 
 def scale_add_(y0: Tensor, v: Tensor | None, a: Tensor | None, row_scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -87,7 +97,7 @@ def scale_add_(y0: Tensor, v: Tensor | None, a: Tensor | None, row_scale: Tensor
     v, a, row_scale = None if v is None else _fp32(v), _adapter(a), _fp32(row_scale)
     bias = None if bias is None else _fp32(bias)
     y = torch.empty(y0.shape, dtype=y0.dtype, device="cpu")
-    _core.lr_scale_add(_matrix(y0), _address(v), _matrix(a), row_scale.data_ptr(), _address(bias), _matrix(y), torch.get_num_threads())
+    _core.lr_scale_add(_matrix(y0), _address(v), _matrix(a), _address(row_scale), _address(bias), _matrix(y), torch.get_num_threads())
     return y
 
 
@@ -134,5 +144,5 @@ def merge_(w: Tensor, v: Tensor, a: Tensor, row_scale: Tensor | None) -> Tensor:
     """
     v, a_, row_scale = _fp32(v), _adapter(a), None if row_scale is None else _fp32(row_scale)
     stats = torch.empty(2, dtype=torch.float64, device="cpu")
-    _core.lr_merge(_matrix(w), v.data_ptr(), _matrix(a_), _address(row_scale), stats.data_ptr(), torch.get_num_threads())
+    _core.lr_merge(_matrix(w), _address(v), _matrix(a_), _address(row_scale), stats.data_ptr(), torch.get_num_threads())
     return stats
