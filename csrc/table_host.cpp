@@ -248,10 +248,11 @@ void Table::scan_entry(int64_t index, Entry& e, PyObject* grad, bool* moved) {
   void *old_p = e.p.data, *old_g = e.g.data;
   PyObject *const own = local(e.param.ptr(), held_p), *const given = local(grad, held_g);
   if (negated(own)) throw TableError(index, "negated:param");
-  bool changed = read(own, e.p, index, "param");
-  changed |= read(given, e.g, index, "grad");
+  const bool laid_out_anew = read(own, e.p, index, "param");
+  const bool changed_g = read(given, e.g, index, "grad");
+  bool changed = laid_out_anew || changed_g;
   bool shifted = old_p != e.p.data || old_g != e.g.data;
-  placement += old_p != e.p.data;
+  placement += old_p != e.p.data || laid_out_anew;
   bool freed = (!e.p.data && e.p.numel) || (!e.g.data && e.g.numel);
   for (size_t k = 0; k < slots_.size(); ++k) {
     const bool which = k == optional(kIndex) || k == optional(kCohorts) || k == optional(kPrefix);

@@ -58,7 +58,7 @@ class Table {
   std::vector<int64_t> owners;           // entry number of each of `tensors`
   pybind11::list active_params;
   uint64_t version = 0;                  // advances whenever `tensors` changes
-  uint64_t placement = 0;                // advances whenever a parameter's memory changes
+  uint64_t placement = 0;                // advances whenever a parameter's memory, or its order there, changes
   uint64_t structure = 0;                // advances whenever the set of tensors or their sizes change
 
  private:

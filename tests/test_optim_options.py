@@ -1,7 +1,5 @@
 """Options in every form that torch and the official codes take them in, and their way through checkpoints."""
 
-import inspect
-
 import numpy as np
 import pytest
 import torch
@@ -90,14 +88,6 @@ def test_lion_takes_the_packages_arguments() -> None:
         ours.step(), theirs.step()
     for p, q in zip(params, twin, strict=True):
         torch.testing.assert_close(p, q, rtol=2e-6, atol=1e-7)
-
-
-@pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "Adagrad", "RMSprop", "Adadelta", "NAdam", "RAdam"])
-def test_arguments_stand_in_torchs_order(name: str) -> None:
-    def order(cls) -> list[str]:
-        return [p.name for p in inspect.signature(cls).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
-
-    assert order(OPTIMIZERS[name]) == order(getattr(torch.optim, name))
 
 
 @pytest.mark.parametrize("back", [False, True])

@@ -181,3 +181,54 @@ def test_groups_and_states_may_be_changed_by_hand() -> None:
     assert ends[0] == ends[1] == [4.0, 4.0]
     for p, q in zip(params, twin, strict=True):
         torch.testing.assert_close(p, q, rtol=2e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference", "emulated"])
+@pytest.mark.parametrize("mask_state", ["dense", "compact"])
+@pytest.mark.parametrize("stepped", [False, True])
+def test_a_masked_parameter_in_a_new_memory_order_is_refused(backend: str, mask_state: str, stepped: bool) -> None:
+    """The mask's bits stand in the order of the memory: those of model.to(memory_format=torch.channels_last) would be other elements."""
+    p = nn.Parameter(torch.ones(4, 4))
+    opt = optim.SGD([("w", p)], lr=0.1, backend=backend, mask_state=mask_state, masks={p: torch.arange(16).view(4, 4) % 5 < 2})
+    for changed in [False] * stepped + [True]:
+        p.grad = torch.ones(4, 4)
+        before = p.detach().clone()
+        if changed:
+            p.data = p.data.t()  # the same memory
+            before = before.t()
+            with pytest.raises(ValueError, match="memory order it had when the mask was given; got param of w"):
+                opt.step()
+        else:
+            opt.step()
+    assert torch.equal(p, before)
+    p.data = p.data.t()
+    opt.step()
+
+
+@pytest.mark.parametrize("cls", [optim.SGD, AdamW])
+def test_masks_are_loaded_into_another_memory_order(cls: Any) -> None:
+    mask = torch.rand(3, 4, 2, 2, generator=torch.Generator().manual_seed(0)) < 0.5
+    ends = []
+    for formats in ((torch.channels_last, torch.contiguous_format), (torch.contiguous_format, torch.channels_last), (torch.contiguous_format,) * 2):
+        value, saved = torch.ones(3, 4, 2, 2), None
+        for form, masked in zip(formats, (True, False), strict=True):
+            p = nn.Parameter(value.contiguous(memory_format=form))
+            opt = cls([p], lr=0.1, masks={p: mask} if masked else None)
+            if saved is not None:
+                opt.load_state_dict(saved)
+            p.grad = torch.ones(3, 4, 2, 2)
+            opt.step()
+            saved, value = copy.deepcopy(opt.state_dict()), p.detach().clone(memory_format=torch.contiguous_format)
+        ends.append(value)
+        assert torch.equal(value == 1, ~mask)
+    assert torch.equal(ends[0], ends[2]) and torch.equal(ends[1], ends[2])
+
+
+def test_a_compact_state_of_another_memory_order_is_refused() -> None:
+    p, q = nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.ones(4, 3).t())
+    mask = torch.eye(3, 4) > 0
+    here, there = AdamW([p], masks={p: mask}, mask_state="compact"), AdamW([q], masks={q: mask}, mask_state="compact")
+    p.grad = torch.ones(3, 4)
+    here.step()
+    with pytest.raises(ValueError, match="in whose order its compact state lies"):
+        there.load_state_dict(here.state_dict())

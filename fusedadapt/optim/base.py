@@ -94,6 +94,7 @@ class FusedOptimizer(Optimizer):
         shared = {"maximize": False, "foreach": None, "capturable": False, "differentiable": False, "fused": None, "seed": 0}
         compact.check_options(self, extras.get("masks") or {})
         super().__init__(params, defaults | {k: extras.get(k, v) for k, v in shared.items()})  # type: ignore[arg-type]
+        self._orders: dict[Tensor, tuple[int, ...]] = {}  # strides of masked parameters: the order of their masks' bits
         self._masks: dict[Tensor, Tensor] = states.pack_masks(self, extras.get("masks") or {})
 
     def _take_extras(self, extras: Extras) -> None:
@@ -371,7 +372,7 @@ class FusedOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """torch's format and names; states keep their dtypes. Loads into torch's optimizer of the same name, and the other way round."""
         saved = super().state_dict()
-        saved["state"] = {k: v for k, v in saved["state"].items() if v}  # a parameter that never had a gradient has no state
+        saved["state"] = states.to_save(self, saved["state"])
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -178,7 +178,7 @@ def check_saved(op: str, label: str, saved: dict[str, Any]) -> None:
 
 def place(state: dict[str, Any], saved: dict[str, Any], p: Tensor) -> None:
     """After loading: codes whose blocks ran over another memory order than ``p`` has are coded anew."""
-    order = tuple(saved.get("strides", torch.empty(p.shape, dtype=p.dtype, device="meta").stride()))
+    order = tuple(int(n) for n in saved.get("strides", torch.empty(p.shape, dtype=p.dtype, device="meta").stride()))
     if not is_compact(state) and names(state) and order != tuple(p.stride()) and p.numel():
         for name, form in formats(state).items():
             before = torch.empty_strided(p.shape, order, dtype=torch.uint8, device=p.device).copy_(state[name])

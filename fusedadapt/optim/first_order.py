@@ -101,12 +101,12 @@ class Adagrad(FusedOptimizer):
 
     def __init__(
         self, params: Params, lr: float | Tensor = 1e-2, lr_decay: float = 0, weight_decay: float = 0, initial_accumulator_value: float = 0,
-        eps: float = 1e-10, foreach: bool | None = None, **extras: Any,
+        eps: float = 1e-10, **extras: Unpack[Extras],
     ):  # fmt: skip
         if not initial_accumulator_value >= 0:
             raise ValueError(f"Adagrad: expected initial_accumulator_value >= 0; got {initial_accumulator_value}")
         options = dict(lr_decay=lr_decay, initial_accumulator_value=initial_accumulator_value, eps=eps)
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, **options), Extras(foreach=foreach, **extras))  # type: ignore[typeddict-item]
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, **options), extras)
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, float]:
         return super()._hyper(group) | {"lr_decay": group["lr_decay"]}
@@ -145,12 +145,9 @@ class RMSprop(FusedOptimizer):
 
     def __init__(
         self, params: Params, lr: float | Tensor = 1e-2, alpha: float = 0.99, eps: float = 1e-8, weight_decay: float = 0, momentum: float = 0,
-        centered: bool = False, capturable: bool = False, foreach: bool | None = None, maximize: bool = False, differentiable: bool = False,
-        **extras: Any,
+        centered: bool = False, **extras: Unpack[Extras],
     ):  # fmt: skip
-        options = dict(lr=lr, momentum=momentum, alpha=alpha, eps=eps, centered=centered, weight_decay=weight_decay)
-        by_position = dict(capturable=capturable, foreach=foreach, maximize=maximize, differentiable=differentiable)
-        super().__init__(params, options, Extras(**by_position, **extras))  # type: ignore[typeddict-item]
+        super().__init__(params, dict(lr=lr, momentum=momentum, alpha=alpha, eps=eps, centered=centered, weight_decay=weight_decay), extras)
 
     def _rule(self, group: dict[str, Any]) -> str:
         return "rmsprop" + "_centered" * bool(group["centered"]) + "_momentum" * bool(group["momentum"])
@@ -167,10 +164,9 @@ class Adadelta(FusedOptimizer):
     _step_rule = "adadelta"
 
     def __init__(
-        self, params: Params, lr: float | Tensor = 1.0, rho: float = 0.9, eps: float = 1e-6, weight_decay: float = 0, foreach: bool | None = None,
-        **extras: Any,
+        self, params: Params, lr: float | Tensor = 1.0, rho: float = 0.9, eps: float = 1e-6, weight_decay: float = 0, **extras: Unpack[Extras],
     ):  # fmt: skip
-        super().__init__(params, dict(lr=lr, rho=rho, eps=eps, weight_decay=weight_decay), Extras(foreach=foreach, **extras))  # type: ignore[typeddict-item]
+        super().__init__(params, dict(lr=lr, rho=rho, eps=eps, weight_decay=weight_decay), extras)
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, float]:
         return super()._hyper(group) | {"beta2": group["rho"]}

@@ -92,6 +92,8 @@ class Plan:
         """Reads every tensor and checks it. Writes nothing but missing states."""
         threads = torch.get_num_threads()
         try:
+            if self._checked < 0:
+                self._check_orders()
             status = self.table.scan(threads)
             if status == tables.MISSING_STATE:
                 self.opt._init_states([self.entries[i] for i in self.table.missing], self.rule)
@@ -107,9 +109,16 @@ class Plan:
                 status = self.table.scan(threads)
             if self.table.placement != self._checked:
                 self.table.check_overlap()
+                self._check_orders()
                 self._checked = self.table.placement
         except self._error as error:
             raise self._refusal(*error.args) from None
+
+    def _check_orders(self) -> None:
+        orders = self.opt._orders
+        for i, e in enumerate(self.entries if orders else ()):
+            if e.param in orders and not tables.in_order(tables.local(e.param.detach()), orders[e.param]):
+                raise tables.TableError(i, "order:param")
 
     def _refusal(self, index: int, code: str) -> ValueError:
         e = self.entries[index]
@@ -179,6 +188,10 @@ class ReferencePlan(Plan):
 
     def prepare(self) -> None:
         self.active = [e for e in self.entries if self._gradient(e)[0] is not None]
+        try:
+            self._check_orders()
+        except tables.TableError as error:
+            raise self._refusal(*error.args) from None
         missing = [e for e in self.active if any(self.opt._state_of(e.param).get(k) is None for k in (*self.spec.states, *self.spec.aux, "step"))]
         if missing:
             self.opt._init_states(missing, self.rule)

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import coded, compact
 from .plans import Entry
 from .spec import CODED, RULES, STATE_DTYPES, Rule, is_compact
-from .table import is_dense, local, memory_order
+from .table import in_order, is_dense, local, memory_order
 
 if TYPE_CHECKING:
     from .base import FusedOptimizer
@@ -205,6 +205,7 @@ def pack_masks(opt: FusedOptimizer, masks: dict[Tensor, Tensor]) -> dict[Tensor,
             name = names(opt.param_groups)[k]
             raise ValueError(f"{op}: expected a bool mask of shape {tuple(p.shape)} for {name}; got {mask.dtype} of shape {tuple(mask.shape)}")
         out[p] = pack_mask(local(mask), local(p.detach()))
+        opt._orders[p] = tuple(local(p.detach()).stride())
     return out
 
 
@@ -218,6 +219,11 @@ def pack_mask(mask: Tensor, like: Tensor) -> Tensor:
     padded[: like.numel()] = flat
     packed = (padded.view(words, 32) << torch.arange(32, device=like.device)).sum(1)
     return torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
+
+
+def reorder_mask(words: Tensor, p: Tensor, order: tuple[int, ...]) -> Tensor:
+    """Words that were packed when ``p`` had the strides ``order``, for the ones it has now."""
+    return words if in_order(p, order) else pack_mask(unpack_mask(words, torch.empty_strided(p.shape, order, device="meta")), p)
 
 
 def unpack_mask(words: Tensor, like: Tensor) -> Tensor:
@@ -265,6 +271,15 @@ def _all_options() -> set[str]:
     return {name for cls in OPTIMIZERS.values() for name in inspect.signature(cls.__init__).parameters} - {"self", "params", "extras"}
 
 
+def to_save(opt: FusedOptimizer, states: dict[Any, Any]) -> dict[Any, Any]:
+    """Without the empty states of parameters that never had a gradient; with the order a mask's bits are in, where that is not the row-major one."""
+    out = {k: state for k, state in states.items() if state}
+    for i, p in enumerate(p for group in opt.param_groups for p in group["params"]):
+        if p in opt._orders and "mask" in out.get(i, {}) and not local(p.detach()).is_contiguous():
+            out[i] = {"strides": torch.tensor(opt._orders[p], dtype=torch.int64, device="cpu")} | out[i]  # a coded state has them already
+    return out
+
+
 def load(opt: FusedOptimizer, state_dict: dict[str, Any]) -> None:
     """Checks everything, converts everything, then swaps it in."""
     op = type(opt).__name__
@@ -298,6 +313,7 @@ def load(opt: FusedOptimizer, state_dict: dict[str, Any]) -> None:
             fresh[p] = _convert(opt, label, p, group, saved_state[i])
     opt.state.clear()
     opt.state.update(fresh)
+    opt._orders.update({p: tuple(local(p.detach()).stride()) for p in params if "mask" in fresh.get(p, {})})
     opt.param_groups[:] = groups
     for after in opt._optimizer_load_state_dict_post_hooks.values():
         after(opt)
@@ -312,7 +328,11 @@ def _convert(opt: FusedOptimizer, label: str, p: Tensor, group: dict[str, Any], 
     device = local(p.detach()).device
     out: dict[str, Any] = {}
     packed = is_compact(saved)
+    order = tuple(int(n) for n in saved.get("strides", torch.empty(local(p).shape, device="meta").stride()))
     coded.check_saved(op, label, saved)
+    if packed and not in_order(local(p), order):
+        given = tuple(local(p).stride())
+        raise ValueError(f"{op}: expected {label} with strides {order}, in whose order its compact state lies; got {given}; change its layout later")
     if packed:
         compact.check_saved(op, label, p, saved, rule)
     for k, v in saved.items():
@@ -335,8 +355,10 @@ def _convert(opt: FusedOptimizer, label: str, p: Tensor, group: dict[str, Any], 
     out.setdefault("step", torch.ones((), dtype=torch.float32, device=device))
     for k, start in rule.aux.items():
         out.setdefault(k, torch.tensor(start, dtype=torch.float64, device=device))
-    if p in opt._masks:
-        out.setdefault("mask", opt._masks[p])
+    if isinstance(out.get("mask"), Tensor):
+        out["mask"] = reorder_mask(out["mask"], local(p.detach()), order)
+    elif p in opt._masks:
+        out["mask"] = reorder_mask(opt._masks[p], local(p.detach()), opt._orders[p])
     coded.place(out, saved, local(p.detach()))
     out = compact.convert(opt, label, p, group, out)
     coded.note_order(out, local(p.detach()))

@@ -43,6 +43,10 @@ def is_dense(t: Tensor) -> bool:
     return True
 
 
+def in_order(t: Tensor, strides: tuple[int, ...]) -> bool:
+    return not t.numel() or all(n <= 1 or x == y for n, x, y in zip(t.shape, t.stride(), strides, strict=True))
+
+
 def same_order(a: Tensor, b: Tensor) -> bool:
     return all(n <= 1 or x == y for n, x, y in zip(a.shape, a.stride(), b.stride(), strict=True))
 
@@ -306,6 +310,10 @@ _EXPECTED = {
     "strides": (
         "a parameter that fills its memory without gaps, and states in its memory order",
         "pass a contiguous parameter (p.data = p.data.contiguous())",
+    ),
+    "order": (
+        "a masked parameter in the memory order it had when the mask was given",
+        "change its layout (memory_format) before the optimizer is built, or load the optimizer's state dict after that",
     ),
     "shape": ("the parameter's shape", "gradient and states must have been made for this parameter"),
     "scale": (
