@@ -70,8 +70,7 @@ def check_writable(path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if _is_special(path):
         return
-    if path.is_dir():
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    _check_replaceable(path)
     with tempfile.TemporaryFile(dir=path.parent):
         pass
 
