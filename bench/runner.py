@@ -157,6 +157,8 @@ class Clock:
             torch.cuda.synchronize()
         else:
             time.sleep(SETTLE)
+        if self.host:
+            step()  # the one that finds the table cold
         began = time.perf_counter()
         for _ in range(calls):
             step()

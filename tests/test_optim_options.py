@@ -6,6 +6,7 @@ import torch
 from samples import feed, model
 
 from fusedadapt.optim import OPTIMIZERS, SGD, AdamW, Lion, from_torch, to_torch
+from fusedadapt.optim.plans import Scalars
 
 
 def test_hyper_parameters_may_be_tensors_and_numpy_numbers() -> None:
@@ -160,3 +161,25 @@ def test_fp64_is_clipped_in_fp64() -> None:
     torch.testing.assert_close(ours.grad_norm, norm, rtol=1e-14, atol=0.0)
     for p, q in zip(params, twin, strict=True):
         torch.testing.assert_close(p, q, rtol=1e-14, atol=0.0)
+
+
+@pytest.mark.parametrize("scale", [None, 4.0])
+def test_sums_of_squares_do_not_depend_on_their_neighbours(scale: float | None) -> None:
+    """Several gradients are read side by side, some of which end before the others (each in one chunk here: their size goes by the total)."""
+    gen = torch.Generator().manual_seed(0)
+    sizes = [(1, torch.float32), (1999, torch.float32), (0, torch.float32), (63, torch.bfloat16), (64, torch.float32), (65, torch.float16), (2048,
+             torch.float32), (2000, torch.bfloat16), (17, torch.float32)]  # fmt: skip
+    params = [torch.nn.Parameter(torch.zeros(n, dtype=dtype)) for n, dtype in sizes]
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=gen).to(p.dtype)
+
+    def squares(tensors: list) -> list[float]:
+        opt = SGD(tensors, backend="cpp")
+        plan = opt._current_plans()[0]
+        plan.prepare()
+        return plan.squares(Scalars(None if scale is None else torch.tensor(scale), None, None, 0, False)).tolist()
+
+    together = squares(params)
+    assert together == [squares([p])[0] for p in params] and together[::-1] == squares(params[::-1])
+    exact = [(p.grad.double() / (scale or 1.0)).square().sum() for p in params]
+    torch.testing.assert_close(torch.tensor(together, dtype=torch.float64), torch.stack(exact), rtol=1e-13, atol=0.0)

@@ -148,12 +148,22 @@ std::vector<Chunk> make_chunks(const std::vector<TensorDesc>& tensors, int64_t c
 void squares(const std::vector<TensorDesc>& tensors, const std::vector<Chunk>& chunks, float scale, int threads, double* out) {
   std::vector<double> part(chunks.size());
   const Kernels& k = kernels();
-  parallel_for(int64_t(chunks.size()), grain_of(tensors, chunks), threads, [&](int64_t first, int64_t last) {
-    for (int64_t c = first; c < last; ++c) {
-      if (c + 2 < last) prefetch_gradient(tensors[chunks[c + 2].tensor], chunks[c + 2].offset);
-      const TensorDesc& t = tensors[chunks[c].tensor];
-      const bool ends = c + 1 == int64_t(chunks.size()) || chunks[c + 1].tensor != chunks[c].tensor;
-      part[c] = k.squares(t, chunks[c].offset, ends ? t.grad_numel : chunks[c + 1].offset, scale);
+  const auto span = [&](int64_t c) {
+    const TensorDesc& t = tensors[chunks[c].tensor];
+    const bool ends = c + 1 == int64_t(chunks.size()) || chunks[c + 1].tensor != chunks[c].tensor;
+    return GradSpan{&t, chunks[c].offset, ends ? t.grad_numel : chunks[c + 1].offset};
+  };
+  const int64_t grain = std::max<int64_t>(grain_of(tensors, chunks), kStreams);
+  parallel_for(int64_t(chunks.size()), grain, threads, [&](int64_t first, int64_t last) {
+    for (int64_t c = first; c < last; c += kStreams) {
+      GradSpan spans[kStreams];
+      const int count = int(std::min<int64_t>(last - c, kStreams));
+      for (int s = 0; s < count; ++s) {
+        spans[s] = span(c + s);
+        const int64_t next = c + s + kStreams;
+        if (next < last) prefetch_gradient(tensors[chunks[next].tensor], chunks[next].offset);
+      }
+      k.squares(spans, count, scale, &part[size_t(c)]);
     }
   });
   std::fill(out, out + tensors.size(), 0.0);

@@ -16,8 +16,14 @@ struct Piece {
   bool stochastic;
 };
 using UpdateFn = void (*)(const Piece&);
-// Sum of squares of (gradient / scale) over [begin, end), in double, in a fixed order.
-using SquaresFn = double (*)(const TensorDesc&, int64_t begin, int64_t end, float scale);
+// Elements [begin, end) of a gradient.
+struct GradSpan {
+  const TensorDesc* tensor;
+  int64_t begin, end;
+};
+// Sums of squares of (gradient / scale) over up to kStreams spans, in double, each in a fixed order that does not depend on the others.
+constexpr int kStreams = 4;
+using SquaresFn = void (*)(const GradSpan* spans, int count, float scale, double* out);
 
 // Positions of the set bits of a word that starts at `base`, in order; returns how many. `out` has room for 72.
 using PositionsFn = int (*)(uint64_t word, int64_t base, int64_t* out);

@@ -297,26 +297,33 @@ void add_squares(double* __restrict sum, const float* __restrict g, int n) {
   for (int j = 0; i + j < n; ++j) sum[j] += double(g[i + j]) * double(g[i + j]);
 }
 
-double squares(const TensorDesc& t, int64_t begin, int64_t end, float scale) {
-  alignas(64) float gb[kTile], ub[kTile];
-  double sum[kLanes] = {};
-  // One stream per thread does not fill the memory bus: the quarters of a large fp32 piece are read side by side.
-  const int64_t quarter = t.grad_dtype == kF32 && scale == 1.f && end - begin >= 32768 ? (end - begin) / 4 / kTile * kTile : 0;
-  const float* base = static_cast<const float*>(t.grad) + begin;
-  for (int64_t offset = 0; offset < quarter; offset += kTile)
-    for (int64_t q = 0; q < 4; ++q) add_squares(sum, base + q * quarter + offset, kTile);
-  for (int64_t offset = begin + 4 * quarter; offset < end; offset += kTile) {
-    const int n = int(end - offset < kTile ? end - offset : kTile);
-    const float* g = load_tile(const_cast<void*>(t.grad), t.grad_dtype, offset, n, gb);
-    if (scale != 1.f) {
-      for (int i = 0; i < n; ++i) ub[i] = g[i] / scale;
-      g = ub;
+// One stream per thread does not fill the memory bus: spans are read side by side, in turns so short that each stays within the hardware's reach
+// (5,000 gradients of 4,096, two EPYC cores: one after the other 27 GB/s, turns of 512 elements 28, of 64 elements 39; merely reading: 40).
+constexpr int kTurn = 64;
+
+void squares(const GradSpan* spans, int count, float scale, double* out) {
+  alignas(64) float gb[kTurn], ub[kTurn];
+  alignas(64) double sums[kStreams][kLanes] = {};
+  int64_t at = 0;
+  for (int left = count; left > 0; at += kTurn) {
+    left = 0;
+    for (int k = 0; k < count; ++k) {
+      const int64_t begin = spans[k].begin + at, rest = spans[k].end - begin;
+      if (rest <= 0) continue;
+      const int n = int(rest < kTurn ? rest : kTurn);
+      left += rest > kTurn;
+      const float* g = load_tile(const_cast<void*>(spans[k].tensor->grad), spans[k].tensor->grad_dtype, begin, n, gb);
+      if (scale != 1.f) {
+        for (int i = 0; i < n; ++i) ub[i] = g[i] / scale;
+        g = ub;
+      }
+      add_squares(sums[k], g, n);
     }
-    add_squares(sum, g, n);
   }
-  double total = 0;
-  for (int j = 0; j < kLanes; ++j) total += sum[j];
-  return total;
+  for (int k = 0; k < count; ++k) {
+    out[k] = 0;
+    for (int j = 0; j < kLanes; ++j) out[k] += sums[k][j];
+  }
 }
 
 const UpdateFn table[] = {
