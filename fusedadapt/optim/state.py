@@ -49,6 +49,8 @@ def check_params(opt: FusedOptimizer, group: dict[str, Any]) -> None:
     coded.check_group(opt, group)
     for k, p in enumerate(group["params"]):
         name = group["param_names"][k] if "param_names" in group else f"parameter {k}"
+        if not p.requires_grad and not p.is_floating_point():
+            continue  # packed weights among model.parameters(), which never get a gradient
         if p.is_complex():
             raise ValueError(f"{op}: expected real parameters; got {name} with {p.dtype}; pass torch.view_as_real of it as the parameter")
         if not p.is_floating_point():
@@ -328,7 +330,7 @@ def _convert(opt: FusedOptimizer, label: str, p: Tensor, group: dict[str, Any], 
     device = local(p.detach()).device
     out: dict[str, Any] = {}
     packed = is_compact(saved)
-    order = tuple(int(n) for n in saved.get("strides", torch.empty(local(p).shape, device="meta").stride()))
+    order = tuple(int(n) for n in saved.get("strides", torch.empty(local(p).shape, dtype=p.dtype, device="meta").stride()))
     coded.check_saved(op, label, saved)
     if packed and not in_order(local(p), order):
         given = tuple(local(p).stride())

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -147,14 +148,13 @@ class SparseDelta:
             raise ValueError(f'SparseDelta.apply_: expected a finite alpha, with kind "set" alpha 1; got {alpha!r}')
         jobs, _ = self._matched("apply_", weights)
         self._undo, self._module = [], weights if isinstance(weights, nn.Module) else None
-        try:
+        with ExitStack() as failed:
+            failed.callback(self.revert_)
             for batch in _apart(jobs):
                 old = _take_all([(w, e.indices) for _, w, e in batch])
                 self._undo += [(w, name, kept) for (name, w, _), kept in zip(batch, old, strict=True)]
                 _move("scatter" if self.kind == "set" else "add", [(w, e.indices, e.values) for _, w, e in batch], float(alpha))
-        except BaseException:
-            self.revert_()
-            raise
+            failed.pop_all()
         return self
 
     @torch.no_grad()
