@@ -58,8 +58,7 @@ def merge(
         method: "linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties", "darex", "breadcrumbs", "breadcrumbs_ties", "della",
             "della_linear", "magnitude_prune", "pcb" or "fisher".
         weights: one per model (1). density: share of each model's change that stays, one or one per model. lambda_: scale of the merged change.
-        dtype: of the result; the base's by default. seed: of the random drops, which depend on (seed, model, tensor name, element) alone, so that any
-            sharding gives the same bits.
+        dtype: of the result; the base's by default. seed: of the random drops, which depend on (seed, model, tensor name, element) alone.
         compat: where implementations differ, "paper" (the authors' code), "peft" or "mergekit"; docs/sparse.md lists the differences.
         normalize: divide by the sum of weights. t: slerp's position. gamma: share of outliers that breadcrumbs removes. epsilon: della's spread.
             q: darex's divisor (the density by default). fishers: diagonal Fisher information, one per model, in any floating dtype; with normalize
