@@ -192,7 +192,7 @@ MUTANTS = (
         "test_sparse_delta_files.py::test_damaged_files_are_refused",
     ),
     Mutant(
-        CODING, "for way in (-1, 1):", "for way in (1,):",
+        CODING, "s * len(gaps) + int(", "int(",
         "test_sparse_delta_files.py::test_positions_of_every_kind_come_back",
     ),
     Mutant(

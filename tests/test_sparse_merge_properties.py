@@ -1,6 +1,7 @@
 """What holds of every merge, and what merging refuses."""
 
 import merge_cases as cases
+import numpy as np
 import pytest
 import torch
 from merge_cases import EVERY, SEED, SHAPES, WEIGHTS, assert_same, call, hashes, model, options_of
@@ -201,3 +202,28 @@ def test_merging_runs_in_cpp(base):
         pytest.skip("no compiled core")
     for op in ("merge_", "votes", "norms", "cuts"):
         assert ops.choose(op, "cpu").backend == "cpp"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"density": "0.5"}, "a number as density; got '0.5'"), ({"density": [0.5, None]}, "a number as density; got None"),
+        ({"seed": "a"}, "an integer as seed; got 'a'"), ({"seed": 1.7}, "an integer as seed; got 1.7"), ({"seed": None}, "an integer as seed"),
+        ({"lambda_": None}, "a number as lambda_"), ({"lambda_": "x"}, "a number as lambda_"), ({"weights": ["1"]}, "a number as weights"),
+        ({"gamma": "x"}, "a number as gamma"), ({"epsilon": "x"}, "a number as epsilon"),
+    ],
+)  # fmt: skip
+def test_what_is_no_number(options, said):
+    base = {"a": torch.randn(4, 6)}
+    with pytest.raises(ValueError, match=f"merge: expected {said}"):
+        merge(base, [{"a": base["a"] + 1}], "dare_linear", **({"density": 0.5} | options))
+
+
+def test_models_of_every_kind_of_sequence_and_what_is_no_model():
+    base, tuned = {"a": torch.randn(4, 6)}, [{"a": torch.randn(4, 6)} for _ in range(2)]
+    wanted = merge(base, tuned, "ties", density=0.5, weights=[0.5, 0.25])["a"]
+    for models in (tuple(tuned), iter(tuned), (m for m in tuned)):
+        assert torch.equal(merge(base, models, "ties", density=torch.tensor(0.5), weights=np.array([0.5, 0.25]))["a"], wanted)
+    for name, t in ((1, base["a"]), ("a", base["a"].to_sparse()), ("a", [1.0])):
+        with pytest.raises(ValueError, match="merge: expected name -> dense tensor"):
+            merge({name: t}, [{name: t}], "ties", density=0.5)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,8 +58,7 @@ def merge(
         method: "linear", "slerp", "task_arithmetic", "ties", "dare_linear", "dare_ties", "darex", "breadcrumbs", "breadcrumbs_ties", "della",
             "della_linear", "magnitude_prune", "pcb" or "fisher".
         weights: one per model (1). density: share of each model's change that stays, one or one per model. lambda_: scale of the merged change.
-        dtype: of the result; the base's by default. seed: of the random drops, which depend on (seed, model, tensor name, element) alone, so that any
-            sharding gives the same bits.
+        dtype: of the result; the base's by default. seed: of the random drops, which depend on (seed, model, tensor name, element) alone.
         compat: where implementations differ, "paper" (the authors' code), "peft" or "mergekit"; docs/sparse.md lists the differences.
         normalize: divide by the sum of weights. t: slerp's position. gamma: share of outliers that breadcrumbs removes. epsilon: della's spread.
             q: darex's divisor (the density by default). fishers: diagonal Fisher information, one per model, in any floating dtype; with normalize
@@ -74,9 +74,10 @@ def merge(
             are no models, an `out` that is one of the inputs. FileNotFoundError. OSError while writing; `out` is as before then.
     """
     _check_words(method, compat, dtype, device)
+    _check_numbers(lambda_=lambda_, seed=seed, gamma=gamma, epsilon=epsilon, q=q, t=t, weights=weights, density=density)
     opened, first = _open(base, models, method, device)
     job = _job(method, None if base is None else opened[0], opened if base is None else opened[1:], weights, density, compat, normalize)
-    job.lambda_, job.seed, job.gamma, job.q = float(lambda_), int(seed), float(gamma), q
+    job.lambda_, job.seed, job.gamma, job.q = float(lambda_), int(seed), float(gamma), None if q is None else float(q)
     job.epsilon = epsilon if epsilon is not None else 0.15 if compat == "mergekit" else 0.05
     _check_options(job, t, fishers)
     _check_unused(method, weights, density, normalize, epsilon)
@@ -101,6 +102,17 @@ def _check_words(method: str, compat: str, dtype: torch.dtype | None, device: to
         torch.empty(0, dtype=torch.uint8, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"merge: expected a device that torch can use; got {device!r} ({str(error).splitlines()[0]}); leave it out") from error
+
+
+def _check_numbers(**given: Any) -> None:
+    """Numbers, or several of them for weights and density; numpy's and tensors of one element are numbers too."""
+    optional = ("epsilon", "q", "t", "weights", "density")
+    for name, value in given.items():
+        several = name in ("weights", "density") and isinstance(value, Iterable) and not isinstance(value, str) and getattr(value, "ndim", 1) > 0
+        for number in value if several else [value]:
+            one = isinstance(number, Real) or (isinstance(number, Tensor) and number.numel() == 1)
+            if not (one or (number is None and name in optional and not several)) or (name == "seed" and int(number) != number):
+                raise ValueError(f"merge: expected {'an integer' if name == 'seed' else 'a number'} as {name}; got {number!r}; convert it")
 
 
 def _tensors(
@@ -131,7 +143,8 @@ def _open(base: Source | None, models: Sequence[Source], method: str, device: to
     needs_base = method not in ("linear", "fisher")
     if needs_base and base is None:
         raise ValueError(f"merge: expected a base with {method!r}; got None; its changes are taken from it")
-    if isinstance(models, (str, Path, dict)) or not models:
+    models = list(models) if isinstance(models, Iterable) and not isinstance(models, str | Mapping) else models
+    if isinstance(models, str | Path | Mapping) or not models:
         raise ValueError(f"merge: expected a list of at least one model; got {'none' if not models else type(models).__name__}; pass [model, ...]")
     if method == "slerp" and len(models) != 1:
         raise ValueError(f'merge: expected the base and one model with "slerp"; got {len(models)} models')
@@ -149,6 +162,7 @@ def _job(method: str, base: Model | None, models: list[Model], weights: Any, den
     if len(values) != len(models) or not all(math.isfinite(w) for w in values):
         raise ValueError(f"merge: expected {len(models)} finite weights, one per model; got {values}")
     wanted: Any = (0.1 if method == "pcb" else 1.0) if density is None else density
+    wanted = wanted.tolist() if isinstance(wanted, Tensor | np.ndarray) else wanted
     densities = [float(wanted)] * len(models) if isinstance(wanted, Real) else [float(d) for d in wanted]
     if len(densities) != len(models) or not all(0.0 <= d <= 1.0 for d in densities):
         raise ValueError(f"merge: expected a density in [0, 1], or {len(models)} of them; got {density}")

@@ -30,9 +30,12 @@ class Model:
         self.shards: dict[str, Path] = {}
         self.about: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         if self._tensors is not None:
-            strange = [f"{name} ({type(t).__name__})" for name, t in self._tensors.items() if not isinstance(t, Tensor)]
+            strange = [
+                f"{name!r} ({type(t).__name__})" for name, t in self._tensors.items() if not isinstance(t, Tensor) or not isinstance(name, str)
+            ]
+            strange += [f"{name!r} ({t.layout})" for name, t in self._tensors.items() if isinstance(t, Tensor) and t.layout != torch.strided]
             if strange:
-                raise ValueError(f"merge: expected name -> tensor; got {', '.join(strange[:5])}; pass model.state_dict() without them")
+                raise ValueError(f"merge: expected name -> dense tensor; got {', '.join(strange[:5])}; pass model.state_dict() without them")
             self.about = {name: (t.dtype, tuple(t.shape)) for name, t in self._tensors.items()}
         else:
             assert self.path is not None
