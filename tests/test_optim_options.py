@@ -183,3 +183,24 @@ def test_sums_of_squares_do_not_depend_on_their_neighbours(scale: float | None) 
     assert together == [squares([p])[0] for p in params] and together[::-1] == squares(params[::-1])
     exact = [(p.grad.double() / (scale or 1.0)).square().sum() for p in params]
     torch.testing.assert_close(torch.tensor(together, dtype=torch.float64), torch.stack(exact), rtol=1e-13, atol=0.0)
+
+
+@pytest.mark.parametrize("name", sorted(OPTIMIZERS.keys() - {"AdaHessian"}))  # whose gradients need a graph; the check is the same
+def test_frozen_packed_weights_are_left_alone(name: str) -> None:
+    """`model.parameters()` of a quantized model with an adapter: torch takes the bytes too, which never have a gradient."""
+    packed = torch.nn.Parameter(torch.arange(64, dtype=torch.uint8), requires_grad=False)
+    p = torch.nn.Parameter(torch.ones(8))
+    twin = torch.nn.Parameter(torch.ones(8))
+    opt, alone = OPTIMIZERS[name]([packed, p], lr=0.1), OPTIMIZERS[name]([twin], lr=0.1)
+    for each, q in ((opt, p), (alone, twin)):
+        if name == "ScheduleFreeAdamW":
+            each.train()
+        q.square().sum().backward()
+        each.step()
+    assert torch.equal(p, twin) and torch.equal(packed, torch.arange(64, dtype=torch.uint8))
+    opt.load_state_dict(opt.state_dict())
+    p.grad = None
+    packed.grad = packed.detach().clone()
+    with pytest.raises(ValueError, match="uint8"):
+        opt.step()
+    assert torch.equal(p, twin)
