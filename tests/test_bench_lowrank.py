@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 
 import pytest
 import torch
@@ -167,3 +168,24 @@ def test_rows_run_on_gpu():
     row = next(row for row in lowrank.ROWS if row.device == "cuda")
     result = lowrank_runner.measure(small(row), dataclasses.replace(TINY, device="cuda"))
     assert result.of("ours (graph)") is not None
+
+
+def test_slow_steps_leave_the_others_their_time():
+    """Contestants of seconds a step took the whole time of their row, and the rest was compared over three rounds."""
+
+    class Clock:
+        def calls_for(self, step):
+            return 1
+
+        def sample(self, step, calls):
+            return step()
+
+    def wait(seconds):
+        began = time.perf_counter()
+        while time.perf_counter() - began < seconds:
+            pass
+        return seconds
+
+    settings = runner.Settings(threads=1, seconds=0.2, rounds=(3, 50))
+    samples = runner.take_turns({"slow": lambda: wait(0.1), "fast": lambda: wait(0.001)}, Clock(), settings, {"slow"})
+    assert len(samples["slow"]) == 3 and len(samples["fast"]) > 10
