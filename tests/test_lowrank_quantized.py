@@ -133,3 +133,17 @@ def test_refuses() -> None:
         lora_linear(new(T, K, seed=1), fa.quantize(new(2, N, K, seed=0), "nf4"), a, b)
     with pytest.raises(ValueError, match="move one of them"):
         lora_linear(new(T, K, seed=1), packed.to("meta"), a, b)
+
+
+def test_a_state_of_another_format_is_refused_before_a_byte_is_copied() -> None:
+    """FP4 and NF4 have equal shapes and dtypes; only the format in the state tells them apart."""
+    layer, other = (LoRALinear.from_linear(fa.QuantizedLinear.from_linear(nn.Linear(64, 64), name), r=R) for name in ("nf4", "fp4"))
+    other.merged = True
+    before, state = layer.quantized.clone(), other.state_dict()
+    with pytest.raises(RuntimeError, match=r"expected nf4\S*; got fp4"):
+        layer.load_state_dict(state)
+    assert not layer.merged and all(torch.equal(a, b) for a, b in zip(before.parts, layer.quantized.parts) if a is not None)
+    with pytest.raises(RuntimeError, match=r"expected dense weights; got fp4"):
+        LoRALinear.from_linear(nn.Linear(64, 64), r=R).load_state_dict(state, strict=False)
+    layer.load_state_dict(layer.state_dict())
+    layer.load_state_dict(layer.state_dict() | {"_extra_state": layer.state_dict()["_extra_state"][:2]})  # as earlier releases saved it

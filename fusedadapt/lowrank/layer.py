@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from numbers import Real
 from typing import Any
 
@@ -241,12 +242,21 @@ class LoRALinear(PackedWeight):
     # --- state -------------------------------------------------------------------------------------------------------------------------
 
     def get_extra_state(self) -> Tensor:
-        """(scaling, merged) for the state dict."""
-        return torch.tensor([self.scaling, float(self.merged)], dtype=torch.float64, device="cpu")
+        """(scaling, merged), and the bytes of a packed weight's format, for the state dict."""
+        spec = b"" if self.format is None else self.format.spec.encode()
+        return torch.tensor([self.scaling, float(self.merged), *spec], dtype=torch.float64, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         """Takes over the scaling; `merged` goes with the weight."""
         self.scaling = float(state[0])
+
+    def _misfits(self, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
+        faults, extra = super()._misfits(state_dict, prefix), state_dict.get(f"{prefix}_extra_state")
+        own = "" if self.format is None else self.format.spec
+        saved = bytes(int(n) & 0xFF for n in extra[2:]).decode(errors="replace") if isinstance(extra, Tensor) else ""
+        if saved and saved != own:
+            faults.append(f"{prefix}weight: expected {own or 'dense weights'}; got {saved}; build the layer on a base of that format")
+        return faults
 
     def _load_from_state_dict(
         self,
@@ -266,7 +276,10 @@ class LoRALinear(PackedWeight):
         if lossy and not local_metadata.get("assign_to_params_buffers", False):
             error_msgs += lossy
             return
+        known = len(error_msgs)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        if len(error_msgs) > known:
+            return
         extra = prefix + "_extra_state"
         if extra in missing_keys:  # a checkpoint of the parameters alone
             missing_keys.remove(extra)
