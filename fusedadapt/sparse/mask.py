@@ -130,7 +130,7 @@ class Mask:
         if self.row_aligned:
             raise ValueError(f"Mask.reshape: expected a flat mask; got {self!r}; use .flat()")
         try:
-            wanted = torch.empty(self.shape, device="meta").reshape(sides).shape  # type: ignore[arg-type]
+            wanted = torch.empty(self.shape, dtype=torch.bool, device="meta").reshape(sides).shape  # type: ignore[arg-type]
         except (RuntimeError, TypeError) as error:
             raise ValueError(f"Mask.reshape: expected a shape of {self.numel()} elements; got {tuple(sides)} for {self!r}") from error  # type: ignore[arg-type]
         return Mask(self.words, wanted)
