@@ -118,7 +118,8 @@ class Adagrad(FusedOptimizer):
         """torch's has its states from the start: makes those that are not there yet."""
         if not any(p.is_meta for group in self.param_groups for p in group["params"]):
             for plan in self._current_plans():
-                self._init_states([e for e in plan.entries if not self.state.get(e.param)], plan.rule)
+                wanted = [e for e in plan.entries if not self.state.get(e.param) and e.param.is_floating_point()]
+                self._init_states(wanted, plan.rule)
 
     def state_dict(self) -> dict[str, Any]:
         """As every optimizer's here, with the states of parameters that had no gradient yet: torch's Adagrad would start them at another value."""
