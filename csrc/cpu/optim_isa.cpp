@@ -220,10 +220,10 @@ void decay_to_anchor(float* __restrict p, const float* __restrict a, const Keep*
   }
 }
 
-template <class Rule, bool kMasked>
-void run_tile(float* p, const float* g, float factor, float* const* s, const Keep* keep, int n, const Row& row) {
-  const Row r = row;
-  float* __restrict s0 = s[0], * __restrict s1 = s[1], * __restrict s2 = s[2], * __restrict s3 = s[3];
+// Elements 0 ... n of p, g and states; `keep(i)` where some are frozen.
+template <class Rule, bool kMasked, class Keeps>
+FA_HD void run(float* __restrict p, const float* g, float factor, float* __restrict s0, float* __restrict s1, float* __restrict s2,
+               float* __restrict s3, int n, const Row& r, Keeps keep) {
 #pragma GCC ivdep
   for (int i = 0; i < n; ++i) {
     float st[kMaxStates];
@@ -232,12 +232,18 @@ void run_tile(float* p, const float* g, float factor, float* const* s, const Kee
     if (Rule::kStates > 2) st[2] = s2[i];
     if (Rule::kStates > 3) st[3] = s3[i];
     const float old = p[i], fresh = Rule::step(old * r.decay, g[i] * factor, st, r);
-    p[i] = kMasked ? choose(keep[i], fresh, old) : fresh;
-    if (Rule::kStored > 0) s0[i] = kMasked ? choose(keep[i], st[0], s0[i]) : st[0];
-    if (Rule::kStored > 1) s1[i] = kMasked ? choose(keep[i], st[1], s1[i]) : st[1];
-    if (Rule::kStored > 2) s2[i] = kMasked ? choose(keep[i], st[2], s2[i]) : st[2];
-    if (Rule::kStored > 3) s3[i] = kMasked ? choose(keep[i], st[3], s3[i]) : st[3];
+    p[i] = kMasked ? choose(keep(i), fresh, old) : fresh;
+    if (Rule::kStored > 0) s0[i] = kMasked ? choose(keep(i), st[0], s0[i]) : st[0];
+    if (Rule::kStored > 1) s1[i] = kMasked ? choose(keep(i), st[1], s1[i]) : st[1];
+    if (Rule::kStored > 2) s2[i] = kMasked ? choose(keep(i), st[2], s2[i]) : st[2];
+    if (Rule::kStored > 3) s3[i] = kMasked ? choose(keep(i), st[3], s3[i]) : st[3];
   }
+}
+
+template <class Rule, bool kMasked>
+void run_tile(float* p, const float* g, float factor, float* const* s, const Keep* keep, int n, const Row& row) {
+  const Row r = row;
+  run<Rule, kMasked>(p, g, factor, s[0], s[1], s[2], s[3], n, r, [keep](int i) { return keep[i]; });
 }
 
 bool all_are(DType dtype, const TensorDesc& t, int states) {
@@ -250,19 +256,39 @@ bool direct_bf16(const Piece& w, const Row& r, int states) {
   return all_are(kBF16, *w.tensor, states) && !w.stochastic && w.scale == 1.f && r.l2 == 0.f;
 }
 
-// Everything fp32 and nothing to widen, prepare or freeze: the piece is one tile.
-bool in_place(const Piece& w, const Row& r, int states) {
-  return all_are(kF32, *w.tensor, states) && !w.tensor->mask && w.scale == 1.f && r.l2 == 0.f;
+// Everything fp32 and nothing to widen or prepare: without a mask, the piece is one tile.
+bool in_place(const Piece& w, const Row& r, int states) { return all_are(kF32, *w.tensor, states) && w.scale == 1.f && r.l2 == 0.f; }
+
+// Everything fp32 and some frozen: a word of the mask is spread where it is used, because a pass of its own leaves the memory idle meanwhile. Returns
+// where the last, incomplete word begins.
+template <class Rule>
+int64_t update_words(const Piece& w, const Row& row) {
+  const TensorDesc& t = *w.tensor;
+  const Row r = row;
+  const float factor = w.clip * r.sign;
+  float *p = static_cast<float*>(t.param), *s[kMaxStates] = {};
+  const float* g = static_cast<const float*>(t.grad);
+  const int64_t end = w.end / 32 * 32;
+  for (int64_t at = w.begin; at < end; at += 32) {
+    const uint32_t word = t.mask[at / 32];
+    if (!word) continue;
+    for (int k = 0; k < Rule::kStates; ++k) s[k] = static_cast<float*>(t.state[k]) + at;
+    run<Rule, true>(p + at, g + at, factor, s[0], s[1], s[2], s[3], 32, r, [word](int i) { return 0u - (word >> i & 1u); });
+  }
+  return end > w.begin ? end : w.begin;
 }
 
 template <class Rule>
 void update(const Piece& w) {
-  const int64_t rest = direct_bf16(w, *w.row, Rule::kStates) ? update_bf16<Rule>(w, *w.row) : w.begin;
   const TensorDesc& t = *w.tensor;
+  const bool fp32 = in_place(w, *w.row, Rule::kStates);
+  const int64_t rest = direct_bf16(w, *w.row, Rule::kStates) ? update_bf16<Rule>(w, *w.row)
+                       : fp32 && t.mask                      ? update_words<Rule>(w, *w.row)
+                                                             : w.begin;
   Row r = *w.row;
   alignas(64) float pb[kTile], gb[kTile], ub[kTile], ab[kTile], sb[kMaxStates][kTile];
   alignas(64) Keep kb[kTile];
-  const int64_t tile = in_place(w, r, Rule::kStates) ? w.end - w.begin : kTile;
+  const int64_t tile = fp32 && !t.mask ? w.end - w.begin : kTile;
   for (int64_t offset = rest; offset < w.end; offset += tile) {
     const int n = int(w.end - offset < tile ? w.end - offset : tile);
     const Kept kept = t.mask ? expand_mask(t.mask, offset, n, kb) : Kept::kAll;
