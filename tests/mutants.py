@@ -53,7 +53,8 @@ MUTANTS = (
     Mutant(DTYPES, "u + 0x7fffu + ((u >> 16) & 1u)", "u + 0x8000u", "test_bf16_ties_go_to_even[cpp]"),
     Mutant(DTYPES, "(u + 0x8000u) >> 16", "u >> 16", "test_split_master_is_the_fp32_run[cpp]"),
     Mutant("csrc/core/philox.h", "c3 = uint32_t(a);", "c3 = uint32_t(b);", "test_philox"),
-    Mutant(SWEEP, "(word >> j & 1u)", "(word >> (j & 15) & 1u)", "test_frozen_elements_stay[cpp]"),
+    Mutant(SWEEP, "(word >> j & 1u)", "(word >> (j & 15) & 1u)", "test_frozen_elements_beside_fp32_states_stay"),
+    Mutant(SWEEP, "(word >> i & 1u)", "(word >> (i & 15) & 1u)", "test_frozen_elements_stay[cpp]"),
     Mutant(
         SWEEP, "buffer[i] = g[i] / scale * factor * sign + l2 * p[i];",
         "buffer[i] = (g[i] / scale * factor + l2 * p[i]) * sign;", "test_cpp[SGD]",

@@ -69,6 +69,14 @@ def test_frozen_elements_stay(backend: str) -> None:
     assert torch.equal(p.detach() != 1, keep) and torch.equal(opt.state[p]["exp_avg"] != 0, keep)
 
 
+def test_frozen_elements_beside_fp32_states_stay() -> None:
+    p, keep = nn.Parameter(torch.ones(200, dtype=torch.bfloat16)), torch.arange(200) % 3 == 0
+    opt = optim.AdamW([p], lr=0.1, masks={p: keep}, state_dtype="fp32", backend="cpp")
+    p.grad = torch.ones_like(p)
+    opt.step()
+    assert torch.equal(p.detach() != 1, keep) and torch.equal(opt.state[p]["exp_avg"] != 0, keep)
+
+
 @pytest.mark.parametrize("name", ["SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adagrad", "RMSprop", "Adadelta"])
 def test_as_torch(name: str) -> None:
     options = {"weight_decay": 0.1, "lr": 0.05} | ({"momentum": 0.9, "dampening": 0.2} if name == "SGD" else {})
