@@ -30,6 +30,15 @@ _SCRATCH = {"cpu": 2 << 20}
 _SCRATCH_GPU = 64 << 20
 
 
+def misfit(t: object) -> Any:
+    """What stands in the place of a dense tensor in one of DTYPES: its type's name, its layout or its dtype; None if it is one."""
+    if not isinstance(t, Tensor):
+        return type(t).__name__
+    if t.layout != torch.strided:
+        return t.layout
+    return None if t.dtype in DTYPES else t.dtype
+
+
 @functools.cache
 def _module(backend: str) -> ModuleType | None:
     name = f"fusedadapt.{_MODULES[backend]}"

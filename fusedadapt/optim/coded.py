@@ -176,9 +176,14 @@ def check_saved(op: str, label: str, saved: dict[str, Any]) -> None:
             raise ValueError(f"{op}: expected one scale per block for {name} of {label}; got {error}; it is damaged or of another kind") from None
 
 
+def saved_order(saved: dict[str, Any], p: Tensor) -> tuple[int, ...]:
+    """The strides ``p`` had when its state was saved: row-major ones unless the state says others."""
+    return tuple(int(n) for n in saved.get("strides", torch.empty(p.shape, dtype=p.dtype, device="meta").stride()))
+
+
 def place(state: dict[str, Any], saved: dict[str, Any], p: Tensor) -> None:
     """After loading: codes whose blocks ran over another memory order than ``p`` has are coded anew."""
-    order = tuple(int(n) for n in saved.get("strides", torch.empty(p.shape, dtype=p.dtype, device="meta").stride()))
+    order = saved_order(saved, p)
     if not is_compact(state) and names(state) and order != tuple(p.stride()) and p.numel():
         for name, form in formats(state).items():
             before = torch.empty_strided(p.shape, order, dtype=torch.uint8, device=p.device).copy_(state[name])

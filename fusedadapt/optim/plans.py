@@ -117,7 +117,7 @@ class Plan:
     def _check_orders(self) -> None:
         orders = self.opt._orders
         for i, e in enumerate(self.entries if orders else ()):
-            if e.param in orders and not tables.in_order(tables.local(e.param.detach()), orders[e.param]):
+            if e.param in orders and not tables.has_order(tables.local(e.param.detach()), orders[e.param]):
                 raise tables.TableError(i, "order:param")
 
     def _refusal(self, index: int, code: str) -> ValueError:

@@ -17,7 +17,7 @@ from torch import Tensor
 from . import coded, compact
 from .plans import Entry
 from .spec import CODED, RULES, STATE_DTYPES, Rule, is_compact
-from .table import in_order, is_dense, local, memory_order
+from .table import has_order, is_dense, local, memory_order
 
 if TYPE_CHECKING:
     from .base import FusedOptimizer
@@ -225,7 +225,7 @@ def pack_mask(mask: Tensor, like: Tensor) -> Tensor:
 
 def reorder_mask(words: Tensor, p: Tensor, order: tuple[int, ...]) -> Tensor:
     """Words that were packed when ``p`` had the strides ``order``, for the ones it has now."""
-    return words if in_order(p, order) else pack_mask(unpack_mask(words, torch.empty_strided(p.shape, order, device="meta")), p)
+    return words if has_order(p, order) else pack_mask(unpack_mask(words, torch.empty_strided(p.shape, order, device="meta")), p)
 
 
 def unpack_mask(words: Tensor, like: Tensor) -> Tensor:
@@ -330,9 +330,9 @@ def _convert(opt: FusedOptimizer, label: str, p: Tensor, group: dict[str, Any], 
     device = local(p.detach()).device
     out: dict[str, Any] = {}
     packed = is_compact(saved)
-    order = tuple(int(n) for n in saved.get("strides", torch.empty(local(p).shape, dtype=p.dtype, device="meta").stride()))
+    order = coded.saved_order(saved, local(p))
     coded.check_saved(op, label, saved)
-    if packed and not in_order(local(p), order):
+    if packed and not has_order(local(p), order):
         given = tuple(local(p).stride())
         raise ValueError(f"{op}: expected {label} with strides {order}, in whose order its compact state lies; got {given}; change its layout later")
     if packed:

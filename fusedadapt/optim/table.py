@@ -43,12 +43,9 @@ def is_dense(t: Tensor) -> bool:
     return True
 
 
-def in_order(t: Tensor, strides: tuple[int, ...]) -> bool:
+def has_order(t: Tensor, strides: tuple[int, ...]) -> bool:
+    """Whether elements lie as these strides say; those of sides of one element say nothing, and so do an empty tensor's."""
     return not t.numel() or all(n <= 1 or x == y for n, x, y in zip(t.shape, t.stride(), strides, strict=True))
-
-
-def same_order(a: Tensor, b: Tensor) -> bool:
-    return all(n <= 1 or x == y for n, x, y in zip(a.shape, a.stride(), b.stride(), strict=True))
 
 
 def memory_order(t: Tensor, like: Tensor) -> Tensor:
@@ -121,7 +118,7 @@ class Table:
         self._coded(i, found)
         if p.is_neg():
             raise TableError(i, "negated:param")
-        if p.numel() and (g.is_neg() or (not packed and not same_order(p, g))):
+        if p.numel() and (g.is_neg() or (not packed and not has_order(p, g.stride()))):
             self.strided.append(i)
             return []
         place = (group, ordinal, base, inner if inner > 0 else p.numel(), outer)
@@ -256,7 +253,7 @@ def _validate(i: int, p: Tensor, g: Tensor, found: dict[str, Tensor], states: li
             continue
         if name in states or name in (extra, "anchor"):
             refuse(index is None and t.shape != p.shape, f"shape:{name}")
-            refuse(index is None and not same_order(p, t) and p.numel() > 0, f"strides:{name}")
+            refuse(index is None and not has_order(p, t.stride()), f"strides:{name}")
             refuse(index is not None and not _vector(t, chosen), f"compact:{name}")
             coded = name in states and t.dtype == torch.uint8 and f"{name}_scale" in found
             refuse(t.dtype not in ((torch.float32, torch.int16) if name == extra else _FLOATING) and not coded, f"dtype:{name}")

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..derivatives import first_order, refuse_transforms
 from ..ops import fake_quant as ops
+from ..ops.quant import misfit
 from ..reference.fake_quant import INSIDE, wide
 
 
@@ -176,8 +177,7 @@ def _grad_scale(given: str | float | Tensor | None, x: Tensor, quant_max: int | 
 
 def _checked(x: Tensor, ste: str, scale_min: float) -> float:
     """``scale_min`` as a number."""
-    if not isinstance(x, Tensor) or x.dtype not in ops.DTYPES or x.layout != torch.strided:
-        got = type(x).__name__ if not isinstance(x, Tensor) else x.dtype if x.layout == torch.strided else x.layout
+    if (got := misfit(x)) is not None:
         ops.refuse("x: a dense tensor in float32, bfloat16, float16 or float64", got, "convert it")
     if not isinstance(ste, str) or ste not in INSIDE:
         ops.refuse(f"ste among {', '.join(INSIDE)}", repr(ste), "choose one of them")

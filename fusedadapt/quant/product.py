@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..autocast import autocasting
-from ..ops.quant import DTYPES
+from ..ops.quant import misfit
 from ..reference.quant import Parts
 from .tensor import QuantizedTensor
 
@@ -23,8 +23,7 @@ def checked_input(x: Tensor, qw: QuantizedTensor, bias: Tensor | None) -> Tensor
     for what, t in (("x", x), ("bias", bias)):
         if not isinstance(t, Tensor) and (t is not None or what == "x"):
             raise TypeError(f"{name}: expected {what}: a tensor; got {type(t).__name__}; convert it")
-        if t is not None and (t.dtype not in DTYPES or t.layout != torch.strided):
-            got = t.dtype if t.layout == torch.strided else t.layout
+        if t is not None and (got := misfit(t)) is not None:
             raise ValueError(f"{name}: expected {what}: dense, in float32, bfloat16, float16 or float64; got {got}; convert it")
     if not isinstance(qw, QuantizedTensor):
         raise TypeError(f"{name}: expected a QuantizedTensor; got {type(qw).__name__}; make one with fusedadapt.quantize")

@@ -110,8 +110,7 @@ def quantize(w: Tensor, format: str | QFormat = "nf4", group_size: int | None = 
     Raises:
         ValueError: unknown format or option, a group size that the format does not have, or a dtype that is not floating point.
     """
-    if not isinstance(w, Tensor) or w.dtype not in ops.DTYPES or w.layout != torch.strided:
-        got = type(w).__name__ if not isinstance(w, Tensor) else w.dtype if w.layout == torch.strided else w.layout
+    if (got := ops.misfit(w)) is not None:
         ops._refuse("quantize", "a dense tensor in float32, bfloat16, float16 or float64", got, "convert it")
     if w.dim() == 0:
         ops._refuse("quantize", "at least one dimension", "a scalar", "reshape it")

@@ -110,11 +110,8 @@ class SparseDelta:
         return cls(entries, kind)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "_undo": None,
-            "_module": None,
-        }  # another object must not write into these weights, nor carry a model's tensors into a file
+        # Another object must not write into these weights, nor carry a model's tensors into a file.
+        return {**self.__dict__, "_undo": None, "_module": None}
 
     @property
     def nnz(self) -> int:
