@@ -24,6 +24,7 @@ Step = Callable[[], object]
 # OpenMP's idle threads spin for about a millisecond after a parallel region and take a core from whoever runs next. Every sample starts with all
 # pools asleep, so that a contestant is not billed for its neighbour's.
 SETTLE = 5e-3
+SLOW = 0.08  # seconds: whoever needs more for a sample takes part in the first rounds only, and leaves the others their time
 COPY = "copy"
 _COPY_BYTES = 2**27  # far beyond any last-level cache that two threads can fill in a step
 _L2_BYTES = 2**28
@@ -134,14 +135,14 @@ class Clock:
 
     def __init__(self, settings: Settings, host: bool):
         self.cuda, self.host = settings.device == "cuda", host
+        self.least = 10 if host else 1  # calls in a sample: a host's time is that of a warm table, not of the first after another optimizer's
         self.scratch: Tensor | None = torch.empty(_L2_BYTES, dtype=torch.uint8, device="cuda") if self.cuda and not host else None
 
     def calls_for(self, step: Step) -> int:
         if self.scratch is not None:
             return 1  # the cache must be cold for each
         once = self.sample(step, 1)
-        # Host time is that of a warm table: calls in a row, not the first after another optimizer swept the caches.
-        return max(10 if self.host else 1, min(1000, math.ceil(2e-3 / max(once, 1e-7))))
+        return max(self.least, min(1000, math.ceil(2e-3 / max(once, 1e-7))))
 
     def sample(self, step: Step, calls: int) -> float:
         """Seconds per call."""
@@ -159,10 +160,17 @@ class Clock:
             time.sleep(SETTLE)
         if self.host:
             step()  # the one that finds the table cold
+            return statistics.median(single(step) for _ in range(calls))  # of calls: an interruption of the machine's is longer than all of them
         began = time.perf_counter()
         for _ in range(calls):
             step()
         return (time.perf_counter() - began) / calls
+
+
+def single(step: Step) -> float:
+    began = time.perf_counter()
+    step()
+    return time.perf_counter() - began
 
 
 def _contestants(row: Row, settings: Settings) -> list[Contestant]:
@@ -206,7 +214,9 @@ def measure(row: Row, settings: Settings) -> Result:
             result.absent[contestant.name] = str(error)
     if row.copy:
         steps[COPY] = copier(settings.device)
-    samples = take_turns(steps, Clock(settings, row.host), settings)
+    clock = Clock(settings, row.host)
+    slow = {name for name, step in steps.items() if name != row.contestants[0].name and clock.sample(step, 1) * clock.least > SLOW}
+    samples = take_turns(steps, clock, settings, slow)
     result.rounds = len(next(iter(samples.values())))
     _summarize(row, result, samples)
     return result

@@ -54,7 +54,7 @@ MUTANTS = (
     Mutant(DTYPES, "(u + 0x8000u) >> 16", "u >> 16", "test_split_master_is_the_fp32_run[cpp]"),
     Mutant("csrc/core/philox.h", "c3 = uint32_t(a);", "c3 = uint32_t(b);", "test_philox"),
     Mutant(SWEEP, "(word >> j & 1u)", "(word >> (j & 15) & 1u)", "test_frozen_elements_beside_fp32_states_stay"),
-    Mutant(SWEEP, "(word >> i & 1u)", "(word >> (i & 15) & 1u)", "test_frozen_elements_stay[cpp]"),
+    Mutant(SWEEP, "word << (31 - i)", "word << (31 - (i & 15))", "test_frozen_elements_stay[cpp]"),
     Mutant(
         SWEEP, "buffer[i] = g[i] / scale * factor * sign + l2 * p[i];",
         "buffer[i] = (g[i] / scale * factor + l2 * p[i]) * sign;", "test_cpp[SGD]",
@@ -104,7 +104,7 @@ MUTANTS = (
     Mutant("kernels/common.py", "return (bits & 1) != 0", "return (bits & 2) != 0", "test_frozen_elements_stay[triton]"),
     Mutant("kernels/optim.py", "g = g * clip * row[SIGN]", "g = g * row[SIGN]", "test_triton[AdamW]"),
     # the optimizers' Python
-    Mutant("fusedadapt/optim/base.py", ".clamp(max=1.0)", "", "test_clips_as_torch"),
+    Mutant("fusedadapt/optim/options.py", "1.0 if factor > 1.0 else factor", "factor", "test_clips_as_torch"),
     Mutant(
         "fusedadapt/optim/base.py", "stale |= self._getter(group) != known or (",
         "stale |= not known or (", "test_a_changed_learning_rate_counts",

@@ -1,11 +1,14 @@
 """Options in every form that torch and the official codes take them in, and their way through checkpoints."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from samples import feed, model
 
 from fusedadapt.optim import OPTIMIZERS, SGD, AdamW, Lion, from_torch, to_torch
+from fusedadapt.optim.options import clip_factor
 from fusedadapt.optim.plans import Scalars
 
 
@@ -149,6 +152,15 @@ def test_adagrad_has_all_its_states_as_torchs() -> None:
     ours.share_memory()
     assert len(ours.state) == 3 and all(v.is_shared() for s in ours.state.values() for v in s.values())
     ours.step()
+
+
+@pytest.mark.parametrize("square", [0.0, 1e-300, 0.25, 0.489999, 7.3, 1e30, math.inf, math.nan])
+def test_the_factor_of_clipping_is_torchs(square: float) -> None:
+    total = torch.tensor(square, dtype=torch.float64)
+    norm, factor = clip_factor(total, 0.7)
+    expected = (0.7 / (total.sqrt() + 1e-6)).clamp(max=1.0)
+    assert norm.dtype == factor.dtype == torch.float64
+    assert torch.equal(torch.stack([norm, factor]).nan_to_num(-1.0), torch.stack([total.sqrt(), expected]).nan_to_num(-1.0))
 
 
 def test_fp64_is_clipped_in_fp64() -> None:

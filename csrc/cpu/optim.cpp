@@ -51,8 +51,9 @@ const Kernels* best() {
 
 std::atomic<const Kernels*> chosen{nullptr};
 
-// Chunks per work item: small tensors are handed out in batches so that an item is worth its hand-out. A sample of the chunks tells their size.
-int64_t grain_of(const std::vector<TensorDesc>& tensors, const std::vector<Chunk>& chunks) {
+// Chunks per work item: small tensors are handed out in batches so that an item is worth its hand-out, but every thread should get several. A sample of
+// the chunks tells their size.
+int64_t grain_of(const std::vector<TensorDesc>& tensors, const std::vector<Chunk>& chunks, int threads) {
   constexpr size_t kSample = 64;
   const size_t stride = chunks.size() / kSample + 1;
   int64_t total = 0, seen = 0;
@@ -60,7 +61,8 @@ int64_t grain_of(const std::vector<TensorDesc>& tensors, const std::vector<Chunk
     const bool ends = c + 1 == chunks.size() || chunks[c + 1].tensor != chunks[c].tensor;
     total += (ends ? tensors[chunks[c].tensor].numel : chunks[c + 1].offset) - chunks[c].offset;
   }
-  return std::max<int64_t>(1, 16384 / std::max<int64_t>(total / std::max<int64_t>(seen, 1), 1));
+  const int64_t worth = 65536 / std::max<int64_t>(total / std::max<int64_t>(seen, 1), 1);
+  return std::max<int64_t>(1, std::min(worth, int64_t(chunks.size()) / (8 * std::max(threads, 1))));
 }
 
 // The first lines of a chunk's arrays: a small tensor is over before the hardware has noticed that it is read in order.
@@ -71,13 +73,9 @@ void prefetch_array(const TensorDesc& t, const void* base, int dtype, int64_t of
   for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(p + line, 0, 2);
 }
 
-void prefetch_gradient(const TensorDesc& t, int64_t offset) {
-  if (!t.index || t.compact_grad) prefetch_array(t, t.grad, t.grad_dtype, offset);
-}
-
 void prefetch(const TensorDesc& t, int64_t offset, int states) {
   if (!t.index) prefetch_array(t, t.param, t.param_dtype, offset);
-  prefetch_gradient(t, offset);
+  if (!t.index || t.compact_grad) prefetch_array(t, t.grad, t.grad_dtype, offset);
   for (int k = 0; k < states; ++k) prefetch_array(t, t.state[k], t.state_dtype[k], offset);
   prefetch_array(t, t.extra, t.extra_dtype, offset);
   if (t.mask) __builtin_prefetch(t.mask + offset / 32);
@@ -148,22 +146,19 @@ std::vector<Chunk> make_chunks(const std::vector<TensorDesc>& tensors, int64_t c
 void squares(const std::vector<TensorDesc>& tensors, const std::vector<Chunk>& chunks, float scale, int threads, double* out) {
   std::vector<double> part(chunks.size());
   const Kernels& k = kernels();
-  const auto span = [&](int64_t c) {
+  const auto span = [&](int64_t c, int64_t last) {
+    if (c >= last) return GradSpan{};
     const TensorDesc& t = tensors[chunks[c].tensor];
     const bool ends = c + 1 == int64_t(chunks.size()) || chunks[c + 1].tensor != chunks[c].tensor;
     return GradSpan{&t, chunks[c].offset, ends ? t.grad_numel : chunks[c + 1].offset};
   };
-  const int64_t grain = std::max<int64_t>(grain_of(tensors, chunks), kStreams);
+  const int64_t grain = (grain_of(tensors, chunks, threads) + kStreams - 1) / kStreams * kStreams;
   parallel_for(int64_t(chunks.size()), grain, threads, [&](int64_t first, int64_t last) {
+    GradSpan now[kStreams], next[kStreams];
+    for (int s = 0; s < kStreams; ++s) next[s] = span(first + s, last);
     for (int64_t c = first; c < last; c += kStreams) {
-      GradSpan spans[kStreams];
-      const int count = int(std::min<int64_t>(last - c, kStreams));
-      for (int s = 0; s < count; ++s) {
-        spans[s] = span(c + s);
-        const int64_t next = c + s + kStreams;
-        if (next < last) prefetch_gradient(tensors[chunks[next].tensor], chunks[next].offset);
-      }
-      k.squares(spans, count, scale, &part[size_t(c)]);
+      for (int s = 0; s < kStreams; ++s) now[s] = next[s], next[s] = span(c + kStreams + s, last);
+      k.squares(now, next, int(std::min<int64_t>(last - c, kStreams)), scale, &part[size_t(c)]);
     }
   });
   std::fill(out, out + tensors.size(), 0.0);
@@ -177,13 +172,10 @@ void sweep(int rule, const std::vector<TensorDesc>& tensors, const std::vector<C
   const float scale = globals.grad_scale ? *globals.grad_scale : 1.f, clip = globals.clip ? *globals.clip : 1.f;
   const int states = kRuleTable[rule].states, stored = kRuleTable[rule].stored;
   const auto n = int64_t(chunks.size());
-  // After a clip's norm backwards: the gradients it read last are still in the cache.
-  const auto at = [&](int64_t k) { return globals.clip ? n - 1 - k : k; };
-  parallel_for(n, grain_of(tensors, chunks), threads, [&](int64_t first, int64_t last) {
-    for (int64_t k = first; k < last; ++k) {
-      const int64_t c = at(k);
-      if (k + 2 < last) prefetch(tensors[chunks[at(k + 2)].tensor], chunks[at(k + 2)].offset, states);
-      if (watch && k + 4 < last) watch->near(chunks[at(k + 4)].tensor);
+  parallel_for(n, grain_of(tensors, chunks, threads), threads, [&](int64_t first, int64_t last) {
+    for (int64_t c = first; c < last; ++c) {
+      if (c + 2 < last) prefetch(tensors[chunks[c + 2].tensor], chunks[c + 2].offset, states);
+      if (watch && c + 4 < last) watch->near(chunks[c + 4].tensor);
       if (watch && chunks[c].offset == 0) watch->start(chunks[c].tensor);
       const TensorDesc& t = tensors[chunks[c].tensor];
       const bool ends = c + 1 == n || chunks[c + 1].tensor != chunks[c].tensor;

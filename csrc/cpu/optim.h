@@ -16,14 +16,15 @@ struct Piece {
   bool stochastic;
 };
 using UpdateFn = void (*)(const Piece&);
-// Elements [begin, end) of a gradient.
+// Elements [begin, end) of a gradient; no tensor: none.
 struct GradSpan {
-  const TensorDesc* tensor;
-  int64_t begin, end;
+  const TensorDesc* tensor = nullptr;
+  int64_t begin = 0, end = 0;
 };
-// Sums of squares of (gradient / scale) over up to kStreams spans, in double, each in a fixed order that does not depend on the others.
+// Sums of squares of (gradient / scale) over `count` of kStreams spans, in double, each in a fixed order that does not depend on the others.
+// `following`: what the next call will read; tensor null: nothing.
 constexpr int kStreams = 4;
-using SquaresFn = void (*)(const GradSpan* spans, int count, float scale, double* out);
+using SquaresFn = void (*)(const GradSpan* spans, const GradSpan* following, int count, float scale, double* out);
 
 // Positions of the set bits of a word that starts at `base`, in order; returns how many. `out` has room for 72.
 using PositionsFn = int (*)(uint64_t word, int64_t base, int64_t* out);

@@ -26,6 +26,7 @@ FA_HD void convert(To* __restrict out, const From* __restrict in, int n, Convert
 
 // Chosen bit by bit: a conditional store becomes a masked one, which costs AMD processors 20 cycles and more.
 FA_HD float choose(Keep keep, float fresh, float old) { return as_float((as_bits(fresh) & keep) | (as_bits(old) & ~keep)); }
+FA_HD float choose(bool keep, float fresh, float old) { return keep ? fresh : old; }  // of values that have both been read
 FA_HD uint16_t choose(Keep keep, uint16_t fresh, uint16_t old) { return uint16_t((fresh & keep) | (old & ~keep)); }
 
 // Rounded stores write frozen elements' own bits back.
@@ -273,7 +274,7 @@ int64_t update_words(const Piece& w, const Row& row) {
     const uint32_t word = t.mask[at / 32];
     if (!word) continue;
     for (int k = 0; k < Rule::kStates; ++k) s[k] = static_cast<float*>(t.state[k]) + at;
-    run<Rule, true>(p + at, g + at, factor, s[0], s[1], s[2], s[3], 32, r, [word](int i) { return 0u - (word >> i & 1u); });
+    run<Rule, true>(p + at, g + at, factor, s[0], s[1], s[2], s[3], 32, r, [word](int i) { return int32_t(word << (31 - i)) < 0; });
   }
   return end > w.begin ? end : w.begin;
 }
@@ -323,22 +324,49 @@ void add_squares(double* __restrict sum, const float* __restrict g, int n) {
   for (int j = 0; i + j < n; ++j) sum[j] += double(g[i + j]) * double(g[i + j]);
 }
 
-// One stream per thread does not fill the memory bus: spans are read side by side, in turns so short that each stays within the hardware's reach
-// (5,000 gradients of 4,096, two EPYC cores: one after the other 27 GB/s, turns of 512 elements 28, of 64 elements 39; merely reading: 40).
+// One stream per thread does not fill the memory bus: spans are read side by side, in turns so short that each stays within the hardware's reach, and
+// what the hardware does not foresee, the span that follows, is asked for kAhead bytes early. 5,000 gradients of 4,096 in places of their own, two EPYC
+// cores: one span after the other 17 GB/s, side by side 29.5, with lines asked for 32; out of one array 34.5.
 constexpr int kTurn = 64;
+constexpr int64_t kAhead = 1024;
 
-void squares(const GradSpan* spans, int count, float scale, double* out) {
+struct Stream {
+  const char *at, *end, *next;  // next: of next_bytes, what the stream reads after this
+  int64_t next_bytes;
+};
+
+// Where the lines lie that a stream needs kAhead bytes from now; where it ends before, lines it has.
+const char* ahead(const Stream& s) {
+  const int64_t rest = s.end - s.at;
+  return rest > kAhead ? s.at + kAhead : kAhead - rest < s.next_bytes ? s.next + (kAhead - rest) : s.at;
+}
+
+// (One function: taken apart, it reads a tenth slower.)
+void squares(const GradSpan* spans, const GradSpan* following, int count, float scale, double* out) {
   alignas(64) float gb[kTurn], ub[kTurn];
   alignas(64) double sums[kStreams][kLanes] = {};
-  int64_t at = 0;
-  for (int left = count; left > 0; at += kTurn) {
+  Stream streams[kStreams];
+  const auto address = [](const GradSpan& s, int64_t element) {
+    return s.tensor ? static_cast<const char*>(s.tensor->grad) + element * dtype_size(s.tensor->grad_dtype) : nullptr;
+  };
+  for (int k = 0; k < count; ++k) {
+    const GradSpan &now = spans[k], &next = following[k];
+    streams[k] = {address(now, now.begin), address(now, now.end), address(next, next.begin),
+                  address(next, next.end) - address(next, next.begin)};
+  }
+  for (int left = count; left > 0;) {
     left = 0;
     for (int k = 0; k < count; ++k) {
-      const int64_t begin = spans[k].begin + at, rest = spans[k].end - begin;
+      Stream& s = streams[k];
+      const int64_t rest = s.end - s.at;
       if (rest <= 0) continue;
-      const int n = int(rest < kTurn ? rest : kTurn);
-      left += rest > kTurn;
-      const float* g = load_tile(const_cast<void*>(spans[k].tensor->grad), spans[k].tensor->grad_dtype, begin, n, gb);
+      const int dtype = spans[k].tensor->grad_dtype, size = dtype == kF32 ? 4 : 2;
+      const int n = int(rest < kTurn * size ? rest / size : kTurn);
+      left += rest > kTurn * size;
+      const char* lines = ahead(s);
+      for (int b = 0; b < kTurn * size; b += 64) __builtin_prefetch(lines + b);
+      const float* g = load_tile(const_cast<char*>(s.at), dtype, 0, n, gb);
+      s.at += kTurn * size;
       if (scale != 1.f) {
         for (int i = 0; i < n; ++i) ub[i] = g[i] / scale;
         g = ub;

@@ -25,7 +25,7 @@ struct alignas(64) Fresh {
 };
 
 template <class Rule, class Half>
-void rule_over(Fresh& fresh, const Pair* p, const Pair* g, Pair* const* s, int n, const Row& row, float clip, Half half) {
+void rule_over(Fresh& fresh, const Pair* p, const Pair* g, Pair* const* s, int n, const Row& row, float factor, Half half) {
   const Row r = row;
   const Pair *s0 = s[0], *s1 = s[1], *s2 = s[2], *s3 = s[3];
 #pragma GCC ivdep
@@ -35,7 +35,7 @@ void rule_over(Fresh& fresh, const Pair* p, const Pair* g, Pair* const* s, int n
     if (Rule::kStates > 1) st[1] = half(s1[i]);
     if (Rule::kStates > 2) st[2] = half(s2[i]);
     if (Rule::kStates > 3) st[3] = half(s3[i]);
-    fresh.p[i] = Rule::step(half(p[i]) * r.decay, half(g[i]) * clip * r.sign, st, r);
+    fresh.p[i] = Rule::step(half(p[i]) * r.decay, half(g[i]) * factor, st, r);
     if (Rule::kStored > 0) fresh.s[0][i] = st[0];
     if (Rule::kStored > 1) fresh.s[1][i] = st[1];
     if (Rule::kStored > 2) fresh.s[2][i] = st[2];
@@ -62,8 +62,8 @@ void run_bf16(const Piece& w, const Row& r, const Pair* keep, int64_t begin, int
     const int n = int(pairs - first < kPairs ? pairs - first : kPairs);
     Pair *p = at(t.param), *g = at(t.grad), *s[kMaxStates] = {};
     for (int k = 0; k < Rule::kStates; ++k) s[k] = at(t.state[k]);
-    rule_over<Rule>(a, p, g, s, n, r, w.clip, first_of);
-    rule_over<Rule>(b, p, g, s, n, r, w.clip, second_of);
+    rule_over<Rule>(a, p, g, s, n, r, w.clip * r.sign, first_of);
+    rule_over<Rule>(b, p, g, s, n, r, w.clip * r.sign, second_of);
     const Pair* mine = keep ? keep + first : nullptr;
     store_pairs(p, a.p, b.p, mine, n);
     for (int k = 0; k < Rule::kStored; ++k) store_pairs(s[k], a.s[k], b.s[k], mine, n);

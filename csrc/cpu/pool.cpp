@@ -22,38 +22,60 @@ namespace {
 
 constexpr int kSpins = 4000;  // a few microseconds: the passes of one step follow each other at once
 
+// Every thread begins with a share of its own, the same at each call: what it touched in the last pass, and the translations of those addresses, are
+// still in its core. Whoever is done takes from the others.
+struct alignas(64) Share {
+  std::atomic<int64_t> next;
+  int64_t end;
+};
+
 struct Job {
-  int64_t items = 0, grain = 1;
-  const std::function<void(int64_t, int64_t)>* body = nullptr;
-  std::atomic<int64_t> next{0};
+  static constexpr int kShares = 64;
+  int64_t grain;
+  int shares;
+  const std::function<void(int64_t, int64_t)>& body;
   std::atomic<int> helpers{0};  // places left for pool threads
   std::exception_ptr error;
   std::mutex error_mutex;
+  Share share[kShares];
 
-  void work() {
+  Job(int64_t items, int64_t g, int threads, const std::function<void(int64_t, int64_t)>& f)
+      : grain(g), shares(std::min(threads, kShares)), body(f) {
+    const int64_t pieces = (items + grain - 1) / grain;
+    for (int k = 0; k < shares; ++k) {
+      share[k].next = pieces * k / shares * grain;
+      share[k].end = std::min(pieces * (k + 1) / shares * grain, items);
+    }
+  }
+
+  void work(int thread) {
+    for (int k = 0; k < shares; ++k) finish(share[(thread + k) % shares]);
+  }
+
+  void finish(Share& s) {
     for (;;) {
-      const int64_t first = next.fetch_add(grain, std::memory_order_relaxed);
-      if (first >= items) return;
+      const int64_t first = s.next.fetch_add(grain, std::memory_order_relaxed);
+      if (first >= s.end) return;
       try {
-        (*body)(first, std::min(first + grain, items));
+        body(first, std::min(first + grain, s.end));
       } catch (...) {
         std::lock_guard<std::mutex> lock(error_mutex);
         error = std::current_exception();
-        next.store(items);
+        for (int k = 0; k < shares; ++k) share[k].next.store(share[k].end);
       }
     }
   }
 };
 
 struct Pool {
-  std::mutex mutex;          // guards generation, busy and the threads
+  std::mutex mutex;  // guards generation, busy and the threads
   std::condition_variable wake, done;
   std::atomic<uint64_t> generation{0};
   int busy = 0, threads = 0;
   Job* job = nullptr;
-  std::mutex caller;         // one parallel_for at a time; a second caller runs alone
+  std::mutex caller;  // one parallel_for at a time; a second caller runs alone
 
-  void loop() {
+  void loop(int thread) {
     uint64_t seen = 0;
     for (;;) {
       for (int i = 0; i < kSpins && generation.load(std::memory_order_acquire) == seen; ++i) FA_PAUSE();
@@ -68,7 +90,7 @@ struct Pool {
         }
       }
       if (!mine) continue;
-      mine->work();
+      mine->work(thread);
       std::lock_guard<std::mutex> lock(mutex);
       if (--busy == 0) done.notify_one();
     }
@@ -77,13 +99,13 @@ struct Pool {
   void run(Job& j, int helpers) {
     {
       std::lock_guard<std::mutex> lock(mutex);
-      for (; threads < helpers; ++threads) std::thread([this] { loop(); }).detach();
+      for (; threads < helpers; ++threads) std::thread([this, thread = threads + 1] { loop(thread); }).detach();
       j.helpers = helpers;
       job = &j;
       generation.fetch_add(1, std::memory_order_release);
     }
     wake.notify_all();
-    j.work();
+    j.work(0);
     std::unique_lock<std::mutex> lock(mutex);
     job = nullptr;  // a thread that wakes from here on finds nothing
     done.wait(lock, [&] { return busy == 0; });
@@ -98,6 +120,11 @@ using Team = void (*)(void (*)(void*), void*, unsigned, unsigned);
 Team torch_team() {
   static const Team team = reinterpret_cast<Team>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
   return team;
+}
+
+int number_in_team() {
+  static const auto number = reinterpret_cast<int (*)()>(dlsym(RTLD_DEFAULT, "omp_get_thread_num"));
+  return number ? number() : 0;
 }
 
 std::atomic<bool> forked{false};
@@ -121,13 +148,10 @@ void parallel_for(int64_t items, int64_t grain, int threads, const std::function
   Pool& p = pool();
   std::unique_lock<std::mutex> alone(p.caller, std::try_to_lock);
   if (!alone.owns_lock()) return body(0, items);
-  Job job;
-  job.items = items;
-  job.grain = grain;
-  job.body = &body;
+  Job job(items, grain, threads, body);
   if (const Team team = torch_team()) {
     // Always as many as the caller named: a team that changes its size is set up anew.
-    team([](void* mine) { static_cast<Job*>(mine)->work(); }, &job, unsigned(threads), 0);
+    team([](void* mine) { static_cast<Job*>(mine)->work(number_in_team()); }, &job, unsigned(threads), 0);
   } else {
     p.run(job, helpers);
   }

@@ -9,8 +9,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .base import Extras, FusedOptimizer, Params
+from .base import FusedOptimizer, Params
 from .first_order import coupling
+from .options import Extras
 
 Betas = tuple[float, float]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from operator import itemgetter
-from typing import Any, ClassVar, TypedDict
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -12,34 +12,15 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from .. import dispatch
-from . import coded, compact
+from . import compact, options
 from . import state as states
+from .options import Extras
 from .plans import CpuPlan, Entry, Plan, ReferencePlan, Scalars, on
 from .plans_device import PLANS, DevicePlan
-from .spec import CODED, RULES, STATE_DTYPES, hyper
+from .spec import RULES, hyper
 from .table import local
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
-
-
-class Extras(TypedDict, total=False):
-    """Keyword-only options every optimizer of ours takes; :class:`FusedOptimizer` documents them."""
-
-    maximize: bool
-    capturable: bool
-    state_dtype: str | None
-    state_block: int | None
-    stochastic_rounding: bool
-    master_weights: str | None
-    masks: dict[Tensor, Tensor] | None
-    mask_state: str
-    decay_to: str
-    max_grad_norm: float | None
-    backend: str | None
-    seed: int
-    foreach: bool | None
-    fused: bool | None
-    differentiable: bool
 
 
 class FusedOptimizer(Optimizer):
@@ -83,35 +64,28 @@ class FusedOptimizer(Optimizer):
     closed_betas: ClassVar[bool] = False
     #: hyper-parameters that weight_decay feeds: "l2" (coupled) or "decoupled"
     decay: ClassVar[str] = "l2"
+    # what `options.take` sets
+    state_dtype: str | None
+    state_block: int
+    master_weights: str | None
+    mask_state: str
+    decay_to: str
+    stochastic_rounding: bool
+    max_grad_norm: float | None
+    backend: str | None
     _step_supports_amp_scaling = True
     _step_rule: ClassVar[str] = ""
 
     def __init__(self, params: Params, defaults: dict[str, Any], extras: Extras):
-        unknown = set(extras) - set(Extras.__annotations__)
-        if unknown:
-            raise TypeError(f"{type(self).__name__}: unexpected arguments {sorted(unknown)}; see FusedOptimizer for the shared options")
-        self._take_extras(extras)
+        options.take(self, extras)
+        self.grad_norm: Tensor | None = None
+        self._found_inf: Tensor | None = None
+        self._reset()
         shared = {"maximize": False, "foreach": None, "capturable": False, "differentiable": False, "fused": None, "seed": 0}
         compact.check_options(self, extras.get("masks") or {})
         super().__init__(params, defaults | {k: extras.get(k, v) for k, v in shared.items()})  # type: ignore[arg-type]
         self._orders: dict[Tensor, tuple[int, ...]] = {}  # strides of masked parameters: the order of their masks' bits
         self._masks: dict[Tensor, Tensor] = states.pack_masks(self, extras.get("masks") or {})
-
-    def _take_extras(self, extras: Extras) -> None:
-        name = type(self).__name__
-        self.state_dtype = states.one_of(name, "state_dtype", extras.get("state_dtype"), (None, *STATE_DTYPES, *CODED))
-        self.state_block = coded.check_options(name, self.state_dtype, extras.get("state_block"))
-        self.master_weights = states.one_of(name, "master_weights", extras.get("master_weights"), (None, "fp32", "split"))
-        self.mask_state = states.one_of(name, "mask_state", extras.get("mask_state", "dense"), ("dense", "compact"))
-        self.decay_to = states.one_of(name, "decay_to", extras.get("decay_to", "zero"), ("zero", "init"))
-        self.stochastic_rounding = bool(extras.get("stochastic_rounding", False))
-        self.max_grad_norm = extras.get("max_grad_norm")
-        if self.max_grad_norm is not None and not self.max_grad_norm > 0:
-            raise ValueError(f"{name}: expected max_grad_norm > 0; got {self.max_grad_norm}; None turns clipping off")
-        self.backend = extras.get("backend")
-        self.grad_norm: Tensor | None = None
-        self._found_inf: Tensor | None = None
-        self._reset()
 
     def _reset(self) -> None:
         """Forgets everything that is derived from param_groups and state."""
@@ -224,12 +198,11 @@ class FusedOptimizer(Optimizer):
         for plan in plans:
             squares = plan.squares(Scalars(on(grad_scale, plan.device), None, None, 0, False))
             parts.append((states.distributed().sum_squares(plan, squares) if self._sharded else squares.sum()).to(home))
-        # (a small model's step is over in the time of a few of torch's operations)
         total = sum(parts[1:], start=parts[0]) if parts else torch.zeros((), dtype=torch.float64, device=home)
-        norm = total.sqrt()
-        self.grad_norm = norm if any(plan.wide for plan in plans) else norm.float()
         assert self.max_grad_norm is not None
-        return (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        norm, factor = options.clip_factor(total, self.max_grad_norm)
+        self.grad_norm = norm if any(plan.wide for plan in plans) else norm.float()
+        return factor
 
     # --- plans -------------------------------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .base import Extras, FusedOptimizer, Params
+from .base import FusedOptimizer, Params
+from .options import Extras
 from .plans import Entry
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from . import compact
-from .base import Extras, FusedOptimizer, Params
+from .base import FusedOptimizer, Params
+from .options import Extras
 
 _SCALARS = ("weight_sum", "lr_max")
 
