@@ -29,7 +29,8 @@ def family(name: str, device: str) -> Family:
     if name == "optim":
         from . import registry, report, runner
 
-        return Family(registry.ROWS, runner.measure, report.document, report.results_table, report.plots)
+        chosen = [row for row in registry.ROWS if row.device == device]
+        return Family(chosen, runner.measure, report.document, report.results_table, report.plots)
     if name == "sparse":
         from . import sparse, sparse_report, sparse_runner
 

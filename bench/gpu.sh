@@ -73,7 +73,7 @@ if [[ ${1:-} == sanitizers ]]; then
   exit "$worst"
 fi
 part tests 220 "${tests[@]}"
-part bench 150 "$PYTHON" -m fusedadapt bench optim --device cuda --json "$OUT/optim.json"
+part bench 150 "$PYTHON" -m fusedadapt bench optim --device cuda --seconds 3 --json "$OUT/optim.json" --plots "$OUT"
 # 2 s a row; the 200 shapes of the grid take a twentieth of that each
 part lowrank 150 "$PYTHON" -m fusedadapt bench lowrank --device cuda --seconds 2 --json "$OUT/lowrank.json" --plots "$OUT"
 part quant 120 "$PYTHON" -m fusedadapt bench quant --device cuda --seconds 0.5 --json "$OUT/quant.json" --plots "$OUT"

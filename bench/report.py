@@ -54,20 +54,20 @@ def _commit() -> str:
 
 
 def judge(goal: Goal, results: Sequence[Result]) -> dict[str, Any] | None:
-    """The goal with what was measured, or None where its row or a contestant was not."""
-    result = next((r for r in results if r.row == goal.row), None)
+    """The goal with what was measured, or None where a row or a contestant of it was not."""
+    rows = {r.row: r for r in results}
+    result, other = rows.get(goal.row), rows.get(goal.other or goal.row)
     a = result.of(goal.a) if result else None
-    b = result.of(goal.b) if result and goal.b else None
-    if a is None or (goal.b and b is None):
+    b = other.of(goal.b or goal.a) if other else None
+    if result is None or other is None or a is None or b is None:
         return None
-    if goal.kind == "host":
-        measured, met = a.median * 1e6, a.median * 1e6 <= goal.limit
-    elif goal.kind == "faster":
-        measured = b.ratio / a.ratio if b else 0.0
-        met = measured >= goal.limit
+    if goal.kind in ("host", "copy"):
+        measured = a.median * 1e6 if goal.kind == "host" else a.copy_share or 0.0
+    elif goal.kind == "across":
+        measured = (a.median / result.elements) / (b.median / other.elements)
     else:
-        measured = a.ratio / b.ratio if b else 0.0
-        met = measured <= goal.limit
+        measured = b.ratio / a.ratio if goal.kind == "faster" else a.ratio / b.ratio
+    met = measured <= goal.limit if KINDS[goal.kind][0] == "≤" else measured >= goal.limit
     return {**asdict(goal), "measured": measured, "met": met}
 
 

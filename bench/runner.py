@@ -14,11 +14,12 @@ import time
 from collections.abc import Callable, Collection
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .registry import MIXES, Contestant, Row, bytes_per_element
+from .registry import MIXES, OFFSETS, Contestant, Row, bytes_per_element
 
 Step = Callable[[], object]
 # OpenMP's idle threads spin for about a millisecond after a parallel region and take a core from whoever runs next. Every sample starts with all
@@ -74,11 +75,15 @@ class Settings:
 @functools.lru_cache(maxsize=1)
 def parameters(mix: str, dtype: torch.dtype, device: str, quick: bool) -> list[torch.nn.Parameter]:
     """Parameters with gradients; the tensors of all contestants of a row are these, only the states are their own."""
-    draw = torch.Generator(device).manual_seed(1)
-    out = []
+    draw, out, off = torch.Generator(device).manual_seed(1), [], OFFSETS.get(mix, 0)
+
+    def normal(shape: tuple[int, ...], scale: float) -> Tensor:
+        drawn = torch.randn(math.prod(shape) + off, generator=draw, device=device)
+        return drawn.mul_(scale).to(dtype)[off:].view(shape)
+
     for shape in MIXES[mix][1 if quick else 0]:
-        p = torch.nn.Parameter(torch.randn(shape, generator=draw, device=device).to(dtype))
-        p.grad = (torch.randn(shape, generator=draw, device=device) * 1e-2).to(dtype)
+        p = torch.nn.Parameter(normal(shape, 1.0))
+        p.grad = normal(shape, 1e-2)
         out.append(p)
     return out
 
@@ -96,8 +101,11 @@ def prepare(contestant: Contestant, params: list[torch.nn.Parameter]) -> Step:
         options["masks"] = {p: (torch.rand(p.shape, generator=draw) < contestant.mask).to(p.device) for p in params}
     if contestant.graph:
         options["capturable"] = True
+    given: list[Any] = list(params)
+    if contestant.groups > 1:
+        given = [{"params": params[k :: contestant.groups], "lr": options["lr"] * (k + 1)} for k in range(contestant.groups)]
     with redirect_stdout(io.StringIO()):  # adabelief_pytorch greets
-        optimizer = cls(params, **options)
+        optimizer = cls(given, **options)
     step: Step = optimizer.step
     if contestant.clip is not None:
         limit = contestant.clip

@@ -192,7 +192,7 @@ def _search(given: List, short: bool, k: int, ties: str) -> Tensor:
         for number, (shift, bits) in enumerate(levels):
             counts = torch.zeros(1 << bits, dtype=torch.int64, device=given.device)
             _count(given, counts, found, shift, bits)
-            find_bin_kernel[(1,)](counts, found, shift, bits, number == len(levels) - 1, checks.TIES.index(ties), 1 << bits, **OPTIONS)
+            find_bin_kernel[(1,)](counts, found, shift, bits, int(number == len(levels) - 1), checks.TIES.index(ties), 1 << bits, **OPTIONS)
     return found
 
 

@@ -40,6 +40,8 @@ def test_rows_are_distinct_and_known():
 def test_mixes_are_what_they_say():
     assert elements("1x33M") == 2**25
     assert elements("minilm") == 22_713_216
+    assert elements("1B") == 1_235_814_400
+    assert elements("1x20M") == elements("5000x4096")
     assert elements("llama-lora") == 32 * (4 * 16 * 4096 + 16 * (4096 + 1024 + 1024 + 4096))
     assert len(registry.MIXES["5000x256"][0]) == 5000
 
@@ -47,8 +49,12 @@ def test_mixes_are_what_they_say():
 def test_goals_name_rows_and_contestants():
     rows = {row.name: row for row in registry.ROWS}
     for goal in registry.GOALS:
-        names = {c.name for c in rows[goal.row].contestants}
-        assert goal.a in names and (goal.kind == "host" or goal.b in names), goal
+        row = rows[goal.row]
+        names = {c.name for c in runner._contestants(row, runner.Settings(row.device))}
+        assert goal.a in names and (not goal.b or goal.b in names), goal
+        assert (goal.kind in ("faster", "cost")) == bool(goal.b) and (goal.kind == "across") == bool(goal.other)
+        assert row.copy or goal.kind != "copy"
+        assert not goal.other or rows[goal.other].device == row.device
     assert {g.limit for g in registry.GOALS if g.kind == "faster" and g.b == "torch fused"} == {0.95, 1.2, 2.5, 2.0, 15.0}
 
 
@@ -74,7 +80,13 @@ def test_bytes_per_element(cls, options, dtype, mask, expected):
     assert registry.bytes_per_element(registry.TORCH_FUSED, dtype) is None
 
 
-@pytest.mark.parametrize("row", registry.ROWS, ids=lambda row: row.name)
+CPU_NAMES = {row.name for row in registry.ROWS if row.device == "cpu"}
+
+
+# a GPU's row beside a CPU's is the same but for its name
+@pytest.mark.parametrize(
+    "row", [row for row in registry.ROWS if row.name.removesuffix(" gpu") not in CPU_NAMES - {row.name}], ids=lambda row: row.name
+)
 def test_every_row_runs(row, tiny_mixes):
     result = runner.measure(row, TINY)
     assert result.rounds >= 2 and result.elements == 7 + 99
@@ -98,6 +110,26 @@ def test_goals_are_judged(kind, limit, measured, met):
     judged = report.judge(registry.Goal("", "r", kind, limit, "a", "b"), [fake("r", a=1.0, b=4.0)])
     assert (judged["measured"], judged["met"]) == (measured, met)
     assert report.judge(registry.Goal("", "r", kind, limit, "a", "absent"), [fake("r", a=1.0)]) is None
+
+
+def test_goals_across_rows_are_per_element():
+    one, many = fake("one", a=2.0), dataclasses.replace(fake("many", a=9.0), elements=3)
+    goal = registry.Goal("", "many", "across", 1.4, "a", other="one")
+    assert report.judge(goal, [one, many]) == {**dataclasses.asdict(goal), "measured": 1.5, "met": False}
+    assert report.judge(goal, [many]) is None
+
+
+def test_rows_prepare_what_they_say(monkeypatch):
+    """Misaligned tensors, and groups that differ."""
+    monkeypatch.setitem(runner.MIXES, "5000x4096+1", ([(16,)], [(16,)]))
+    monkeypatch.setitem(runner.MIXES, "5000x4096", ([(16,)] * 6, [(16,)] * 6))
+    runner.parameters.cache_clear()
+    [p] = runner.parameters("5000x4096+1", torch.float32, "cpu", True)
+    assert p.data_ptr() % 16 == p.grad.data_ptr() % 16 == 4 and p.shape == (16,)
+    step = runner.prepare(registry.OURS_GROUPS, runner.parameters("5000x4096", torch.float32, "cpu", True))
+    groups = step.__self__.param_groups
+    assert [len(g["params"]) for g in groups] == [2, 2, 1, 1] and len({g["lr"] for g in groups}) == 4
+    runner.parameters.cache_clear()
 
 
 def test_host_goal_is_in_microseconds():

@@ -84,6 +84,22 @@ def test_16_bit_parity_of_layers(name: str, fp32_adapters: bool, dtype: torch.dt
         assert mine <= (1.6 if "magnitude" in key else 1.2) * theirs + 2e-5, (key, mine, theirs)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_large_adapter_bias_is_not_rounded_before_it_is_added(dtype: torch.dtype) -> None:
+    model = build(CONFIGS["bias"](), dtype)
+    layer = layer_of(model)
+    with torch.no_grad():
+        layer.lora_B["default"].bias.normal_(std=30)
+    exact = results(copy.deepcopy(layer).double(), tokens().double())
+    eager = results(layer, tokens(dtype))
+    fa.patch(model)
+    ours = results(layer, tokens(dtype))
+    assert ours["y"].dtype == dtype and ours.keys() == eager.keys()
+    for key, truth in exact.items():
+        mine, theirs = (float((found[key].double() - truth).norm() / truth.norm()) for found in (ours, eager))
+        assert mine <= 1.2 * theirs + 1e-5, (key, mine, theirs)
+
+
 @pytest.mark.parametrize("name", ["lora", "dora", "vera", "ia3", "adalora"])
 def test_autocast_parity(name: str) -> None:
     model = build(CONFIGS[name]())

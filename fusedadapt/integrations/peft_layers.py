@@ -207,7 +207,7 @@ def _lora_run(layer: Any, x: Tensor, names: Sequence[str], numbers: Numbers, pap
     order = packed.weight_of(base).order if packed.is_packed(base) else None
     if order is not None:
         x = x[..., order]
-    segments, extra = [], None
+    segments, extra, ones = [], None, None
     for name, (s, p) in zip(names, numbers, strict=True):
         a = layer.lora_A[name].weight
         segments.append(Segment(a if order is None else a[:, order], layer.lora_B[name].weight, s, p))
@@ -215,25 +215,10 @@ def _lora_run(layer: Any, x: Tensor, names: Sequence[str], numbers: Numbers, pap
         if own is not None:
             extra = own * s if extra is None else extra + own * s
     if extra is not None:
-        bias = (extra.detach() if bias is None else bias + extra.detach()).to(weight.dtype)
-    y = lora_linear_group(x, (Output(weight, bias, segments),))[0]
-    return y if extra is None else _bias_gradient(y, extra)
-
-
-class _BiasGradient(torch.autograd.Function):
-    """Leads the gradient of a bias that y holds already to ``bias``, summed in its own dtype: through a 16-bit copy it would arrive rounded."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, bias: Tensor) -> Tensor:
-        ctx.dtype = bias.dtype
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        return dy, dy.reshape(-1, dy.shape[-1]).sum(0, dtype=ctx.dtype) if ctx.needs_input_grad[1] else None
-
-
-_bias_gradient: Any = _BiasGradient.apply
+        bias = extra if bias is None else bias + extra
+        if bias.dtype != weight.dtype and not packed.is_packed(base):  # only after a row scale is a bias wider than the weight added unrounded
+            ones = torch.ones(bias.shape[0], dtype=bias.dtype, device=bias.device)
+    return lora_linear_group(x, (Output(weight, bias, segments, ones),))[0]
 
 
 # ---- AdaLoRA: E gates the ranks
