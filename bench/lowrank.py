@@ -96,7 +96,7 @@ def _cpu_rows() -> Iterable[Row]:
         for p in (0.1, 0.0):
             yield _row("lora", REFERENCE, p, dtype, EVERYONE, native=True)
     for shape in ENCODER:
-        for p, dtype in ((0.1, FP32), (0.0, FP32), (0.1, BF16)):
+        for p, dtype in ((0.1, FP32), (0.0, FP32), (0.1, BF16), (0.0, BF16)):
             yield _row("encoder", shape, p, dtype, MAIN)
     for dtype in (FP32, BF16):
         yield _row("q/k/v", ENCODER_QKV, 0.1, dtype, GROUPED)
