@@ -19,7 +19,7 @@ from ..ops.base import Base
 from ..ops.lowrank import ops_for
 from ..quant.tensor import QuantizedTensor
 from ..reference.lowrank import wide
-from .function import _no_autocast, as_tensor, resolved
+from .function import _no_autocast, _unrounded, as_tensor, resolved
 from .functional import Output, Segment, _cast, _check_dtypes, _check_outputs, _scalars, _seed, lora_linear, tracing
 
 ops = torch.ops.fusedadapt
@@ -106,7 +106,7 @@ class DoraDropout(torch.autograd.Function):
         with _no_autocast(x.device.type):
             s, p = scalars[0, 0], scalars[:, 1]
             y = base_ops.linear(x, base, bias)
-            z = base_ops.linear(ops.lr_dropout(x, seed, p), base)
+            z = base_ops.linear(ops.lr_dropout(_unrounded(x), seed, p), base)
             u = ops.lr_shrink(x, A, seed, p, [A.shape[0]])
             # In fp32 until the last rounding: y takes two corrections, and rounding after each would cost more than eager does.
             total = y.to(wide(y.dtype))
