@@ -93,8 +93,16 @@ def counted(made: Built, given: Problem) -> tuple[float, int]:
     return (saved.total if saved.total > _SMALL else 0) / size, flops.get_total_flops()
 
 
+def keep_freed_memory() -> None:
+    """glibc gives back what is freed beyond twice the largest block it has seen freed, counting up to 32 MB. A process that has trained for a while
+    has seen such a one; in a young one it is chance who writes to fresh pages (0.5 ms for a result of 5 MB, a fifth of what an adapter costs there).
+    """
+    torch.empty((1 << 23) - (1 << 12), dtype=torch.float32, device="cpu")
+
+
 def measure(row: Row, settings: Settings) -> Result:
     """All contestants of a row in turns until the time is up; the slow ones three times."""
+    keep_freed_memory()
     given = problem(row, settings.device, settings.quick)
     widened = dense.widens(given.x)
     dtype = str(row.dtype).removeprefix("torch.")

@@ -229,6 +229,31 @@ def test_autocast(method):
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in layer.parameters() if p.requires_grad)
 
 
+traces = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*is deprecated:DeprecationWarning")
+
+
+@traces
+@every_method
+def test_torch_jit_traces_it(method):
+    layer, x = make(method, p=0.5).eval(), torch.randn(5, K, requires_grad=True)
+    traced = torch.jit.trace(layer, (torch.randn(3, K),))
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.mul_(1.25)  # the graph reads parameters, not what they were
+    grads = [torch.autograd.grad(f(x).square().sum(), [x, *(p for p in layer.parameters() if p.requires_grad)]) for f in (traced, layer)]
+    assert torch.equal(traced(x), layer(x)) and all(torch.equal(a, b) for a, b in zip(*grads))
+    traced = torch.jit.trace(layer.train(), (x,), check_trace=False)  # its check would compare two masks
+    if method in ("lora", "dora"):
+        assert not torch.equal(traced(x), traced(x))
+
+
+@traces
+def test_torch_jit_and_two_masked_products():
+    layer = make("dora", p=0.5, dropout_form="peft")
+    with pytest.raises(RuntimeError, match="fusedadapt.dora_linear_peft: expected a call without dropout inside torch.jit.trace"):
+        torch.jit.trace(layer, (torch.randn(3, K),))
+
+
 @pytest.mark.parametrize(("method", "options"), [(m, {}) for m in METHODS] + [("dora", {"dropout_form": "peft"})], ids=str)
 def test_compiles_whole_and_once(method, options):
     torch._dynamo.reset()

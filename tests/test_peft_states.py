@@ -282,3 +282,35 @@ def test_what_is_no_module_is_refused(thing: Any) -> None:
     for call in (fa.patch, fa.unpatch):
         with pytest.raises(ValueError, match="fusedadapt.*expected"):
             call(thing)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("ranks", [(4, 4), (6, 3), (3, 6)])
+def test_hotswap(ranks: tuple[int, int], compiled: bool, tmp_path: Any) -> None:
+    """PEFT's exchange of one adapter's values for another's, of any rank and scaling, under a patched model and under a graph of it."""
+    from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
+    from torch._dynamo.testing import CompileCounter
+
+    x, saved = torch.randn(5, 8), []
+    for i, rank in enumerate(ranks):
+        torch.manual_seed(0)
+        model = peft.get_peft_model(nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 8)), lora(r=rank, lora_alpha=4 + 9 * i, target_modules=["0", "1"]))
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if "lora_" in name:
+                    p.normal_(0, 0.3, generator=torch.Generator().manual_seed(i))
+        saved.append((str(tmp_path / str(i)), model.eval()))
+        model.save_pretrained(saved[i][0])
+    torch.manual_seed(0)
+    model = peft.PeftModel.from_pretrained(nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 8)), saved[0][0]).eval()
+    if compiled:
+        prepare_model_for_compiled_hotswap(model, target_rank=6, config=model.peft_config)
+    fa.patch(model, strict=True)
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    run = torch.compile(model, backend=counter, fullgraph=True) if compiled else model
+    with fa.strict(), torch.no_grad():
+        for i in (0, 1, 0):
+            hotswap_adapter(run, saved[i][0], "default", torch_device="cpu")
+            torch.testing.assert_close(run(x), saved[i][1](x), atol=1e-5, rtol=1e-5)
+    assert counter.frame_count == int(compiled)

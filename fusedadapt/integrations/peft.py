@@ -70,7 +70,7 @@ class FusedForward:
         self._register()
 
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        layer, kind = self.layer, layers.KINDS[self.method]
+        layer, kind = self.layer, self.kind
         if layers.idle(layer, kind):
             return type(layer).forward(layer, x, *args, **kwargs)
         reason = _call_reason(args, kwargs) or layers.base_reason(layer)
@@ -92,7 +92,7 @@ class FusedForward:
         self.layer.forward, self.layer._replicate_for_data_parallel = self, self.replicate
 
     def _values(self, names: Sequence[str]) -> layers.Numbers:
-        kind = layers.KINDS[self.method]
+        kind = self.kind
         if not torch.compiler.is_compiling() or not kind.dropouts:
             return [layers.numbers_of(self.layer, kind, name) for name in names]
         found, dropouts = torch.ops.fusedadapt.peft_numbers(self.key, names), getattr(self.layer, kind.dropouts)

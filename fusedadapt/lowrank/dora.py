@@ -15,12 +15,12 @@ from torch import Tensor
 from ..autocast import autocasting
 from ..derivatives import first_order, refuse_transforms
 from ..ops import base as base_ops
-from ..ops import lowrank as _ops  # noqa: F401 - defines torch.ops.fusedadapt.lr_*
 from ..ops.base import Base
+from ..ops.lowrank import ops_for
 from ..quant.tensor import QuantizedTensor
 from ..reference.lowrank import wide
-from .function import _no_autocast, as_tensor, resolved
-from .functional import Output, Segment, _cast, _check_dtypes, _check_outputs, _scalars, _seed, lora_linear
+from .function import _no_autocast, _unrounded, as_tensor, resolved
+from .functional import Output, Segment, _cast, _check_dtypes, _check_outputs, _scalars, _seed, lora_linear, tracing
 
 ops = torch.ops.fusedadapt
 
@@ -55,15 +55,30 @@ def dora_scale(
     for name, vector in (("magnitude", magnitude), ("rowsq", rowsq)):
         if vector is not None and tuple(vector.shape) != (weight.shape[0],):
             raise _error("dora_scale", f"{name} of shape ({weight.shape[0]},)", tuple(vector.shape), "give one number per row of W")
+    base = Output(weight).base
     with torch.no_grad():
-        norm = _row_norm(Output(weight).base, A, B, scaling, rowsq)
+        norm: Tensor = _node(scaling, A, B, rowsq, *base) if tracing() else _row_norm(ops, base, A, B, scaling, rowsq)
     return magnitude.to(norm.dtype) / norm
 
 
-def _row_norm(base: Base, A: Tensor, B: Tensor, scaling: float | Tensor, rowsq: Tensor | None) -> Tensor:
+class _RowNorm(torch.autograd.Function):
+    """`_row_norm` as one node of a trace, computed anew at every call of it: torch.jit's tracer cannot record ops with lists of sizes."""
+
+    @staticmethod
+    def forward(ctx: Any, scaling: float | Tensor, A: Tensor, B: Tensor, rowsq: Tensor | None, *fields: Any) -> Tensor:
+        A, B = resolved((A, B))
+        norm = _row_norm(ops_for(A), Base(*fields), A, B, scaling, rowsq)
+        ctx.mark_non_differentiable(norm)  # the trace does not know that this was under no_grad
+        return norm
+
+
+_node: Any = _RowNorm.apply
+
+
+def _row_norm(ops: Any, base: Base, A: Tensor, B: Tensor, scaling: float | Tensor, rowsq: Tensor | None) -> Tensor:
     rank = [A.shape[0]]
     if rowsq is None or base.spec:
-        c, rowsq = base_ops.skinny_w(base, A)
+        c, rowsq = base_ops.skinny_w(base, A, ops)
     else:
         c = ops.lr_shrink(base.weight, A, None, None, rank)
     # These products, too, by lr_shrink: torch's would follow autocast and TF32 down to three digits.
@@ -91,7 +106,7 @@ class DoraDropout(torch.autograd.Function):
         with _no_autocast(x.device.type):
             s, p = scalars[0, 0], scalars[:, 1]
             y = base_ops.linear(x, base, bias)
-            z = base_ops.linear(ops.lr_dropout(x, seed, p), base)
+            z = base_ops.linear(ops.lr_dropout(_unrounded(x), seed, p), base)
             u = ops.lr_shrink(x, A, seed, p, [A.shape[0]])
             # In fp32 until the last rounding: y takes two corrections, and rounding after each would cost more than eager does.
             total = y.to(wide(y.dtype))
@@ -168,7 +183,7 @@ def dora_linear_peft(
         [..., N] in x's dtype. Gradients for x, weight, bias, A, B and magnitude, those that somebody needs.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, p outside [0, 1).
+        ValueError: shapes, dtypes or devices that do not fit, p outside [0, 1). RuntimeError: dropout inside torch.jit.trace.
     """
     refuse_transforms("fusedadapt.lora_linear")
     output = Output(weight, bias, (Segment(A, B, scaling, dropout_p),))
@@ -177,6 +192,9 @@ def dora_linear_peft(
     p = dropout_p if training else 0.0
     if not isinstance(p, Tensor) and p == 0:
         return lora_linear(x, weight, A, B, bias=bias, scaling=scaling, row_scale=scale)
+    if tracing():
+        fix = "trace it in eval mode, or take the paper's form"
+        raise RuntimeError(f"fusedadapt.dora_linear_peft: expected a call without dropout inside torch.jit.trace; got one with; {fix}")
     device_type = x.device.type
     if autocasting(device_type) and x.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device_type)

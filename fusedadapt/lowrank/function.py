@@ -93,6 +93,11 @@ def _in(dtype: torch.dtype, t: Tensor) -> Tensor:
     return t if t.dtype == dtype else t.to(dtype)  # a conversion that does nothing takes 1.4 us
 
 
+def _unrounded(x: Tensor) -> Tensor:
+    """x in fp32 where its products are made of fp32 tiles anyway: then so are their results."""
+    return x.float() if widens(x) else x
+
+
 def as_tensor(scalars: Tensor | Numbers) -> Tensor:
     """fp64 CPU [segments, 2]."""
     return scalars if isinstance(scalars, Tensor) else torch.tensor(scalars, dtype=torch.float64, device="cpu").view(-1, 2)
@@ -142,8 +147,9 @@ class LowRankLinear(torch.autograd.Function):
                 if output.row_scale is None:
                     y = base_ops.linear(xs, output.base, output.bias, low)
                 else:
-                    y0 = base_ops.linear(xs, output.base, output.bias if output.scale_bias else None)
-                    y = ops.lr_scale_add_(y0, v, b, output.row_scale, None if output.scale_bias else output.bias)
+                    # Where the product is made of fp32 tiles anyway, it stays so until it is scaled, and for the gradient of the scale.
+                    y0 = base_ops.linear(_unrounded(xs), output.base, output.bias if output.scale_bias else None)
+                    y = _in(x.dtype, ops.lr_scale_add_(y0, v, b, output.row_scale, None if output.scale_bias else output.bias))
                     y0 = y0 if output.row_scale.requires_grad else None
                 kept.append(y0)
                 results.append(y)
@@ -173,10 +179,9 @@ class LowRankLinear(torch.autograd.Function):
             xs = x if x is None or col_scale is None else (x * col_scale).to(x.dtype)
             found: list[Tensor | None] = [None] * len(tensors)
             into_x, dy0s, dus, column = want_x or want_col, [], [], 0
-            # Where products are made of fp32 tiles anyway, the gradient of col_scale gets dx before its rounding.
-            wide = want_col and widens(sample)
             for output, given_dy, y0 in zip(outputs, resolved(grads), kept, strict=True):
-                dy = given_dy.float() if wide and given_dy is not None else given_dy
+                # the gradient of col_scale gets dx before its rounding
+                dy = _unrounded(given_dy) if want_col and given_dy is not None else given_dy
                 width = sum(output.ranks)
                 dy0 = None
                 if dy is None:

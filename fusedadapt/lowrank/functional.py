@@ -155,7 +155,12 @@ def lora_linear_group(
 
 def _is_watched(x: Tensor) -> bool:
     """Whether anybody but the caller wants to know of a call: autograd (whose forward mode no_grad leaves on), a tracer, who `is_direct` names."""
-    return torch.is_grad_enabled() or forward_ad._current_level >= 0 or torch._C._get_tracing_state() is not None or not is_direct(x)
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0 or tracing() or not is_direct(x)
+
+
+def tracing() -> bool:
+    """Inside torch.jit.trace."""
+    return torch._C._get_tracing_state() is not None
 
 
 def _scalars(segments: Sequence[Segment], training: bool) -> tuple[Tensor | Numbers, bool]:

@@ -316,6 +316,7 @@ def _checked(method: str, r: int, dropout: float, options: dict[str, Any]) -> Me
 
 
 def _is_number(value: object) -> bool:
+    """A function, because mypy takes no float for a Real and what follows for unreachable."""
     return isinstance(value, Real)
 
 

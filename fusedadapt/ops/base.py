@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,14 +56,13 @@ def linear_dx(dy: Tensor, base: Base, low: Low | None = None) -> Tensor:
     return dx if low is None else dense_low.add(dx, low)
 
 
-def skinny_w(base: Base, a: Tensor) -> tuple[Tensor, Tensor]:
-    """(W a^T, squared norms of W's rows). A packed weight is dequantized to fp32 some rows at a time."""
-    ops = torch.ops.fusedadapt
+def skinny_w(base: Base, a: Tensor, ops: Any) -> tuple[Tensor, Tensor]:
+    """(W a^T, squared norms of W's rows). A packed weight is dequantized to fp32 some rows at a time. ``ops``: `lowrank.ops_for` them."""
     if not base.spec:
         c, rowsq = ops.lr_skinny_w(base.weight, a)
         return c, rowsq
     step, found = max(1, _PIECE // max(1, base.k)), []
     for row in range(0, base.n, step):
-        w = ops.q_dequantize(*base.parts, base.spec, base.n, base.k, row, min(base.n, row + step), torch.float32)
+        w = torch.ops.fusedadapt.q_dequantize(*base.parts, base.spec, base.n, base.k, row, min(base.n, row + step), torch.float32)
         found.append(ops.lr_skinny_w(w.to(a.dtype) if a.dtype == torch.float64 else w, a))
     return torch.cat([c for c, _ in found]), torch.cat([rowsq for _, rowsq in found])

@@ -75,14 +75,17 @@ def widened(
         right = (w[:, j : j + block] if transposed else w[j : j + block].t()).float()
         under = None if wide_bias is None else wide_bias[j : j + block]
         for i in range(0, x.shape[0], block):
-            rows = x[i : i + block].float()
+            rows, out = x[i : i + block].float(), y[i : i + block, j : j + block]
+            tile = out if out.dtype == torch.float32 else right.new_empty(out.shape)
             if start is not None:
-                tile = right.new_empty(rows.shape[0], right.shape[1])
                 start(tile, under, i, j)
                 tile.addmm_(rows, right)
+            elif under is None:
+                torch.mm(rows, right, out=tile)
             else:
-                tile = rows @ right if under is None else torch.addmm(under, rows, right)
-            y[i : i + block, j : j + block] = tile
+                torch.addmm(under, rows, right, out=tile)
+            if tile is not out:
+                out.copy_(tile)
     return y
 
 

@@ -295,10 +295,10 @@ def _check_skinny_w(w: Tensor, a: Tensor) -> None:
     lambda w, a: (_fp32(w, w.shape[0], a.shape[0]), _fp32(w, w.shape[0])),
     lambda w, a, **_: 2 * w[0] * w[1] * (a[0] + 1),
 )
-def _skinny_w(w: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+def _skinny_w(w: Tensor, a: Tensor, backend: ModuleType | None = None) -> tuple[Tensor, Tensor]:
     if w.numel() == 0:
         return _fp32(w, w.shape[0], a.shape[0]).zero_(), _fp32(w, w.shape[0]).zero_()
-    out: tuple[Tensor, Tensor] = backend_of("skinny_w", w).skinny_w(_rows(w), a)
+    out: tuple[Tensor, Tensor] = (backend or backend_of("skinny_w", w)).skinny_w(_rows(w), a)
     return out
 
 
@@ -343,6 +343,7 @@ RUNS: dict[str, tuple[Callable[..., Any], str]] = {
     "lr_add_": (_add_, "add_"),
     "lr_scale_add_": (_scale_add_, "scale_add_"),
     "lr_bwd_dy": (_bwd_dy, "bwd_dy"),
+    "lr_skinny_w": (_skinny_w, "skinny_w"),
 }
 _direct = functools.lru_cache(maxsize=64)(_Direct)
 

@@ -39,9 +39,9 @@ class PackedWeight(nn.Linear):
 
     @property
     def quantized(self) -> QuantizedTensor:
-        """The weight; shares memory with the layer. TypeError if it is dense."""
+        """The weight; shares memory with the layer. A layer with a dense one does not have the attribute, which torch.jit asks all of them for."""
         if self.format is None:
-            raise TypeError(f"{type(self).__name__}.quantized: expected a packed weight; got a dense one; see QuantizedLinear.from_linear")
+            raise AttributeError(f"{type(self).__name__}.quantized: expected a packed weight; got a dense one; see QuantizedLinear.from_linear")
         shape = torch.Size((self.out_features, self.in_features))
         qdata = self.weight.detach().view(self.format.storage_dtype)
         scale, zero, above, offset = (getattr(self, f"weight_{name}") for name in _BUFFERS)

@@ -30,8 +30,8 @@ FP32, BF16, FP16, FP64 = torch.float32, torch.bfloat16, torch.float16, torch.flo
 #: (x and W, adapters and everything else that is trained beside them)
 DTYPES = ((FP32, FP32), (FP32, FP32), (BF16, BF16), (BF16, FP32), (BF16, FP32), (FP16, FP16), (FP16, FP32), (FP32, BF16))
 LAYOUTS = ("plain", "plain", "rows apart", "every second column", "transposed", "offset", "broadcast")
-#: gradients that have fp32 grade with fp32 adapters on a 16-bit x. That of row_scale meets y0, which is kept in x's dtype; that of col_scale meets
-#: dx, which a library's 16-bit GEMM rounds to x's dtype and widened tiles (`ops.dense`) do not.
+#: gradients that have fp32 grade with fp32 adapters on a 16-bit x. Those of row_scale and col_scale meet y0 and dx, which a library's 16-bit GEMM
+#: rounds to x's dtype and widened tiles (`ops.dense`) do not.
 TIGHT = ("A", "B", "rank_gate", "token_gate", "core", "scaling")
 U32 = 2.0**-24
 Tensors = dict[str, Tensor]
@@ -340,7 +340,7 @@ def judge_case(case: LowRankCase, backend: str, device: torch.device | str = "cp
     mine = {name: t.cpu() for name, t in ours(case, tensors_of(case, device), backend).items()}
     results: list[Any] = [mine, eager(case, tensors), truth(case, tensors), truth(case, tensors, magnitude=True)]
     tiles = torch.device(device).type == "cpu" and case.dtype in (BF16, FP16) and not multiplies(case.dtype)
-    names = (*TIGHT, "dcol_scale") if tiles else TIGHT
+    names = (*TIGHT, "row_scale", "dcol_scale") if tiles else TIGHT
     found = []
     for name, got in mine.items():
         tight = case.tight and name.split(".")[-1] in names
