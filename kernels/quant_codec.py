@@ -255,7 +255,7 @@ def dequantize_kernel(
     some = known(group, here, inside)
     if zero is not None:
         v = v - tl.load(zero + group, some, 0).to(tl.float32)
-    v = v * scale_of(scale, above, offset, dynamic, group, some, F)
+    v = v * scale_of(scale, above, offset, dynamic, group, some, width, F)
     to = out + (row - row0)[:, None] * K + (col - col0)[None, :]
     tl.store(to, narrow(v, out.dtype.element_ty), valid)
 

@@ -117,13 +117,12 @@ def quantize(w: Tensor, format: str | QFormat = "nf4", group_size: int | None = 
     fmt = format_of(format, group_size, **options)
     matrix = w.detach().reshape(math.prod(w.shape[:-1]), w.shape[-1])
     qdata, scale, zero, above, offset = torch.ops.fusedadapt.q_quantize(matrix, fmt.spec)
-    nested = fmt.scale == "nested"
     return QuantizedTensor(
         qdata.view(fmt.storage_dtype),
         scale,
         zero if fmt.zero else None,
-        above if nested or fmt.scale == "e4m3" else None,
-        offset if nested else None,
+        None if fmt.above(*matrix.shape) is None else above,
+        offset if fmt.scale == "nested" else None,
         fmt,
         w.shape,
         w.dtype,

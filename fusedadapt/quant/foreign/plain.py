@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..formats import FORMATS, NESTED_BLOCK, QFormat
+from ..formats import FORMATS, QFormat
 from ..tensor import QuantizedTensor
 from .parts import FLOATS, Faults, Tensors, fault, finite, missing, raise_first, refuse, shaped
 
@@ -57,10 +57,10 @@ def _wanted(fmt: QFormat, shape: torch.Size) -> dict[str, tuple[tuple[int, ...],
     parts: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"qdata": (fmt.packed(n, k), fmt.storage_dtype), "scale": (grid, fmt.scale_dtype)}
     if fmt.zero:
         parts["zero"] = grid, torch.uint8 if fmt.zero == "uint8" else torch.float32
+    if (above := fmt.above(n, k)) is not None:
+        parts["super"] = above, torch.float32
     if fmt.scale == "nested":
-        parts |= {"super": ((-(-grid[0] // NESTED_BLOCK),), torch.float32), "offset": ((), torch.float32)}
-    elif fmt.scale == "e4m3":
-        parts["super"] = (), torch.float32
+        parts["offset"] = (), torch.float32
     return parts
 
 
