@@ -44,7 +44,7 @@ def _formats() -> dict[str, QFormat]:
         found |= {f"{name} {dtype}": format_of(name, 32, scale_dtype=dtype) for dtype in DTYPES[1:]}
     found["fp8 block"] = format_of("fp8_e4m3", group_axis="block")
     found |= {f"mxfp4 {rule}": format_of("mxfp4", scale_rule=rule) for rule in ("ceil", "even", "rceil")}
-    found |= {f"fp4_e2m1 {size}": format_of("fp4_e2m1", size, scale_rule="m2") for size in (20, 32, -1)}
+    found |= {f"fp4_e2m1 {size}": format_of("fp4_e2m1", size, scale_rule="m2") for size in (32, 96, -1)}
     found["int4 tiles"] = replace(FORMATS["int4"], block=(3, 5))
     return found
 

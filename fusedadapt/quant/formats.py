@@ -28,6 +28,8 @@ SCALE_RULES = {"e8m0": ("floor", "ceil", "even", "rceil"), "e8m0_row": ("floor",
 NESTED_BLOCK = 256
 #: by how many powers of two a group's scale may lie below its row's in "e8m0_row": E2M1 times 2^(6 - d) is then a normal number of E4M3
 MOST_STEPS = 11
+#: and its groups are multiples of this: the columns that an 8-bit matrix instruction takes
+ROW_GROUP = 32
 
 
 @dataclass(frozen=True)
@@ -235,6 +237,8 @@ def _grouped(fmt: QFormat, size: int) -> QFormat:
         return replace(fmt, block=(1, size))
     if fmt.block[0] not in (WHOLE, 1) and fmt.block[1] != 1:
         _refuse('no group_size with group_axis="block"', size, "its tiles are 128 x 128")
+    if fmt.scale == "e8m0_row" and size != -1 and size % ROW_GROUP:
+        _refuse(f"group_size of {fmt.name}: a multiple of {ROW_GROUP}, or -1", size, "choose one")
     side = WHOLE if size == -1 else size
     return replace(fmt, block=(side, 1) if fmt.block[1] == 1 else (1, side))
 
@@ -333,7 +337,7 @@ def _consistent(fmt: QFormat, spec: str) -> QFormat:
         "block": len(fmt.block) != 2 or min(fmt.block) < 0 or fmt.flat and fmt.block[1] == 0,
         "bits": not 1 <= fmt.bits <= 8 or fmt.flat and fmt.bits not in (4, 8) or fmt.bits != 8 and fmt.signed,
         "table": bool(fmt.table) and (fmt.table not in TABLES or table(fmt.table).bits != fmt.bits),
-        "scale": fmt.scale not in _SCALES or fmt.scale == "e8m0_row" and (fmt.flat or fmt.block[0] != 1),
+        "scale": fmt.scale not in _SCALES or fmt.scale == "e8m0_row" and (fmt.flat or fmt.block[0] != 1 or fmt.block[1] % ROW_GROUP > 0),
         "zero": fmt.zero not in ("", "uint8", "fp32"),
         "rule": fmt.rule != FORMATS[fmt.name].rule and {fmt.rule, FORMATS[fmt.name].rule} - {"affine", "affine_sym", "absmax_int"} != set(),
     }

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..formats import FORMATS, QFormat
+from ..formats import FORMATS, MOST_STEPS, QFormat
 from ..tensor import QuantizedTensor
 from .parts import FLOATS, Faults, Tensors, fault, finite, missing, raise_first, refuse, shaped
 
@@ -84,6 +84,10 @@ def faults(tensors: Tensors, metadata: Mapping[str, str], name: str) -> Faults:
         if part not in wanted and f"{name}{end}" in tensors:
             yield fault(f"{name}{end}", f"no such tensor for {fmt.spec}", "one", "the file's tensors are those of different weights")
     yield from code_faults(name, tensors[name], fmt)
+    if fmt.scale == "e8m0_row":
+        t = tensors[f"{name}_scale"]
+        if count := int(((t < 127 - MOST_STEPS) | (t > 127)).sum()):
+            yield fault(f"{name}_scale", f"bytes from {127 - MOST_STEPS} to 127", f"{count} others", "the file is damaged: get it again")
 
 
 def code_faults(name: str, qdata: Tensor, fmt: QFormat) -> Faults:
