@@ -10,7 +10,6 @@ below. E2M1 is half the bytes of W, and 1.5 instructions a weight. No atomics, n
 """
 
 import math
-
 from typing import NamedTuple
 
 import torch
@@ -116,12 +115,12 @@ def dot_fp8(x, w, acc):
     if INTERPRETED:
         acc = tl.dot(widened(x), tl.trans(widened(w)), acc, input_precision="ieee")
     else:
-        acc = tl.dot(x, tl.trans(w), acc, max_num_imprecise_acc=128)
+        acc = tl.dot(x, tl.trans(w), acc, max_num_imprecise_acc=min(128, x.shape[1]))
     return acc
 
 
-#: Of four bytes of E2M1 codes ($2) and four times 8 (12 - d) ($3) the E4M3 bytes of the low codes ($0) and of the high ones ($1). The eight magnitudes
-#: make a table in two registers, from which `prmt` takes four codes at a time; the largest is 96 + 28, so no byte carries into the next.
+#: Of four bytes of E2M1 codes ($2) and four times 8 (12 - d) ($3) the E4M3 bytes of the low codes ($0) and of the high ones ($1). The eight
+#: magnitudes make a table in two registers, from which `prmt` takes four codes at a time; the largest is 96 + 28, so no byte carries into the next.
 WIDEN = tl.constexpr("""{
 .reg .b32 few, many, code, low, high, sign;
 and.b32 few, $3, 0xFFFFFF00;

@@ -198,7 +198,9 @@ def test_sums_of_codes_do_not_overflow(name: str, isa: str) -> None:
             assert bool(y.isfinite().all()) and bool(((y.double() - true).abs() <= 2e-6 * size + 1e-6 * float(w.abs().max())).all()), (t, transposed)
 
 
-@pytest.mark.parametrize("name", [*FORMATS, "int4 other zero", "int2 other zero", "int8 other zero", "int4 row None", "int4 n 8", "int4 20", "nf4 nested"])
+@pytest.mark.parametrize(
+    "name", [*FORMATS, "int4 other zero", "int2 other zero", "int8 other zero", "int4 row None", "int4 n 8", "int4 20", "nf4 nested"]
+)
 def test_infinities_are_where_the_reference_has_them(name: str, isa: str) -> None:
     """And NaN: infinity times a weight of zero, infinities of both signs, NaN itself. Other rows keep their bits."""
     fmt, n, k = CASES[name], 21, 260

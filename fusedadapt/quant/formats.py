@@ -38,8 +38,8 @@ class QFormat:
 
     ``bits`` of a code. ``table``: name in `fusedadapt.quant.tables`, or "" for integers: value = code - ``bias``, codes from ``low`` to ``high``
     (``signed``: the byte is two's complement). ``flat``: groups are runs of ``block[1]`` elements in row-major order, crossing rows; otherwise they
-    are tiles of ``block`` = (rows, columns), `WHOLE` standing for all of them. ``scale``: "fp32" | "fp16" | "bf16" | "e8m0" | "e8m0_row" (E8M0, 1 at most, times the row's own fp32
-    number) | "e4m3" | "nested".
+    are tiles of ``block`` = (rows, columns), `WHOLE` standing for all of them. ``scale``: "fp32" | "fp16" | "bf16" | "e8m0" | "e8m0_row" (E8M0, 1 at
+    most, times the row's own fp32 number) | "e4m3" | "nested".
     ``zero``: "" | "uint8" | "fp32". ``rule``: how scales are found, a name in `fusedadapt.reference.quant_rules.RULES`;
     ``scale_rule``: which E8M0 exponent, among `SCALE_RULES` of ``scale``.
     ``divide``: codes come from w / s instead of w * (1 / s). ``high_first``: the first element is in the high nibble.
@@ -188,9 +188,9 @@ def format_of(name: str | QFormat, group_size: int | None = None, **options: Any
         name: a key of `FORMATS`, or a `QFormat`.
         group_size: elements that share a scale; None is the format's own, -1 a whole row (column with ``group_axis="n"``).
         options: ``double_quant`` (nf4, fp4: 8-bit scales of scales), ``compat="bnb_cpu"`` (nf4, fp4: cuts and ties of bitsandbytes' CPU code),
-            ``scale_rule`` (MX: "floor" | "ceil" | "even" | "rceil"; fp4_e2m1: "floor" | "m2"), ``symmetric`` (integers: without or with a zero point; default True for int8,
-            False for int2, int3 and int4), ``group_axis`` ("k": inside an output row; "n": inside an input column, AdaDim; "row", "tensor",
-            "block": 128 x 128), ``scale_dtype`` (torch.float32, float16 or bfloat16, where scales are not coded).
+            ``scale_rule`` (MX: "floor" | "ceil" | "even" | "rceil"; fp4_e2m1: "floor" | "m2"), ``symmetric`` (integers: without or with a zero point;
+            default True for int8, False for int2, int3 and int4), ``group_axis`` ("k": inside an output row; "n": inside an input column, AdaDim;
+            "row", "tensor", "block": 128 x 128), ``scale_dtype`` (torch.float32, float16 or bfloat16, where scales are not coded).
 
     Raises:
         ValueError: unknown format or option, or an option or group size that the format does not have.

@@ -20,7 +20,8 @@ from ..quant.tables import Table, table
 class Parts(NamedTuple):
     """The tensors of a quantized weight: packed codes (bytes), stored scales, and what the format has beside them.
 
-    ``super``: fp32, the tensor's own scale (scalar, NVFP4), its rows' (fp4_e2m1) or the scales of the scales (nested). ``offset``: fp32 scalar, the mean of the scales.
+    ``super``: fp32, the tensor's own scale (scalar, NVFP4), its rows' (fp4_e2m1) or the scales of the scales (nested). ``offset``: fp32 scalar, the
+    mean of the scales.
     """
 
     qdata: Tensor
