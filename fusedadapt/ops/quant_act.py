@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import config, dispatch
 from ..quant.formats import WHOLE, QFormat
 from ..reference.quant import Parts
-from ..reference.quant_act import row_scales
+from ..reference.quant_act import CHUNK, row_scales
 from . import quant
 from .quant import DTYPES, _check_parts
 from .register import op
@@ -62,7 +62,7 @@ def library_int8(device_type: str, t: int, n: int, k: int) -> bool:
     x 4096: the library has no vector code there). On GPUs: never, until a measurement says where.
     """
     amx = device_type == "cpu" and bool(torch.cpu._is_amx_tile_supported())
-    return amx and t >= 64 and n % 16 == 0 and k % 64 == 0
+    return amx and t >= 64 and n % 16 == 0 and k % 64 == 0 and k <= CHUNK
 
 
 def _library_linear(codes: Tensor, x_scale: Tensor, parts: Parts, fmt: QFormat, n: int, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -182,6 +182,6 @@ def _linear8(x: Tensor, x_scale: Tensor, *args: Any) -> Tensor:
         ours = _run("fp8_linear", x) if multiplies_fp8(x.device) else widened_fp8_linear
         y = ours(x, x_scale, QFormat.parse(act), parts, fmt, n, bias, narrow)
     else:
-        ours = _run("int8_linear", x)
-        y = (_library_linear if library_int8(x.device.type, t, n, k) and k <= 1 << 17 else ours)(x, x_scale, parts, fmt, n, bias, narrow)
+        ours = _library_linear if library_int8(x.device.type, t, n, k) else _run("int8_linear", x)
+        y = ours(x, x_scale, parts, fmt, n, bias, narrow)
     return y.to(dtype)

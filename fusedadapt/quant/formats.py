@@ -4,7 +4,7 @@
 
 `QFormat` says what a code is worth, which elements share a group g, how scales are stored and by which rule they are found. Quantizing, dequantizing,
 products, checkpoints and tests read these records; a new format is one of them and, if its scales are found in a new way, a rule in
-`fusedadapt.reference.quant`.
+`fusedadapt.reference.quant_rules`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ WHOLE = 0
 _SCALES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16} | dict.fromkeys(("e8m0", "e8m0_row", "e4m3", "nested"), torch.uint8)
 #: by how scales are stored
 SCALE_RULES = {"e8m0": ("floor", "ceil", "even", "rceil"), "e8m0_row": ("floor", "m2")}
+#: scales that have fp32 numbers above them
+LAYERED = ("nested", "e4m3", "e8m0_row")
 NESTED_BLOCK = 256
 #: by how many powers of two a group's scale may lie below its row's in "e8m0_row": E2M1 times 2^(6 - d) is then a normal number of E4M3
 MOST_STEPS = 11

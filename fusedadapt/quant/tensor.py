@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..ops import quant as ops
 from ..reference.quant import Parts
-from .formats import QFormat, format_of
+from .formats import LAYERED, QFormat, format_of
 
 
 @dataclass(frozen=True, eq=False)  # equal is what is the same object, as for modules: == of tensors has no truth value
@@ -121,7 +121,7 @@ def quantize(w: Tensor, format: str | QFormat = "nf4", group_size: int | None = 
         qdata.view(fmt.storage_dtype),
         scale,
         zero if fmt.zero else None,
-        None if fmt.above(*matrix.shape) is None else above,
+        above if fmt.scale in LAYERED else None,
         offset if fmt.scale == "nested" else None,
         fmt,
         w.shape,

@@ -139,7 +139,9 @@ def scales(parts: Parts, fmt: QFormat) -> Tensor:
         b = parts.scale.to(torch.int32)
         power = torch.where(b == 0, 1 << 22, b << 23).view(torch.float32)
         power = torch.where(b == 255, torch.nan, power)
-        return power if parts.super is None else power.view(parts.super.numel(), -1) * parts.super[:, None]
+        if parts.super is None:
+            return power
+        return power * parts.super.repeat_interleave(power.numel() // max(1, parts.super.numel())).view(power.shape)
     if fmt.scale == "e4m3":
         assert parts.super is not None
         return parts.scale.view(torch.float8_e4m3fn).float() * parts.super

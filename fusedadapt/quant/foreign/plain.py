@@ -1,6 +1,7 @@
 """Our own layout in safetensors files, and fp8 weights with a scale beside them.
 
-Ours: ``name``, ``name_scale`` and, where the format has them, ``name_zero``, ``name_super``, ``name_offset``; the file's metadata holds
+Ours: ``name``, ``name_scale`` and, where the format has them, ``name_zero``, ``name_super``, ``name_offset`` (and ``name_order``, which is the
+layer's: `QuantizedLinear.weight_order`); the file's metadata holds
 "fusedadapt." + ``name``: JSON with the format's text, the weight's shape and its dtype.
 """
 
@@ -20,6 +21,8 @@ from ..tensor import QuantizedTensor
 from .parts import FLOATS, Faults, Tensors, fault, finite, missing, raise_first, refuse, shaped
 
 METADATA = "fusedadapt."
+#: end of the name of a `QuantizedLinear`'s weight_order, beside the weight's own tensors
+ORDER = "_order"
 _ENDS = {"qdata": "", "scale": "_scale", "zero": "_zero", "super": "_super", "offset": "_offset"}
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float16, torch.bfloat16, torch.float64)}
 _FP8 = {torch.float8_e4m3fn: "fp8_e4m3", torch.float8_e5m2: "fp8_e5m2"}
@@ -88,6 +91,10 @@ def faults(tensors: Tensors, metadata: Mapping[str, str], name: str) -> Faults:
         t = tensors[f"{name}_scale"]
         if count := int(((t < 127 - MOST_STEPS) | (t > 127)).sum()):
             yield fault(f"{name}_scale", f"bytes from {127 - MOST_STEPS} to 127", f"{count} others", "the file is damaged: get it again")
+    order = tensors.get(f"{name}{ORDER}")
+    if order is not None and not (order.dtype == torch.int64 and torch.equal(order.sort().values, torch.arange(shape[-1], device=order.device))):
+        got = f"{order.dtype}, shape {tuple(order.shape)}"
+        yield fault(f"{name}{ORDER}", f"int64, every input from 0 to {shape[-1] - 1} once", got, "the file is damaged: get it again")
 
 
 def code_faults(name: str, qdata: Tensor, fmt: QFormat) -> Faults:
