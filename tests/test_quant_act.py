@@ -288,3 +288,22 @@ def test_scaled_mm() -> None:
     sums = torch._scaled_mm(codes[0], codes[1].t(), one, one, out_dtype=torch.float32)
     want = sums * scale * qw.scale
     assert float((y - want).norm() / want.norm()) < 1e-6
+
+
+def test_where_nothing_multiplies_fp8_codes_are_widened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on GPUs before 8.9; a bounded piece of x at a time."""
+    for axis in ("row", "block", "fp4_e2m1"):
+        x, qw, bias = new(7, 140), coded(new(9, 140, seed=1) / 1e4, "fp8_e4m3", axis), new(9, seed=2)
+        with fa.backend("reference"), monkeypatch.context() as patch:
+            want = quantized_linear_act(x, qw, bias, "fp8_e4m3")
+            patch.setattr(act_ops, "multiplies_fp8", lambda device: False)
+            patch.setattr(act_ops, "_SCRATCH", 4 * 140 * 3)
+            found = quantized_linear_act(x, qw, bias, "fp8_e4m3")
+        torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
+
+
+def test_explain_says_what_x_is_coded_to() -> None:
+    layer = fa.QuantizedLinear.from_linear(torch.nn.Linear(64, 8), "fp4_e2m1")
+    layer.activations = "fp8_e4m3"
+    ((what, _, _),) = layer.__fusedadapt_explain__()
+    assert "fp4_e2m1" in what and what.endswith("x in fp8_e4m3")
