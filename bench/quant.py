@@ -48,10 +48,13 @@ WHOLE = Contestant("dequantize + linear", "whole")
 TORCH_INT4, BNB = Contestant("torch int4", "torch_int4"), Contestant("bitsandbytes", "bitsandbytes")
 COMPOSED, FUSED = Contestant("composed eager", "composed"), Contestant("torch fused", "fused")
 INT_MM = Contestant("torch._int_mm alone", "int_mm")
+#: the same product with both sides in fp8
+FP8 = Contestant("fp8 W8A8", "fp8")
 
 M_CPU = (1, 2, 4, 8, 16, 32, 64, 128, 512)
 M_GPU = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 8192)
 GPU_SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336), (8192, 8192), (28672, 8192), (8192, 28672))
+G6_SHAPES, M_G6 = ((4096, 4096), (14336, 4096), (8192, 8192)), (64, 128, 256, 512)
 
 
 def _linear(label: str, job: str, given: tuple[str, Any], m: int, n: int, k: int, dtype: torch.dtype, who: Any, device: str = "cpu") -> Row:
@@ -96,6 +99,9 @@ def _gpu_rows() -> Iterable[Row]:
         yield _linear(label, "code", (label, ()), 8192, 8192, 8192, BF16, (OURS,), "cuda")
     yield _linear("int8", "act", ("int8", ()), 8192, 8192, 8192, BF16, (OURS, DENSE, INT_MM), "cuda")
     yield _linear("fp8_e4m3", "act", ("fp8_e4m3", ()), 8192, 8192, 8192, BF16, (OURS, DENSE), "cuda")
+    for n, k in G6_SHAPES:
+        for m in M_G6:
+            yield _linear("fp4_e2m1", "act", ("fp4_e2m1", ()), m, n, k, BF16, (OURS, FP8, DENSE), "cuda")
     for label in ("nf4", "int8", "fp8_e4m3", "mxfp4"):
         for job in ("quantize", "dequantize"):
             yield Row(f"{job} {label} 8192x8192 bf16 gpu", job, label, 0, 8192, 8192, BF16, (OURS,), device="cuda")
@@ -140,6 +146,9 @@ def _gpu_goals() -> Iterable[Goal]:
             yield Goal("G2, G3, G4: over the dense product", f"linear nf4-dq M={m} {n}x{k} bf16 gpu", "faster", limit, b=DENSE.name)
     yield Goal("G5: over the dense product", "act int8 M=8192 8192x8192 bf16 gpu", "faster", 1.35, b=DENSE.name)
     yield Goal("G5: over the dense product", "act fp8_e4m3 M=8192 8192x8192 bf16 gpu", "faster", 1.5, b=DENSE.name)
+    for n, k in G6_SHAPES:
+        for m in M_G6:
+            yield Goal("G6: fp4 beside fp8, over fp8 beside fp8", f"act fp4_e2m1 M={m} {n}x{k} bf16 gpu", "faster", 1.0, b=FP8.name)
     yield Goal("G7: dX over bitsandbytes", "dx nf4-dq M=4096 4096x4096 bf16 gpu", "faster", 1.0, b=BNB.name)
     yield Goal("G8: layer and adapter over bitsandbytes and PEFT", "qlora nf4-dq M=4096 4096x4096 bf16 gpu", "faster", 1.2, b=BNB.name)
     yield Goal("G9: fake quantization over composed eager", "fake quant clamp 8192x8192 bf16 gpu", "faster", 3.0, b=COMPOSED.name)

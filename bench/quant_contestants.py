@@ -76,7 +76,7 @@ def _ours(given: Problem) -> Call:
     if row.job == "train":
         return _trained(lambda t: fa.quantized_linear(t, q), given)
     if row.job == "act":
-        return lambda: fa.quantized_linear(x, q, activations=row.format)
+        return lambda: fa.quantized_linear(x, q, activations="fp8_e4m3" if row.format == "fp4_e2m1" else row.format)
     if row.job == "qlora":
         adapted = fa.LoRALinear.from_linear(fa.QuantizedLinear(q), r=RANK).to(row.dtype)
         return _trained(adapted, given, [p for p in adapted.parameters() if p.requires_grad])
@@ -195,6 +195,11 @@ def _bitsandbytes(given: Problem) -> Call:
     return forward
 
 
+def _fp8(given: Problem) -> Call:
+    q = fa.quantize(given.weight, "fp8_e4m3")
+    return lambda: fa.quantized_linear(given.x, q, activations="fp8_e4m3")
+
+
 def _int_mm(given: Problem) -> Call:
     a, b = given.x.to(torch.int8), given.weight.to(torch.int8).t()
     return lambda: torch._int_mm(a, b)
@@ -210,4 +215,5 @@ _BUILDERS: dict[str, Callable[[Problem], Call]] = {
     "composed": _composed,
     "fused": _fused,
     "int_mm": _int_mm,
+    "fp8": _fp8,
 }

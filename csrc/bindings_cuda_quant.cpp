@@ -39,7 +39,7 @@ cuda::QuantWeight weight(const WeightSpec& s) {
   w.rows = s[10], w.columns = s[11], w.wide = s[12];
   w.bits = within(s[13], 1, 8, "bits of a code");
   w.value = within(s[14], cuda::kCounted, cuda::kE5M2, "a kind of value");
-  w.coding = within(s[15], cuda::kStored, cuda::kNestedScale, "a coding of scales");
+  w.coding = within(s[15], cuda::kStored, cuda::kRowPower, "a coding of scales");
   w.scale_dtype = within(s[16], kNone, kF16, "a scale's dtype");
   w.zero_dtype = within(s[17], kNone, kU8, "a zero's dtype");
   w.flip = s[18] < 0 ? 0x80808080u : 0u;

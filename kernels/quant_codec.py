@@ -255,7 +255,7 @@ def dequantize_kernel(
     some = known(group, here, inside)
     if zero is not None:
         v = v - tl.load(zero + group, some, 0).to(tl.float32)
-    v = v * scale_of(scale, above, offset, dynamic, group, some, F)
+    v = v * scale_of(scale, above, offset, dynamic, group, some, width, F)
     to = out + (row - row0)[:, None] * K + (col - col0)[None, :]
     tl.store(to, narrow(v, out.dtype.element_ty), valid)
 
@@ -264,16 +264,15 @@ def dequantize(parts: Parts, fmt: QFormat, n: int, k: int, row0: int, row1: int,
     """Rows row0..row1 of the n x k weight: (value - zero) * S in fp32, rounded once to ``dtype``."""
     out = parts.qdata.new_empty(row1 - row0, k, dtype=dtype)
     if fmt.flat:
-        rows, cols, first, last, row_bytes, width = (0, 1), n * k, row0 * k, row1 * k, fmt.packed(n, k)[0], 1
-        row_bytes = -(-n * k * fmt.bits // 8)
+        rows, cols, first, last, width = (0, 1), n * k, row0 * k, row1 * k, 1
     else:
-        rows, cols, first, last, row_bytes, width = (row0, row1), k, 0, k, fmt.row_bytes(k), fmt.grid(n, k)[1]
+        rows, cols, first, last, width = (row0, row1), k, 0, k, fmt.grid(n, k)[1]
     tile_rows, tile_cols = _tile(rows[1] - rows[0], cols)
     start, k_unit = first // tile_cols, unit([k], 64)
     across = triton.cdiv(last, tile_cols) - start
     with torch.cuda.device_of(out):
         dequantize_kernel[(triton.cdiv(rows[1] - rows[0], tile_rows) * across,)](
-            *operands(parts, fmt), out, *rows, first // k_unit, last // k_unit, start, cols // k_unit, width, row_bytes, across,
+            *operands(parts, fmt), out, *rows, first // k_unit, last // k_unit, start, cols // k_unit, width, fmt.row_bytes(cols), across,
             stored(fmt, 0), k_unit, tile_rows, tile_cols, **OPTIONS,
         )  # fmt: skip
     return out

@@ -76,7 +76,7 @@ def weight_plane(
         if zero is not None:
             w = w - tl.load(zero + group, some, 0).to(tl.float32)
         if SCALED:
-            w = w * scale_of(scale, above, offset, dynamic, group, some, F)
+            w = w * scale_of(scale, above, offset, dynamic, group, some, width, F)
     return w
 
 
@@ -86,7 +86,7 @@ def row_scale(
 ):  # fmt: skip
     """S of a step whose columns are in one group: [rows, 1], or [1, 1]."""
     group = group_tile(row, top, first, 0, K, width, ROWS, UNITS, F.per, F)
-    return scale_of(scale, above, offset, dynamic, group, known(group, here, first + tl.arange(0, UNITS) < K), F)
+    return scale_of(scale, above, offset, dynamic, group, known(group, here, first + tl.arange(0, UNITS) < K), width, F)
 
 
 @triton.jit

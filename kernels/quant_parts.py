@@ -28,9 +28,9 @@ from .common import INTERPRETED, as_float, to_bf16
 # What a code is worth: an integer less its bias (SIGNED: two's complement), a small float by arithmetic, or an entry of a table.
 INT, SIGNED, E2M1, E4M3, E5M2, TABLE = (tl.constexpr(kind) for kind in range(6))
 # How a scale is stored.
-PLAIN, E8M0, CODED, NESTED = (tl.constexpr(scale) for scale in range(4))
+PLAIN, E8M0, CODED, NESTED, STEPS = (tl.constexpr(scale) for scale in range(5))
 KINDS = {"e2m1": E2M1.value, "e4m3": E4M3.value, "e5m2": E5M2.value}
-SCALES = {"e8m0": E8M0.value, "e4m3": CODED.value, "nested": NESTED.value}
+SCALES = {"e8m0": E8M0.value, "e4m3": CODED.value, "nested": NESTED.value, "e8m0_row": STEPS.value}
 ABOVE = tl.constexpr(NESTED_BLOCK)
 
 
@@ -107,12 +107,14 @@ def value_of(code, values, KIND: tl.constexpr, BIAS: tl.constexpr):
 
 
 @triton.jit
-def scale_of(scale, above, offset, dynamic, group, valid, F: tl.constexpr):
-    """S of these groups, fp32; 0 or anything where not `valid`."""
+def scale_of(scale, above, offset, dynamic, group, valid, width, F: tl.constexpr):
+    """S of these groups, fp32; 0 or anything where not `valid`. width: groups in a row."""
     s = tl.load(scale + group, valid, 0)
-    if F.scale == E8M0:
+    if F.scale == E8M0 or F.scale == STEPS:
         byte = s.to(tl.uint32)
         s = as_float(tl.where(byte == 0, 1 << 22, tl.where(byte == 255, 0x7FC00000, byte << 23)))
+        if F.scale == STEPS:
+            s = s * tl.load(above + group // width, valid, 0.0)
     elif F.scale == CODED:
         s = value_of(s.to(tl.int32), None, E4M3, 0) * tl.load(above)
     elif F.scale == NESTED:

@@ -228,6 +228,20 @@ MUTANTS = (
     ),
     Mutant("kernels/quant_act.py", "most + 0x7FFFF + ((most >> 20) & 1)", "most + 0x80000", "test_triton_quant_act.py::test_hostile_codes[fp8_e4m3]"),
     Mutant("kernels/quant_act_linear.py", "% CHUNK == 0:", "% CHUNK == 1:", "test_triton_quant_act.py::test_sums_beyond_a_chunk"),
+    # four-bit weights beside fp8: the table's second half, the step's exponent, the cap on steps, the published rule
+    Mutant(
+        "kernels/quant_act_linear.py", "add.u32 many, $3, 0x1C181410;", "add.u32 many, $3, 0x1C181010;",
+        "test_triton_quant_act.py::test_the_packed_decoder",
+    ),
+    Mutant("kernels/quant_act_linear.py", "- 8 * (127 - 12)", "- 8 * (127 - 11)", "test_triton_quant_act.py::test_codes_of_four_bits_are_exact"),
+    Mutant(
+        "fusedadapt/reference/quant_rules.py", "d.clamp(0, MOST_STEPS)", "d.clamp(0, 99)",
+        "test_quant_bytes.py::test_bytes_worked_out_by_hand[fp4_e2m1 {'group_size': 32} 130]",
+    ),
+    Mutant(
+        "csrc/cpu/quant_product.cpp", "numbers.decoded = true;", "return;",
+        "test_quant_cpp.py::test_infinities_are_where_the_reference_has_them[base-int4]",
+    ),
     # low-bit weights in C++
     Mutant(Q_CODEC, "count -= I(m > cuts[k]);", "count -= I(m >= cuts[k]);", f"{Q_SAME}[base-mxfp4]"),
     Mutant(Q_CODEC, "if (e.round_last) v += z;", "", f"{Q_SAME}[base-hqq4]"),
@@ -237,7 +251,7 @@ MUTANTS = (
     Mutant(Q_LANES, "int(a.per) + (j ^ swap)", "int(a.per) + j", f"{Q_EXACT}[base-nf4]"),
     Mutant(Q_PRODUCT, "% 2 ? v * splat(0.0625f) : v", "% 2 ? v : v", f"{Q_EXACT}[base-int4]"),
     Mutant(Q_LANES, "? d.sixteen_firsts : d.first", "? d.first : d.first", f"{Q_EXACT}[base-int4 other zero]"),
-    Mutant(Q_PRODUCT, "largest >= kHuge &&", "false &&", "test_quant_cpp.py::test_sums_of_codes_do_not_overflow[base-int4]"),
+    Mutant(Q_PRODUCT, "largest >= kHuge ?", "false ?", "test_quant_cpp.py::test_sums_of_codes_do_not_overflow[base-int4]"),
     Mutant("csrc/cpu/float8.h", "((magnitude >> kDropped) & 1)", "1", "test_quant_cpp.py::test_every_code_and_tie[base-fp8_e4m3]"),
     Mutant("csrc/cpu/quant.cpp", "as_float(passed(near))", "as_float(passed(far))", "test_quant_cpp.py::test_every_code_and_tie[base-dynamic8]"),
     Mutant(Q_PRODUCT, "sum += load<F>(sums + slot * step + c + i);", "sum = load<F>(sums + slot * step + c + i);", f"{Q_EXACT}[base-int4]"),

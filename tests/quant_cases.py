@@ -45,6 +45,8 @@ SPECS: dict[str, QFormat] = {
         ("mxfp4 even", "mxfp4", None, {"scale_rule": "even"}),
         ("mxfp4 rceil", "mxfp4", None, {"scale_rule": "rceil"}),
         ("nvfp4", "nvfp4", None, {}),
+        ("fp4_e2m1", "fp4_e2m1", None, {}),
+        ("fp4_e2m1 m2", "fp4_e2m1", 32, {"scale_rule": "m2"}),
         ("ternary", "ternary", None, {}),
     )
 }

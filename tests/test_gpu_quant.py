@@ -90,11 +90,11 @@ def test_products_repeat_bit_for_bit(spec: str) -> None:
         assert all(same(fa.quantized_linear(x, qw), first) for _ in range(cases(20, 1)))
 
 
-@pytest.mark.parametrize("activations", ["int8", "fp8_e4m3"])
-def test_coded_activations(activations: str) -> None:
+@pytest.mark.parametrize(("activations", "format"), [("int8", "int8"), ("fp8_e4m3", "fp8_e4m3"), ("fp8_e4m3", "fp4_e2m1")])
+def test_coded_activations(activations: str, format: str) -> None:
     """The bits of the reference: integer sums are exact, fp8 ones are sums of exact products in fp32."""
     n, k = (768, 1024) if MANY else (17, 70)
-    qw = by_reference(new(n, k, seed=1), activations)
+    qw = by_reference(new(n, k, seed=1), format)
     for t in (1, 16, 300) if MANY else (3,):
         x = new(t, k, seed=2, dtype=torch.bfloat16)
         y = fa.quantized_linear(x.to(DEVICE), qw.to(DEVICE), activations=activations)

@@ -277,3 +277,18 @@ def test_8_bit_layers_of_bitsandbytes_stay_and_say_why(threshold: float) -> None
     model = peft.get_peft_model(net, peft.LoraConfig(target_modules=["first"], r=4))
     entry = fa.patch(model).layers[0]
     assert entry.path == "peft" and "codes x to int8" in entry.reason and ("beyond 6" in entry.reason) == bool(threshold)
+
+
+@pytest.mark.parametrize(("format", "codes"), [("int8", "int8"), ("fp4_e2m1", "fp8_e4m3")])
+def test_layers_that_code_their_input_keep_doing_so(format: str, codes: str) -> None:
+    """The fused layer multiplies x as it is: PEFT's forward goes on, an adapter of ours is refused."""
+    net = ours(Net(), format)
+    for layer in (net.first, net.second):
+        layer.activations = codes
+    model, x = adapted(net), torch.randn(9, K, generator=torch.Generator().manual_seed(2))
+    before = run(model, x)
+    report = fa.patch(model)
+    assert all(entry.path == "peft" and f"codes x to {codes}" in entry.reason for entry in report.layers)
+    assert all(torch.equal(a, b) for a, b in zip(before, run(model, x), strict=True))
+    with pytest.raises(ValueError, match=f"got activations='{codes}'; set its activations to None"):
+        fa.LoRALinear.from_linear(net.first.base_layer, r=4)

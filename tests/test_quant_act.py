@@ -14,17 +14,17 @@ import fusedadapt as fa
 from fusedadapt import _core
 from fusedadapt.ops import quant_act as act_ops
 from fusedadapt.quant.activations import quantized_linear_act
-from fusedadapt.quant.formats import QFormat
+from fusedadapt.quant.formats import FORMATS, QFormat
 from fusedadapt.reference.quant import Parts
 from fusedadapt.reference.quant_act import CHUNK
 
 ops = torch.ops.fusedadapt
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCKS = "fp8_e4m3,block=1x128"
-#: activations, group axis of W, how x is coded
+#: activations, group axis of W (or W's format, where it is another), how x is coded
 KINDS = (
     ("int8", "row", "int8"), ("int8", "tensor", "int8"),
-    ("fp8_e4m3", "row", "fp8_e4m3"), ("fp8_e4m3", "tensor", "fp8_e4m3"), ("fp8_e4m3", "block", BLOCKS),
+    ("fp8_e4m3", "row", "fp8_e4m3"), ("fp8_e4m3", "tensor", "fp8_e4m3"), ("fp8_e4m3", "block", BLOCKS), ("fp8_e4m3", "fp4_e2m1", "fp8_e4m3"),
 )  # fmt: skip
 SHAPES = ((1, 1, 1), (3, 5, 17), (1, 130, 129), (17, 9, 255), (50, 67, 300), (5, 66, 3100))
 
@@ -37,6 +37,10 @@ def new(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tenso
 def same(a: Tensor, b: Tensor) -> bool:
     """Equal bits; one NaN is as good as another."""
     return a.dtype == b.dtype and torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def coded(w: Tensor, kind: str, axis: str) -> fa.QuantizedTensor:
+    return fa.quantize(w, axis) if axis in FORMATS else fa.quantize(w, kind, group_axis=axis)
 
 
 USUAL = _core.isa()
@@ -149,7 +153,7 @@ def truth(x: Tensor, qw: Any, bias: Tensor | None, spec: str) -> tuple[Tensor, T
 @pytest.mark.parametrize(("kind", "axis", "spec"), KINDS)
 def test_close_to_fp64(kind: str, axis: str, spec: str, dtype: torch.dtype) -> None:
     for t, n, k in SHAPES:
-        x, qw, bias = new(t, k, dtype=dtype).clamp(-500, 500), fa.quantize(new(n, k, seed=1) / 1e5, kind, group_axis=axis), new(n, seed=2)
+        x, qw, bias = new(t, k, dtype=dtype).clamp(-500, 500), coded(new(n, k, seed=1) / 1e5, kind, axis), new(n, seed=2)
         want, size = truth(x, qw, bias, spec)
         y = quantized_linear_act(x, qw, bias, kind)
         # sums of k terms in fp32, and two roundings of each coded element where scales are multiplied in
@@ -165,7 +169,7 @@ def test_zero_and_nan_rows(kind: str, axis: str, spec: str, backend: str) -> Non
     x[2] = -0.0
     x[3, 150], x[4, 7] = torch.nan, -torch.inf
     with fa.backend(backend):
-        qw = fa.quantize(new(9, 200, seed=1), kind, group_axis=axis)
+        qw = coded(new(9, 200, seed=1), kind, axis)
         y, biased = quantized_linear_act(x, qw, None, kind), quantized_linear_act(x, qw, bias, kind)
     assert bool((y[1:3] == 0).all() and y[3:5].isnan().all() and y[[0, 5]].isfinite().all())
     assert torch.equal(biased[1], bias) and torch.equal(biased[2], bias)
@@ -189,7 +193,7 @@ def test_strides_dimensions_fp64_and_empty() -> None:
 @pytest.mark.parametrize(("kind", "axis", "spec"), KINDS)
 def test_gradients(kind: str, axis: str, spec: str, dtype: torch.dtype) -> None:
     x, bias = new(5, 140, dtype=dtype).requires_grad_(), new(9, seed=2).requires_grad_()
-    qw, dy = fa.quantize(new(9, 140, seed=1) / 1e4, kind, group_axis=axis), (new(5, 9, seed=3) / 1e3).to(dtype)
+    qw, dy = coded(new(9, 140, seed=1) / 1e4, kind, axis), (new(5, 9, seed=3) / 1e3).to(dtype)
     quantized_linear_act(x, qw, bias, kind).backward(dy)
     assert torch.equal(x.grad, ops.q_linear_dx(dy, *qw.parts, qw.format.spec, 9, 140)) and x.grad.dtype == dtype
     assert torch.equal(bias.grad, dy.sum(0, dtype=torch.float32))
@@ -214,7 +218,7 @@ def test_autocast_and_flops() -> None:
 
 @pytest.mark.parametrize(("kind", "axis", "spec"), KINDS)
 def test_opcheck(kind: str, axis: str, spec: str) -> None:
-    x, qw, bias = new(5, 140), fa.quantize(new(9, 140, seed=1), kind, group_axis=axis), new(9)
+    x, qw, bias = new(5, 140), coded(new(9, 140, seed=1), kind, axis), new(9)
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     for some in (x, x.bfloat16(), x[:0], new(5, 280)[:, ::2]):
         torch.library.opcheck(ops.q_act_quant.default, (some, spec), test_utils=tests)
@@ -226,7 +230,7 @@ def test_opcheck(kind: str, axis: str, spec: str) -> None:
 @pytest.mark.parametrize(("kind", "axis", "spec"), KINDS)
 def test_compiles_whole(kind: str, axis: str, spec: str) -> None:
     torch._dynamo.reset()
-    qw, counter = fa.quantize(new(9, 140, seed=1), kind, group_axis=axis), CompileCounterWithBackend("aot_eager")
+    qw, counter = coded(new(9, 140, seed=1), kind, axis), CompileCounterWithBackend("aot_eager")
 
     def step(x: Tensor, bias: Tensor) -> Tensor:
         return quantized_linear_act(x, qw, bias, kind).square().sum()
@@ -284,3 +288,22 @@ def test_scaled_mm() -> None:
     sums = torch._scaled_mm(codes[0], codes[1].t(), one, one, out_dtype=torch.float32)
     want = sums * scale * qw.scale
     assert float((y - want).norm() / want.norm()) < 1e-6
+
+
+def test_where_nothing_multiplies_fp8_codes_are_widened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on GPUs before 8.9; a bounded piece of x at a time."""
+    for axis in ("row", "block", "fp4_e2m1"):
+        x, qw, bias = new(7, 140), coded(new(9, 140, seed=1) / 1e4, "fp8_e4m3", axis), new(9, seed=2)
+        with fa.backend("reference"), monkeypatch.context() as patch:
+            want = quantized_linear_act(x, qw, bias, "fp8_e4m3")
+            patch.setattr(act_ops, "multiplies_fp8", lambda device: False)
+            patch.setattr(act_ops, "_SCRATCH", 4 * 140 * 3)
+            found = quantized_linear_act(x, qw, bias, "fp8_e4m3")
+        torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-5)
+
+
+def test_explain_says_what_x_is_coded_to() -> None:
+    layer = fa.QuantizedLinear.from_linear(torch.nn.Linear(64, 8), "fp4_e2m1")
+    layer.activations = "fp8_e4m3"
+    ((what, _, _),) = layer.__fusedadapt_explain__()
+    assert "fp4_e2m1" in what and what.endswith("x in fp8_e4m3")

@@ -39,6 +39,7 @@ def padded(values: list[float], size: int) -> Tensor:
 
 
 T = 1 / 3
+ZEROS = [0.0] * 28
 #: format, options, the weight's first elements (zeros fill its group), bytes of the codes, bytes of the scales, of the zeros
 GOLDEN: list[tuple[str, dict[str, Any], list[float], int, str, list[float] | str, list[float] | None]] = [
     # first element in the high nibble; 1.0 is code 15, -1.0 code 0, 0.0 code 7, 0.5 lies below the cut 0.50166 and is 0.4407, code 12
@@ -57,6 +58,14 @@ GOLDEN: list[tuple[str, dict[str, Any], list[float], int, str, list[float] | str
     ("mxfp8_e5m2", {}, [57344.0, 1.0, -1.0, 2.0**-16, 1.125, 1.375], 32, "7b3cbc013c3e" + "00" * 26, "7f", None),
     # both levels: absmax / 2688, then e4m3 of absmax / 6 over it: 448 (7e), 224 (76), and 2^-6 (08) for zeros
     ("nvfp4", {}, [6.0, -6.0, 1.0, 2.0] + [0.0] * 12 + [3.0, -1.5], 48, "f742000000000000" + "d7" + "00" * 15, "7e7608", None),
+    # powers of two below the row's 6 / 6: 3.9 and less take the next, 4 does not, 2^-20 the eleventh, zeros none; 3.9 saturates
+    (
+        "fp4_e2m1", {"group_size": 32},
+        [6.0, -6.0, 1.0, 0.0, *ZEROS, 3.9, 1.0, -0.5, 0.0, *ZEROS, 4.0, 0.0, 0.0, 0.0, *ZEROS, *ZEROS, 0.0, 0.0, 0.0, 0.0, 2.0**-20], 130,
+        "f702" + "00" * 14 + "470a" + "00" * 14 + "0600" + "00" * 31, "7f7e7f7f74", None,
+    ),
+    # as published: whatever is smaller than the row's largest group saturates
+    ("fp4_e2m1", {"group_size": 32, "scale_rule": "m2"}, [6.0, *[0.0] * 31, 5.9, 3.0, 1.0], 36, "07" + "00" * 15 + "7704", "7f7e", None),
     ("fp8_e4m3", {}, [448.0, -448.0, 1.0, 17.0, 19.0], 5, "7efe38585a", [1.0], None),
     ("fp8_e5m2", {}, [57344.0, -1.0, 1.125, 1.375], 4, "7bbc3c3e", [1.0], None),
     # ties to even, before the offset is added
@@ -69,7 +78,7 @@ GOLDEN: list[tuple[str, dict[str, Any], list[float], int, str, list[float] | str
     ("int2", {"group_size": 4}, [0.0, 1.0, 2.0, 3.0, 3.0], 5, "e403", [1.0, 1.0], [0, 0]),
     ("hqq4", {"group_size": 4}, [0.0, 15.0, 3.0, 7.0], 4, "f073", [1.0], [0.0]),
     ("ternary", {}, [2.0, -2.0, 0.0, 0.4, -0.6, 1.0], 6, "5208", [1.0], None),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda case: f"{case[0]} {case[1]} {case[3]}")
@@ -174,6 +183,9 @@ def scale_of(q: QuantizedTensor, scales: Any, g: int) -> np.float32:
     s, kind = scales[g], q.format.scale
     if kind == "e8m0":
         return np.float32(math.nan) if s == 255 else np.float32(2.0 ** (int(s) - 127))
+    if kind == "e8m0_row":
+        assert q.super is not None
+        return np.float32(2.0 ** (int(s) - 127)) * np.float32(float(q.super[g // q.scale.shape[1]]))
     if kind == "e4m3":
         return np.float32(table("e4m3").values[int(s)]) * np.float32(float(q.super))  # type: ignore[arg-type]
     if kind == "nested":

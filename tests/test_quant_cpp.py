@@ -44,6 +44,7 @@ def _formats() -> dict[str, QFormat]:
         found |= {f"{name} {dtype}": format_of(name, 32, scale_dtype=dtype) for dtype in DTYPES[1:]}
     found["fp8 block"] = format_of("fp8_e4m3", group_axis="block")
     found |= {f"mxfp4 {rule}": format_of("mxfp4", scale_rule=rule) for rule in ("ceil", "even", "rceil")}
+    found |= {f"fp4_e2m1 {size}": format_of("fp4_e2m1", size, scale_rule="m2") for size in (32, 96, -1)}
     found["int4 tiles"] = replace(FORMATS["int4"], block=(3, 5))
     return found
 
@@ -195,3 +196,29 @@ def test_sums_of_codes_do_not_overflow(name: str, isa: str) -> None:
             true = x.double() @ (exact if transposed else exact.t())
             size = x.double().abs() @ (exact.abs() if transposed else exact.abs().t())
             assert bool(y.isfinite().all()) and bool(((y.double() - true).abs() <= 2e-6 * size + 1e-6 * float(w.abs().max())).all()), (t, transposed)
+
+
+@pytest.mark.parametrize(
+    "name", [*FORMATS, "int4 other zero", "int2 other zero", "int8 other zero", "int4 row None", "int4 n 8", "int4 20", "nf4 nested"]
+)
+def test_infinities_are_where_the_reference_has_them(name: str, isa: str) -> None:
+    """And NaN: infinity times a weight of zero, infinities of both signs, NaN itself. Other rows keep their bits."""
+    fmt, n, k = CASES[name], 21, 260
+    parts = fa.quantize(weight(n, k, torch.float32, 0), fmt).parts
+    w = reference.dequantize(parts, fmt, n, k, 0, n, torch.float32)
+    for t in (1, 2, 3, 7, 18):
+        for width, right, transposed in ((k, w.t(), False), (n, w, True)):
+            clean = torch.randn(t, width, generator=torch.Generator().manual_seed(t)).to(DTYPES[t % 3])
+            x = clean.clone()
+            x[-1, 3] = torch.inf
+            if t > 2:
+                x[1, 5], x[1, 7] = -torch.inf, 1e4
+                x[0, 2], x[0, 9] = torch.inf, -torch.inf
+            if t > 5:
+                x[5, 1], x[6, :2] = torch.nan, torch.inf
+            got, before = (cpp.linear_dx(a, parts, fmt, n, k) if transposed else cpp.linear(a, parts, fmt, n, None) for a in (x, clean))
+            want = (x.float() @ right).to(x.dtype)
+            broken = ~want.isfinite()
+            assert same(got[broken], want[broken]) and bool(got[~broken].isfinite().all()), (t, transposed)
+            untouched = (x == clean).all(1)
+            assert torch.equal(got[untouched], before[untouched]), (t, transposed)

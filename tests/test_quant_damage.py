@@ -191,3 +191,12 @@ def test_damaged_files_of_ours_and_fp8() -> None:
             foreign.from_fp8(bad)
         if bad["weight"].dtype != torch.float32:
             assert diagnose(bad, "")
+
+
+def test_steps_below_a_row_are_checked() -> None:
+    tensors, metadata = foreign.to_plain(quantize(weight("normal", 4, 256), "fp4_e2m1"), f"{NAME}.weight")
+    for bad in (0, 115, 128, 255):
+        broken = changed(tensors, f"{NAME}.weight_scale", spoil(tensors[f"{NAME}.weight_scale"], bad))
+        with pytest.raises(ValueError, match="weight_scale: expected bytes from 116 to 127; got 1 others"):
+            foreign.from_plain(broken, metadata, f"{NAME}.weight")
+        assert any("bytes from 116 to 127" in line for line in diagnose(broken, NAME, metadata=metadata))

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import fusedadapt as fa
-from fusedadapt.quant import FORMATS, QuantizedLinear, load_model_, quantize, quantize_checkpoint, save_pretrained
+from fusedadapt.quant import FORMATS, QuantizedLinear, foreign, load_model_, quantize, quantize_checkpoint, save_pretrained
 from fusedadapt.quant.model import quantize_model_
 
 
@@ -290,6 +290,24 @@ def test_saved_and_loaded(formats, tied, tmp_path):
     assert torch.equal(other(IDS), want) and kinds(other) == kinds(model)
     with pytest.raises(FileExistsError, match="new or empty folder"):
         save_pretrained(model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("format", ["int4", "nf4"])
+def test_an_order_of_inputs_is_saved_and_loaded(format, tmp_path):
+    """As GPTQ's act-order has it."""
+    model, order = nn.Sequential(nn.Linear(64, 16), nn.Linear(16, 64)), torch.randperm(64)
+    quantize_model_(model, format)
+    model[0] = QuantizedLinear.from_quantized(model[0].quantized, model[0].bias, order)
+    x = torch.randn(3, 64)
+    want = model(x)
+    save_pretrained(model, tmp_path / "out")
+    other = nn.Sequential(nn.Linear(64, 16), nn.Linear(16, 64))
+    load_model_(other, tmp_path / "out")
+    assert torch.equal(other(x), want) and torch.equal(other[0].weight_order, order) and other[1].weight_order is None
+    broken = foreign.to_plain(model[0].quantized, "0.weight")
+    for bad in (order[:-1], order.int(), order.clamp(max=60)):
+        with pytest.raises(ValueError, match=r"0.weight_order: expected int64, every input from 0 to 63 once"):
+            foreign.from_plain(broken[0] | {"0.weight_order": bad}, broken[1], "0.weight")
 
 
 def test_what_cannot_be_saved_leaves_nothing(tiny, tmp_path):

@@ -92,7 +92,7 @@ def test_every_byte_means_the_same(spec):
     grid = fmt.grid(n, k)
     bytes_of = lambda shape: torch.randint(0, 256, shape, generator=draw).to(torch.uint8)
     coded = fmt.scale_dtype == torch.uint8
-    above = {"nested": torch.randn(-(-max(grid) // 256), generator=draw), "e4m3": torch.tensor(0.37)}.get(fmt.scale)
+    above = None if fmt.above(n, k) is None else torch.randn(fmt.above(n, k), generator=draw)
     parts = Parts(
         bytes_of(fmt.packed(n, k)),
         bytes_of(grid) if coded else torch.randn(grid, generator=draw).to(fmt.scale_dtype),

@@ -42,13 +42,19 @@ CALLS = {
     "fp8 one token": ("fp8_e4m3", 1, 4096, "bfloat16"),
     "fp8 blocks": ("fp8_e4m3,block=1x128", 2048, 4096, "bfloat16"),
     "fp8 blocks one token": ("fp8_e4m3,block=1x128", 1, 4096, "bfloat16"),
+    "fp4": ("fp8_e4m3", 2048, 4096, "bfloat16"),
+    "fp4 odd": ("fp8_e4m3", 2048, 4095, "bfloat16"),
+    "fp4 64 tokens": ("fp8_e4m3", 64, 4096, "bfloat16"),
+    "fp4 64 tokens in groups of 32": ("fp8_e4m3", 64, 4096, "bfloat16"),
+    "fp4 one token": ("fp8_e4m3", 1, 4096, "bfloat16"),
 }
-EVERYWHERE = ("codes int8 bf16", "int8", "int8 one token", "codes fp8 blocks", "fp8", "fp8 blocks")
+EVERYWHERE = ("codes int8 bf16", "int8", "int8 one token", "codes fp8 blocks", "fp8", "fp8 blocks", "fp4", "fp4 64 tokens")
+FP8 = ("fp8", "fp4")  # calls that multiply fp8
 
 
 def runs_on(call: str, arch: int) -> bool:
     """Products of fp8 need sm_89; what is not in EVERYWHERE is compiled for sm_90 only."""
-    return arch == 90 or (call in EVERYWHERE and (arch > 80 or not call.startswith("fp8")))
+    return arch == 90 or (call in EVERYWHERE and (arch > 80 or not call.startswith(FP8)))
 
 
 def record(call: str) -> tuple:
@@ -65,9 +71,13 @@ def record(call: str) -> tuple:
     act, n, y = QFormat.parse(spec), 64 if k > 1 << 17 else 4096, getattr(torch, dtype)
     if call.startswith("codes"):
         return gate.record([quant_act], lambda: quant_act.act_quant(torch.empty(t, k, dtype=y), act))[0]
-    fmt = format_of(act.name, group_axis="block" if act.block[1] else "row")
+    if call.startswith("fp4"):
+        fmt = format_of("fp4_e2m1", 32 if "32" in call else None)
+    else:
+        fmt = format_of(act.name, group_axis="block" if act.block[1] else "row")
     assert activation_spec(act.name, fmt) == act.spec
-    parts = Parts(torch.empty(n, k, dtype=torch.uint8), torch.empty(fmt.grid(n, k)))
+    above = None if fmt.above(n, k) is None else torch.empty(fmt.above(n, k))
+    parts = Parts(torch.empty(fmt.packed(n, k), dtype=torch.uint8), torch.empty(fmt.grid(n, k), dtype=fmt.scale_dtype), super=above)
     codes, scale, bias = torch.empty(t, k, dtype=torch.uint8), torch.empty(act.grid(t, k)), torch.empty(n)
     launchers = {
         "int8": lambda: quant_act.int8_linear(codes, scale, parts, fmt, n, bias, y),
@@ -107,7 +117,7 @@ def test_no_spill_and_no_generic_access(built):
 def test_arithmetic_is_ieee(built):
     """Codes and int8 products are promised to the bit; sums of fp8 products may fuse."""
     for job, r in built.items():
-        if not job.startswith("fp8"):
+        if not job.startswith(FP8):
             assert (r["fused"], r["approximate"], r["unrounded"]) == (0, 0, 0), (job, r)
 
 

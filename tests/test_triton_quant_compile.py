@@ -31,12 +31,13 @@ FORMATS = {
     "fp8_e5m2 block": ("fp8_e5m2", None, {"group_axis": "block"}),
     "mxfp4": ("mxfp4", None, {}),
     "nvfp4": ("nvfp4", None, {}),
+    "fp4_e2m1": ("fp4_e2m1", None, {}),
     "ternary": ("ternary", None, {}),
 }
 CODECS = {
     "stats": ("int8", "int8 per input", "int4", "nf4"),
     "encode": ("int8", "int3", "int4", "hqq4", "nf4", "fp4", "fp8_e4m3", "nvfp4"),
-    "dequantize": ("int3", "int4", "nf4 nested", "dynamic8", "fp8_e5m2 block", "mxfp4"),
+    "dequantize": ("int3", "int4", "nf4 nested", "dynamic8", "fp8_e5m2 block", "mxfp4", "fp4_e2m1"),
 }
 # "linear 16 int4 bf16": function, tokens, format, dtype of x
 PRODUCTS = [
@@ -44,6 +45,9 @@ PRODUCTS = [
     *(f"linear {t} {name} bf16" for t in (2, 16) for name in ("int4", "nf4", "ternary", "dynamic8")),
     *(f"dx 64 {name} bf16" for name in ("int3", "int4", "hqq4", "nf4", "nvfp4", "fp8_e5m2 block")),
     *(f"{what} {name} {dtype}" for what in ("linear 64", "dx 64") for name in ("int4", "nf4") for dtype in ("fp16", "fp32")),
+    "linear 2 fp4_e2m1 bf16",
+    "linear 64 fp4_e2m1 bf16",
+    "dx 64 fp4_e2m1 bf16",
     "dx 16 nf4 bf16",
     "linear 2 int4 fp32",
 ]
@@ -89,7 +93,7 @@ def empty_parts(fmt, n: int, k: int):
 
     grid = fmt.grid(n, k)
     zero = {"": None, "uint8": torch.empty(grid, dtype=torch.uint8), "fp32": torch.empty(grid)}[fmt.zero]
-    above = {"e4m3": torch.empty(()), "nested": torch.empty(-(-max(grid) // 256))}.get(fmt.scale)
+    above = None if fmt.above(n, k) is None else torch.empty(fmt.above(n, k))
     offset = torch.empty(()) if fmt.scale == "nested" else None
     return Parts(torch.empty(fmt.packed(n, k), dtype=torch.uint8), torch.empty(grid, dtype=fmt.scale_dtype), zero, above, offset)
 

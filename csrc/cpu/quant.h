@@ -36,6 +36,7 @@ struct Weight {
   int32_t zero_dtype = 0, bits = 8;
   Values kind = Values::kTable;
   bool flat = false;  // then the first of two 4-bit codes is the high one
+  bool decoded = false;  // products multiply numbers, never sums of codes, whatever the layout would allow
 };
 
 struct Statistics {
@@ -110,7 +111,7 @@ struct ProductKernels {
   const char* name;
   // Floats of one row of an operand, and of its sums.
   void (*size)(const Weight&, int64_t* row, int64_t* sums);
-  // 1, or a power of two that brings row t of x, of so many columns, into the range in which nothing overflows
+  // 1, or a power of two that brings row t of x, of so many columns, into the range in which nothing overflows; 0: the row has an infinity
   float (*factor)(const Product&, int64_t t, int64_t columns);
   void (*arrange)(const Weight&, const Product&, int64_t t, const Operand&);
   // Columns [n0, n1) of y.

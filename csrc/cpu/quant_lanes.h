@@ -42,7 +42,8 @@ Layout layout_of(const Weight& w, int64_t tokens = 1) {
   const bool rows_apart = !w.flat || (w.k % w.grid.columns == 0 && w.k * w.bits % 8 == 0);
   const bool one_group = !w.flat && w.grid.columns >= w.k;
   a.per = w.bits == 3 ? 1 : 32 / w.bits;
-  a.direct = rows_apart && w.bits != 3 && (w.bits != 2 || w.kind == Values::kUnsigned) && (one_group || w.grid.columns % a.per == 0);
+  a.direct =
+      !w.decoded && rows_apart && w.bits != 3 && (w.bits != 2 || w.kind == Values::kUnsigned) && (one_group || w.grid.columns % a.per == 0);
   a.block = a.direct ? a.per * kLanes : kLanes;
   a.side = one_group ? int64_t(1) << 40 : w.grid.columns;
   a.wide = a.side % a.block == 0;

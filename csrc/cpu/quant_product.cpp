@@ -61,15 +61,27 @@ void linear(const Weight& w, const Product& whole, int threads) {
   o.factor = o.sums + most * o.sums_stride;
   for (int64_t t = 0; t < whole.t; t += kMostRows) {
     const Product p = some_rows(whole, t, w.n);
+    bool infinite[kMostRows];
     parallel_for(p.t, std::max<int64_t>(1, kGrain / w.k), threads, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {
-        o.factor[i] = k.factor(p, i, w.k);
+        const float factor = k.factor(p, i, w.k);
+        infinite[i] = factor == 0.f;
+        o.factor[i] = infinite[i] ? 1.f : factor;
         k.arrange(w, p, i, o);
       }
     });
     const int64_t grain = ceil_div(std::max<int64_t>(kRows, kGrain / w.k), kRows);
     parallel_for(ceil_div(w.n, kRows), grain, threads,
                  [&](int64_t first, int64_t last) { k.linear(w, p, o, first * kRows, std::min(last * kRows, w.n)); });
+    // Codes and zeros that are summed apart make infinity less infinity of what is an infinity: once more, number by number.
+    for (int64_t i = 0; i < p.t && !w.decoded; ++i) {
+      if (!infinite[i]) continue;
+      Weight numbers = w;
+      numbers.decoded = true;
+      Product row = some_rows(p, i, w.n);
+      row.t = 1;
+      linear(numbers, row, threads);
+    }
   }
 }
 
@@ -84,7 +96,10 @@ void linear_dx(const Weight& w, const Product& whole, int threads) {
   o.factor = memory.get() + slots * step;
   for (int64_t t = 0; t < whole.t; t += kMostRows) {
     const Product p = some_rows(whole, t, w.k);
-    for (int64_t i = 0; i < p.t; ++i) o.factor[i] = k.factor(p, i, w.n);
+    for (int64_t i = 0; i < p.t; ++i) {
+      o.factor[i] = k.factor(p, i, w.n);
+      if (o.factor[i] == 0.f) o.factor[i] = 1.f;
+    }
     parallel_for(slots, 1, threads, [&](int64_t first, int64_t last) {
       for (int64_t s = first; s < last; ++s) {
         Operand own = o;

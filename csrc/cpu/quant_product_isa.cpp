@@ -32,7 +32,7 @@ float factor(const Product& p, int64_t t, int64_t columns) {
     }
     for (int lane = 0; lane < kLanes; ++lane) largest = most[lane] > largest ? most[lane] : largest;
   });
-  return largest >= kHuge && largest < as_float(0x7f800000u) ? kShrink : 1.f;
+  return largest == as_float(0x7f800000u) ? 0.f : largest >= kHuge ? kShrink : 1.f;
 }
 
 // Rows of x for which a code becomes a number once: p.t of them in turns of the same size. Their vectors lie alternately, so that one pointer reads

@@ -9,8 +9,8 @@ namespace fa::cuda {
 
 // What a code is worth: the code as an integer plus `first`; an entry of `values`; the small floats of 8 bits by arithmetic.
 enum Value : int32_t { kCounted = 0, kLookedUp, kE4M3, kE5M2 };
-// Scales: fp32, fp16 or bf16; E8M0; E4M3 times *above; dynamic[byte] * above[g / 256] + *offset.
-enum ScaleCoding : int32_t { kStored = 0, kPower, kSmallFloat, kNestedScale };
+// Scales: fp32, fp16 or bf16; E8M0; E4M3 times *above; dynamic[byte] * above[g / 256] + *offset; E8M0 times above[g / wide], the row's number.
+enum ScaleCoding : int32_t { kStored = 0, kPower, kSmallFloat, kNestedScale, kRowPower };
 
 struct QuantWeight {
   const uint8_t* codes;

@@ -12,6 +12,7 @@ FA_DEVICE float e4m3(uint32_t c) {
   const float v = as_float((c & 127u) << 20 | (c & 128u) << 24) * 0x1p120f;  // brings the exponent, and subnormals, to their place
   return (c & 127u) == 127u ? as_float(0x7fc00000u) : v;
 }
+FA_DEVICE float e8m0(uint32_t c) { return as_float(c == 0 ? 1u << 22 : c == 255 ? 0x7fc00000u : c << 23); }
 FA_DEVICE float e5m2(uint32_t c) { return half_to_float(uint16_t(c << 8)); }
 
 FA_DEVICE float load_float(const void* p, int64_t i, int dtype) {
@@ -49,7 +50,9 @@ FA_DEVICE void load_numbers(float (&scale)[kCount], float (&zero)[kCount], const
   else if (w.zero_dtype == kF32)
     load_each<uint32_t>(z, w.zero, g);
   if (w.coding == kPower) {
-    set_each(scale, [&](int i) { return as_float(s[i] == 0 ? 1u << 22 : s[i] == 255 ? 0x7fc00000u : s[i] << 23); });
+    set_each(scale, [&](int i) { return e8m0(s[i]); });
+  } else if (w.coding == kRowPower) {
+    set_each(scale, [&](int i) { return e8m0(s[i]) * in_global(w.above)[g[i] / w.wide]; });
   } else if (w.coding == kSmallFloat) {
     const float above = *in_global(w.above);
     set_each(scale, [&](int i) { return e4m3(s[i]) * above; });

@@ -73,7 +73,8 @@ def why_not(base: Any) -> str:
     if "forward" in vars(base):
         return f"{type(base).__name__} has a forward of its own"
     if type(base) is QuantizedLinear:
-        return ""
+        codes = base.activations
+        return "" if codes is None else f"QuantizedLinear codes x to {codes}; the fused layer multiplies x as it is, which is another model"
     if _words_kind(base):
         try:
             weight_of(base)

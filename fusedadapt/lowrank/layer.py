@@ -99,13 +99,16 @@ class LoRALinear(PackedWeight):
 
         A `QuantizedLinear` stays packed (QLoRA); `merge` then quantizes the sum anew, and `unmerge` brings the former bytes back.
 
-        Arguments and errors as the class; TypeError if ``linear`` is neither that nor a plain nn.Linear.
+        Arguments and errors as the class; TypeError if ``linear`` is neither that nor a plain nn.Linear; ValueError if it codes or reorders x.
         """
         if not isinstance(linear, QuantizedLinear):
             check_plain("LoRALinear.from_linear", linear)
         if getattr(linear, "weight_order", None) is not None:
             fix = "use PEFT with fusedadapt.patch, or LoRALinear on linear.to_linear()"
             raise ValueError(f"LoRALinear.from_linear: expected columns in the order of the inputs; got an act-order weight; {fix}")
+        if (codes := getattr(linear, "activations", None)) is not None:
+            fix = "set its activations to None first, or use PEFT, which keeps the coding"
+            raise ValueError(f"LoRALinear.from_linear: expected a layer that multiplies x as it is; got activations={codes!r}; {fix}")
         record = _checked(method, r, lora_dropout, options)
         self = cls.__new__(cls)
         nn.Linear.__init__(self, linear.in_features, linear.out_features, linear.bias is not None, device="meta")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import math
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import config, dispatch
-from ..quant.formats import NESTED_BLOCK, QFormat
+from ..quant.formats import QFormat
 from ..reference.quant import Parts
 from ..reference.quant_rules import RULES, Found
 from . import dense
@@ -99,12 +100,9 @@ def _check_parts(name: str, like: Tensor | None, parts: Parts, spec: str, n: Any
     fmt = QFormat.parse(spec)
     if parts.qdata.numel() * parts.qdata.element_size() != fmt.packed(n, k)[0] * fmt.packed(n, k)[1]:
         _refuse(name, f"qdata of {fmt.packed(n, k)} bytes for a weight of {n} x {k} in {fmt.name}", tuple(parts.qdata.shape), "pass matching shapes")
-    groups = 1
-    for side in fmt.grid(n, k):
-        groups *= side
+    groups, above = math.prod(fmt.grid(n, k)), fmt.above(n, k)
     sizes = {"scale": groups, "zero": groups if fmt.zero else None}
-    sizes["super"] = {"nested": -(-groups // NESTED_BLOCK), "e4m3": 1}.get(fmt.scale)
-    sizes["offset"] = 1 if fmt.scale == "nested" else None
+    sizes |= {"super": None if above is None else math.prod(above), "offset": 1 if fmt.scale == "nested" else None}
     for part, size in sizes.items():
         t = getattr(parts, part)
         if (t is None) != (size is None) or (t is not None and t.numel() != size):
@@ -130,15 +128,13 @@ def _check_quantize(w: Tensor, spec: str) -> None:
 
 def _empty_parts(w: Tensor, spec: str) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     fmt, (n, k) = QFormat.parse(spec), w.shape
-    grid = fmt.grid(n, k)
-    above = -(-grid[0] // NESTED_BLOCK) if fmt.scale == "nested" else 0
-    single = w.new_empty((), dtype=torch.float32)
+    grid, above = fmt.grid(n, k), fmt.above(n, k)
     return (
         w.new_empty(fmt.packed(n, k), dtype=torch.uint8),
         w.new_empty(grid, dtype=fmt.scale_dtype),
         w.new_empty(grid if fmt.zero else 0, dtype=torch.uint8 if fmt.zero == "uint8" else torch.float32),
-        single if fmt.scale == "e4m3" else w.new_empty(above, dtype=torch.float32),
-        single.clone() if fmt.scale == "nested" else w.new_empty(0, dtype=torch.float32),
+        w.new_empty(0 if above is None else above, dtype=torch.float32),
+        w.new_empty(() if fmt.scale == "nested" else 0, dtype=torch.float32),
     )
 
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from .. import config, dispatch
 from ..quant.formats import WHOLE, QFormat
 from ..reference.quant import Parts
-from ..reference.quant_act import row_scales
+from ..reference.quant_act import CHUNK, row_scales
+from . import quant
 from .quant import DTYPES, _check_parts
 from .register import op
 
@@ -27,6 +28,8 @@ _NO_KERNEL = {"cuda": "has no kernels of its own for 8-bit products", "emulated"
 _BLOCK = 128
 _ROW, _TENSOR, _TILE = (1, WHOLE), (WHOLE, WHOLE), (_BLOCK, _BLOCK)
 _WEIGHTS = {"int8": (_ROW, _TENSOR), "fp8_e4m3": (_ROW, _TENSOR, _TILE)}
+#: bytes of x widened to fp32 at a time; every piece of x reads and widens all of W once
+_SCRATCH = 64 << 20
 
 
 @functools.cache
@@ -59,7 +62,7 @@ def library_int8(device_type: str, t: int, n: int, k: int) -> bool:
     x 4096: the library has no vector code there). On GPUs: never, until a measurement says where.
     """
     amx = device_type == "cpu" and bool(torch.cpu._is_amx_tile_supported())
-    return amx and t >= 64 and n % 16 == 0 and k % 64 == 0
+    return amx and t >= 64 and n % 16 == 0 and k % 64 == 0 and k <= CHUNK
 
 
 def _library_linear(codes: Tensor, x_scale: Tensor, parts: Parts, fmt: QFormat, n: int, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -67,6 +70,31 @@ def _library_linear(codes: Tensor, x_scale: Tensor, parts: Parts, fmt: QFormat, 
     y = torch._int_mm(codes.view(torch.int8), parts.qdata.view(torch.int8).view(n, -1).t()).float()
     y = y.mul_(x_scale.view(-1, 1)).mul_(row_scales(parts, fmt, n))
     return (y if bias is None else y.add_(bias.float())).to(dtype)
+
+
+def widened_fp8_linear(
+    codes: Tensor, x_scale: Tensor, act: QFormat, parts: Parts, fmt: QFormat, n: int, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:  # fmt: skip
+    """`reference.quant_act.fp8_linear` where nothing multiplies fp8: x is widened a bounded piece at a time and multiplied as fp32."""
+    t, k = codes.shape
+    y, rows = torch.empty(t, n, dtype=dtype, device=codes.device), max(1, _SCRATCH // (4 * k))
+    widen, bias = quant.run("dequantize", codes), None if bias is None else bias.float()
+    for row in range(0, t, rows):
+        end = min(t, row + rows)
+        x = widen(Parts(codes, x_scale), act, t, k, row, end, torch.float32)
+        y[row:end] = torch.ops.fusedadapt.q_linear(x, *parts, bias, fmt.spec, n)
+    return y
+
+
+def multiplies_fp8(device: torch.device) -> bool:
+    """Whether a GPU's matrix units take fp8: compute capability 8.9 and later."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def _goes_with(activations: str, weight: QFormat) -> bool:
+    if weight.scale == "e8m0_row":
+        return activations == "fp8_e4m3" and weight.table == "e2m1"
+    return weight.name == activations and weight.block in _WEIGHTS[activations] and not weight.zero
 
 
 def activation_spec(activations: str, weight: QFormat) -> str:
@@ -77,8 +105,8 @@ def activation_spec(activations: str, weight: QFormat) -> str:
     """
     if not isinstance(activations, str) or activations not in _WEIGHTS:
         _refuse("linear8", f"activations among {', '.join(_WEIGHTS)}", repr(activations), "choose one of them")
-    if weight.name != activations or weight.block not in _WEIGHTS[activations] or weight.zero:
-        kinds = "one scale per row or for the whole weight" + (" or per 128 x 128 block" if activations == "fp8_e4m3" else "")
+    if not _goes_with(activations, weight):
+        kinds = "one scale per row or for the whole weight" + (", per 128 x 128 block, or in fp4_e2m1" if activations == "fp8_e4m3" else "")
         _refuse("linear8", f'a weight in "{activations}" without zero points, {kinds}', weight.spec, "quantize it so, or leave activations out")
     return f"{activations},block=1x{_BLOCK}" if weight.block == _TILE else activations
 
@@ -150,9 +178,10 @@ def _linear8(x: Tensor, x_scale: Tensor, *args: Any) -> Tensor:
         y = x.new_zeros(t, n, dtype=dtype)
         return y if bias is None else y + bias.to(dtype)
     narrow = torch.float32 if dtype == torch.float64 else dtype
-    if fmt.name == "fp8_e4m3":
-        y = _run("fp8_linear", x)(x, x_scale, QFormat.parse(act), parts, fmt, n, bias, narrow)
+    if act != "int8":
+        ours = _run("fp8_linear", x) if multiplies_fp8(x.device) else widened_fp8_linear
+        y = ours(x, x_scale, QFormat.parse(act), parts, fmt, n, bias, narrow)
     else:
-        ours = _run("int8_linear", x)
-        y = (_library_linear if library_int8(x.device.type, t, n, k) and k <= 1 << 17 else ours)(x, x_scale, parts, fmt, n, bias, narrow)
+        ours = _library_linear if library_int8(x.device.type, t, n, k) else _run("int8_linear", x)
+        y = ours(x, x_scale, parts, fmt, n, bias, narrow)
     return y.to(dtype)

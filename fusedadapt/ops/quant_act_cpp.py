@@ -1,7 +1,7 @@
 """The backend "cpp" of products with quantized activations: the functions of `reference.quant_act` on CPU tensors.
 
-Codes and int8 products are computed by `_core` from addresses, the same bits for any number of threads. fp8 codes are widened a bounded piece at a
-time and multiplied as fp32: no CPU here has an instruction for them.
+Codes and int8 products are computed by `_core` from addresses, the same bits for any number of threads. fp8 codes are widened: no CPU here has an
+instruction for them.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ from .. import _core
 from ..quant.formats import QFormat
 from ..reference.quant import Parts
 from ..reference.quant_act import row_scales
-from . import quant
+from .quant_act import widened_fp8_linear as fp8_linear
 
+__all__ = ["act_quant", "fp8_linear", "int8_linear"]
 _CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _KINDS = {"int8": 0, "fp8_e4m3": 1}
-#: bytes of x widened to fp32 at a time; every piece of x reads and widens all of W once
-_SCRATCH = 64 << 20
 
 
 def act_quant(x: Tensor, fmt: QFormat) -> tuple[Tensor, Tensor]:
@@ -39,18 +38,4 @@ def int8_linear(codes: Tensor, x_scale: Tensor, parts: Parts, fmt: QFormat, n: i
         (codes.data_ptr(), parts.qdata.data_ptr()), (x_scale.data_ptr(), w_scale.data_ptr()), 0 if bias_ is None else bias_.data_ptr(),
         (y.data_ptr(), _CODES[dtype]), (t, n, k), torch.get_num_threads(),
     )  # fmt: skip
-    return y
-
-
-def fp8_linear(
-    codes: Tensor, x_scale: Tensor, act: QFormat, parts: Parts, fmt: QFormat, n: int, bias: Tensor | None, dtype: torch.dtype
-) -> Tensor:  # fmt: skip
-    """y, T x N, from fp8 codes (T x K, bytes) and scales of x, coded as ``act``."""
-    t, k = codes.shape
-    y, rows = torch.empty(t, n, dtype=dtype, device="cpu"), max(1, _SCRATCH // (4 * k))
-    widen, bias_ = quant.run("dequantize", codes), None if bias is None else bias.float()
-    for row in range(0, t, rows):
-        end = min(t, row + rows)
-        x = widen(Parts(codes, x_scale), act, t, k, row, end, torch.float32)
-        y[row:end] = torch.ops.fusedadapt.q_linear(x, *parts, bias_, fmt.spec, n)
     return y

@@ -19,6 +19,7 @@ from . import dense
 
 _CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.uint8: 6}
 _PLAIN, _POWERS, _TABLE = 0, 1, 2
+_SCALE_TABLES = {"e4m3": "e4m3", "nested": "dynamic"}
 _NO_BLOCKS = 1 << 62
 
 
@@ -33,8 +34,9 @@ def _numbers(fmt: QFormat) -> Tensor:
 
 
 @functools.cache
-def _scale_numbers(name: str) -> Tensor:
-    return _fp32(table(name).values)
+def _scale_numbers(scale: str) -> Tensor:
+    """What the bytes of coded scales are worth."""
+    return _fp32([2.0 ** (b - 127) for b in range(255)] + [torch.nan] if scale == "e8m0_row" else table(_SCALE_TABLES[scale]).values)
 
 
 @functools.cache
@@ -53,11 +55,10 @@ def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def _scales(parts: Parts, fmt: QFormat) -> tuple[int, ...]:
-    if fmt.scale in ("e4m3", "nested"):
-        values = _scale_numbers("e4m3" if fmt.scale == "e4m3" else "dynamic")
-        block = NESTED_BLOCK if fmt.scale == "nested" else _NO_BLOCKS
-        return _TABLE, parts.scale.data_ptr(), 0, values.data_ptr(), _address(parts.super), _address(parts.offset), block
+def _scales(parts: Parts, fmt: QFormat, wide: int) -> tuple[int, ...]:
+    if parts.super is not None:
+        block = {"nested": NESTED_BLOCK, "e4m3": _NO_BLOCKS, "e8m0_row": wide}[fmt.scale]
+        return _TABLE, parts.scale.data_ptr(), 0, _scale_numbers(fmt.scale).data_ptr(), _address(parts.super), _address(parts.offset), block
     coding = _POWERS if fmt.scale == "e8m0" else _PLAIN
     return coding, parts.scale.data_ptr(), _CODES[parts.scale.dtype], 0, 0, 0, 1
 
@@ -65,7 +66,8 @@ def _scales(parts: Parts, fmt: QFormat) -> tuple[int, ...]:
 def _weight(parts: Parts, fmt: QFormat, n: int, k: int) -> tuple[int, ...]:
     zero = (0, 0) if parts.zero is None else (parts.zero.data_ptr(), _CODES[parts.zero.dtype])
     codes = (parts.qdata.data_ptr(), n, k, fmt.row_bytes(k), fmt.bits, fmt.flat)
-    return *codes, *_grid(fmt, n, k), _numbers(fmt).data_ptr(), *zero, *_scales(parts, fmt)
+    grid = _grid(fmt, n, k)
+    return *codes, *grid, _numbers(fmt).data_ptr(), *zero, *_scales(parts, fmt, grid[2])
 
 
 def stats(w: Tensor, fmt: QFormat) -> tuple[Tensor, Tensor]:

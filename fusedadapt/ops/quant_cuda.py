@@ -24,7 +24,7 @@ FEW = 8
 _CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.uint8: 6}
 _VALUES = {"": 0, "e4m3": 2, "e5m2": 3}  # Value; other tables are looked up
 _LOOKED_UP = 1
-_SCALES = {"e8m0": 1, "e4m3": 2, "nested": 3}  # ScaleCoding
+_SCALES = {"e8m0": 1, "e4m3": 2, "nested": 3, "e8m0_row": 4}  # ScaleCoding
 
 
 def _core(device: torch.device) -> Any:

@@ -37,7 +37,8 @@ def quantized_linear_act(x: Tensor, qw: QuantizedTensor, bias: Tensor | None = N
 
     "int8": every row of x by its own scale absmax / 127, codes to nearest even, sums exact in integers (LLM.int8 without outliers, Dettmers et al.,
     arXiv:2208.07339). "fp8_e4m3": every row by absmax / 448; beside a weight in 128 x 128 blocks every 128 elements of a row, as DeepSeek-V3 does
-    (arXiv:2412.19437); sums in fp32. Scales are multiplied in fp32 and y is rounded once to x's dtype. A row of zeros gives exactly the bias; a row
+    (arXiv:2412.19437); sums in fp32. A weight in "fp4_e2m1" goes with it (W4A8, ZeroQuant-FP, Wu et al., arXiv:2307.09782): its codes become E4M3
+    numbers exactly. Scales are multiplied in fp32 and y is rounded once to x's dtype. A row of zeros gives exactly the bias; a row
     with a NaN or an infinity gives NaN.
 
     Gradients: dx = dy W and dbias; the coding of x counts as the identity, W is frozen.
@@ -45,7 +46,7 @@ def quantized_linear_act(x: Tensor, qw: QuantizedTensor, bias: Tensor | None = N
     Args:
         x: [..., K] in fp32, bf16 or fp16 (fp64 is read as fp32); under autocast it is cast as nn.Linear's input is.
         qw: a weight [N, K] in the format that ``activations`` names: "int8" with a scale per row or ``group_axis="tensor"``, "fp8_e4m3" with a scale
-            per row, ``group_axis="tensor"`` or ``group_axis="block"``.
+            per row, ``group_axis="tensor"`` or ``group_axis="block"``, or "fp4_e2m1" beside "fp8_e4m3".
         bias: [N].
         activations: "int8" or "fp8_e4m3".
 

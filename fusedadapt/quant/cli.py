@@ -45,7 +45,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--double-quant", action="store_true", help="nf4, fp4: the scales in 8 bits")
     parser.add_argument("--compat", choices=("bnb_cpu",), help="nf4, fp4: cuts and ties of bitsandbytes' CPU code instead of its CUDA code")
     parser.add_argument("--symmetric", action=argparse.BooleanOptionalAction, default=None, help="integers: without or with zero points")
-    parser.add_argument("--scale-rule", choices=SCALE_RULES, help="MX formats: which power of two")
+    rules = [*dict.fromkeys(rule for rules in SCALE_RULES.values() for rule in rules)]
+    parser.add_argument("--scale-rule", choices=rules, help="MX formats and fp4_e2m1: which power of two")
     parser.add_argument("--group-axis", choices=("k", "n", "row", "tensor", "block"), help="what shares a scale: part of a row, of a column, ...")
     parser.add_argument("--skip", nargs="+", metavar="NAME", help="layers to leave alone: names, ends of names, globs, modules (default lm_head)")
     parser.add_argument("--include", nargs="+", metavar="NAME", default=(), help="quantize these matrices and no others")

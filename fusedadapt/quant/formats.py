@@ -4,12 +4,13 @@
 
 `QFormat` says what a code is worth, which elements share a group g, how scales are stored and by which rule they are found. Quantizing, dequantizing,
 products, checkpoints and tests read these records; a new format is one of them and, if its scales are found in a new way, a rule in
-`fusedadapt.reference.quant`.
+`fusedadapt.reference.quant_rules`.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,9 +22,16 @@ from .tables import TABLES, Table, table
 
 #: a block side that spans the whole dimension
 WHOLE = 0
-_SCALES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "e8m0": torch.uint8, "e4m3": torch.uint8, "nested": torch.uint8}
-SCALE_RULES = ("floor", "ceil", "even", "rceil")
+_SCALES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16} | dict.fromkeys(("e8m0", "e8m0_row", "e4m3", "nested"), torch.uint8)
+#: by how scales are stored
+SCALE_RULES = {"e8m0": ("floor", "ceil", "even", "rceil"), "e8m0_row": ("floor", "m2")}
+#: scales that have fp32 numbers above them
+LAYERED = ("nested", "e4m3", "e8m0_row")
 NESTED_BLOCK = 256
+#: by how many powers of two a group's scale may lie below its row's in "e8m0_row": E2M1 times 2^(6 - d) is then a normal number of E4M3
+MOST_STEPS = 11
+#: and its groups are multiples of this: the columns that an 8-bit matrix instruction takes
+ROW_GROUP = 32
 
 
 @dataclass(frozen=True)
@@ -32,9 +40,10 @@ class QFormat:
 
     ``bits`` of a code. ``table``: name in `fusedadapt.quant.tables`, or "" for integers: value = code - ``bias``, codes from ``low`` to ``high``
     (``signed``: the byte is two's complement). ``flat``: groups are runs of ``block[1]`` elements in row-major order, crossing rows; otherwise they
-    are tiles of ``block`` = (rows, columns), `WHOLE` standing for all of them. ``scale``: "fp32" | "fp16" | "bf16" | "e8m0" | "e4m3" | "nested".
+    are tiles of ``block`` = (rows, columns), `WHOLE` standing for all of them. ``scale``: "fp32" | "fp16" | "bf16" | "e8m0" | "e8m0_row" (E8M0, 1 at
+    most, times the row's own fp32 number) | "e4m3" | "nested".
     ``zero``: "" | "uint8" | "fp32". ``rule``: how scales are found, a name in `fusedadapt.reference.quant_rules.RULES`;
-    ``scale_rule``: which E8M0 exponent.
+    ``scale_rule``: which E8M0 exponent, among `SCALE_RULES` of ``scale``.
     ``divide``: codes come from w / s instead of w * (1 / s). ``high_first``: the first element is in the high nibble.
     """
 
@@ -98,6 +107,11 @@ class QFormat:
         rows, columns = self.sides(n, k)
         return -(-n // rows), -(-k // columns)
 
+    def above(self, n: int, k: int) -> tuple[int, ...] | None:
+        """Shape of the fp32 numbers above the scales: one for the tensor, a row, or a block of nested scales; None if there are none."""
+        blocks = -(-self.grid(n, k)[0] // NESTED_BLOCK) if self.scale == "nested" else 0
+        return {"nested": (blocks,), "e4m3": (), "e8m0_row": (n,)}.get(self.scale)
+
     def row_bytes(self, k: int) -> int:
         """Bytes of one packed row of a grid format."""
         return -(-k * self.bits // 8)
@@ -117,13 +131,10 @@ class QFormat:
 
     def bits_per_weight(self, n: int, k: int) -> float:
         """Everything stored, in bits, over n * k."""
-        groups = 1
-        for side in self.grid(n, k):
-            groups *= side
-        packed = self.packed(n, k)
-        extra = {"nested": 4 * -(-groups // NESTED_BLOCK) + 4, "e4m3": 4}.get(self.scale, 0)
-        size = packed[0] * packed[1] + groups * self.scale_dtype.itemsize + extra
-        size += groups * {"": 0, "uint8": 1, "fp32": 4}[self.zero]
+        groups, above = math.prod(self.grid(n, k)), self.above(n, k)
+        size = math.prod(self.packed(n, k)) + groups * (self.scale_dtype.itemsize + {"": 0, "uint8": 1, "fp32": 4}[self.zero])
+        size += 0 if above is None else 4 * math.prod(above)
+        size += 4 if self.scale == "nested" else 0
         return 8.0 * size / max(n * k, 1)
 
 
@@ -159,6 +170,7 @@ _RECORDS = (
     _minifloat("mxfp8_e5m2", "e5m2", 8, (1, 32), "e8m0", "mx", scale_rule="floor"),
     _minifloat("mxfp4", "e2m1", 4, (1, 32), "e8m0", "mx", scale_rule="floor"),
     _minifloat("nvfp4", "e2m1", 4, (1, 16), "e4m3", "nvfp4"),
+    _minifloat("fp4_e2m1", "e2m1", 4, (1, 128), "e8m0_row", "row_steps", scale_rule="floor"),
     QFormat("ternary", 2, "absmean", (WHOLE, WHOLE), bias=1, low=0, high=2, divide=True),
 )
 #: name -> record with the format's own defaults
@@ -178,9 +190,9 @@ def format_of(name: str | QFormat, group_size: int | None = None, **options: Any
         name: a key of `FORMATS`, or a `QFormat`.
         group_size: elements that share a scale; None is the format's own, -1 a whole row (column with ``group_axis="n"``).
         options: ``double_quant`` (nf4, fp4: 8-bit scales of scales), ``compat="bnb_cpu"`` (nf4, fp4: cuts and ties of bitsandbytes' CPU code),
-            ``scale_rule`` (MX: "floor" | "ceil" | "even" | "rceil"), ``symmetric`` (integers: without or with a zero point; default True for int8,
-            False for int2, int3 and int4), ``group_axis`` ("k": inside an output row; "n": inside an input column, AdaDim; "row", "tensor",
-            "block": 128 x 128), ``scale_dtype`` (torch.float32, float16 or bfloat16, where scales are not coded).
+            ``scale_rule`` (MX: "floor" | "ceil" | "even" | "rceil"; fp4_e2m1: "floor" | "m2"), ``symmetric`` (integers: without or with a zero point;
+            default True for int8, False for int2, int3 and int4), ``group_axis`` ("k": inside an output row; "n": inside an input column, AdaDim;
+            "row", "tensor", "block": 128 x 128), ``scale_dtype`` (torch.float32, float16 or bfloat16, where scales are not coded).
 
     Raises:
         ValueError: unknown format or option, or an option or group size that the format does not have.
@@ -227,6 +239,8 @@ def _grouped(fmt: QFormat, size: int) -> QFormat:
         return replace(fmt, block=(1, size))
     if fmt.block[0] not in (WHOLE, 1) and fmt.block[1] != 1:
         _refuse('no group_size with group_axis="block"', size, "its tiles are 128 x 128")
+    if fmt.scale == "e8m0_row" and size != -1 and size % ROW_GROUP:
+        _refuse(f"group_size of {fmt.name}: a multiple of {ROW_GROUP}, or -1", size, "choose one")
     side = WHOLE if size == -1 else size
     return replace(fmt, block=(side, 1) if fmt.block[1] == 1 else (1, side))
 
@@ -244,8 +258,9 @@ def _compat(fmt: QFormat, value: Any) -> QFormat:
 
 
 def _scale_rule(fmt: QFormat, value: Any) -> QFormat:
-    if value not in SCALE_RULES or fmt.scale != "e8m0":
-        _refuse(f"scale_rule among {', '.join(SCALE_RULES)}, with an MX format", f"{value!r} with {fmt.name}", "choose one of them")
+    if value not in SCALE_RULES.get(fmt.scale, ()):
+        rules = " (MX) or ".join(", ".join(names) for names in SCALE_RULES.values())
+        _refuse(f"scale_rule among {rules} (fp4_e2m1), in a format that has one", f"{value!r} with {fmt.name}", "choose one of its own")
     return replace(fmt, scale_rule=value)
 
 
@@ -260,7 +275,7 @@ def _symmetric(fmt: QFormat, value: Any) -> QFormat:
 
 
 def _axis(fmt: QFormat, value: Any) -> QFormat:
-    if fmt.flat or fmt.name in _FIXED_GROUP:
+    if fmt.flat or fmt.name in _FIXED_GROUP or fmt.scale == "e8m0_row":
         _refuse("group_axis with an integer or fp8 format", fmt.name, "leave it out")
     size = fmt.block[1]
     blocks = {"k": (1, size), "n": (size, 1), "row": (1, WHOLE), "tensor": (WHOLE, WHOLE), "block": (128, 128)}
@@ -324,7 +339,7 @@ def _consistent(fmt: QFormat, spec: str) -> QFormat:
         "block": len(fmt.block) != 2 or min(fmt.block) < 0 or fmt.flat and fmt.block[1] == 0,
         "bits": not 1 <= fmt.bits <= 8 or fmt.flat and fmt.bits not in (4, 8) or fmt.bits != 8 and fmt.signed,
         "table": bool(fmt.table) and (fmt.table not in TABLES or table(fmt.table).bits != fmt.bits),
-        "scale": fmt.scale not in _SCALES,
+        "scale": fmt.scale not in _SCALES or fmt.scale == "e8m0_row" and (fmt.flat or fmt.block[0] != 1 or fmt.block[1] % ROW_GROUP > 0),
         "zero": fmt.zero not in ("", "uint8", "fp32"),
         "rule": fmt.rule != FORMATS[fmt.name].rule and {fmt.rule, FORMATS[fmt.name].rule} - {"affine", "affine_sym", "absmax_int"} != set(),
     }

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import quant as ops
+from ..ops import quant_act
 from .formats import QFormat
 from .linear import quantized_linear
 from .tensor import QuantizedTensor, quantize
@@ -193,10 +194,18 @@ class QuantizedLinear(PackedWeight):
 
     def __fusedadapt_explain__(self) -> list[tuple[str, str, str]]:
         device = self.weight.device.type
+        what = f"QuantizedLinear[{self.format.spec}] {self.out_features}x{self.in_features} {self.weight.device}"
         shape = (self.out_features, self.in_features, self.format)
+        if self.activations is not None:
+            coded = quant_act.choose("int8_linear" if self.activations == "int8" else "fp8_linear", device)
+            how = (
+                ""
+                if self.activations == "int8" or quant_act.multiplies_fp8(self.weight.device)
+                else "; fp8 is widened: this GPU has no product of it"
+            )
+            return [(f"{what}, x in {self.activations}", coded.backend, f"{coded.reason}{how}")]
         choice, other = (ops.choose("linear", device, torch.float32, (tokens, *shape)) for tokens in (1, 64))
         more = "" if other == choice else f"; 64 tokens: {other.backend} ({other.reason})"
         pieces = ops.choose("dequantize", device, torch.float32).backend
         more += "" if self.weight_order is None else "; act-order: x is gathered first"
-        what = f"QuantizedLinear[{self.format.spec}] {self.out_features}x{self.in_features} {self.weight.device}"
         return [(what, choice.backend, f"{choice.reason}{more}; many tokens: dequantized in pieces by {pieces}, torch's GEMM")]

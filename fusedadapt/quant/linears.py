@@ -25,7 +25,7 @@ _CONV1D = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 
 @dataclass
 class Linears:
-    """``chosen``: tensors to quantize; ``left``: matrices that are not, and why; ``how``: what decided, in words.
+    """What `choose` found.
 
     ``chosen``: tensors to quantize; ``names``: their modules' names in the model; ``left``: matrices that are not, and why; ``how``: what decided, in
     words. ``modules``: every module that a loader of 4-bit checkpoints would take for a 4-bit one; ``keep``: names that it leaves alone by itself.

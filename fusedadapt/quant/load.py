@@ -20,8 +20,8 @@ _MOST = 10
 def load_model_(model: nn.Module, source: str | Path, device: torch.device | str | None = None) -> list[str]:
     """Loads a quantized checkpoint into a model of the same architecture, in place: what is packed in the files becomes a `QuantizedLinear`.
 
-    Reads files of `python -m fusedadapt quantize` in any format, and bitsandbytes, GPTQ (without act-order), AWQ and fp8 checkpoints. One tensor at a
-    time is held beside the model, which may be on the meta device.
+    Reads files of `python -m fusedadapt quantize` in any format, and bitsandbytes, GPTQ, AWQ, HQQ and fp8 checkpoints. One tensor at a time is held
+    beside the model, which may be on the meta device.
 
     Args:
         model: its nn.Linear layers are replaced where the files hold packed ones; other parameters and buffers are filled (and cast). Of a model

@@ -13,7 +13,7 @@ from torch import Tensor
 from . import foreign
 from .archive import Archive
 from .foreign.gptq import VERSIONS
-from .foreign.plain import METADATA
+from .foreign.plain import METADATA, ORDER
 from .tensor import QuantizedTensor
 
 _BNB = re.compile(r"^(.*)\.weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+)$")
@@ -40,7 +40,7 @@ def packed_layers(archive: Archive, config: Mapping[str, Any]) -> list[Packed]:
     for key in archive.metadata:
         if key.startswith(METADATA):
             weight = key.removeprefix(METADATA)
-            names = [f"{weight}{end}" for end in ("", "_scale", "_zero", "_super", "_offset")]
+            names = [f"{weight}{end}" for end in ("", "_scale", "_zero", "_super", "_offset", ORDER)]
             groups[weight.removesuffix(".weight"), "ours"] = [name for name in names if name in archive.entries]
     taken = {name for names in groups.values() for name in names}
     for name in (name for name in archive.entries if name not in taken):
@@ -109,7 +109,7 @@ def read_packed(archive: Archive, layer: Packed, config: Mapping[str, Any]) -> t
     if layer.kind == "gptq":
         return foreign.from_gptq(tensors, layer.prefix, bits=_method(config).get("bits"), version=label(config), group_size=_group(config))
     if layer.kind == "ours":
-        return foreign.from_plain(tensors, archive.metadata, weight), None
+        return foreign.from_plain(tensors, archive.metadata, weight), tensors.get(f"{weight}{ORDER}")
     if layer.kind == "bitsandbytes":
         return foreign.from_bitsandbytes(tensors, weight), None
     if layer.kind == "hqq":

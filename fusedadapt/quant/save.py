@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from .. import files
 from . import foreign
+from .foreign.plain import ORDER
+from .formats import QFormat
 from .layer import PackedWeight, QuantizedLinear
 from .linears import skip_list
 from .stream import MAX_SHARD, Shards, checked_target, is_bitsandbytes, new_folder, quantization_config
@@ -35,14 +37,16 @@ def save_pretrained(model: nn.Module, out: str | Path, *, max_shard_bytes: int =
     plain = dict(_plain(model, layers))
     if absent := [name for name, t in plain.items() if t.is_meta]:
         raise ValueError(f"save_pretrained: expected weights; {', '.join(absent[:3])} are on the meta device; load them first")
-    formats = {layer.format for layer in layers.values()}
-    shared = formats.pop() if len(formats) == 1 and is_bitsandbytes(next(iter(formats))) else None
+    formats, ordered = {layer.format for layer in layers.values()}, any(layer.weight_order is not None for layer in layers.values())
+    shared = formats.pop() if len(formats) == 1 and is_bitsandbytes(next(iter(formats))) and not ordered else None
     with new_folder(target) as folder:
         shards = Shards(folder, max_shard_bytes)
         for name, layer in layers.items():
             qt = layer.quantized.to("cpu")
             if shared is None:
-                shards.add(*foreign.to_plain(qt, f"{name}.weight"))
+                order = {} if layer.weight_order is None else {f"{name}.weight{ORDER}": layer.weight_order.cpu()}
+                tensors, metadata = foreign.to_plain(qt, f"{name}.weight")
+                shards.add(tensors | order, metadata)
             else:
                 qt = qt if qt.dtype != torch.float64 else replace(qt, dtype=torch.float32)  # bitsandbytes has no fp64
                 shards.add(foreign.to_bitsandbytes(qt, f"{name}.weight"), {})
@@ -51,7 +55,7 @@ def save_pretrained(model: nn.Module, out: str | Path, *, max_shard_bytes: int =
         shards.close()
         config: Any = getattr(model, "config", None)
         if hasattr(config, "to_dict"):
-            adapted = _config(model, config.to_dict(), layers)
+            adapted = _config(model, config.to_dict(), layers, shared)
             with files.atomic_open(folder / "config.json") as file:
                 file.write(json.dumps(adapted, indent=2, default=str).encode() + b"\n")
     return target
@@ -82,14 +86,14 @@ def _plain(model: nn.Module, layers: Mapping[str, QuantizedLinear]) -> Iterator[
                 yield f"{path}.{name}".lstrip("."), t
 
 
-def _config(model: nn.Module, config: dict[str, Any], layers: Mapping[str, QuantizedLinear]) -> dict[str, Any]:
+def _config(model: nn.Module, config: dict[str, Any], layers: Mapping[str, QuantizedLinear], shared: QFormat | None) -> dict[str, Any]:
     kinds = [str(layer.weight_dtype).removeprefix("torch.") for layer in layers.values()]
     usual = max(set(kinds), key=kinds.count)
     modules = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     fmt = next(iter(layers.values())).format
-    same = all(layer.format == fmt for layer in layers.values())
+    ours = all(layer.format == fmt for layer in layers.values()) and not is_bitsandbytes(fmt)
     adapted = config | {"architectures": [type(model).__name__]}
     if not adapted.get("dtype") and not adapted.get("torch_dtype"):
         adapted["torch_dtype"] = usual
-    adapted["quantization_config"] = quantization_config(fmt if same else None, usual, skip_list(modules, set(layers)))
+    adapted["quantization_config"] = quantization_config(fmt if ours else shared, usual, skip_list(modules, set(layers)))
     return adapted

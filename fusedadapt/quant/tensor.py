@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..ops import quant as ops
 from ..reference.quant import Parts
-from .formats import QFormat, format_of
+from .formats import LAYERED, QFormat, format_of
 
 
 @dataclass(frozen=True, eq=False)  # equal is what is the same object, as for modules: == of tensors has no truth value
@@ -117,13 +117,12 @@ def quantize(w: Tensor, format: str | QFormat = "nf4", group_size: int | None = 
     fmt = format_of(format, group_size, **options)
     matrix = w.detach().reshape(math.prod(w.shape[:-1]), w.shape[-1])
     qdata, scale, zero, above, offset = torch.ops.fusedadapt.q_quantize(matrix, fmt.spec)
-    nested = fmt.scale == "nested"
     return QuantizedTensor(
         qdata.view(fmt.storage_dtype),
         scale,
         zero if fmt.zero else None,
-        above if nested or fmt.scale == "e4m3" else None,
-        offset if nested else None,
+        above if fmt.scale in LAYERED else None,
+        offset if fmt.scale == "nested" else None,
         fmt,
         w.shape,
         w.dtype,

@@ -20,7 +20,8 @@ from ..quant.tables import Table, table
 class Parts(NamedTuple):
     """The tensors of a quantized weight: packed codes (bytes), stored scales, and what the format has beside them.
 
-    ``super``: fp32, the tensor's own scale (scalar, NVFP4) or the scales of the scales (nested). ``offset``: fp32 scalar, the mean of the scales.
+    ``super``: fp32, the tensor's own scale (scalar, NVFP4), its rows' (fp4_e2m1) or the scales of the scales (nested). ``offset``: fp32 scalar, the
+    mean of the scales.
     """
 
     qdata: Tensor
@@ -134,10 +135,13 @@ def unpack(qdata: Tensor, fmt: QFormat, n: int, k: int) -> Tensor:
 
 def scales(parts: Parts, fmt: QFormat) -> Tensor:
     """S, fp32: what every group's values are multiplied by."""
-    if fmt.scale == "e8m0":
+    if fmt.scale in ("e8m0", "e8m0_row"):
         b = parts.scale.to(torch.int32)
         power = torch.where(b == 0, 1 << 22, b << 23).view(torch.float32)
-        return torch.where(b == 255, torch.nan, power)
+        power = torch.where(b == 255, torch.nan, power)
+        if parts.super is None:
+            return power
+        return power * parts.super.repeat_interleave(power.numel() // max(1, parts.super.numel())).view(power.shape)
     if fmt.scale == "e4m3":
         assert parts.super is not None
         return parts.scale.view(torch.float8_e4m3fn).float() * parts.super

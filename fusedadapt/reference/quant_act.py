@@ -2,7 +2,7 @@
 says (`fusedadapt.quant.formats`), then
 
     int8   y = (sum_k qx qw) * s_x * s_w + bias       the sum exact in integers, up to CHUNK columns at a time; in fp32 from there on, in this order
-    fp8    y = sum_k (qx s_x) (qw s_w) + bias         summed in fp32, in any order
+    fp8    y = sum_k (qx s_x) (qw s_w) + bias         summed in fp32, in any order; W in fp8, or in fp4_e2m1
 
 rounded once to x's dtype. A row of zeros gives exactly 0 + bias, a row with a NaN or an infinity gives NaN, a group below 2^-120 counts as zeros.
 """

@@ -58,7 +58,8 @@ def faults(tensors: Tensors, name: str, group_size: int | None = None) -> Faults
         yield from shaped(qzeros, tensors[qzeros], (groups, columns), f"{groups} groups, {8 * columns} zeros of 4 bits")
     elif (side := _gemv_group(tensors, name, group_size)) is None:
         got = f"scales {tuple(tensors[scales].shape)}"
-        yield fault(scales, f"as many columns as {8 * columns} inputs have in groups of {group_size or 'which size'}", got, "pass group_size=")
+        sizes = group_size or f"{', '.join(map(str, GROUPS))}, one of them alone"
+        yield fault(scales, f"as many columns as {8 * columns} inputs have in groups of {sizes}", got, "pass group_size=")
     else:
         wide = _width(8 * columns, side)
         yield from shaped(qzeros, tensors[qzeros], (rows, wide), f"groups of {side}")

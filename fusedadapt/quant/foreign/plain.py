@@ -1,6 +1,7 @@
 """Our own layout in safetensors files, and fp8 weights with a scale beside them.
 
-Ours: ``name``, ``name_scale`` and, where the format has them, ``name_zero``, ``name_super``, ``name_offset``; the file's metadata holds
+Ours: ``name``, ``name_scale`` and, where the format has them, ``name_zero``, ``name_super``, ``name_offset`` (and ``name_order``, which is the
+layer's: `QuantizedLinear.weight_order`); the file's metadata holds
 "fusedadapt." + ``name``: JSON with the format's text, the weight's shape and its dtype.
 """
 
@@ -15,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..formats import FORMATS, NESTED_BLOCK, QFormat
+from ..formats import FORMATS, MOST_STEPS, QFormat
 from ..tensor import QuantizedTensor
 from .parts import FLOATS, Faults, Tensors, fault, finite, missing, raise_first, refuse, shaped
 
 METADATA = "fusedadapt."
+#: end of the name of a `QuantizedLinear`'s weight_order, beside the weight's own tensors
+ORDER = "_order"
 _ENDS = {"qdata": "", "scale": "_scale", "zero": "_zero", "super": "_super", "offset": "_offset"}
 _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float16, torch.bfloat16, torch.float64)}
 _FP8 = {torch.float8_e4m3fn: "fp8_e4m3", torch.float8_e5m2: "fp8_e5m2"}
@@ -57,10 +60,10 @@ def _wanted(fmt: QFormat, shape: torch.Size) -> dict[str, tuple[tuple[int, ...],
     parts: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"qdata": (fmt.packed(n, k), fmt.storage_dtype), "scale": (grid, fmt.scale_dtype)}
     if fmt.zero:
         parts["zero"] = grid, torch.uint8 if fmt.zero == "uint8" else torch.float32
+    if (above := fmt.above(n, k)) is not None:
+        parts["super"] = above, torch.float32
     if fmt.scale == "nested":
-        parts |= {"super": ((-(-grid[0] // NESTED_BLOCK),), torch.float32), "offset": ((), torch.float32)}
-    elif fmt.scale == "e4m3":
-        parts["super"] = (), torch.float32
+        parts["offset"] = (), torch.float32
     return parts
 
 
@@ -84,6 +87,14 @@ def faults(tensors: Tensors, metadata: Mapping[str, str], name: str) -> Faults:
         if part not in wanted and f"{name}{end}" in tensors:
             yield fault(f"{name}{end}", f"no such tensor for {fmt.spec}", "one", "the file's tensors are those of different weights")
     yield from code_faults(name, tensors[name], fmt)
+    if fmt.scale == "e8m0_row":
+        t = tensors[f"{name}_scale"]
+        if count := int(((t < 127 - MOST_STEPS) | (t > 127)).sum()):
+            yield fault(f"{name}_scale", f"bytes from {127 - MOST_STEPS} to 127", f"{count} others", "the file is damaged: get it again")
+    order = tensors.get(f"{name}{ORDER}")
+    if order is not None and not (order.dtype == torch.int64 and torch.equal(order.sort().values, torch.arange(shape[-1], device=order.device))):
+        got = f"{order.dtype}, shape {tuple(order.shape)}"
+        yield fault(f"{name}{ORDER}", f"int64, every input from 0 to {shape[-1] - 1} once", got, "the file is damaged: get it again")
 
 
 def code_faults(name: str, qdata: Tensor, fmt: QFormat) -> Faults:
