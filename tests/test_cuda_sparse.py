@@ -110,6 +110,60 @@ def test_nm(n, m):
             assert same([gpu.nm(x, other, score, nan, n, m)], [ref.nm(x, other, score, nan, n, m)]), name
 
 
+@pytest.mark.parametrize("length", [1, 3, 4, 8, 32, 33, 64, 200, 1024, 1300])
+def test_rows(length):
+    """By rank, by radix; rows that are whole words, share words, or begin on new ones."""
+    for number, name in enumerate(KINDS):
+        core.emulator_seed(number)
+        score = truth.SCORES[(length + number) % 5]
+        columns = length * (2 if number % 2 else 1)  # a row, or a block of one
+        x, other = item(name, (3 if length > 32 else 11, columns), score, DTYPES[number % 3], torch.bfloat16, seed=number)
+        for turn, k in enumerate((length // 3, 0, 1, length, length // 2, length // 2)):
+            ties = ("lowest_index", "inclusive", "exclusive")[(turn + number) % 3]
+            given = (x, other, score, ("highest", "lowest")[turn % 2], k, length, ties, (number + turn) % 2 == 0)
+            assert same([gpu.rows(*given)], [ref.rows(*given)]), (name, k, ties)
+
+
+@pytest.mark.parametrize("score", ["abs", "abs_scaled"])
+@pytest.mark.parametrize("length", [5000, 5120])
+def test_rows_beyond_shared_memory_are_read_again(monkeypatch, score, length):
+    for limit in (0, 4096):
+        monkeypatch.setattr(gpu, "_shared_limit", limit)
+        for name, k in (("ties", 400), ("special", 1), ("normal", 999)):
+            x, other = item(name, (3, length), score, torch.float32, seed=limit)
+            for aligned in (False, True):
+                given = (x, other, score, "highest", k, length, "lowest_index", aligned)
+                assert same([gpu.rows(*given)], [ref.rows(*given)]), (name, aligned, limit)
+
+
+def test_rows_over_several_rows_of_x():
+    x, factors = kind("normal", 12 * 40, torch.float32).view(12, 40), kind("normal", 40, torch.float32, 3).abs()
+    given = (x, factors, "abs_scaled", "highest", 50, 120, "lowest_index", False)
+    assert same([gpu.rows(*given)], [ref.rows(*given)])
+
+
+@pytest.mark.parametrize("score", ["given", "abs", "abs_scaled"])
+def test_energy_is_exact(score):
+    for name in KINDS:
+        items = [item(name, (n,), score, DTYPES[n % 3], torch.bfloat16, n) for n in (9000, 0, 33, 5, 20000)]
+        for a, b in zip(gpu.energy(items, score), ref.energy(items, score)):
+            assert torch.equal(a.view(torch.int64), b.view(torch.int64)), name
+
+
+def test_energy_of_more_than_counters_hold():
+    """Sums of the largest parts: all elements in one bin, one block, more turns than a counter has room for."""
+    items = [(torch.full((900_000,), -1.0).view(torch.int32).add_(0xFFFFF).view(torch.float32), None)]
+    for a, b in zip(gpu.energy(items, "abs"), ref.energy(items, "abs")):
+        assert torch.equal(a.view(torch.int64), b.view(torch.int64))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_colstat(dtype):
+    for shape in ((0, 5), (3, 0), (1, 1), (17, 3), (200, 7), (130, 300)):
+        x = kind("special" if shape[0] == 17 else "normal", shape[0] * shape[1], dtype).view(shape)
+        torch.testing.assert_close(gpu.colstat(x), ref.colstat(x), rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("density", [0.0, 0.02, 0.5, 1.0])
 def test_masks(density):
     for n in (*SIZES, 300001):
@@ -206,6 +260,9 @@ def test_refusals():
         ("factor per column", lambda: gpu.select([(torch.randn(3, 4), torch.randn(3))], "abs_scaled", "highest", 1)),
         ("shape", lambda: gpu.select([(torch.randn(3, 4), torch.randn(4, 3))], "abs_diff", "highest", 1)),
         ("rows of a multiple of 3", lambda: gpu.nm(torch.randn(3, 4), None, "abs", "highest", 1, 3)),
+        ("a length that divides 100", lambda: gpu.rows(x, None, "abs", "highest", 1, 33, "lowest_index", False)),
+        ("ties of lowest_index", lambda: gpu.rows(x, None, "abs", "highest", 1, 50, "first", False)),
+        (r"a matrix \[T, K\]", lambda: gpu.colstat(x)),
         ("a score of", lambda: gpu.select([(x, x)], "square", "highest", 1)),
         (r"k in 0\.\.100", lambda: gpu.select([(x, None)], "abs", "highest", 101)),
     ):

@@ -82,6 +82,23 @@ def selection(k: int, n: int, ties: str) -> None:
         refuse("select", f"k in 0..{n} and ties of {', '.join(TIES)}", f"{k}, {ties!r}", "choose among these")
 
 
+def runs(x: Tensor, length: int, ties: str) -> None:
+    """Runs of consecutive elements, within which `rows` selects."""
+    if not 0 < length < 1 << 31 or x.numel() % length or ties not in TIES:
+        refuse("rows", f"a length that divides {x.numel()} elements and ties of {', '.join(TIES)}", f"{length}, {ties!r}", "pass whole runs")
+
+
+def groups(x: Tensor, m: int) -> None:
+    """Groups of neighbours in a row, among which `nm` selects."""
+    if m <= 0 or (x.numel() and x.shape[-1] % m):
+        refuse("nm", f"rows of a multiple of {m} elements", tuple(x.shape), "pad them or choose another m")
+
+
+def matrix(op: str, x: Tensor) -> None:
+    if flat(op, "x", x).dim() != 2:
+        refuse(op, "a matrix [T, K]", tuple(x.shape), "flatten it to rows")
+
+
 def row(op: str, item: Item, score: str, device: torch.device) -> list[int]:
     """SparseItem of csrc/cuda/sparse.h: x, other, words, n, columns, first, dtype, other's dtype, aligned."""
     x, other = item

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..reference.sparse import SCORES
+from ..reference.sparse import SCORES, column_slices, energy_of
 from . import sparse_checks as checks
 from .sparse_checks import Item
 
@@ -123,14 +123,46 @@ def mark(items: Sequence[Item], score: str, nan: str, threshold: Tensor, equal: 
     return given.words
 
 
+def rows(x: Tensor, other: Tensor | None, score: str, nan: str, k: int, length: int, ties: str, aligned: bool) -> Tensor:
+    """Words that keep the k largest of every run of `length` elements (below 2^31); aligned: each run starts on a new word."""
+    checks.runs(x, length, ties)
+    given = _List("rows", [(x, other)], score, nan, words=True)
+    words, count = given.words[0], x.numel() // length
+    if aligned and length % 32:
+        words = checks.empty_words(count * ((length + 31) // 32 * 32), x.device)
+    row = (count, length, min(max(k, 0), length), checks.TIES.index(ties), checks.CODES[x.dtype], aligned, words.data_ptr(), words.numel() * 4)
+    given.core.rows(*given.given, *row, _shared_limit, *given.place)
+    return words
+
+
 def nm(x: Tensor, other: Tensor | None, score: str, nan: str, n: int, m: int) -> Tensor:
     """Words that keep n of every m neighbours of a row (last dimension, a multiple of m); ties: lowest index."""
-    if m <= 0 or (x.numel() and x.shape[-1] % m):
-        checks.refuse("nm", f"rows of a multiple of {m} elements", tuple(x.shape), "pad them or choose another m")
-    given = _List("nm", [(x, other)], score, nan, words=True)
-    table, _, *rest = given.given
-    given.core.nm(table, *rest, n, m, *given.place)
-    return given.words[0]
+    checks.groups(x, m)
+    return rows(x, other, score, nan, n, m, "lowest_index", False)
+
+
+# ---- statistics
+
+
+def energy(items: Sequence[Item], score: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(counts int64, sums fp64, sums of squares fp64), each [2048] on the CPU, of the scores by the top 11 bits of their keys, NaN in bin 0. The sums
+    are exact, then rounded once (`reference.sparse.energy_of`). Waits for the device; scratch 64 KiB."""
+    given = _List("energy", items, score, "lowest")
+    totals = given.empty(4 * 2048)
+    given.core.energy(*given.given, totals.data_ptr(), *given.place)
+    return energy_of(totals.view(4, 2048))
+
+
+def colstat(x: Tensor) -> Tensor:
+    """Sum of squares of each column of x [T, K], added in fp64 in the order of `reference.sparse.column_slices`: fp32 [K]."""
+    checks.matrix("colstat", x)
+    height, columns = x.shape
+    slices = column_slices(height, columns)
+    out = torch.empty(columns, dtype=torch.float32, device=x.device)
+    sums = torch.empty(slices, columns, dtype=torch.float64, device=x.device)
+    given = (x.data_ptr(), checks.CODES[x.dtype], height, columns, slices, sums.data_ptr(), out.data_ptr())
+    _core(x.device).column_squares(*given, *_place(x.device))
+    return out
 
 
 # ---- masks
