@@ -212,7 +212,9 @@ def test_products_read_128_bits(built, kernel):
     assert not re.findall(r"\b(?:LDL|STL)\b", body), "local memory"
 
 
-@pytest.mark.parametrize("source", ["optim", "optim_coded", "sparse_select", "sparse_mark", "sparse_rows", "sparse_stats", "sparse_mask", "sparse_move"])
+@pytest.mark.parametrize(
+    "source", ["optim", "optim_coded", "sparse_select", "sparse_mark", "sparse_rows", "sparse_stats", "sparse_mask", "sparse_move"]
+)
 def test_arithmetic_is_ieee(built, source):
     """In PTX, because ptxas expands div.rn and sqrt.rn into exactly rounding fma sequences."""
     functions = re.split(r"\.entry ", (built.folder / f"{source}.ptx").read_text(encoding="utf-8"))[1:]

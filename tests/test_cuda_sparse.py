@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sparse_cases import DTYPES, KINDS, generator, item, kind, same
+from sparse_cases import DTYPES, KINDS, check_moves, check_swap, generator, item, kind, same
 from torch import Tensor
 
 from fusedadapt.ops import sparse_cuda as gpu
@@ -187,38 +187,12 @@ def test_prefix_of_many_groups():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("values_dtype", DTYPES)
 def test_moves(dtype, values_dtype):
-    for n, density in ((0, 0.5), (1, 1.0), (33, 0.5), (1025, 1.0), (20000, 0.01), (20000, 0.6)):
-        mask = torch.rand(n, generator=generator(n)) < density
-        words, x = truth.pack(mask), kind("normal", n, dtype)
-        prefix, index = ref.prefix(words), mask.nonzero().reshape(-1)
-        values = kind("normal", index.numel(), values_dtype, 5)
-        assert same([gpu.gather(x, words, prefix), gpu.gather_at(x, index.flip(0))], [x[mask], x[index.flip(0)]])
-        for name in ("scatter", "add"):
-            alpha = (0.3,) if name == "add" else ()
-            expected = x.clone()
-            getattr(ref, f"{name}_")(expected, words, prefix, values, *alpha)
-            a, b = x.clone(), x.clone()
-            version = a._version
-            getattr(gpu, f"{name}_")(a, words, prefix, values, *alpha)
-            getattr(gpu, f"{name}_at_")(b, index.int(), values, *alpha)
-            assert same([a, b], [expected, expected]) and a._version > version
+    check_moves(gpu, dtype, values_dtype, ((0, 0.5), (1, 1.0), (33, 0.5), (1025, 1.0), (20000, 0.01), (20000, 0.6)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_swap_undoes_itself_bit_by_bit(dtype):
-    n, bits = 5000, torch.int32 if dtype == torch.float32 else torch.int16
-    info = torch.iinfo(bits)
-    x, values = (torch.randint(info.min, info.max, (size,), generator=generator(size), dtype=bits) for size in (n, 1700))
-    mask = torch.zeros(n).bool()
-    mask[torch.randperm(n, generator=generator(1))[:1700]] = True
-    words, index = truth.pack(mask), mask.nonzero().reshape(-1)
-    was, values_were, prefix = x.clone(), values.clone(), ref.prefix(words)
-    # NaN of every payload are among these bits.
-    for swap in (lambda: gpu.swap_(x.view(dtype), words, prefix, values.view(dtype)), lambda: gpu.swap_at_(x.view(dtype), index, values.view(dtype))):
-        swap()
-        assert torch.equal(x[mask], values_were) and torch.equal(values, was[mask]) and torch.equal(x[~mask], was[~mask])
-        swap()
-        assert torch.equal(x, was) and torch.equal(values, values_were)
+    check_swap(gpu, dtype)
 
 
 def test_many_tensors_in_one_launch():
@@ -234,26 +208,25 @@ def test_many_tensors_in_one_launch():
 
 def test_positions_are_checked_again_after_a_change():
     x, index = torch.randn(100), torch.tensor([1, 5, 7])
-    gpu.gather_at(x, index)
+    gpu.move_all("gather", [(x, index, torch.zeros(3))])
     index[2] = 100
     with pytest.raises(ValueError, match=r"positions in \[0, 100\)"):
-        gpu.gather_at(x, index)
+        gpu.move_all("gather", [(x, index, torch.zeros(3))])
 
 
 def test_refusals():
     x, mask = torch.randn(100), torch.ones(100).bool()
-    words = truth.pack(mask)
-    prefix = ref.prefix(words)
+    words, at = truth.pack(mask), torch.arange(100)
     for index in ([3, 3], [4, 2], [-1, 4], [5, 100]):
         for dtype in (torch.int32, torch.int64):
             with pytest.raises(ValueError, match="sorted positions"):
                 gpu.from_indices(torch.tensor(index, dtype=dtype), 100)
             with pytest.raises(ValueError, match="sorted positions"):
-                gpu.scatter_at_(x, torch.tensor(index, dtype=dtype), torch.zeros(2))
+                gpu.move_all("scatter", [(x, torch.tensor(index, dtype=dtype), torch.zeros(2))])
     for match, call in (
-        ("100 values", lambda: gpu.scatter_(x, words, prefix, torch.zeros(99))),
-        ("4 words", lambda: gpu.gather(x, words[:3], prefix)),
-        ("x's dtype", lambda: gpu.swap_(x, words, prefix, torch.zeros(100, dtype=torch.bfloat16))),
+        ("100 values", lambda: gpu.move_all("scatter", [(x, at, torch.zeros(99))])),
+        ("4 words", lambda: gpu.unpack(words[:3], 100)),
+        ("x's dtype", lambda: gpu.move_all("swap", [(x, at, torch.zeros(100, dtype=torch.bfloat16))])),
         ("contiguous", lambda: gpu.histogram([(torch.randn(4, 4).t(), None)], "abs", "highest", 16, 16, None)),
         ("bits <= 16", lambda: gpu.histogram([(x, None)], "abs", "highest", 12, 20, None)),
         ("contiguous", lambda: gpu.pack(mask[::2])),

@@ -83,14 +83,13 @@ void set_indices(const void* index, int64_t count, bool wide, int64_t words_n, u
 
 enum Move : int32_t { kGather = 0, kScatter, kAdd, kSwap };
 
-// One tensor and its chosen elements, by words and prefix or by index (the other is null). Eight int64.
+// One tensor and its chosen elements. Seven int64.
 struct MoveItem {
   void* x;
   void* values;
-  const uint32_t* words;  // or the positions
-  const int64_t* prefix;  // or null
-  int64_t count;  // words, or positions
-  int64_t first;  // groups of the tensors before it: of 32 words, or of kMoveGroup positions
+  const void* positions;
+  int64_t count;
+  int64_t first;  // groups of kMoveGroup positions of the tensors before it
   int64_t dtypes;  // x's | values' << 8 | 64-bit positions << 16
   int64_t n;  // elements of x: positions outside are skipped
 };
