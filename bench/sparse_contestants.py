@@ -64,12 +64,6 @@ def build(c: Contestant, given: Problem) -> Built:
     return _OTHERS[c.kind](c, given)
 
 
-def _need(name: str) -> Any:
-    if not hasattr(sparse, name):
-        raise Absent(f"this build has no fusedadapt.sparse.{name} yet")
-    return getattr(sparse, name)
-
-
 # --- ours ---------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -158,12 +152,11 @@ def _drop(c: Contestant, given: Problem) -> Built:
 
 
 def _grow_prune(c: Contestant, given: Problem) -> Built:
-    function: Any = getattr(optim, "grow_prune", None) or _need("grow_prune")
     p = nn.Parameter(given.tensors[0])
     optimizer: Any = optim.AdamW([p], lr=1e-8, masks={p: given.mask(0)})
     p.grad = given.draw(*p.shape)
     optimizer.step()
-    return Built(lambda: function(optimizer, p, fraction=0.1))
+    return Built(lambda: sparse.grow_prune(optimizer, p, fraction=0.1))
 
 
 def _compress(c: Contestant, given: Problem) -> Built:
@@ -178,8 +171,7 @@ def _compress(c: Contestant, given: Problem) -> Built:
 
 
 def _energy(c: Contestant, given: Problem) -> Built:
-    function = _need("energy_histogram")
-    return Built(lambda: function(given.tensors))
+    return Built(lambda: sparse.energy_histogram(given.tensors))
 
 
 _OURS: dict[str, Callable[[Contestant, Problem], Built]] = {

@@ -30,9 +30,9 @@ void bind_selection(py::module_& m) {
   m.def(
       "histogram",
       [](uintptr_t items, int64_t count, int64_t tiles, int score, bool nan_lowest, int shift, int bits, uintptr_t prefix, int native,
-         uintptr_t counts, int shared_limit, int device, uintptr_t stream) {
+         uintptr_t counts, int most_shared, int device, uintptr_t stream) {
         cuda::histogram(selection(items, count, tiles, score, nan_lowest), {shift, bits, at<int64_t>(prefix), native}, at<int64_t>(counts),
-                        shared_limit, At{device, stream});
+                        most_shared, At{device, stream});
       },
       no_gil);
   m.def(
@@ -52,9 +52,28 @@ void bind_selection(py::module_& m) {
       },
       no_gil);
   m.def(
-      "nm",
-      [](uintptr_t items, int64_t tiles, int score, bool nan_lowest, int n, int group, int device, uintptr_t stream) {
-        cuda::nm(selection(items, 1, tiles, score, nan_lowest), n, group, At{device, stream});
+      "rows",
+      [](uintptr_t items, int64_t count, int64_t tiles, int score, bool nan_lowest, int64_t runs, int64_t length, int64_t k, int ties,
+         int dtype, bool aligned, uintptr_t words, int64_t bytes, int most_shared, int device, uintptr_t stream) {
+        cuda::rows(selection(items, count, tiles, score, nan_lowest), {runs, length, k, ties, dtype, aligned, at<uint32_t>(words), bytes},
+                   most_shared, At{device, stream});
+      },
+      no_gil);
+}
+
+void bind_statistics(py::module_& m) {
+  const auto no_gil = py::call_guard<py::gil_scoped_release>();
+  m.def(
+      "energy",
+      [](uintptr_t items, int64_t count, int64_t tiles, int score, bool nan_lowest, uintptr_t totals, int device, uintptr_t stream) {
+        cuda::energy(selection(items, count, tiles, score, nan_lowest), at<int64_t>(totals), At{device, stream});
+      },
+      no_gil);
+  m.def(
+      "column_squares",
+      [](uintptr_t x, int dtype, int64_t rows, int64_t columns, int64_t slices, uintptr_t sums, uintptr_t out, int device,
+         uintptr_t stream) {
+        cuda::column_squares(at<void>(x), dtype, rows, columns, slices, at<double>(sums), at<float>(out), At{device, stream});
       },
       no_gil);
 }
@@ -113,6 +132,7 @@ void bind_cuda_sparse(py::module_& parent) {
   m.attr("TILE") = cuda::kTile;
   m.attr("MOVE_GROUP") = cuda::kMoveGroup;
   bind_selection(m);
+  bind_statistics(m);
   bind_masks(m);
 }
 

@@ -124,26 +124,16 @@ void bind_masks(py::module_& m) {
   });
 }
 
-cpu::MoveJob move_job(uintptr_t x, int dtype, uintptr_t values, int value_dtype, double alpha) {
-  return {at<void>(x), at<void>(values), dtype, value_dtype, float(alpha)};
-}
-
 void bind_moves(py::module_& m) {
-  m.def("move_words", [](const std::string& what, uintptr_t x, int dtype, uintptr_t values, int value_dtype, double alpha, uintptr_t words,
-                         int64_t words_n, uintptr_t prefix, int threads) {
-    const auto op = cpu::Move(find("move", what, {"gather", "scatter", "add", "swap"}));
-    py::gil_scoped_release release;
-    cpu::move_words(op, move_job(x, dtype, values, value_dtype, alpha), at<uint32_t>(words), words_n, at<int64_t>(prefix), threads);
-  });
   // (x, its dtype, values, their dtype, positions, how many, whether 64-bit)
   using Job = std::tuple<uintptr_t, int, uintptr_t, int, uintptr_t, int64_t, bool>;
   m.def("move_all", [](const std::string& what, const std::vector<Job>& given, double alpha, int threads) {
     const auto op = cpu::Move(find("move", what, {"gather", "scatter", "add", "swap"}));
-    std::vector<cpu::IndexJob> jobs;
+    std::vector<cpu::MoveJob> jobs;
     for (const auto& [x, dtype, values, value_dtype, index, count, wide] : given)
-      jobs.push_back({move_job(x, dtype, values, value_dtype, alpha), at<void>(index), count, wide});
+      jobs.push_back({at<void>(x), at<void>(values), at<void>(index), count, dtype, value_dtype, wide});
     py::gil_scoped_release release;
-    cpu::move_all(op, jobs, threads);
+    cpu::move_all(op, jobs, float(alpha), threads);
   });
 }
 

@@ -4,11 +4,11 @@ sparse_select.py selects over lists of tensors, sparse_rows.py within rows, spar
 dense tensors and their chosen elements, sparse_merge.py merges models; sparse_parts.py holds what the first three share.
 """
 
-from .sparse_mask import add_at_, from_indices, gather_at, indices, move_all, pack, prefix, scatter_at_, swap_at_, unpack
+from .sparse_mask import from_indices, indices, move_all, pack, prefix, unpack
 from .sparse_merge import merge_, norms, votes
 from .sparse_rows import nm, rows
 from .sparse_select import LEVELS, LEVELS16, cuts, histogram, mark, select
 from .sparse_stats import colstat, energy
 
-__all__ = ["LEVELS", "LEVELS16", "add_at_", "colstat", "cuts", "energy", "from_indices", "gather_at", "histogram", "indices", "mark", "merge_",
-           "move_all", "nm", "norms", "pack", "prefix", "rows", "scatter_at_", "select", "swap_at_", "unpack", "votes"]  # fmt: skip
+__all__ = ["LEVELS", "LEVELS16", "colstat", "cuts", "energy", "from_indices", "histogram", "indices", "mark", "merge_", "move_all", "nm", "norms",
+           "pack", "prefix", "rows", "select", "unpack", "votes"]  # fmt: skip

@@ -209,6 +209,3 @@ def move_all(op: str, jobs: Sequence[tuple[Tensor, Tensor, Tensor]], alpha: floa
             table = checks.table(rows, jobs[0][0].device)
             move_kernel[(programs,)](table, len(rows), alpha, MOVES.index(op), MOVE_TILE, **OPTIONS)
     checks.moved(op, jobs)
-
-
-gather_at, scatter_at_, add_at_, swap_at_ = checks.singles(move_all)

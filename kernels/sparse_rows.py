@@ -158,9 +158,7 @@ def rows_kernel(
 def rows(x: Tensor, other: Tensor | None, score: str, nan: str, k: int, length: int, ties: str, aligned: bool) -> Tensor:
     """Words that keep the k largest of every run of `length` elements (below 2^31); aligned: each run starts on a new word."""
     checks.row("rows", (x, other), score, x.device)
-    if not 0 < length < 1 << 31 or x.numel() % length or ties not in checks.TIES:
-        got = f"{length}, {ties!r}"
-        checks.refuse("rows", f"a length that divides {x.numel()} elements and ties of {', '.join(checks.TIES)}", got, "pass whole runs")
+    checks.runs(x, length, ties)
     k, count, straight = min(k, length), x.numel() // length, length % 32 == 0
     if length <= _SHORT and (straight or not aligned):
         return _ranked(x, other, score, nan, k, length, ties)
@@ -200,6 +198,5 @@ def _ranked(x: Tensor, other: Tensor | None, score: str, nan: str, n: int, m: in
 
 def nm(x: Tensor, other: Tensor | None, score: str, nan: str, n: int, m: int) -> Tensor:
     """Words that keep n of every m neighbours of a row (last dimension, a multiple of m); ties: lowest index."""
-    if m <= 0 or (x.numel() and x.shape[-1] % m):
-        checks.refuse("nm", f"rows of a multiple of {m} elements", tuple(x.shape), "pad them or choose another m")
+    checks.groups(x, m)
     return rows(x, other, score, nan, n, m, "lowest_index", False)

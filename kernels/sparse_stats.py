@@ -94,8 +94,7 @@ def energy(items: Sequence[Item], score: str) -> tuple[Tensor, Tensor, Tensor]:
 
 def colstat(x: Tensor) -> Tensor:
     """Sum of squares of each column of x [T, K], added in fp64 in the order of `reference.sparse.column_slices`: fp32 [K]."""
-    if checks.flat("colstat", "x", x).dim() != 2:
-        checks.refuse("colstat", "a matrix [T, K]", tuple(x.shape), "flatten it to rows")
+    checks.matrix("colstat", x)
     rows, columns = x.shape
     slices, strips = column_slices(rows, columns), triton.cdiv(columns, COLUMNS)
     out = torch.empty(columns, dtype=torch.float32, device=x.device)

@@ -64,3 +64,35 @@ def item(name: str, shape: tuple[int, ...], score: str, dtype: torch.dtype, othe
 
 def same(a: list[Tensor] | tuple[Tensor, ...], b: list[Tensor] | tuple[Tensor, ...]) -> bool:
     return len(a) == len(b) and all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(a, b))
+
+
+def check_moves(backend: Any, dtype: torch.dtype, values_dtype: torch.dtype, sizes: tuple[tuple[int, float], ...]) -> None:
+    """gather, scatter and add of one tensor, by positions of 32 and 64 bits, against the reference; what is written counts as written."""
+    for n, density in sizes:
+        x, index = kind("normal", n, dtype), (torch.rand(n, generator=generator(n)) < density).nonzero().reshape(-1)
+        values, got = kind("normal", index.numel(), values_dtype, 5), torch.empty(index.numel(), dtype=dtype)
+        backend.move_all("gather", [(x, index.flip(0), got)])
+        assert same([got], [x[index.flip(0)]])
+        for op in ("scatter", "add"):
+            expected = x.clone()
+            ref.move_all(op, [(expected, index, values)], 0.3)
+            for at in (index, index.int()):
+                mine = torch.cat([x[:1], x])[1:]
+                version = mine._version
+                backend.move_all(op, [(mine, at, values)], 0.3)
+                assert same([mine], [expected]) and mine._version > version
+
+
+def check_swap(backend: Any, dtype: torch.dtype) -> None:
+    """A swap exchanges bits, NaN of every payload among them, and undoes itself."""
+    bits = torch.int32 if dtype == torch.float32 else torch.int16
+    info = torch.iinfo(bits)
+    x, values = (torch.randint(info.min, info.max, (n,), generator=generator(n), dtype=bits) for n in (5000, 1700))
+    index = torch.randperm(5000, generator=generator(1))[:1700].sort().values
+    was, values_were, swapped = x.clone(), values.clone(), x.clone()
+    swapped[index] = values
+    job = (x.view(dtype), index, values.view(dtype))
+    backend.move_all("swap", [job])
+    assert torch.equal(x, swapped) and torch.equal(values, was[index])
+    backend.move_all("swap", [job])
+    assert torch.equal(x, was) and torch.equal(values, values_were)

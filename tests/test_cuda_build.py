@@ -192,9 +192,9 @@ def test_coded_accesses_are_wide_and_global(built):
         assert not generic, f"{rule}: accesses through generic addresses: {generic}"
 
 
-@pytest.mark.parametrize("kernel", ["histogram<0>", "histogram<1>", "packed_histogram", "mark<0>", "mark<1>", "nm"])
+@pytest.mark.parametrize("kernel", ["histogram<0>", "histogram<1>", "packed_histogram", "mark<0>", "mark<1>", "nm", "rows<0>", "rows<1>", "energy"])
 def test_selection_reads_128_bits(built, kernel):
-    source = {"nm": "sparse_mask", "mark<0>": "sparse_mark", "mark<1>": "sparse_mark"}.get(kernel, "sparse_select")
+    source = {"mark": "sparse_mark", "nm": "sparse_rows", "rows": "sparse_rows", "energy": "sparse_stats"}.get(kernel.split("<")[0], "sparse_select")
     body = sass_of(built.folder, source)[kernel]
     # bf16 takes one access, fp32 two; of a score's second operand again. `mark` reads two runs at a time, twice.
     wanted = {"histogram<0>": 2, "mark<0>": 8, "mark<1>": 16}.get(kernel, 4)
@@ -212,7 +212,9 @@ def test_products_read_128_bits(built, kernel):
     assert not re.findall(r"\b(?:LDL|STL)\b", body), "local memory"
 
 
-@pytest.mark.parametrize("source", ["optim", "optim_coded", "sparse_select", "sparse_mark", "sparse_mask", "sparse_move"])
+@pytest.mark.parametrize(
+    "source", ["optim", "optim_coded", "sparse_select", "sparse_mark", "sparse_rows", "sparse_stats", "sparse_mask", "sparse_move"]
+)
 def test_arithmetic_is_ieee(built, source):
     """In PTX, because ptxas expands div.rn and sqrt.rn into exactly rounding fma sequences."""
     functions = re.split(r"\.entry ", (built.folder / f"{source}.ptx").read_text(encoding="utf-8"))[1:]

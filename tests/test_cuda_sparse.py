@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sparse_cases import DTYPES, KINDS, generator, item, kind, same
+from sparse_cases import DTYPES, KINDS, check_moves, check_swap, generator, item, kind, same
 from torch import Tensor
 
 from fusedadapt.ops import sparse_cuda as gpu
@@ -110,6 +110,60 @@ def test_nm(n, m):
             assert same([gpu.nm(x, other, score, nan, n, m)], [ref.nm(x, other, score, nan, n, m)]), name
 
 
+@pytest.mark.parametrize("length", [1, 3, 4, 8, 32, 33, 64, 200, 1024, 1300])
+def test_rows(length):
+    """By rank, by radix; rows that are whole words, share words, or begin on new ones."""
+    for number, name in enumerate(KINDS):
+        core.emulator_seed(number)
+        score = truth.SCORES[(length + number) % 5]
+        columns = length * (2 if number % 2 else 1)  # a row, or a block of one
+        x, other = item(name, (3 if length > 32 else 11, columns), score, DTYPES[number % 3], torch.bfloat16, seed=number)
+        for turn, k in enumerate((length // 3, 0, 1, length, length // 2, length // 2)):
+            ties = ("lowest_index", "inclusive", "exclusive")[(turn + number) % 3]
+            given = (x, other, score, ("highest", "lowest")[turn % 2], k, length, ties, (number + turn) % 2 == 0)
+            assert same([gpu.rows(*given)], [ref.rows(*given)]), (name, k, ties)
+
+
+@pytest.mark.parametrize("score", ["abs", "abs_scaled"])
+@pytest.mark.parametrize("length", [5000, 5120])
+def test_rows_beyond_shared_memory_are_read_again(monkeypatch, score, length):
+    for limit in (0, 4096):
+        monkeypatch.setattr(gpu, "_shared_limit", limit)
+        for name, k in (("ties", 400), ("special", 1), ("normal", 999)):
+            x, other = item(name, (3, length), score, torch.float32, seed=limit)
+            for aligned in (False, True):
+                given = (x, other, score, "highest", k, length, "lowest_index", aligned)
+                assert same([gpu.rows(*given)], [ref.rows(*given)]), (name, aligned, limit)
+
+
+def test_rows_over_several_rows_of_x():
+    x, factors = kind("normal", 12 * 40, torch.float32).view(12, 40), kind("normal", 40, torch.float32, 3).abs()
+    given = (x, factors, "abs_scaled", "highest", 50, 120, "lowest_index", False)
+    assert same([gpu.rows(*given)], [ref.rows(*given)])
+
+
+@pytest.mark.parametrize("score", ["given", "abs", "abs_scaled"])
+def test_energy_is_exact(score):
+    for name in KINDS:
+        items = [item(name, (n,), score, DTYPES[n % 3], torch.bfloat16, n) for n in (9000, 0, 33, 5, 20000)]
+        for a, b in zip(gpu.energy(items, score), ref.energy(items, score)):
+            assert torch.equal(a.view(torch.int64), b.view(torch.int64)), name
+
+
+def test_energy_of_more_than_counters_hold():
+    """Sums of the largest parts: all elements in one bin, one block, more turns than a counter has room for."""
+    items = [(torch.full((900_000,), -1.0).view(torch.int32).add_(0xFFFFF).view(torch.float32), None)]
+    for a, b in zip(gpu.energy(items, "abs"), ref.energy(items, "abs")):
+        assert torch.equal(a.view(torch.int64), b.view(torch.int64))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_colstat(dtype):
+    for shape in ((0, 5), (3, 0), (1, 1), (17, 3), (200, 7), (130, 300)):
+        x = kind("special" if shape[0] == 17 else "normal", shape[0] * shape[1], dtype).view(shape)
+        torch.testing.assert_close(gpu.colstat(x), ref.colstat(x), rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("density", [0.0, 0.02, 0.5, 1.0])
 def test_masks(density):
     for n in (*SIZES, 300001):
@@ -133,38 +187,12 @@ def test_prefix_of_many_groups():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("values_dtype", DTYPES)
 def test_moves(dtype, values_dtype):
-    for n, density in ((0, 0.5), (1, 1.0), (33, 0.5), (1025, 1.0), (20000, 0.01), (20000, 0.6)):
-        mask = torch.rand(n, generator=generator(n)) < density
-        words, x = truth.pack(mask), kind("normal", n, dtype)
-        prefix, index = ref.prefix(words), mask.nonzero().reshape(-1)
-        values = kind("normal", index.numel(), values_dtype, 5)
-        assert same([gpu.gather(x, words, prefix), gpu.gather_at(x, index.flip(0))], [x[mask], x[index.flip(0)]])
-        for name in ("scatter", "add"):
-            alpha = (0.3,) if name == "add" else ()
-            expected = x.clone()
-            getattr(ref, f"{name}_")(expected, words, prefix, values, *alpha)
-            a, b = x.clone(), x.clone()
-            version = a._version
-            getattr(gpu, f"{name}_")(a, words, prefix, values, *alpha)
-            getattr(gpu, f"{name}_at_")(b, index.int(), values, *alpha)
-            assert same([a, b], [expected, expected]) and a._version > version
+    check_moves(gpu, dtype, values_dtype, ((0, 0.5), (1, 1.0), (33, 0.5), (1025, 1.0), (20000, 0.01), (20000, 0.6)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_swap_undoes_itself_bit_by_bit(dtype):
-    n, bits = 5000, torch.int32 if dtype == torch.float32 else torch.int16
-    info = torch.iinfo(bits)
-    x, values = (torch.randint(info.min, info.max, (size,), generator=generator(size), dtype=bits) for size in (n, 1700))
-    mask = torch.zeros(n).bool()
-    mask[torch.randperm(n, generator=generator(1))[:1700]] = True
-    words, index = truth.pack(mask), mask.nonzero().reshape(-1)
-    was, values_were, prefix = x.clone(), values.clone(), ref.prefix(words)
-    # NaN of every payload are among these bits.
-    for swap in (lambda: gpu.swap_(x.view(dtype), words, prefix, values.view(dtype)), lambda: gpu.swap_at_(x.view(dtype), index, values.view(dtype))):
-        swap()
-        assert torch.equal(x[mask], values_were) and torch.equal(values, was[mask]) and torch.equal(x[~mask], was[~mask])
-        swap()
-        assert torch.equal(x, was) and torch.equal(values, values_were)
+    check_swap(gpu, dtype)
 
 
 def test_many_tensors_in_one_launch():
@@ -180,32 +208,34 @@ def test_many_tensors_in_one_launch():
 
 def test_positions_are_checked_again_after_a_change():
     x, index = torch.randn(100), torch.tensor([1, 5, 7])
-    gpu.gather_at(x, index)
+    gpu.move_all("gather", [(x, index, torch.zeros(3))])
     index[2] = 100
     with pytest.raises(ValueError, match=r"positions in \[0, 100\)"):
-        gpu.gather_at(x, index)
+        gpu.move_all("gather", [(x, index, torch.zeros(3))])
 
 
 def test_refusals():
     x, mask = torch.randn(100), torch.ones(100).bool()
-    words = truth.pack(mask)
-    prefix = ref.prefix(words)
+    words, at = truth.pack(mask), torch.arange(100)
     for index in ([3, 3], [4, 2], [-1, 4], [5, 100]):
         for dtype in (torch.int32, torch.int64):
             with pytest.raises(ValueError, match="sorted positions"):
                 gpu.from_indices(torch.tensor(index, dtype=dtype), 100)
             with pytest.raises(ValueError, match="sorted positions"):
-                gpu.scatter_at_(x, torch.tensor(index, dtype=dtype), torch.zeros(2))
+                gpu.move_all("scatter", [(x, torch.tensor(index, dtype=dtype), torch.zeros(2))])
     for match, call in (
-        ("100 values", lambda: gpu.scatter_(x, words, prefix, torch.zeros(99))),
-        ("4 words", lambda: gpu.gather(x, words[:3], prefix)),
-        ("x's dtype", lambda: gpu.swap_(x, words, prefix, torch.zeros(100, dtype=torch.bfloat16))),
+        ("100 values", lambda: gpu.move_all("scatter", [(x, at, torch.zeros(99))])),
+        ("4 words", lambda: gpu.unpack(words[:3], 100)),
+        ("x's dtype", lambda: gpu.move_all("swap", [(x, at, torch.zeros(100, dtype=torch.bfloat16))])),
         ("contiguous", lambda: gpu.histogram([(torch.randn(4, 4).t(), None)], "abs", "highest", 16, 16, None)),
         ("bits <= 16", lambda: gpu.histogram([(x, None)], "abs", "highest", 12, 20, None)),
         ("contiguous", lambda: gpu.pack(mask[::2])),
         ("factor per column", lambda: gpu.select([(torch.randn(3, 4), torch.randn(3))], "abs_scaled", "highest", 1)),
         ("shape", lambda: gpu.select([(torch.randn(3, 4), torch.randn(4, 3))], "abs_diff", "highest", 1)),
         ("rows of a multiple of 3", lambda: gpu.nm(torch.randn(3, 4), None, "abs", "highest", 1, 3)),
+        ("a length that divides 100", lambda: gpu.rows(x, None, "abs", "highest", 1, 33, "lowest_index", False)),
+        ("ties of lowest_index", lambda: gpu.rows(x, None, "abs", "highest", 1, 50, "first", False)),
+        (r"a matrix \[T, K\]", lambda: gpu.colstat(x)),
         ("a score of", lambda: gpu.select([(x, x)], "square", "highest", 1)),
         (r"k in 0\.\.100", lambda: gpu.select([(x, None)], "abs", "highest", 101)),
     ):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sparse_cases import DTYPES, KINDS, everywhere, generator, item, kind, same
+from sparse_cases import DTYPES, KINDS, check_moves, check_swap, everywhere, generator, item, kind, same
 from torch import Tensor
 
 from fusedadapt.ops import sparse_cpp as cpp
@@ -186,70 +186,36 @@ def test_masks(density):
             check(words, cpp.from_indices, wide, n)
 
 
-def moved(name, x, words, prefix, index, values, alpha):
-    """What the two forms of a move make of x."""
-    a, b = torch.cat([x[:1], x])[1:], x.clone()
-    version = a._version
-    getattr(cpp, f"{name}_")(a, words, prefix, values, *alpha)
-    getattr(cpp, f"{name}_at_")(b, index, values, *alpha)
-    assert a._version > version
-    return [a, b]
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("values_dtype", DTYPES)
 def test_moves(dtype, values_dtype):
-    for n, density in ((0, 0.5), (1, 1.0), (33, 0.5), (1025, 1.0), (70000, 0.01), (70000, 0.6)):
-        mask = torch.rand(n, generator=generator(n)) < density
-        words, x = truth.pack(mask), kind("normal", n, dtype)
-        prefix, index = ref.prefix(words), mask.nonzero().reshape(-1)
-        values = kind("normal", index.numel(), values_dtype, 5)
-        check(x[mask], cpp.gather, x, words, prefix)
-        check(x[index.flip(0)], cpp.gather_at, x, index.flip(0))
-        for name in ("scatter", "add"):
-            alpha = (0.3,) if name == "add" else ()
-            expected = x.clone()
-            getattr(ref, f"{name}_")(expected, words, prefix, values, *alpha)
-            for at in (index, index.int()):
-                check([expected, expected], moved, name, x, words, prefix, at, values, alpha)
+    sizes = ((0, 0.5), (1, 1.0), (33, 0.5), (1025, 1.0), (70000, 0.01), (70000, 0.6))
+    for _ in everywhere(lambda: check_moves(cpp, dtype, values_dtype, sizes)):
+        pass
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_swap_undoes_itself_bit_by_bit(dtype):
-    n, bits = 5000, torch.int32 if dtype == torch.float32 else torch.int16
-    info = torch.iinfo(bits)
-    x, values = (torch.randint(info.min, info.max, (size,), generator=generator(size), dtype=bits) for size in (n, 1700))
-    mask = torch.zeros(n).bool()
-    mask[torch.randperm(n, generator=generator(1))[:1700]] = True
-    words, index = truth.pack(mask), mask.nonzero().reshape(-1)
-    was, values_were = x.clone(), values.clone()
-    prefix = ref.prefix(words)
-    # NaN of every payload are among these bits.
-    for swap in (lambda: cpp.swap_(x.view(dtype), words, prefix, values.view(dtype)), lambda: cpp.swap_at_(x.view(dtype), index, values.view(dtype))):
-        swap()
-        assert torch.equal(x[mask], values_were) and torch.equal(values, was[mask]) and torch.equal(x[~mask], was[~mask])
-        swap()
-        assert torch.equal(x, was) and torch.equal(values, values_were)
+    check_swap(cpp, dtype)
 
 
 def test_refusals():
     x, mask = torch.randn(100), torch.ones(100).bool()
-    words = truth.pack(mask)
-    prefix = ref.prefix(words)
+    words, at = truth.pack(mask), torch.arange(100)
     for index in ([3, 3], [4, 2], [-1, 4], [5, 100]):
         for dtype in (torch.int32, torch.int64):
             with pytest.raises(ValueError, match="sorted positions"):
                 cpp.from_indices(torch.tensor(index, dtype=dtype), 100)
             with pytest.raises(ValueError, match="sorted positions"):
-                cpp.scatter_at_(x, torch.tensor(index, dtype=dtype), torch.zeros(2))
+                cpp.move_all("scatter", [(x, torch.tensor(index, dtype=dtype), torch.zeros(2))])
     with pytest.raises(ValueError, match=r"positions in \[0, 100\)"):
-        cpp.gather_at(x, torch.tensor([100]))
+        cpp.move_all("gather", [(x, torch.tensor([100]), torch.zeros(1))])
     with pytest.raises(ValueError, match="100 values"):
-        cpp.scatter_(x, words, prefix, torch.zeros(99))
+        cpp.move_all("scatter", [(x, at, torch.zeros(99))])
     with pytest.raises(ValueError, match="4 words"):
-        cpp.gather(x, words[:3], prefix)
+        cpp.unpack(words[:3], 100)
     with pytest.raises(ValueError, match="x's dtype"):
-        cpp.swap_(x, words, prefix, torch.zeros(100, dtype=torch.bfloat16))
+        cpp.move_all("swap", [(x, at, torch.zeros(100, dtype=torch.bfloat16))])
     with pytest.raises(ValueError, match="contiguous"):
         cpp.histogram([(torch.randn(4, 4).t(), None)], "abs", "highest", 16, 16, None)
     with pytest.raises(ValueError, match="contiguous"):

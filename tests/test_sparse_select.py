@@ -285,11 +285,12 @@ def test_a_list_on_the_kernels_of_a_gpu(backend: str, ties: str, monkeypatch: py
         assert same(masks, wanted) and all(torch.equal(m.words, x) for m, x in zip(masks, w))
 
 
+@pytest.mark.parametrize("backend", ["emulated", "triton"])
 @pytest.mark.parametrize("scope", ["row", "block"])
-def test_rows_on_triton(scope: str, quick_calls: None) -> None:
+def test_rows_on_the_kernels_of_a_gpu(backend: str, scope: str, quick_calls: None) -> None:
     x, factors = data("few values", 6 * 96, torch.float32).view(6, 96), data("random", 96, torch.float32).abs()
     options = {"k": 7, "scope": scope, "block_size": 24 if scope == "block" else None, "score": "abs_scaled", "other": factors}
-    with fa.backend("triton"), fa.strict():
+    with fa.backend(backend), fa.strict():
         got = topk_mask(x, **options)
     assert got == topk_mask(x, **options)
 

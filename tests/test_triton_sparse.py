@@ -3,7 +3,7 @@
 import pytest
 import torch
 import triton
-from sparse_cases import DTYPES, KINDS, generator, item, kind, same
+from sparse_cases import DTYPES, KINDS, check_moves, check_swap, generator, item, kind, same
 from torch import Tensor
 
 from fusedadapt.kernels import sparse as gpu
@@ -187,31 +187,12 @@ def test_masks(density):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("values_dtype", DTYPES)
 def test_moves(dtype, values_dtype):
-    for n, density in ((0, 0.5), (1, 1.0), (5000, 0.3)):
-        mask = torch.rand(n, generator=generator(n)) < density
-        x, index = kind("normal", n, dtype), mask.nonzero().reshape(-1)
-        values, words = kind("normal", index.numel(), values_dtype, 5), truth.pack(mask)
-        assert same([gpu.gather_at(x, index.flip(0))], [x[index.flip(0)]])
-        for at in (index, index.int()):
-            a, b, c, d = (x.clone() for _ in range(4))
-            gpu.scatter_at_(a, at, values)
-            b[index] = values.to(dtype)
-            gpu.add_at_(c, at, values, 0.3)
-            ref.add_(d, words, ref.prefix(words), values, 0.3)
-            assert same([a, c], [b, d])
+    check_moves(gpu, dtype, values_dtype, ((0, 0.5), (1, 1.0), (5000, 0.3)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_swap_undoes_itself_bit_by_bit(dtype):
-    bits = torch.int32 if dtype == torch.float32 else torch.int16
-    info = torch.iinfo(bits)
-    x, values = (torch.randint(info.min, info.max, (n,), generator=generator(n), dtype=bits) for n in (5000, 1700))
-    index = torch.randperm(5000, generator=generator(1))[:1700].sort().values
-    was, values_were = x.clone(), values.clone()
-    gpu.swap_at_(x.view(dtype), index, values.view(dtype))  # NaN of every payload are among these bits
-    assert torch.equal(x[index], values_were) and torch.equal(values, was[index])
-    gpu.swap_at_(x.view(dtype), index, values.view(dtype))
-    assert torch.equal(x, was) and torch.equal(values, values_were)
+    check_swap(gpu, dtype)
 
 
 @pytest.mark.parametrize("combine", merging.COMBINE)
@@ -253,10 +234,10 @@ def test_norms_add_up_in_the_order_of_the_reference():
 def test_refusals():
     x = torch.randn(100)
     for match, call in (
-        ("sorted positions", lambda: gpu.scatter_at_(x, torch.tensor([3, 3]), torch.zeros(2))),
-        (r"positions in \[0, 100\)", lambda: gpu.gather_at(x, torch.tensor([100]))),
-        ("x's dtype", lambda: gpu.swap_at_(x, torch.tensor([3]), torch.zeros(1).half())),
-        ("2 values", lambda: gpu.scatter_at_(x, torch.tensor([3, 4]), torch.zeros(3))),
+        ("sorted positions", lambda: gpu.move_all("scatter", [(x, torch.tensor([3, 3]), torch.zeros(2))])),
+        (r"positions in \[0, 100\)", lambda: gpu.move_all("gather", [(x, torch.tensor([100]), torch.zeros(1))])),
+        ("x's dtype", lambda: gpu.move_all("swap", [(x, torch.tensor([3]), torch.zeros(1).half())])),
+        ("2 values", lambda: gpu.move_all("scatter", [(x, torch.tensor([3, 4]), torch.zeros(3))])),
         ("bits <= 12", lambda: gpu.histogram([(x, None)], "abs", "highest", 16, 16, None)),
         ("rows of a multiple of 3", lambda: gpu.nm(torch.randn(3, 4), None, "abs", "highest", 1, 3)),
         ("contiguous", lambda: gpu.merge_(x, None, [Part(torch.randn(200)[::2])], Recipe())),

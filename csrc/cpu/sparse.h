@@ -84,20 +84,15 @@ template <class Index>
 void set_indices(const Index* index, int64_t count, int64_t words_n, uint32_t* words, int threads);
 
 // sparse_move.cpp: between a dense array and the compact array of its chosen elements.
-enum Move : int32_t { kGather, kScatter, kAdd, kSwap };
+enum Move : int32_t { kGather, kScatter, kAdd, kSwap };  // kAdd: x = round(x + alpha * value)
 struct MoveJob {
   void* x;
   void* values;
-  int32_t dtype, value_dtype;  // equal for kGather and kSwap
-  float alpha;  // kAdd: x = round(x + alpha * value)
-};
-void move_words(Move what, const MoveJob& job, const uint32_t* words, int64_t words_n, const int64_t* prefix, int threads);
-struct IndexJob {
-  MoveJob move;
   const void* index;
   int64_t count;
+  int32_t dtype, value_dtype;  // equal for kGather and kSwap
   bool wide;  // 64-bit positions
 };
-void move_all(Move what, const std::vector<IndexJob>& jobs, int threads);  // the threads share the elements of all jobs
+void move_all(Move what, const std::vector<MoveJob>& jobs, float alpha, int threads);  // the threads share the elements of all jobs
 
 }  // namespace fa::cpu

@@ -1,5 +1,4 @@
-// Between a dense array and the compact array of its chosen elements. The slot of an element is its rank: a prefix per 1,024 elements and a running
-// count, so a bitmask needs no list of positions. Bound by the cache lines of x that hold a chosen element.
+// Between a dense array and the compact array of its chosen elements. Bound by the cache lines of x that hold one.
 #include <algorithm>
 
 #include "../core/dtypes.h"
@@ -40,32 +39,14 @@ FA_HD void move_one(typename X::Bits* x, typename V::Bits* v, float alpha) {
   }
 }
 
-template <Move what, class X, class V>
-void by_words(const MoveJob& job, const uint32_t* words, int64_t words_n, const int64_t* prefix, int threads) {
-  parallel_for(words_n, 1024, threads, [&](int64_t first, int64_t last) {
-    auto* x = static_cast<typename X::Bits*>(job.x) + 32 * first;
-    auto* v = static_cast<typename V::Bits*>(job.values) + prefix[first / kPrefixWords];
-    const float alpha = job.alpha;
-    for (int64_t w = first; w < last; ++w, x += 32) {
-      uint32_t rest = words[w];
-      if (rest == ~0u) {
-        for (int i = 0; i < 32; ++i) move_one<what, X, V>(x + i, v + i, alpha);
-        v += 32;
-        continue;
-      }
-      for (; rest; rest &= rest - 1) move_one<what, X, V>(x + __builtin_ctz(rest), v++, alpha);
-    }
-  });
-}
-
 template <Move what, class X, class V, class Index>
-void by_indices(const MoveJob& job, const Index* index, int64_t first, int64_t last) {
+void move_piece(const MoveJob& job, float alpha, const Index* index, int64_t first, int64_t last) {
   constexpr int64_t kAhead = 16;  // positions whose lines are asked for early
   auto* x = static_cast<typename X::Bits*>(job.x);
   auto* v = static_cast<typename V::Bits*>(job.values);
   for (int64_t i = first; i < last; ++i) {
     if (i + kAhead < last) __builtin_prefetch(x + index[i + kAhead], what != kGather);
-    move_one<what, X, V>(x + index[i], v + i, job.alpha);
+    move_one<what, X, V>(x + index[i], v + i, alpha);
   }
 }
 
@@ -77,8 +58,8 @@ void with_type(int code, Call call) {
   if (code == kF16) call(F16{});
 }
 
-template <class Words>
-void dispatch(Move what, const MoveJob& job, Words run) {
+template <class Run>
+void dispatch(Move what, const MoveJob& job, Run run) {
   with_type(job.dtype, [&](auto x) {
     using X = decltype(x);
     if (what == kGather) run(std::integral_constant<Move, kGather>{}, x, x);
@@ -93,28 +74,25 @@ void dispatch(Move what, const MoveJob& job, Words run) {
 
 }  // namespace
 
-void move_words(Move what, const MoveJob& job, const uint32_t* words, int64_t words_n, const int64_t* prefix, int threads) {
-  dispatch(what, job, [&](auto op, auto x, auto v) { by_words<op.value, decltype(x), decltype(v)>(job, words, words_n, prefix, threads); });
-}
-
-void move_all(Move what, const std::vector<IndexJob>& jobs, int threads) {
+void move_all(Move what, const std::vector<MoveJob>& jobs, float alpha, int threads) {
   constexpr int64_t kPiece = 1 << 14;
   struct Piece {
-    const IndexJob* job;
+    const MoveJob* job;
     int64_t first, last;
   };
   std::vector<Piece> pieces;
-  for (const IndexJob& job : jobs)
+  for (const MoveJob& job : jobs)
     for (int64_t i = 0; i < job.count; i += kPiece) pieces.push_back({&job, i, std::min(i + kPiece, job.count)});
   parallel_for(int64_t(pieces.size()), 1, threads, [&](int64_t first, int64_t last) {
     for (int64_t p = first; p < last; ++p) {
       const Piece& piece = pieces[size_t(p)];
-      const MoveJob& move = piece.job->move;
+      const MoveJob& job = *piece.job;
       const auto run = [&](const auto* index) {
-        dispatch(what, move,
-                 [&](auto op, auto x, auto v) { by_indices<op.value, decltype(x), decltype(v)>(move, index, piece.first, piece.last); });
+        dispatch(what, job, [&](auto op, auto x, auto v) {
+          move_piece<op.value, decltype(x), decltype(v)>(job, alpha, index, piece.first, piece.last);
+        });
       };
-      piece.job->wide ? run(static_cast<const int64_t*>(piece.job->index)) : run(static_cast<const int32_t*>(piece.job->index));
+      job.wide ? run(static_cast<const int64_t*>(job.index)) : run(static_cast<const int32_t*>(job.index));
     }
   });
 }

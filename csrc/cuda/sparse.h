@@ -44,16 +44,31 @@ struct Search {
   int64_t threshold, equal;  // after the last level: what `mark` takes
 };
 
-// counts: int64 [2^bits], overwritten. shared_limit: bytes of shared memory to use at most, 0 for what the device has; with less than the
+// counts: int64 [2^bits], overwritten. most_shared: bytes of shared memory to use at most, 0 for what the device has; with less than the
 // counters need, x is read several times.
-void histogram(const Selection& s, const Level& level, int64_t* counts, int shared_limit, Place place);
+void histogram(const Selection& s, const Level& level, int64_t* counts, int most_shared, Place place);
 // The bin that holds the k-th largest (k counts on the first level, afterwards *search knows). last: also fills threshold and equal.
 void find_bin(const int64_t* counts, const Level& level, int64_t k, bool first, bool last, int ties, Search* search, Place place);
 // Bits of the keys above *threshold and of the first *equal that are equal to it. same: how many are equal in all, or null if unknown.
 // scratch: uint64 [tiles + 1].
 void mark(const Selection& s, const int64_t* threshold, const int64_t* equal, const int64_t* same, uint64_t* scratch, Place place);
-// Keeps n of every m neighbours of items[0]; ties to the lower index.
-void nm(const Selection& s, int n, int m, Place place);
+
+// Runs of `length` (below 2^31) consecutive elements of items[0], each of which keeps its own k (at most length) largest.
+struct Rows {
+  int64_t count, length, k;
+  int32_t ties, dtype;  // dtype: x's
+  bool aligned;  // each run begins on a new word
+  uint32_t* words;  // items[0]'s, or if `aligned` others
+  int64_t bytes;  // of these
+};
+// most_shared: as above; a row that does not fit is read several times.
+void rows(const Selection& s, const Rows& rows, int most_shared, Place place);
+
+// totals: int64 [4][2048] by the top 11 bits of the keys of NaN lowest: elements, the sum of their significands as integers, the sums of the
+// lower and of the upper 32 bits of those squared.
+void energy(const Selection& s, int64_t* totals, Place place);
+// out: fp32 [columns], sums of squares of a matrix's columns, in fp64 in the order of reference.sparse.column_slices. sums: [slices, columns].
+void column_squares(const void* x, int dtype, int64_t rows, int64_t columns, int64_t slices, double* sums, float* out, Place place);
 
 void pack(const uint8_t* mask, int64_t n, uint32_t* words, Place place);
 void unpack(const uint32_t* words, int64_t n, uint8_t* mask, Place place);
@@ -68,14 +83,13 @@ void set_indices(const void* index, int64_t count, bool wide, int64_t words_n, u
 
 enum Move : int32_t { kGather = 0, kScatter, kAdd, kSwap };
 
-// One tensor and its chosen elements, by words and prefix or by index (the other is null). Eight int64.
+// One tensor and its chosen elements. Seven int64.
 struct MoveItem {
   void* x;
   void* values;
-  const uint32_t* words;  // or the positions
-  const int64_t* prefix;  // or null
-  int64_t count;  // words, or positions
-  int64_t first;  // groups of the tensors before it: of 32 words, or of kMoveGroup positions
+  const void* positions;
+  int64_t count;
+  int64_t first;  // groups of kMoveGroup positions of the tensors before it
   int64_t dtypes;  // x's | values' << 8 | 64-bit positions << 16
   int64_t n;  // elements of x: positions outside are skipped
 };

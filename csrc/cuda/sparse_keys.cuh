@@ -107,12 +107,14 @@ FA_DEVICE void load_item(Loaded& l, const SparseItem& item, int32_t score, int64
     load_run(l.other, item.other, item.other_dtype == kF32, l.run);
   } else if (score == kAbsScaled) {
     const float* factors = in_global(static_cast<const float*>(item.other));
+    // One division a lane, and another per element only where a row is shorter than a run; 64-bit ones are a hundred instructions.
+    const int64_t n = item.columns, at = l.run.first;
+    const int64_t column = (at | n) >> 32 ? at % n : int64_t(uint32_t(at) % uint32_t(n));
     FA_UNROLL
     for (int j = 0; j < kEach; ++j) {
-      const int64_t i = index(l.run, j);
-      // 64-bit division is a hundred instructions: tensors that need it are few
-      const int64_t column = (i | item.columns) >> 32 ? i % item.columns : int64_t(uint32_t(i) % uint32_t(item.columns));
-      l.other[j] = l.run.valid >> j & 1u ? as_bits(factors[column]) : 0u;
+      int64_t c = column + (l.run.vector ? j : j * int(kWarp));
+      c = n >= kRun ? (c < n ? c : c - n) : int64_t(uint32_t(c) % uint32_t(n));
+      l.other[j] = l.run.valid >> j & 1u ? as_bits(factors[c]) : 0u;
     }
   }
 }
@@ -157,6 +159,16 @@ FA_DEVICE uint32_t in_order(uint32_t bits, bool vector) {
     if (int(lane_id() / 4) == j) mine = word >> (lane_id() % 4 * 8) & 0xffu;
   }
   return mine;
+}
+
+// The first `room` of a lane's bits.
+FA_DEVICE uint32_t first_bits(uint32_t byte, int64_t room) {
+  uint32_t kept = 0;
+  for (int j = 0; j < kEach && room > 0; ++j) {
+    kept |= byte & 1u << j;
+    room -= byte >> j & 1u;
+  }
+  return kept;
 }
 
 // A lane's eight bits of the run at `begin`; lanes past the last word of n elements write nothing.

@@ -30,16 +30,6 @@ FA_DEVICE int64_t look_back(unsigned long long* tiles, int64_t t, int64_t own, i
   return before;
 }
 
-// The first `room` of a lane's bits.
-FA_DEVICE uint32_t first_bits(uint32_t byte, int64_t room) {
-  uint32_t kept = 0;
-  for (int j = 0; j < kEach && room > 0; ++j) {
-    kept |= byte & 1u << j;
-    room -= byte >> j & 1u;
-  }
-  return kept;
-}
-
 constexpr int kMarkRuns = int(kTile) / (kThreads * kEach), kMarkWarps = kThreads / int(kWarp);
 
 struct Cut {

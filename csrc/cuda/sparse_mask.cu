@@ -132,86 +132,6 @@ __global__ void __launch_bounds__(kThreads) set_kernel(const Index* index, int64
   if (at >= 0 && at < words_n * kWarp) atomic_or(words + at / kWarp, 1u << at % kWarp);
 }
 
-// Which of the eight are among the n largest of their m neighbours: m of them are this thread's. No sorting: an element's rank is how many
-// are larger, or as large and before it.
-template <int m>
-FA_DEVICE uint32_t best_of(const uint32_t (&key)[kEach], int n) {
-  uint32_t kept = 0;
-  FA_UNROLL
-  for (int j = 0; j < kEach; ++j) {
-    int rank = 0;
-    FA_UNROLL
-    for (int o = 0; o < m; ++o) {
-      const int i = j / m * m + o;
-      if (i != j) rank += i < j ? key[i] >= key[j] : key[i] > key[j];
-    }
-    kept |= uint32_t(rank < n) << j;
-  }
-  return kept;
-}
-
-FA_DEVICE uint32_t best_of_group(const uint32_t (&key)[kEach], int n, int m) {
-  return m == 2 ? best_of<2>(key, n) : m == 4 ? best_of<4>(key, n) : best_of<8>(key, n);
-}
-
-// m is 2, 4 or 8. Two runs a warp.
-__global__ void __launch_bounds__(kThreads) nm_kernel(Selection s, int n, int m) {
-  const SparseItem item = s.items[0];
-  const int64_t begin = (int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp) * kRun;
-  if (begin >= item.n) return;
-  Loaded l;
-  load_item(l, item, s.score, begin);
-  uint32_t key[kEach], kept = 0;
-  keys_of(key, l, item, s.score, s.nan_key);
-  if (l.run.vector) {
-    kept = best_of_group(key, n, m);
-  } else {
-    // Strided: element j of a lane has its group in the lanes around.
-    const unsigned lane = lane_id(), base = lane / unsigned(m) * unsigned(m);
-    FA_UNROLL
-    for (int j = 0; j < kEach; ++j) {
-      int rank = 0;
-      for (int o = 0; o < m; ++o) {
-        const uint32_t other = shfl(key[j], base + unsigned(o));
-        rank += base + unsigned(o) < lane ? other >= key[j] : other > key[j];
-      }
-      kept |= uint32_t(rank < n) << j;
-    }
-    kept &= l.run.valid;
-  }
-  store_bits(item.words, begin, item.n, in_order(kept, l.run.vector));
-}
-
-FA_DEVICE uint32_t key_at(const SparseItem& item, const Selection& s, int64_t i) {
-  Loaded l;
-  l.run = {i, 1u, false};
-  load_run(l.x, item.x, item.dtype == kF32, l.run);
-  if (s.score == kAbsScaled)
-    l.other[0] = as_bits(static_cast<const float*>(item.other)[i % item.columns]);
-  else if (s.score != kAbs && s.score != kGiven)
-    load_run(l.other, item.other, item.other_dtype == kF32, l.run);
-  uint32_t key[kEach];
-  keys_of(key, l, item, s.score, s.nan_key);
-  return key[0];
-}
-
-// Any other m: a lane an element, its neighbours from memory (the cache has them).
-__global__ void __launch_bounds__(kThreads) nm_any_kernel(Selection s, int n, int m) {
-  const SparseItem item = s.items[0];
-  const int64_t word = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp, i = word * kWarp + lane_id();
-  if (word * kWarp >= item.n) return;
-  int rank = n;
-  if (i < item.n) {
-    const uint32_t own = key_at(item, s, i);
-    const int64_t group = i / m * m;
-    rank = 0;
-    for (int64_t o = group; o < group + m; ++o)
-      if (o != i) rank += o < i ? key_at(item, s, o) >= own : key_at(item, s, o) > own;
-  }
-  const uint32_t kept = ballot(rank < n);
-  if (lane_id() == 0) reinterpret_cast<uint32_t*>(item.words)[word] = kept;
-}
-
 int64_t groups_of(int64_t words) { return (words + kWarp - 1) / kWarp; }
 cudaStream_t stream_of(const Place& p) { return static_cast<cudaStream_t>(p.stream); }
 
@@ -280,15 +200,6 @@ void set_indices(const void* index, int64_t count, bool wide, int64_t words_n, u
   else
     FA_LAUNCH(set_kernel<int32_t>, blocks, kThreads, 0, stream_of(place), static_cast<const int32_t*>(index), count, words_n, words);
   check(cudaGetLastError(), "sparse.set_indices");
-}
-
-void nm(const Selection& s, int n, int m, Place place) {
-  if (!s.tiles) return;
-  const DeviceGuard guard(place.device, "sparse.nm");
-  const bool in_registers = m == 2 || m == 4 || m == 8;
-  const int64_t elements = s.tiles * kTile, a_block = in_registers ? kWarps * kRun : kThreads;
-  FA_LAUNCH(in_registers ? nm_kernel : nm_any_kernel, blocks_for(elements / a_block), kThreads, 0, stream_of(place), s, n, m);
-  check(cudaGetLastError(), "sparse.nm");
 }
 
 }  // namespace fa::cuda

@@ -1,7 +1,7 @@
 // Between dense tensors and their chosen elements: x[chosen] into or out of a short list of values, any number of tensors in one launch.
 //
-// Bytes per chosen element at low density: a 32-byte sector of x read and one written (gather: read), its value, its position (words: n / 8
-// in all). Positions are without repeats where x is written, so no two threads meet.
+// Bytes per chosen element at low density: a 32-byte sector of x read and one written (gather: read), its value, its position. Positions are
+// without repeats where x is written, so no two threads meet.
 #include "sparse_keys.cuh"
 
 namespace fa::cuda {
@@ -54,38 +54,16 @@ FA_DEVICE void move_one(const Job& job, int64_t at, int64_t value) {
   }
 }
 
-// 32 words: where many bits are set, a lane takes a bit of every word, so that accesses are neighbours; where few are, a word of its own.
-template <Move op>
-FA_DEVICE void move_words(const Job& job, const MoveItem& item, int64_t group) {
-  const int64_t at = group * kWarp + lane_id();
-  const uint32_t word = at < item.count ? in_global(item.words)[at] : 0u;
-  const int mine = bits_set(word);
-  const int64_t start = in_global(item.prefix)[group];
-  const int upto = warp_scan(mine);
-  if (shfl(upto, kWarp - 1) < 128) {
-    int64_t value = start + upto - mine;
-    for (uint32_t left = word; left; left &= left - 1) move_one<op>(job, at * kWarp + lowest_bit(left), value++);
-    return;
-  }
-  int64_t value = start;
-  for (int w = 0; w < int(kWarp); ++w) {
-    const uint32_t bits = shfl(word, unsigned(w));
-    if (bits >> lane_id() & 1u)
-      move_one<op>(job, (group * kWarp + w) * kWarp + lane_id(), value + bits_set(bits & ((1u << lane_id()) - 1u)));
-    value += bits_set(bits);
-  }
-}
-
 // Eight positions a lane.
 template <Move op>
 FA_DEVICE void move_positions(const Job& job, const MoveItem& item, int64_t group) {
   const bool wide = item.dtypes >> 16 & 1;
-  const void* positions = item.words;
   FA_UNROLL
   for (int j = 0; j < int(kMoveGroup / kWarp); ++j) {
     const int64_t i = group * kMoveGroup + j * int(kWarp) + lane_id();
     if (i >= item.count) break;
-    const int64_t at = wide ? in_global(static_cast<const int64_t*>(positions))[i] : in_global(static_cast<const int32_t*>(positions))[i];
+    const int64_t at =
+        wide ? in_global(static_cast<const int64_t*>(item.positions))[i] : in_global(static_cast<const int32_t*>(item.positions))[i];
     if (at >= 0 && at < item.n) move_one<op>(job, at, i);
   }
 }
@@ -96,10 +74,7 @@ __global__ void __launch_bounds__(kThreads) move_kernel(const MoveItem* items, i
   if (group >= groups) return;
   const MoveItem item = items[find_item(items, count, group)];
   const Job job{static_cast<char*>(item.x), static_cast<char*>(item.values), int(item.dtypes & 0xff), int(item.dtypes >> 8 & 0xff), alpha};
-  if (item.prefix)
-    move_words<op>(job, item, group - item.first);
-  else
-    move_positions<op>(job, item, group - item.first);
+  move_positions<op>(job, item, group - item.first);
 }
 
 }  // namespace

@@ -2,17 +2,10 @@
 //
 // Bytes: one read of x per level. bf16 and fp16 |x| need one level (15 bits are the whole key), fp32
 // two of 16 bits. Everything is integer arithmetic: sums in any order are the same, so atomics are deterministic here.
-#include "sparse_keys.cuh"
+#include "sparse_bins.cuh"
 
 namespace fa::cuda {
 namespace {
-
-constexpr int kHistogramThreads = 1024;  // one block per SM: its counters fill the shared memory
-#if defined(FA_EMULATE)
-constexpr int kSharedDefault = 48 << 10, kBlocksAtMost = 3;  // few blocks, so that each takes several tiles
-#else
-constexpr int kSharedDefault = 0, kBlocksAtMost = 1 << 20;
-#endif
 
 // How a histogram keeps its counters.
 //   kNative  15 bits straight from the 16-bit |x|, 32 bits a counter
@@ -26,38 +19,6 @@ struct Bins {
   bool folded;       // bin b is 0x8000 + b, the last is NaN's
   bool lowest;       // NaN's is bin 0 of the totals
 };
-
-constexpr uint32_t kNoBin = ~0u;
-
-// One more in each of the lanes' bins. Where many lanes meet in a bin (runs of zeros, few values), lanes of a kind add once: an atomic that
-// 32 lanes send to one address takes 32 turns. One look per eight elements decides, so that ordinary data pay little for it.
-template <class Add>
-FA_DEVICE void tally(const uint32_t (&bin)[kEach], Add add) {
-  const unsigned present = ballot(bin[0] != kNoBin);
-  bool crowded = false;
-  if (present) {
-    const uint32_t theirs = shfl(bin[0], unsigned(lowest_bit(present)));
-    crowded = bits_set(ballot(bin[0] == theirs)) >= 8;
-  }
-  if (!crowded) {
-    FA_UNROLL
-    for (int j = 0; j < kEach; ++j)
-      if (bin[j] != kNoBin) add(bin[j], 1u);
-    return;
-  }
-  FA_UNROLL
-  for (int j = 0; j < kEach; ++j) {
-    unsigned left = ballot(bin[j] != kNoBin);
-    for (int turn = 0; left && turn < 4; ++turn) {
-      const unsigned leader = unsigned(lowest_bit(left));
-      const uint32_t theirs = shfl(bin[j], leader);
-      const unsigned same = ballot(bin[j] == theirs);
-      if (lane_id() == leader) add(theirs, uint32_t(bits_set(same)));
-      left &= ~same;
-    }
-    if (left >> lane_id() & 1u) add(bin[j], 1u);
-  }
-}
 
 template <Counters kKind>
 FA_DEVICE void find_bins(uint32_t (&bin)[kEach], Loaded& l, const SparseItem& item, const Selection& s, const Level& level, int64_t prefix,
@@ -107,25 +68,6 @@ FA_DEVICE void flush(uint32_t* counters, const Bins& bins) {
     }
   }
 }
-
-// The tiles of a block, one after another: which tensor each is in is looked up only when the tensor ends.
-struct Cursor {
-  SparseItem item;
-  int64_t tile, end;  // the tile after the item's last
-
-  FA_DEVICE bool at_tile(const Selection& s, int64_t next) {
-    tile = next;
-    if (tile >= s.tiles) return false;
-    if (tile >= end) {
-      item = s.items[find_item(s.items, s.count, tile)];
-      end = item.first + (item.n + kTile - 1) / kTile;
-    }
-    return true;
-  }
-  FA_DEVICE void load(Loaded& l, const Selection& s) const {
-    load_item(l, item, s.score, (tile - item.first) * kTile + threadIdx.x / kWarp * kRun);
-  }
-};
 
 template <Counters kKind>
 FA_DEVICE void add_to(uint32_t* counters, uint32_t bin, uint32_t n) {
@@ -245,42 +187,26 @@ __global__ void __launch_bounds__(kHistogramThreads, 1)
   }
 }
 
-int shared_limit_of(int device) {
-  int bytes = kSharedDefault;
-#if !defined(FA_EMULATE)
-  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "sparse.histogram");
-  bytes -= 1024;  // the kernel's own variables, and what the system reserves
-#else
-  (void)device;
-  bytes -= 1024;
-#endif
-  return bytes;
-}
-
 template <Counters kKind>
 void count(const Selection& s, const Level& level, Bins bins, int all, int limit, Place place) {
   const auto kernel = kKind == kPacked ? packed_histogram_kernel : histogram_kernel < kKind == kPacked ? kWide : kKind > ;
   const int at_most = limit / 4 * (kKind == kPacked ? 2 : 1);
-  const int64_t blocks = sm_count(place.device) < kBlocksAtMost ? sm_count(place.device) : kBlocksAtMost;
   for (bins.first = 0; bins.first < all; bins.first += at_most) {
     bins.count = all - bins.first < at_most ? all - bins.first : at_most;
     const size_t bytes = size_t(kKind == kPacked ? (bins.count + 1) / 2 : bins.count) * 4;
-#if !defined(FA_EMULATE)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)), "sparse.histogram");
-#endif
-    FA_LAUNCH(kernel, unsigned(s.tiles < blocks ? s.tiles : blocks), kHistogramThreads, bytes, static_cast<cudaStream_t>(place.stream), s,
-              level, bins);
+    allow_shared(kernel, int(bytes));
+    FA_LAUNCH(kernel, counting_blocks(s, place.device), kHistogramThreads, bytes, static_cast<cudaStream_t>(place.stream), s, level, bins);
     check(cudaGetLastError(), "sparse.histogram");
   }
 }
 
 }  // namespace
 
-void histogram(const Selection& s, const Level& level, int64_t* counts, int shared_limit, Place place) {
+void histogram(const Selection& s, const Level& level, int64_t* counts, int most_shared, Place place) {
   const DeviceGuard guard(place.device, "sparse.histogram");
   check(cudaMemsetAsync(counts, 0, sizeof(int64_t) << level.bits, static_cast<cudaStream_t>(place.stream)), "sparse.histogram");
   if (!s.tiles) return;
-  const int room = shared_limit_of(place.device), limit = shared_limit > 0 && shared_limit < room ? shared_limit : room;
+  const int limit = shared_limit(place.device, most_shared);
   const bool sizes = s.score == kAbs || s.score == kAbsDiff || s.score == kAbsProduct;
   const Bins bins{0, 0, counts, level.bits == 16 && level.shift == 16 && sizes && !level.prefix, s.nan_key == 0};
   if (level.native) return count<kNative>(s, level, bins, 1 << 15, limit, place);

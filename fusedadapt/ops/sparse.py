@@ -82,9 +82,22 @@ def move_all(op: str, jobs: Sequence[tuple[Tensor, Tensor, Tensor]], alpha: floa
         run("move_all", group[0][0])(op, group, alpha)
 
 
+def gather(x: Tensor, index: Tensor) -> Tensor:
+    """x[index] of a flat x, in x's dtype."""
+    values = torch.empty(index.numel(), dtype=x.dtype, device=x.device)
+    move_all("gather", [(x, index, values)])
+    return values
+
+
+def readable(x: Tensor) -> Tensor:
+    """Contiguous, in a dtype that kernels read: scores are fp32, so rounding to it first changes none."""
+    x = x.detach()
+    return (x if x.dtype in DTYPES else x.float()).contiguous().resolve_neg()
+
+
 def levels(data: Tensor, score: str) -> tuple[tuple[int, int], ...]:
     """(shift, bits) of the histogram passes that resolve keys of `data` exactly, from the top down."""
-    sixteen = score == "abs" and data.dtype in (torch.bfloat16,)
+    sixteen = score == "abs" and data.dtype == torch.bfloat16
     backend = choose("histogram", data.device.type, data.dtype).backend
     found: tuple[tuple[int, int], ...] = _find(backend, "LEVELS16" if sixteen else "LEVELS")
     return found

@@ -82,6 +82,23 @@ def selection(k: int, n: int, ties: str) -> None:
         refuse("select", f"k in 0..{n} and ties of {', '.join(TIES)}", f"{k}, {ties!r}", "choose among these")
 
 
+def runs(x: Tensor, length: int, ties: str, below: int = 1 << 31) -> None:
+    """Runs of consecutive elements, within which `rows` selects."""
+    if not 0 < length < below or x.numel() % length or ties not in TIES:
+        refuse("rows", f"a length that divides {x.numel()} elements and ties of {', '.join(TIES)}", f"{length}, {ties!r}", "pass whole runs")
+
+
+def groups(x: Tensor, m: int) -> None:
+    """Groups of neighbours in a row, among which `nm` selects."""
+    if m <= 0 or (x.numel() and x.shape[-1] % m):
+        refuse("nm", f"rows of a multiple of {m} elements", tuple(x.shape), "pad them or choose another m")
+
+
+def matrix(op: str, x: Tensor, device: torch.device | None = None) -> None:
+    if flat(op, "x", x, device=device).dim() != 2:
+        refuse(op, "a matrix [T, K]", tuple(x.shape), "flatten it to rows")
+
+
 def row(op: str, item: Item, score: str, device: torch.device) -> list[int]:
     """SparseItem of csrc/cuda/sparse.h: x, other, words, n, columns, first, dtype, other's dtype, aligned."""
     x, other = item
@@ -135,40 +152,11 @@ def move(op: str, x: Tensor, index: Tensor, values: Tensor, device: torch.device
     vector(op, index, device)
     if values.numel() != index.numel():
         refuse(op, f"{index.numel()} values, one per position", values.numel(), "pass the values of these positions")
-    if op in ("gather", "swap"):
-        swappable(op, x, values)
-    return CODES[x.dtype] | CODES[values.dtype] << 8 | (index.dtype == torch.int64) << 16
-
-
-def swappable(op: str, x: Tensor, values: Tensor) -> None:
-    if x.dtype != values.dtype:
+    if op in ("gather", "swap") and x.dtype != values.dtype:
         refuse(op, f"values of x's dtype {x.dtype}", values.dtype, "an exchange must lose nothing")
+    return CODES[x.dtype] | CODES[values.dtype] << 8 | (index.dtype == torch.int64) << 16
 
 
 def moved(op: str, jobs: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
     """Tells autograd what a move wrote."""
     torch.autograd.graph.increment_version([t for x, _, values in jobs for t in {"gather": [values], "swap": [x, values]}.get(op, [x])])
-
-
-def singles(move_all: Callable[..., None]) -> tuple[Callable[..., Tensor], Callable[..., None], Callable[..., None], Callable[..., None]]:
-    """gather_at, scatter_at_, add_at_ and swap_at_ for one tensor, from a backend's `move_all`."""
-
-    def gather_at(x: Tensor, index: Tensor) -> Tensor:
-        """x[index] of a flat x, in x's dtype; `index`: int32 or int64, any order."""
-        values = torch.empty(index.numel(), dtype=x.dtype, device=x.device)
-        move_all("gather", [(x, index, values)])
-        return values
-
-    def scatter_at_(x: Tensor, index: Tensor, values: Tensor) -> None:
-        """x[index] = values, rounded to x's dtype; `index`: int32 or int64, sorted, without repeats."""
-        move_all("scatter", [(x, index, values)])
-
-    def add_at_(x: Tensor, index: Tensor, values: Tensor, alpha: float) -> None:
-        """x[index] += alpha * values in fp32, rounded once; `index`: int32 or int64, sorted, without repeats."""
-        move_all("add", [(x, index, values)], alpha)
-
-    def swap_at_(x: Tensor, index: Tensor, values: Tensor) -> None:
-        """Exchanges x[index] and values (of x's dtype), bit for bit; `index`: int32 or int64, sorted, without repeats."""
-        move_all("swap", [(x, index, values)])
-
-    return gather_at, scatter_at_, add_at_, swap_at_

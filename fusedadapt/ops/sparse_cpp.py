@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..reference.sparse import TOP, column_slices, energy_of, kept_ties
-from .sparse_checks import CODES, Item, bad_positions, empty_words, flat, move, moved, refuse, row, singles, swappable, vector
+from .sparse_checks import CODES, Item, bad_positions, empty_words, flat, groups, matrix, move, moved, refuse, row, runs, vector
 from .sparse_checks import words as words_of
 
 LEVELS = ((16, 16), (0, 16))
@@ -84,8 +84,7 @@ def mark(items: Sequence[Item], score: str, nan: str, threshold: Tensor, equal: 
 def rows(x: Tensor, other: Tensor | None, score: str, nan: str, k: int, length: int, ties: str, aligned: bool) -> Tensor:
     """Words that keep the k largest of every run of `length` elements; aligned: each run starts on a new word."""
     source = _item("rows", (x, other), score)
-    if length <= 0 or x.numel() % length:
-        refuse("rows", f"a length that divides {x.numel()} elements", length, "pass whole runs")
+    runs(x, length, ties, below=1 << 62)
     n = x.numel() // length * ((length + 31) // 32 * 32) if aligned else x.numel()
     words = empty_words(n, CPU)
     _core().rows(source, score, nan, k, length, ties, aligned, words.data_ptr(), torch.get_num_threads())
@@ -94,8 +93,7 @@ def rows(x: Tensor, other: Tensor | None, score: str, nan: str, k: int, length: 
 
 def nm(x: Tensor, other: Tensor | None, score: str, nan: str, n: int, m: int) -> Tensor:
     """Words that keep n of every m neighbours of a row (last dimension, a multiple of m); ties: lowest index."""
-    if m <= 0 or (x.numel() and x.shape[-1] % m):
-        refuse("nm", f"rows of a multiple of {m} elements", tuple(x.shape), "pad them or choose another m")
+    groups(x, m)
     return rows(x, other, score, nan, n, m, "lowest_index", False)
 
 
@@ -109,8 +107,7 @@ def energy(items: Sequence[Item], score: str) -> tuple[Tensor, Tensor, Tensor]:
 
 def colstat(x: Tensor) -> Tensor:
     """Sum of squares of each column of x [T, K], added in fp64 in the order of `reference.sparse.column_slices`: fp32 [K]."""
-    if _flat("colstat", "x", x).dim() != 2:
-        refuse("colstat", "a matrix [T, K]", tuple(x.shape), "flatten it to rows")
+    matrix("colstat", x, CPU)
     out = torch.empty(x.shape[1], dtype=torch.float32, device="cpu")
     slices = column_slices(*x.shape)
     _core().colstat(x.data_ptr(), CODES[x.dtype], x.shape[0], x.shape[1], slices, out.data_ptr(), torch.get_num_threads())
@@ -169,49 +166,6 @@ def from_indices(index: Tensor, n: int) -> Tensor:
 # ---- between a dense tensor and its chosen elements
 
 
-def _written(*tensors: Tensor) -> None:
-    torch.autograd.graph.increment_version(tensors)
-
-
-def _by_words(op: str, x: Tensor, words: Tensor, prefix: Tensor, values: Tensor, alpha: float = 1.0) -> None:
-    words_of(op, words, _flat(op, "x", x).numel(), CPU)
-    _flat(op, "values", values)
-    _flat(op, "prefix", prefix, (torch.int64,))
-    if prefix.numel() != (words.numel() + 31) // 32 + 1:
-        refuse(op, f"a prefix of {(words.numel() + 31) // 32 + 1} counts", prefix.numel(), "pass prefix(words)")
-    if values.numel() != int(prefix[-1]):
-        refuse(op, f"{int(prefix[-1])} values, one per chosen element", values.numel(), "pass the values of this mask")
-    threads = torch.get_num_threads()
-    x_type, v_type = CODES[x.dtype], CODES[values.dtype]
-    _core().move_words(op, x.data_ptr(), x_type, values.data_ptr(), v_type, alpha, words.data_ptr(), words.numel(), prefix.data_ptr(), threads)
-
-
-def gather(x: Tensor, words: Tensor, prefix: Tensor) -> Tensor:
-    """The chosen elements of a flat x, in order, in x's dtype."""
-    values = torch.empty(int(prefix[-1]), dtype=x.dtype, device="cpu")
-    _by_words("gather", x, words, prefix, values)
-    return values
-
-
-def scatter_(x: Tensor, words: Tensor, prefix: Tensor, values: Tensor) -> None:
-    """x[chosen] = values, rounded to x's dtype."""
-    _by_words("scatter", x, words, prefix, values)
-    _written(x)
-
-
-def add_(x: Tensor, words: Tensor, prefix: Tensor, values: Tensor, alpha: float) -> None:
-    """x[chosen] += alpha * values in fp32, rounded once."""
-    _by_words("add", x, words, prefix, values, alpha)
-    _written(x)
-
-
-def swap_(x: Tensor, words: Tensor, prefix: Tensor, values: Tensor) -> None:
-    """Exchanges x[chosen] and values (of x's dtype), bit for bit: again, and nothing has happened."""
-    swappable("swap", x, values)
-    _by_words("swap", x, words, prefix, values)
-    _written(x, values)
-
-
 def move_all(op: str, jobs: Sequence[tuple[Tensor, Tensor, Tensor]], alpha: float = 1.0) -> None:
     """gather, scatter, add or swap for any number of (x, positions, values) in one call, its threads sharing all of them. Positions of what is
     written: sorted, no repeats."""
@@ -223,6 +177,3 @@ def move_all(op: str, jobs: Sequence[tuple[Tensor, Tensor, Tensor]], alpha: floa
         rows.append((x.data_ptr(), codes & 0xFF, values.data_ptr(), codes >> 8 & 0xFF, index.data_ptr(), index.numel(), bool(codes >> 16)))
     _core().move_all(op, rows, alpha, torch.get_num_threads())
     moved(op, jobs)
-
-
-gather_at, scatter_at_, add_at_, swap_at_ = singles(move_all)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..reference.sparse import SCORES
+from ..reference.sparse import SCORES, column_slices, energy_of
 from . import sparse_checks as checks
 from .sparse_checks import Item
 
@@ -123,14 +123,46 @@ def mark(items: Sequence[Item], score: str, nan: str, threshold: Tensor, equal: 
     return given.words
 
 
+def rows(x: Tensor, other: Tensor | None, score: str, nan: str, k: int, length: int, ties: str, aligned: bool) -> Tensor:
+    """Words that keep the k largest of every run of `length` elements (below 2^31); aligned: each run starts on a new word."""
+    checks.runs(x, length, ties)
+    given = _List("rows", [(x, other)], score, nan, words=True)
+    words, count = given.words[0], x.numel() // length
+    if aligned and length % 32:
+        words = checks.empty_words(count * ((length + 31) // 32 * 32), x.device)
+    row = (count, length, min(max(k, 0), length), checks.TIES.index(ties), checks.CODES[x.dtype], aligned, words.data_ptr(), words.numel() * 4)
+    given.core.rows(*given.given, *row, _shared_limit, *given.place)
+    return words
+
+
 def nm(x: Tensor, other: Tensor | None, score: str, nan: str, n: int, m: int) -> Tensor:
     """Words that keep n of every m neighbours of a row (last dimension, a multiple of m); ties: lowest index."""
-    if m <= 0 or (x.numel() and x.shape[-1] % m):
-        checks.refuse("nm", f"rows of a multiple of {m} elements", tuple(x.shape), "pad them or choose another m")
-    given = _List("nm", [(x, other)], score, nan, words=True)
-    table, _, *rest = given.given
-    given.core.nm(table, *rest, n, m, *given.place)
-    return given.words[0]
+    checks.groups(x, m)
+    return rows(x, other, score, nan, n, m, "lowest_index", False)
+
+
+# ---- statistics
+
+
+def energy(items: Sequence[Item], score: str) -> tuple[Tensor, Tensor, Tensor]:
+    """(counts int64, sums fp64, sums of squares fp64), each [2048] on the CPU, of the scores by the top 11 bits of their keys, NaN in bin 0. The sums
+    are exact, then rounded once (`reference.sparse.energy_of`). Waits for the device; scratch 64 KiB."""
+    given = _List("energy", items, score, "lowest")
+    totals = given.empty(4 * 2048)
+    given.core.energy(*given.given, totals.data_ptr(), *given.place)
+    return energy_of(totals.view(4, 2048))
+
+
+def colstat(x: Tensor) -> Tensor:
+    """Sum of squares of each column of x [T, K], added in fp64 in the order of `reference.sparse.column_slices`: fp32 [K]."""
+    checks.matrix("colstat", x)
+    height, columns = x.shape
+    slices = column_slices(height, columns)
+    out = torch.empty(columns, dtype=torch.float32, device=x.device)
+    sums = torch.empty(slices, columns, dtype=torch.float64, device=x.device)
+    given = (x.data_ptr(), checks.CODES[x.dtype], height, columns, slices, sums.data_ptr(), out.data_ptr())
+    _core(x.device).column_squares(*given, *_place(x.device))
+    return out
 
 
 # ---- masks
@@ -157,10 +189,6 @@ def prefix(words: Tensor) -> Tensor:
     scratch = torch.empty(core.prefix_scratch(n), dtype=torch.int64, device=words.device)
     core.prefix(words.data_ptr(), n, out.data_ptr(), scratch.data_ptr(), *_place(words.device))
     return out
-
-
-def _total(prefix: Tensor) -> int:
-    return int(checks.known(prefix, ("total",), lambda: int(prefix[-1])))
 
 
 def indices(words: Tensor, n: int, known: tuple[Tensor, int] | None = None) -> Tensor:
@@ -196,77 +224,19 @@ def from_indices(index: Tensor, n: int) -> Tensor:
 # ---- between a dense tensor and its chosen elements
 
 
-def _move(op: str, rows: list[list[int]], device: torch.device, alpha: float = 1.0) -> None:
-    """rows: MoveItem of csrc/cuda/sparse.h, one a tensor, in one launch."""
-    groups, some = 0, []
-    core = _core(device)
-    for row in rows:
-        if row[4]:
-            size = 32 if row[3] else core.MOVE_GROUP
-            row[5] = groups
-            groups += (row[4] + size - 1) // size
-            some.append(row)
-    if some:
-        table = checks.table(some, device)
-        core.move(_MOVES.index(op), table.data_ptr(), len(some), groups, alpha, *_place(device))
-
-
-def _written(*tensors: Tensor) -> None:
-    torch.autograd.graph.increment_version(tensors)
-
-
-def _codes(x: Tensor, values: Tensor) -> int:
-    return checks.CODES[x.dtype] | checks.CODES[values.dtype] << 8
-
-
-def _by_words(op: str, x: Tensor, words: Tensor, prefix: Tensor, values: Tensor, alpha: float = 1.0) -> None:
-    checks.words(op, words, checks.flat(op, "x", x).numel(), x.device)
-    checks.flat(op, "values", values, device=x.device)
-    checks.flat(op, "prefix", prefix, (torch.int64,), x.device)
-    if prefix.numel() != (words.numel() + 31) // 32 + 1:
-        checks.refuse(op, f"a prefix of {(words.numel() + 31) // 32 + 1} counts", prefix.numel(), "pass prefix(words)")
-    if values.numel() != _total(prefix):
-        checks.refuse(op, f"{_total(prefix)} values, one per chosen element", values.numel(), "pass the values of this mask")
-    row = [x.data_ptr(), values.data_ptr(), words.data_ptr(), prefix.data_ptr(), words.numel(), 0, _codes(x, values), x.numel()]
-    _move(op, [row], x.device, alpha)
-
-
-def gather(x: Tensor, words: Tensor, prefix: Tensor) -> Tensor:
-    """The chosen elements of a flat x, in order, in x's dtype."""
-    values = torch.empty(_total(prefix), dtype=x.dtype, device=x.device)
-    _by_words("gather", x, words, prefix, values)
-    return values
-
-
-def scatter_(x: Tensor, words: Tensor, prefix: Tensor, values: Tensor) -> None:
-    """x[chosen] = values, rounded to x's dtype."""
-    _by_words("scatter", x, words, prefix, values)
-    _written(x)
-
-
-def add_(x: Tensor, words: Tensor, prefix: Tensor, values: Tensor, alpha: float) -> None:
-    """x[chosen] += alpha * values in fp32, rounded once."""
-    _by_words("add", x, words, prefix, values, alpha)
-    _written(x)
-
-
-def swap_(x: Tensor, words: Tensor, prefix: Tensor, values: Tensor) -> None:
-    """Exchanges x[chosen] and values (of x's dtype), bit for bit: again, and nothing has happened."""
-    checks.swappable("swap", x, values)
-    _by_words("swap", x, words, prefix, values)
-    _written(x, values)
-
-
 def move_all(op: str, jobs: Sequence[tuple[Tensor, Tensor, Tensor]], alpha: float = 1.0) -> None:
     """gather, scatter, add or swap for any number of (x, positions, values) in one launch. Positions of what is written: sorted, no repeats."""
-    rows = []
+    if not jobs:
+        return
+    device, rows, groups = jobs[0][0].device, [], 0
+    core = _core(device)
     for x, index, values in jobs:
-        codes = checks.move(op, x, index, values, jobs[0][0].device)
+        codes = checks.move(op, x, index, values, device)
         _check_index(op, index, x.numel(), op != "gather", x.device)
-        rows.append([x.data_ptr(), values.data_ptr(), index.data_ptr(), 0, index.numel(), 0, codes, x.numel()])
+        if index.numel():
+            rows.append([x.data_ptr(), values.data_ptr(), index.data_ptr(), index.numel(), groups, codes, x.numel()])
+            groups += (index.numel() + core.MOVE_GROUP - 1) // core.MOVE_GROUP
     if rows:
-        _move(op, rows, jobs[0][0].device, alpha)
+        table = checks.table(rows, device)
+        core.move(_MOVES.index(op), table.data_ptr(), len(rows), groups, alpha, *_place(device))
     checks.moved(op, jobs)
-
-
-gather_at, scatter_at_, add_at_, swap_at_ = checks.singles(move_all)

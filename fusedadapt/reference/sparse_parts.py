@@ -54,7 +54,7 @@ def nm(x: Tensor, other: Tensor | None, score: str, nan: str, n: int, m: int) ->
     return truth.pack(truth.nm(_keys((x, other), score, nan), n, m))
 
 
-pack, unpack_shaped = truth.pack, truth.unpack
+pack = truth.pack
 
 
 def unpack(words: Tensor, n: int) -> Tensor:
@@ -84,69 +84,24 @@ def from_indices(index: Tensor, n: int) -> Tensor:
     return truth.pack(mask)
 
 
-def _at(x: Tensor, words: Tensor) -> Tensor:
-    return unpack(words, x.numel()).nonzero().reshape(-1)
-
-
-def gather(x: Tensor, words: Tensor, prefix: Tensor) -> Tensor:
-    """The chosen elements of a flat x, in order."""
-    return x[_at(x, words)]
-
-
-def scatter_(x: Tensor, words: Tensor, prefix: Tensor, values: Tensor) -> None:
-    """x[chosen] = values."""
-    x[_at(x, words)] = values.to(x.dtype)
-
-
-def add_(x: Tensor, words: Tensor, prefix: Tensor, values: Tensor, alpha: float) -> None:
-    """x[chosen] += alpha * values, in fp32 (fp64), rounded once."""
-    add_at_(x, _at(x, words), values, alpha)
-
-
-def swap_(x: Tensor, words: Tensor, prefix: Tensor, values: Tensor) -> None:
-    """Exchanges x[chosen] and values, bit for bit."""
-    swap_at_(x, _at(x, words), values)
-
-
 def colstat(x: Tensor) -> Tensor:
     """Sum of squares of each column of x [T, K], fp32."""
     return truth.column_squares(x)
 
 
-def gather_at(x: Tensor, index: Tensor) -> Tensor:
-    """x[index] of a flat x."""
-    return x[index.to(torch.int64)]
-
-
-def scatter_at_(x: Tensor, index: Tensor, values: Tensor) -> None:
-    """x[index] = values."""
-    x[index.to(torch.int64)] = values.to(x.dtype)
-
-
-def add_at_(x: Tensor, index: Tensor, values: Tensor, alpha: float) -> None:
-    """x[index] += alpha * values, in fp32 (fp64), rounded once."""
-    at = index.to(torch.int64)
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    x[at] = (x[at].to(wide) + alpha * values.to(wide)).to(x.dtype)
-
-
-def swap_at_(x: Tensor, index: Tensor, values: Tensor) -> None:
-    """Exchanges x[index] and values, bit for bit."""
-    at = index.to(torch.int64)
-    old = x[at]
-    x[at] = values
-    values.copy_(old)
-
-
 def move_all(op: str, jobs: Sequence[tuple[Tensor, Tensor, Tensor]], alpha: float = 1.0) -> None:
-    """gather, scatter, add or swap for any number of (x, positions, values)."""
+    """gather, scatter, add or swap for any number of (x, positions, values): values = x[at], x[at] = values, x[at] += alpha * values (in fp32, or
+    fp64, rounded once), or both exchanged bit for bit."""
     for x, index, values in jobs:
-        if op == "gather":
-            values.copy_(gather_at(x, index))
-        elif op == "add":
-            add_at_(x, index, values, alpha)
-        else:
-            (scatter_at_ if op == "scatter" else swap_at_)(x, index, values)
+        at = index.to(torch.int64)
+        old = x[at]
+        if op == "add":
+            wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+            x[at] = (old.to(wide) + alpha * values.to(wide)).to(x.dtype)
+        elif op != "gather":
+            x[at] = values.to(x.dtype)
+        if op in ("gather", "swap"):
+            values.copy_(old)
 
 
 merge_, votes, norms, cuts = merging.merge_, merging.votes, merging.norms, merging.cuts

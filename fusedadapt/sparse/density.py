@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..ops import sparse as ops
 from ..reference.sparse import count_of
-from .select import Tensors, _plain
+from .select import Tensors
 
 METHODS = ("uniform", "er", "erk", "rate_distortion")
 Source = nn.Module | Mapping[str, Any]
@@ -88,7 +88,7 @@ def energy_histogram(w: Tensors) -> EnergyHistogram:
     total = np.zeros((3, 2048))
     for x in tensors:
         if x.numel():
-            x = _plain(x)
+            x = ops.readable(x)
             total += np.stack([part.double().cpu().numpy() for part in ops.run("energy", x)([(x, None)], "abs")])
     if total[0, :_ZERO].any() or total[0, _ZERO + _BINS :].any():
         raise ValueError("energy_histogram: expected finite elements; got NaN or infinity; repair them first")

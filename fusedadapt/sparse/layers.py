@@ -136,7 +136,7 @@ class MaskedLinear(nn.Linear):
         if prune:
             self.weight.masked_fill_(~mask.to_bool().to(self.weight.device), 0.0)  # a product would leave -0 and NaN
         self.register_buffer("index", index)
-        self.values = nn.Parameter(self._start(ops.run("gather_at", self.weight)(self.weight.view(-1), self.index)))
+        self.values = nn.Parameter(self._start(ops.gather(self.weight.view(-1), self.index)))
         self._seen: tuple[int, int] | None = None
 
     def _start(self, chosen: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ class MaskedLinear(nn.Linear):
     @torch.no_grad()
     def _write(self) -> None:
         silent = self.weight.data  # the same memory with a version of its own
-        ops.run("scatter_at_", silent)(silent.view(-1), self.index, self._wanted().to(silent.dtype))
+        ops.move_all("scatter", [(silent.view(-1), self.index, self._wanted().to(silent.dtype))])
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if self._seen is not None:  # None: nothing has been trained yet, or `disable` was called
@@ -241,6 +241,6 @@ class SparseDeltaLinear(MaskedLinear):
     @torch.no_grad()
     def disable(self) -> None:
         """Puts W's own elements back until the next forward pass or `sync_`."""
-        ops.run("scatter_at_", self.weight)(self.weight.view(-1), self.index, self._base)
+        ops.move_all("scatter", [(self.weight.view(-1), self.index, self._base)])
         torch.autograd.graph.increment_version(self.weight)
         self._seen = None

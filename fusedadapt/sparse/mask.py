@@ -135,7 +135,7 @@ class Mask:
             raise ValueError(f"Mask.reshape: expected a shape of {self.numel()} elements; got {tuple(sides)} for {self!r}") from error  # type: ignore[arg-type]
         return Mask(self.words, wanted)
 
-    def _with(self, other: Mask, words: Tensor) -> Mask:
+    def _with(self, words: Tensor) -> Mask:
         return Mask(words, self.shape, row_aligned=self.row_aligned)
 
     def _like(self, other: Mask) -> Mask:
@@ -146,22 +146,19 @@ class Mask:
         return other if other.row_aligned == self.row_aligned else (other.aligned() if self.row_aligned else other.flat())
 
     def __and__(self, other: Mask) -> Mask:
-        return self._with(other, self.words & self._like(other).words)
+        return self._with(self.words & self._like(other).words)
 
     def __or__(self, other: Mask) -> Mask:
-        return self._with(other, self.words | self._like(other).words)
+        return self._with(self.words | self._like(other).words)
 
     def __xor__(self, other: Mask) -> Mask:
-        return self._with(other, self.words ^ self._like(other).words)
+        return self._with(self.words ^ self._like(other).words)
 
     def __sub__(self, other: Mask) -> Mask:
-        return self._with(other, self.words & ~self._like(other).words)
+        return self._with(self.words & ~self._like(other).words)
 
     def __invert__(self) -> Mask:
-        return Mask.full(self.shape, True, self.device)._aligned_as(self) ^ self
-
-    def _aligned_as(self, other: Mask) -> Mask:
-        return self.aligned() if other.row_aligned else self
+        return self ^ Mask.full(self.shape, True, self.device)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Mask) and self.shape == other.shape and torch.equal(self.words, self._like(other).words)

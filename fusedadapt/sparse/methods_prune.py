@@ -79,9 +79,9 @@ def prune_model_(
     if method not in ("magnitude", "wanda"):
         raise ValueError(f"prune_model_: expected method magnitude or wanda; got {method!r}")
     layers = _layers(model, _WEIGHTED if method == "magnitude" else _LINEAR, skip)
+    if method == "wanda":
+        refuse_tied("prune_model_", model, layers, "skip those modules")
     names = tied_names(model)
-    if method == "wanda" and (tied := [also for layer in layers.values() if len(also := names[id(layer.weight)]) > 1]):
-        raise ValueError(f"prune_model_: expected a weight of its own for each layer; these share one: {tied}; skip those modules, or untie them")
     weights = {names[id(layer.weight)][0]: layer.weight for layer in layers.values()}
     if method == "wanda":
         masks = _wanda(layers, weights, density, stats, scope or "row", n, m)
@@ -105,6 +105,13 @@ def tied_names(model: nn.Module) -> dict[int, list[str]]:
         for last, p in module.named_parameters(recurse=False, remove_duplicate=False):
             names.setdefault(id(p), []).append(f"{name}.{last}" if name else last)
     return names
+
+
+def refuse_tied(op: str, model: nn.Module, layers: Mapping[str, Any], fix: str) -> None:
+    """ValueError if a layer's weight is another module's too, with all names of each such weight."""
+    names = tied_names(model)
+    if tied := [also for layer in layers.values() if len(also := names.get(id(layer.weight), [])) > 1]:
+        raise ValueError(f"{op}: expected a weight of its own for each layer; these share one: {tied}; {fix}, or untie them")
 
 
 def distinct(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:

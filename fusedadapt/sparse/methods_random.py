@@ -13,8 +13,8 @@ from .delta import Entry, SparseDelta
 from .density import densities
 from .layers import MaskedLinear, SparseDeltaLinear
 from .mask import Mask
-from .methods_prune import distinct, keep_only_, tied_names
-from .select import _k
+from .methods_prune import distinct, keep_only_, refuse_tied
+from .select import wanted_count
 
 
 def seed_of(*parts: object) -> int:
@@ -38,7 +38,7 @@ def random_mask(
         ValueError: a density outside [0, 1], a k that does not fit, both or neither.
     """
     n = math.prod(shape)
-    k = _k("random_mask", n, density, k, "floor")
+    k = wanted_count("random_mask", n, density, k, "floor")
     few = min(k, n - k)
     generator = torch.Generator().manual_seed(seed_of("random_mask", seed, name))
     # Draws with repeats until there are enough different ones. The set is symmetric in its elements, so any of the surplus may go.
@@ -100,9 +100,7 @@ def shira_(
     }
     if not found:
         raise ValueError("shira_: expected Linear layers inside the model; the target chose none; check its names")
-    names = tied_names(model)
-    if tied := [also for layer in found.values() if len(also := names.get(id(layer.weight), [])) > 1]:
-        raise ValueError(f"shira_: expected a weight of its own for each layer; these share one: {tied}; leave them out with target=, or untie them")
+    refuse_tied("shira_", model, found, "leave them out with target=")
     missing = [name for name in found if masks is not None and name not in masks]
     too_small = [f"{n}: {tuple(x.weight.shape)}" for n, x in found.items() if masks is None and not 0 < r * sum(x.weight.shape) <= x.weight.numel()]
     if too_small or missing:

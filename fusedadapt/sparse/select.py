@@ -68,7 +68,7 @@ def topk_threshold(
         cuts = _tensor_cut if scope == "tensor" else _row_cuts
         return _as(w, names, [cuts(item, score, d, k, ties, nan, rounding) for item, d in zip(items, several, strict=True)])
     n = _total(sum(x.numel() for x, _ in items), group)
-    k = _k("topk_threshold", n, density, k, rounding)
+    k = wanted_count("topk_threshold", n, density, k, rounding)
     if k == 0:
         raise ValueError(f"topk_threshold: expected at least one element to keep; got k = 0 of {n}; raise k or density")
     items = items or [_nothing(score, group)]
@@ -76,7 +76,7 @@ def topk_threshold(
 
 
 def _tensor_cut(item: Item, score: str, density: float | None, k: int | None, ties: str, nan: str, rounding: str) -> Threshold:
-    count = _k("topk_threshold", item[0].numel(), density, k, rounding)
+    count = wanted_count("topk_threshold", item[0].numel(), density, k, rounding)
     if count == 0:
         raise ValueError(f"topk_threshold: expected at least one element to keep; got k = 0 of {item[0].numel()}; raise k or density")
     return find_threshold(lambda: [[item]], score, count, ties, nan)
@@ -84,7 +84,7 @@ def _tensor_cut(item: Item, score: str, density: float | None, k: int | None, ti
 
 def _row_cuts(item: Item, score: str, density: float | None, k: int | None, ties: str, nan: str, rounding: str) -> Tensor:
     x, other = item
-    if not x.dim() or _k("topk_threshold", x.shape[-1], density, k, rounding) == 0:
+    if not x.dim() or wanted_count("topk_threshold", x.shape[-1], density, k, rounding) == 0:
         raise ValueError(f"topk_threshold: expected at least one element of each row to keep; got none of {tuple(x.shape)}; raise k or density")
     scores = score_of(x, score, other)
     kept = _local(item, score, density, k, "row", None, "lowest_index", nan, rounding).to_bool() & ~scores.isnan()
@@ -169,7 +169,7 @@ def _items(op: str, w: Tensors, score: str, other: Tensors | None, ties: str, na
             if tuple(y.shape) != wanted or y.device != x.device:
                 raise ValueError(f"{op}: expected other of shape {wanted} on {x.device} for {where}; got {tuple(y.shape)} on {y.device}")
             y = y.float() if score == "abs_scaled" else y
-        out.append((_plain(x), None if y is None else _plain(y)))
+        out.append((ops.readable(x), None if y is None else ops.readable(y)))
     if len({x.device for x, _ in out}) > 1:
         raise ValueError(f"{op}: expected tensors on one device; got {sorted({str(x.device) for x, _ in out})}; move them together")
     if nan == "raise" and group is None:  # a group counts together, so that no process waits for one that has raised
@@ -177,12 +177,6 @@ def _items(op: str, w: Tensors, score: str, other: Tensors | None, ties: str, na
         if bad:
             raise ValueError(f'{op}: expected no NaN (nan="raise"); got some in {bad}; repair them or choose nan="highest" or "lowest"')
     return names, out
-
-
-def _plain(x: Tensor) -> Tensor:
-    """Contiguous, in a dtype that kernels read: scores are fp32, so rounding to it first changes none."""
-    x = x.detach()
-    return (x if x.dtype in ops.DTYPES else x.float()).contiguous().resolve_neg()
 
 
 def _nothing(score: str, group: Any) -> Item:
@@ -210,7 +204,8 @@ def _as(w: Tensors, names: list[str] | None, found: list[Any]) -> Any:
     return dict(zip(names, found, strict=True)) if names is not None else found
 
 
-def _k(op: str, n: int, density: float | None, k: int | None, rounding: str) -> int:
+def wanted_count(op: str, n: int, density: float | None, k: int | None, rounding: str) -> int:
+    """How many of n elements are asked for: `k`, or `density` of them."""
     if (density is None) == (k is None):
         raise ValueError(f"{op}: expected density or k; got {'both' if k is not None else 'neither'}")
     if rounding not in ("floor", "ceil", "round"):
@@ -300,7 +295,7 @@ def _sample(batches: Iterable[list[Item]]) -> Tensor:
 
 def _global(items: list[Item], score: str, density: float | None, k: int | None, ties: str, nan: str, rounding: str, group: Any) -> list[Tensor]:
     items = items or [_nothing(score, group)]
-    k = _k("topk_mask", _total(sum(x.numel() for x, _ in items), group), density, k, rounding)
+    k = wanted_count("topk_mask", _total(sum(x.numel() for x, _ in items), group), density, k, rounding)
     if k == 0:
         return [torch.zeros((x.numel() + 31) // 32, dtype=torch.int32, device=x.device) for x, _ in items]
     order, words = "highest" if nan == "raise" else nan, list[Tensor]()
@@ -344,7 +339,7 @@ def _local(
         length = block_size
     if x.numel() == 0:
         return Mask(torch.zeros(0, dtype=torch.int32, device=x.device), x.shape)
-    k = _k("topk_mask", length, density, k, rounding)
+    k = wanted_count("topk_mask", length, density, k, rounding)
     return Mask(ops.run("rows", x)(x, other, score, "highest" if nan == "raise" else nan, k, length, ties, False), x.shape)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..ops import sparse as ops
 from .mask import Mask
-from .select import _plain, nm_mask, topk_mask
+from .select import nm_mask, topk_mask
 
 TIES = ("highest_index", "lowest_index")
 
@@ -166,7 +166,7 @@ def wanda_mask(
     loose = select(w, norm, "inclusive")
     if k == 0 or loose.nnz == k * (w.numel() // length if length else 0):
         return loose
-    kept = select(_plain(w).flip(0, 1), norm.flip(0), "lowest_index")
+    kept = select(ops.readable(w).flip(0, 1), norm.flip(0), "lowest_index")
     return Mask.from_bool(kept.to_bool().flip(0, 1))
 
 

@@ -79,9 +79,8 @@ void moves(int64_t n, int threads) {
   set_indices(index.data(), prefix.back(), words_n, again.data(), threads);
   require(mask == back && words == again && prefix.back() == std::count(mask.begin(), mask.end(), 1), "mask", n, 0);
   std::vector<float> x = numbers(n), was = x, values(index.size(), 1.f);
-  const MoveJob job{x.data(), values.data(), fa::kF32, fa::kF32, 1.f};
-  move_words(kSwap, job, words.data(), words_n, prefix.data(), threads);
-  move_all(kSwap, {{job, index.data(), prefix.back(), false}}, threads);
+  const MoveJob job{x.data(), values.data(), index.data(), prefix.back(), fa::kF32, fa::kF32, false};
+  for (int turn = 0; turn < 2; ++turn) move_all(kSwap, {job}, 1.f, threads);
   require(n == 0 || !std::memcmp(x.data(), was.data(), x.size() * 4), "swap", n, 0);
 }
 
