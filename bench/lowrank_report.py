@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from .lowrank import EAGER, FROZEN, GOALS, PEFT, Goal
 from .lowrank_runner import WIDENED, Result, Timing
-from .report import bars, compose, where
+from .report import bars, compose, verdict, where
 from .runner import Settings
 
 
@@ -40,9 +39,7 @@ def judge(goal: Goal, results: Sequence[Result]) -> dict[str, Any] | None:
     b = baseline(result) if goal.kind == "share" else named(result, goal.b) if goal.b else None
     values = {"overhead": a.overhead, "saved": a.saved, "flops": a.flops, "cost": a.ratio / b.ratio if b else None}
     measured = share_of_peft(result, a) if goal.kind == "share" else values[goal.kind]
-    if measured is None:
-        return None
-    return {**asdict(goal), "b": b.name if b else "", "measured": measured, "met": measured <= goal.limit}
+    return None if measured is None else verdict(goal, measured) | {"b": b.name if b else ""}
 
 
 def document(results: Sequence[Result], settings: Settings, goals: Sequence[Goal] = GOALS) -> dict[str, Any]:

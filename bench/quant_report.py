@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from .quant import DENSE, GOALS, Goal
 from .quant_runner import Result
-from .report import bars, compose, where
+from .report import bars, compose, verdict, where
 from .runner import Settings
 
 
@@ -22,9 +21,7 @@ def judge(goal: Goal, results: Sequence[Result]) -> dict[str, Any] | None:
     if a is None or (goal.b and b is None):
         return None
     measured = a.copy_share if b is None else b.ratio / a.ratio if goal.kind == "faster" else a.ratio / b.ratio
-    if measured is None:
-        return None
-    return {**asdict(goal), "measured": measured, "met": measured <= goal.limit if goal.kind == "cost" else measured >= goal.limit}
+    return None if measured is None else verdict(goal, measured)
 
 
 def cliffs(results: Sequence[Result]) -> list[dict[str, Any]]:

@@ -67,6 +67,11 @@ def judge(goal: Goal, results: Sequence[Result]) -> dict[str, Any] | None:
         measured = (a.median / result.elements) / (b.median / other.elements)
     else:
         measured = b.ratio / a.ratio if goal.kind == "faster" else a.ratio / b.ratio
+    return verdict(goal, measured)
+
+
+def verdict(goal: Any, measured: float) -> dict[str, Any]:
+    """The goal (a dataclass, of any family) with what was measured and whether that is on the good side of its limit."""
     met = measured <= goal.limit if KINDS[goal.kind][0] == "≤" else measured >= goal.limit
     return {**asdict(goal), "measured": measured, "met": met}
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .report import bars, compose, where
+from .report import bars, compose, verdict, where
 from .runner import Settings
 from .sparse import GOALS, Goal
 from .sparse_runner import Result, Timing
@@ -33,10 +32,7 @@ def judge(goal: Goal, results: Sequence[Result]) -> dict[str, Any] | None:
     if goal.kind == "across":
         other = rows[goal.other].of(goal.a) if goal.other in rows else None
         measured = a.median / other.median if other is not None else None
-    if measured is None:
-        return None
-    met = measured >= goal.limit if goal.kind in ("faster", "copy") else measured <= goal.limit
-    return {**asdict(goal), "measured": measured, "met": met}
+    return None if measured is None else verdict(goal, measured)
 
 
 def document(results: Sequence[Result], settings: Settings, goals: Sequence[Goal] = GOALS) -> dict[str, Any]:

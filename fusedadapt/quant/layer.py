@@ -197,12 +197,9 @@ class QuantizedLinear(PackedWeight):
         what = f"QuantizedLinear[{self.format.spec}] {self.out_features}x{self.in_features} {self.weight.device}"
         shape = (self.out_features, self.in_features, self.format)
         if self.activations is not None:
-            coded = quant_act.choose("int8_linear" if self.activations == "int8" else "fp8_linear", device)
-            how = (
-                ""
-                if self.activations == "int8" or quant_act.multiplies_fp8(self.weight.device)
-                else "; fp8 is widened: this GPU has no product of it"
-            )
+            fp8 = self.activations != "int8"
+            coded = quant_act.choose("fp8_linear" if fp8 else "int8_linear", device)
+            how = "; fp8 is widened: this GPU has no product of it" if fp8 and not quant_act.multiplies_fp8(self.weight.device) else ""
             return [(f"{what}, x in {self.activations}", coded.backend, f"{coded.reason}{how}")]
         choice, other = (ops.choose("linear", device, torch.float32, (tokens, *shape)) for tokens in (1, 64))
         more = "" if other == choice else f"; 64 tokens: {other.backend} ({other.reason})"
