@@ -9,6 +9,7 @@
 #include "core/dtypes.h"
 #include "core/philox.h"
 #include "cpu/optim.h"
+#include "cpu/prefetch.h"
 #include "cpu/sweep.h"
 #include "table_host.h"
 
@@ -40,7 +41,7 @@ struct CpuPlan {
 class Versions : public cpu::Watch {
  public:
   explicit Versions(const Table& table) : table_(table) {}
-  void near(int64_t k) override { __builtin_prefetch(table_.shim()->version(table_.handles[size_t(k)]), 1); }
+  void near(int64_t k) override { prefetch_line<1>(table_.shim()->version(table_.handles[size_t(k)])); }
   void start(int64_t k) override {
     try {
       table_.shim()->bump_version(table_.handles[size_t(k)]);

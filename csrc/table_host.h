@@ -82,21 +82,18 @@ class Table {
     uint64_t signature = 0;
     bool operator==(const Seen& o) const { return data == o.data && signature == o.signature; }
   };
-  // Where a tensor's words were when it was last read: to prefetch.
-  struct Place {
-    const void *body = nullptr, *storage = nullptr;
-  };
   // A value of the state dict. Signature 0: its identity is enough.
   struct Held {
     PyObject* object = nullptr;
     Seen seen;
-    Place place;
+    Shim::Place place;  // when it was last read: to prefetch
   };
   // What the warm path compares, apart from Entry: two cache lines of a tensor with two states, where an Entry has a dozen.
   struct alignas(64) Warm {
     PyObject *param = nullptr, *state = nullptr;
     Seen p, g;
-    Place p_place, g_place;
+    Shim::Place p_place, g_place;
+    const void* gradient = nullptr;  // where the parameter's bookkeeping holds it: to prefetch
     uint64_t state_version = 0;  // of the state dict, where Python tells
     bool direct = false;  // plain tensors, read through the shim
     bool live = false, sound = false;
@@ -133,7 +130,6 @@ class Table {
   Verdict compare(size_t i, const void* grad);
   Verdict look(size_t i);
   void fetch(size_t i) const;
-  Place place(const void* tensor) const { return {Shim::impl(tensor), shim_->storage(tensor)}; }
   void look_at_all(int threads);
   void remember(size_t i, PyObject* grad);
   void validate(int64_t index, Entry& e);

@@ -17,8 +17,6 @@ const std::vector<const char*> Shim::kNames = {
 };
 
 constexpr size_t kVersionWithin = 64;  // of a TensorImpl, which is three times that
-// Words after the number of dimensions.
-constexpr int kRoom = 5, kOffset = 1 + 2 * kRoom, kKinds = kOffset + 2;
 
 Shim::Shim(const std::vector<uintptr_t>& addresses, const py::object& probe) {
   const auto require = [](bool good, const char* what) {

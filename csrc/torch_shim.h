@@ -7,6 +7,8 @@
 
 #include <vector>
 
+#include "cpu/prefetch.h"
+
 namespace fa {
 
 class Shim {
@@ -33,8 +35,15 @@ class Shim {
   // state of bookkeeping (with and without gradient, version, graph, ...); `other`: tensors that differ from them in one of these, or in memory order.
   // False where the words cannot be found or do not tell `other` from `same`: nothing but `of` may then be asked.
   bool learn(const pybind11::list& same, const pybind11::list& other);
-  // Where the memory of a tensor read before is described: to prefetch, never to read.
-  const void* storage(const void* tensor) const { return word(impl(tensor), sketch_.storage); }
+  // Where the words are that `read` looks at, of a tensor read before: to prefetch, never to read.
+  struct Place {
+    const void *body = nullptr, *storage = nullptr;
+  };
+  Place place(const void* tensor) const { return {impl(tensor), word(impl(tensor), sketch_.storage)}; }
+  void fetch(const Place& place) const {
+    fetch(place.body, sketch_.storage, sketch_.dims + kWords);
+    fetch(place.storage, sketch_.data, sketch_.data + 3);
+  }
   // The address of the version counter: to prefetch, never to read.
   const void* version(const void* tensor) const { return version_ ? impl(static_cast<const char*>(impl(tensor)) + version_) : nullptr; }
 
@@ -46,7 +55,15 @@ class Shim {
     uint64_t kinds[2] = {};  // the bits of the last two that do not change with a tensor's history
     uint8_t sizes[64] = {};  // bytes per element by torch's dtype code; 0: not seen
   };
+  // Words of a TensorImpl after the number of dimensions: room for sizes and strides, then the others.
+  static constexpr int kRoom = 5, kOffset = 1 + 2 * kRoom, kKinds = kOffset + 2, kWords = kKinds + 2;
   static const void* word(const void* object, int n) { return static_cast<const void* const*>(object)[n]; }
+  // The lines with the words [first, end): an object starts anywhere in a line.
+  static void fetch(const void* object, int first, int end) {
+    const uintptr_t from = reinterpret_cast<uintptr_t>(object) + 8 * size_t(first),
+                    to = reinterpret_cast<uintptr_t>(object) + 8 * size_t(end);
+    for (uintptr_t line = from & ~uintptr_t{63}; line < to; line += 64) prefetch_line(reinterpret_cast<const void*>(line));
+  }
   bool look(const Sketch& sketch, const void* tensor, void** data, uint64_t* signature) const;
   bool call(const void* tensor, void** data, uint64_t* signature) const;
   bool find(const pybind11::list& same, Sketch* sketch) const;

@@ -7,6 +7,7 @@
 
 #include "../core/dtypes.h"
 #include "optim.h"
+#include "prefetch.h"
 
 namespace fa::cpu {
 namespace {
@@ -30,8 +31,8 @@ void gather(void* p_to, const void* p_from, void* g_to, const void* g_from, cons
     const int ahead = int(std::max<int64_t>(std::min<int64_t>(n, left - kAhead), 0));
     for (int i = 0; i < n; ++i) {
       if (i < ahead) {
-        __builtin_prefetch(p + at[i + kAhead], 1);
-        if constexpr (with_g.value) __builtin_prefetch(g + at[i + kAhead], 0);
+        prefetch_line<1>(p + at[i + kAhead]);
+        if constexpr (with_g.value) prefetch_line(g + at[i + kAhead]);
       }
       p_out[i] = p[at[i]];
       if constexpr (with_g.value) g_out[i] = g[at[i]];

@@ -38,7 +38,6 @@ class Run {
 
   void update(UpdateFn function, int64_t first, int n) {
     if (mask_ && !any_trainable(mask_, first, n)) return;
-    fetch(first + n, std::min<int64_t>(n, from_.numel - first - n));
     for (int k = 0; k < states_; ++k) {
       if (!coded(from_.state_dtype[k])) continue;
       // The sweep adds its own offset to the address of element 0.
@@ -59,17 +58,6 @@ class Run {
   }
 
  private:
-  // The next run's parameters and gradients: the hardware sees no stream while the codes are worked on.
-  void fetch(int64_t first, int64_t n) const {
-    const auto lines = [&](const void* base, int dtype) {
-      const int64_t size = dtype_size(dtype);
-      for (int64_t at = first * size; at < (first + n) * size; at += 64) __builtin_prefetch(static_cast<const char*>(base) + at, 0, 2);
-    };
-    if (from_.index) return;
-    lines(from_.param, from_.param_dtype);
-    lines(from_.grad, from_.grad_dtype);
-  }
-
   template <class Function>
   void each_block(int k, int64_t first, int n, Function f) {
     const int block = 1 << from_.block_log2;

@@ -3,6 +3,7 @@
 // A product of a block is c[m][n] (+)= sum_p a[m, p] b[p][n]: a is broadcast element by element, b is read kWidth columns at a time, and a tile of c stays
 // in registers. Sums are taken block by block (kBlockCols columns or kBlockRows rows), which keeps their rounding error below that of one long sum.
 #include "lowrank_parts.h"
+#include "prefetch.h"
 
 #define FA_CAT2(a, b) a##b
 #define FA_CAT(a, b) FA_CAT2(a, b)
@@ -109,7 +110,7 @@ class Ahead {
   }
   void fetch(int64_t rows) {
     for (; rows > 0 && rows_ > 0; --rows, --rows_, at_ += stride_)
-      for (int64_t i = 0; i < bytes_; i += 64) __builtin_prefetch(at_ + i, 0, 2);
+      for (int64_t i = 0; i < bytes_; i += 64) prefetch_line<0, 2>(at_ + i);
   }
 
  private:

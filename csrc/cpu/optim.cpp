@@ -7,6 +7,7 @@
 #include "../core/dtypes.h"
 #include "../core/rules.h"
 #include "pool.h"
+#include "prefetch.h"
 #include "sweep.h"
 
 namespace fa {
@@ -69,16 +70,16 @@ int64_t grain_of(const std::vector<TensorDesc>& tensors, const std::vector<Chunk
 void prefetch_array(const TensorDesc& t, const void* base, int dtype, int64_t offset) {
   if (!base) return;
   const char* p = static_cast<const char*>(base) + offset * dtype_size(dtype);
-  const int64_t bytes = std::min<int64_t>((t.numel - offset) * dtype_size(dtype), 1024);
-  for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(p + line, 0, 2);
+  const int64_t bytes = std::min<int64_t>((t.numel - offset) * dtype_size(dtype), 512);
+  for (int64_t line = 0; line < bytes; line += 64) prefetch_line<0, 2>(p + line);
 }
 
-void prefetch(const TensorDesc& t, int64_t offset, int states) {
+void prefetch_chunk(const TensorDesc& t, int64_t offset, int states) {
   if (!t.index) prefetch_array(t, t.param, t.param_dtype, offset);
   if (!t.index || t.compact_grad) prefetch_array(t, t.grad, t.grad_dtype, offset);
   for (int k = 0; k < states; ++k) prefetch_array(t, t.state[k], t.state_dtype[k], offset);
   prefetch_array(t, t.extra, t.extra_dtype, offset);
-  if (t.mask) __builtin_prefetch(t.mask + offset / 32);
+  if (t.mask) prefetch_line(t.mask + offset / 32);
 }
 
 }  // namespace
@@ -174,7 +175,7 @@ void sweep(int rule, const std::vector<TensorDesc>& tensors, const std::vector<C
   const auto n = int64_t(chunks.size());
   parallel_for(n, grain_of(tensors, chunks, threads), threads, [&](int64_t first, int64_t last) {
     for (int64_t c = first; c < last; ++c) {
-      if (c + 2 < last) prefetch(tensors[chunks[c + 2].tensor], chunks[c + 2].offset, states);
+      if (c + 2 < last) prefetch_chunk(tensors[chunks[c + 2].tensor], chunks[c + 2].offset, states);
       if (watch && c + 4 < last) watch->near(chunks[c + 4].tensor);
       if (watch && chunks[c].offset == 0) watch->start(chunks[c].tensor);
       const TensorDesc& t = tensors[chunks[c].tensor];

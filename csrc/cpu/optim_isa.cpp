@@ -8,6 +8,7 @@
 #include "../core/rules.h"
 #include "optim.h"
 #include "optim_pairs.h"
+#include "prefetch.h"
 
 #define FA_CAT2(a, b) a##b
 #define FA_CAT(a, b) FA_CAT2(a, b)
@@ -364,7 +365,7 @@ void squares(const GradSpan* spans, const GradSpan* following, int count, float 
       const int n = int(rest < kTurn * size ? rest / size : kTurn);
       left += rest > kTurn * size;
       const char* lines = ahead(s);
-      for (int b = 0; b < kTurn * size; b += 64) __builtin_prefetch(lines + b);
+      for (int b = 0; b < kTurn * size; b += 64) prefetch_line(lines + b);
       const float* g = load_tile(const_cast<char*>(s.at), dtype, 0, n, gb);
       s.at += kTurn * size;
       if (scale != 1.f) {

@@ -1,5 +1,6 @@
 // Products with a low-bit weight for a few rows, compiled once per instruction set (FA_ISA; the avx2 one with FMA). The codes are read once; numbers are
 // made in registers and scales are applied once per group. In which order things are added depends on shapes alone.
+#include "prefetch.h"
 #include "quant_lanes.h"
 
 #define FA_CAT2(a, b) a##b
@@ -139,7 +140,7 @@ void linear_direct(const Weight& w, const Layout& a, const Product& p, const Ope
     for (int64_t t = 0; t < p.t; t += turns.tokens)
       for (int64_t n = n0; n < n1; ++n) {
         if (step < kChunk && n + 2 < w.n)  // too short a run for the hardware to see
-          for (int64_t i = c * w.bits / 8; i < end * w.bits / 8; i += 64) __builtin_prefetch(row_of(w, n + 2) + i);
+          for (int64_t i = c * w.bits / 8; i < end * w.bits / 8; i += 64) prefetch_line(row_of(w, n + 2) + i);
         row.read(w, a, n, c, end);
         const int64_t count = turns.count(p, t);
         if (a.wide)

@@ -2,6 +2,7 @@
 // each instruction set.
 #pragma once
 #include "../core/dtypes.h"
+#include "prefetch.h"
 #include "sparse.h"
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -87,7 +88,7 @@ void tile_scores(const Source& s, int64_t offset, int n, float* __restrict out) 
 // The tile after next is asked for while this one is worked on: counting is all cache hits, and the memory bus would wait meanwhile.
 FA_HD void prefetch(const void* base, int dtype, int64_t offset) {
   const char* p = static_cast<const char*>(base) + (offset + kAhead) * dtype_size(dtype);
-  for (int line = 0; line < kTile * dtype_size(dtype); line += 64) __builtin_prefetch(p + line, 0, 2);
+  for (int line = 0; line < kTile * dtype_size(dtype); line += 64) prefetch_line<0, 2>(p + line);
 }
 
 void tile_keys(const Source& s, int64_t offset, int n, int32_t* __restrict out) {

@@ -3,6 +3,7 @@
 
 #include "../core/dtypes.h"
 #include "pool.h"
+#include "prefetch.h"
 #include "sparse.h"
 
 namespace fa::cpu {
@@ -45,7 +46,7 @@ void move_piece(const MoveJob& job, float alpha, const Index* index, int64_t fir
   auto* x = static_cast<typename X::Bits*>(job.x);
   auto* v = static_cast<typename V::Bits*>(job.values);
   for (int64_t i = first; i < last; ++i) {
-    if (i + kAhead < last) __builtin_prefetch(x + index[i + kAhead], what != kGather);
+    if (i + kAhead < last) prefetch_line<what != kGather>(x + index[i + kAhead]);
     move_one<what, X, V>(x + index[i], v + i, alpha);
   }
 }
