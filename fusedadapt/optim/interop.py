@@ -10,9 +10,13 @@ import torch
 from . import coded
 from .base import FusedOptimizer
 
+# Options that official optimizers keep as attributes under another name.
+_KEPT_ASIDE = {"decoupled_weight_decay": "decoupled_wd"}
+
 
 def from_torch(optimizer: torch.optim.Optimizer, **extras: Any) -> FusedOptimizer:
-    """Our optimizer of the same name on the same parameters, with the hyper-parameters and the state of a running torch optimizer.
+    """Our optimizer of the same name on the same parameters, with the hyper-parameters and the state of a running torch optimizer, or an official
+    one (adabelief-pytorch, lion-pytorch), with the options it keeps outside its groups.
 
     ``extras``: our keyword-only options; ``state_dtype="int8"`` or ``"fp8"`` codes the state that comes over. Raises TypeError if we have no
     optimizer of that name.
@@ -33,6 +37,7 @@ def from_torch(optimizer: torch.optim.Optimizer, **extras: Any) -> FusedOptimize
             keep["params"] = list(zip(group["param_names"], group["params"], strict=True))
         groups.append(keep)
     defaults = {k: v for k, v in optimizer.defaults.items() if k in known or k in ("maximize", "capturable")}
+    defaults |= {k: getattr(optimizer, _KEPT_ASIDE.get(k, k)) for k in known if k not in defaults and hasattr(optimizer, _KEPT_ASIDE.get(k, k))}
     ours = cls(groups, **{**defaults, **extras})  # the defaults are what a group added later takes
     ours.load_state_dict(optimizer.state_dict())
     coded.encode_loaded(ours)

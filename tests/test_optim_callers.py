@@ -1,0 +1,250 @@
+"""What callers do around a step: groups that change their rule, hooks, subclasses, contexts, modes, official packages, damaged states."""
+
+import copy
+import math
+
+import pytest
+import torch
+from samples import feed, model, snapshot, unchanged
+
+import fusedadapt as fa
+from fusedadapt.optim import OPTIMIZERS, SGD, AdaBelief, Adam, AdamW, Lion, from_torch
+from fusedadapt.reference.optim import join_split
+
+# --- groups ------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("released", [False, True])
+@pytest.mark.parametrize(
+    ("name", "options", "change"),
+    [("SGD", {}, {"momentum": 0.9}), ("RMSprop", {"centered": True}, {"centered": False}), ("Adam", {"amsgrad": True}, {"amsgrad": False})],
+)
+def test_a_rule_may_change_in_any_group(name: str, options: dict, change: dict, released: bool) -> None:
+    """It was looked at in the group of each plan's first parameter: the others went on by the old rule."""
+    params, twin = model(), model()
+    ours, theirs = (
+        cls([{"params": ps[:1]}, {"params": ps[1:]}], lr=0.01, **options)
+        for cls, ps in ((OPTIMIZERS[name], params), (getattr(torch.optim, name), twin))
+    )
+    for t in range(8):
+        if t == 4:
+            for opt in (ours, theirs):
+                opt.param_groups[1].update(change)
+        feed(params, t, 1 if t > 2 else 9), feed(twin, t, 1 if t > 2 else 9)
+        [ours.step_one_(p) for p in params] if released else ours.step()
+        theirs.step()
+    for p, q in zip(params, twin, strict=True):
+        torch.testing.assert_close(p, q, rtol=2e-6, atol=1e-7)
+
+
+def test_a_group_that_joins_is_in_the_mode_of_the_others() -> None:
+    """It was left in evaluation, so that eval() kept y in it and train() took it for x."""
+    first, late = model()[:2]
+    opt = OPTIMIZERS["ScheduleFreeAdamW"]([first], lr=0.1)
+    opt.train()
+    opt.add_param_group({"params": [late]})
+    for t in range(3):
+        feed([first, late], t)
+        opt.step()
+    y = late.detach().clone()
+    opt.eval()
+    assert not torch.equal(late, y)
+    opt.train()
+    torch.testing.assert_close(late.detach(), y)
+
+
+# --- Schedule-Free: what the modes do to masters and masks --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mask_state", [None, "dense", "compact"])
+def test_modes_keep_the_low_bits_of_a_split_master(mask_state: str | None) -> None:
+    """Evaluation wrote the high half and left the remainder of another number beside it."""
+    made = {}
+    for form in ("fp32", "split"):
+        p = torch.nn.Parameter(torch.randn(1000, generator=torch.Generator().manual_seed(0)).bfloat16())
+        masks = {"masks": {p: torch.arange(1000) % 3 > 0}, "mask_state": mask_state} if mask_state else {}
+        opt = OPTIMIZERS["ScheduleFreeAdamW"]([p], lr=0.01, state_dtype="fp32", master_weights=form, **masks)
+        opt.train()
+        for t in range(12):
+            feed([p], t)
+            opt.step()
+            if t % 3 == 2:
+                opt.eval(), opt.train()
+        state, where = opt.state[p], torch.arange(1000) % 3 > 0 if mask_state == "compact" else slice(None)
+        made[form] = state["master"] if form == "fp32" else join_split(p.detach()[where], state["remainder"])
+    assert torch.equal(made["fp32"], made["split"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("master", [None, "fp32", "split"])
+def test_modes_leave_frozen_elements_alone(dtype: torch.dtype, master: str | None) -> None:
+    """An infinity became NaN, and -0.0 became 0.0."""
+    special = torch.tensor([math.inf, -math.inf, math.nan, -0.0, 0.0, -1e-45, 3e38, 1.0], dtype=dtype)
+    p = torch.nn.Parameter(special.clone())
+    opt = OPTIMIZERS["ScheduleFreeAdamW"]([p], lr=0.1, master_weights=master, masks={p: torch.arange(8) == 7})
+    opt.train()
+    feed([p], 0)
+    opt.step(), opt.eval(), opt.train(), opt.eval()
+    assert p[7] != special[7]
+    assert torch.equal(p.detach()[:7].view(torch.uint8), special[:7].view(torch.uint8))
+
+
+# --- hooks, subclasses, contexts ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", [AdaBelief, AdamW, OPTIMIZERS["Adagrad"], OPTIMIZERS["ADOPT"], OPTIMIZERS["ScheduleFreeAdamW"]])
+def test_state_dict_hooks_see_and_may_replace_all_of_it(cls: type) -> None:
+    """They ran before ours was whole; one that returned a dict of its own made a KeyError."""
+    params, other = model(), model()
+    opt, twin = cls(params), cls(other)
+    saved = opt.state_dict()
+    seen = []
+    opt.register_state_dict_post_hook(lambda _, given: seen.append(copy.deepcopy(given)))
+    handle = opt.register_state_dict_post_hook(lambda _, given: {"mine": given})
+    assert str(opt.state_dict()) == str({"mine": saved}) and str(seen) == str([saved])
+    twin.register_load_state_dict_pre_hook(lambda _, given: given["mine"])
+    twin.load_state_dict(opt.state_dict())
+    handle.remove()
+    assert str(opt.state_dict()) == str(saved)
+
+
+def test_what_a_hook_puts_into_a_loaded_dict_is_not_the_callers() -> None:
+    opt = Lion(model())
+    saved = opt.state_dict()
+    opt.register_load_state_dict_pre_hook(lambda _, given: given.update(extra=1))
+    opt.load_state_dict(saved)
+    assert "extra" not in saved
+
+
+def test_hooks_of_a_subclass_run_once() -> None:
+    """torch wraps a step of its own, and ours runs them too."""
+
+    class Averaged(AdamW):
+        def step(self, closure=None):  # noqa: ANN001, ANN202
+            return super().step(closure)
+
+    ran = []
+    opt = Averaged(params := model())
+    opt.register_step_pre_hook(lambda *_: ran.append("pre"))
+    opt.register_step_post_hook(lambda *_: ran.append("post"))
+    feed(params, 0)
+    opt.step()
+    assert ran == ["pre", "post"]
+
+
+def test_backend_and_strict_hold_for_an_optimizer_that_has_made_steps() -> None:
+    """The first step's choice stayed, within the block and after it."""
+    params = model()
+    opt = Adam(params)
+
+    def chosen() -> str:
+        feed(params, 0)
+        opt.step()
+        opt.step_one_(params[0])
+        assert len({type(plan) for plan in (*opt._plans, opt._single[params[0]][0])}) == 1
+        return fa.explain(opt)[0][1]
+
+    usual = chosen()
+    with fa.backend("reference"):
+        assert chosen() == "reference"
+    assert chosen() == usual
+    with fa.strict(), fa.backend("cuda"), pytest.raises(RuntimeError, match="no fallback"):
+        opt.step()
+    assert chosen() == usual
+
+
+# --- options ------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("package", "name", "options"), [
+    ("adabelief_pytorch", "AdaBelief", {"weight_decouple": False, "rectify": False, "print_change_log": False}),
+    ("adabelief_pytorch", "AdaBelief", {"fixed_decay": True, "degenerated_to_sgd": False, "print_change_log": False}),
+    ("lion_pytorch", "Lion", {"decoupled_weight_decay": True}),
+])  # fmt: skip
+def test_from_torch_takes_what_official_packages_keep_outside_their_groups(package: str, name: str, options: dict) -> None:
+    """Their options are attributes: ours took its defaults for them."""
+    params, alone = (torch.nn.ParameterList(p.detach().double() for p in model()) for _ in range(2))
+    theirs, reference = (getattr(pytest.importorskip(package), name)(ps, lr=0.01, weight_decay=0.1, **options) for ps in (params, alone))
+    for opt in (theirs, reference):
+        opt.param_groups[0]["lr"] = 0.02
+    for t in range(12):
+        feed(params, t), feed(alone, t)
+        theirs.step(), reference.step()
+        theirs = from_torch(theirs) if t == 2 else theirs
+    assert type(theirs) is OPTIMIZERS[name]
+    for p, q in zip(params, alone, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
+
+
+def test_adopt_asks_a_function_for_its_bound_from_one_earlier_step_on() -> None:
+    """As the official code; one that divides by the number failed when the optimizer was made."""
+    asked = []
+    opt = OPTIMIZERS["ADOPT"](params := model(), clip_lambda=lambda k: asked.append(k) or 1 / k)
+    for t in range(3):
+        feed(params, t)
+        opt.step()
+    assert 0 not in asked and asked[-1] == 2
+
+
+def test_a_refused_number_of_tokens_changes_nothing() -> None:
+    opt = OPTIMIZERS["SophiaG"](params := model(), bs=7)
+    feed(params, 0)
+    with pytest.raises(ValueError, match="bs >= 0 and finite; got nan"):
+        opt.step(bs=math.nan)
+    assert opt.param_groups[0]["bs"] == 7
+    opt.step()
+
+
+@pytest.mark.parametrize(("name", "option", "value"), [
+    ("AdamW", "max_grad_norm", "1.0"), ("AdamW", "max_grad_norm", [1.0]), ("SophiaG", "rho", None), ("SophiaG", "bs", "x"), ("SophiaG", "bs", -1),
+    ("NAdam", "momentum_decay", "x"), ("Adagrad", "initial_accumulator_value", None), ("AdEMAMix", "alpha", -1.0), ("AdEMAMix", "alpha_warmup", "x"),
+    ("AdEMAMix", "beta3_warmup", -1), ("ScheduleFreeAdamW", "warmup_steps", None), ("ADOPT", "clip_lambda", 0.5),
+    ("AdaHessian", "hessian_power", -1.0),
+])  # fmt: skip
+def test_options_of_a_wrong_kind_are_named(name: str, option: str, value: object) -> None:
+    with pytest.raises(ValueError, match=f"{name}: expected {option} .*got"):
+        OPTIMIZERS[name](model(), **{option: value})
+
+
+# --- damaged states -----------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("entry", [
+    {"step": math.nan}, {"step": -1.0}, {"step": None}, {"step": torch.tensor([1.0, 2.0])}, {"step": "3"}, {"exp_avg": [1.0, 2.0]},
+    {"exp_avg": torch.ones(3, 5, dtype=torch.int64)}, {"exp_avg": torch.ones(3, 5, dtype=torch.complex64)}, {"exp_avg": torch.ones(3, 5).to_sparse()},
+    {"exp_avg": torch.ones(3, 5, device="meta")}, {"mask": torch.ones(3, 5, dtype=torch.bool)}, {"mask": torch.zeros(9, dtype=torch.int32)},
+], ids=str)  # fmt: skip
+def test_a_damaged_state_is_refused_when_it_is_loaded(entry: dict) -> None:
+    """Most were taken and refused by the next step, when the good state was gone; a step that is NaN made every parameter NaN."""
+    params = [torch.nn.Parameter(torch.ones(3, 5))]
+    opt = AdamW([("net.weight", params[0])])
+    feed(params, 0)
+    opt.step()
+    before, saved = snapshot(params, opt), copy.deepcopy(opt.state_dict())
+    saved["state"][0] |= entry
+    with pytest.raises(ValueError, match=rf"expected {next(iter(entry))} of net.weight .*damaged"):
+        opt.load_state_dict(saved)
+    assert unchanged(before, params, opt)
+
+
+@pytest.mark.parametrize("given", [None, [], {"state": [], "param_groups": []}, {"state": {}, "param_groups": [{}]}])
+def test_what_is_no_state_dict_is_said_to_be_none(given: object) -> None:
+    with pytest.raises(ValueError, match="expected a dict with 'state'"):
+        SGD(model()).load_state_dict(given)
+
+
+def test_fp64_is_refused_what_others_are() -> None:
+    """Shared memory was updated twice, integer states took the integers of their values."""
+    memory = torch.ones(10, dtype=torch.float64)
+    halves = [torch.nn.Parameter(memory[:6]), torch.nn.Parameter(memory[4:])]
+    halves[1].data = memory[4:]
+    opt = AdamW(halves)
+    feed(halves, 0)
+    with pytest.raises(ValueError, match="separate memory"):
+        opt.step()
+    assert torch.equal(memory, torch.ones_like(memory))
+    alone = AdamW(halves[:1])
+    alone.step()
+    alone.state[halves[0]]["exp_avg"] = torch.zeros(6, dtype=torch.int64)
+    with pytest.raises(ValueError, match="exp_avg"):
+        alone.step()
