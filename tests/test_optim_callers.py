@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from samples import feed, model, snapshot, unchanged
@@ -153,6 +154,25 @@ def test_backend_and_strict_hold_for_an_optimizer_that_has_made_steps() -> None:
     assert chosen() == usual
 
 
+@pytest.mark.parametrize("kind", ["betas", "lr"])
+def test_lists_and_arrays_may_change_in_place(kind: str) -> None:
+    """As tensors: they were compared with themselves, and the first values stayed."""
+    params, twin = model(), model()
+    ours, theirs = AdamW(params, lr=0.1), torch.optim.AdamW(twin, lr=0.1)
+    for opt in (ours, theirs):
+        opt.param_groups[0][kind] = [0.9, 0.99] if kind == "betas" else np.array(0.1)
+    for t in range(6):
+        feed(params, t), feed(twin, t)
+        ours.step(), theirs.step()
+        for opt in (ours, theirs):
+            if kind == "betas":
+                opt.param_groups[0]["betas"][0] *= 0.5
+            else:
+                opt.param_groups[0]["lr"] *= 0.5
+    for p, q in zip(params, twin, strict=True):
+        torch.testing.assert_close(p, q, rtol=2e-6, atol=1e-7)
+
+
 # --- options ------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -248,3 +268,14 @@ def test_fp64_is_refused_what_others_are() -> None:
     alone.state[halves[0]]["exp_avg"] = torch.zeros(6, dtype=torch.int64)
     with pytest.raises(ValueError, match="exp_avg"):
         alone.step()
+
+
+def test_a_default_device_elsewhere_changes_nothing() -> None:
+    """A checkpoint may be loaded while a model's skeleton is made on the meta device."""
+    opt = AdamW(params := model())
+    feed(params, 0)
+    with torch.device("meta"):
+        opt.step()
+        opt.load_state_dict(opt.state_dict())
+        opt.step()
+    assert all(v.device.type == "cpu" for state in opt.state.values() for v in state.values())

@@ -285,7 +285,7 @@ class FusedOptimizer(Optimizer):
 
     def _key(self, group: dict[str, Any]) -> Any:
         """What tells whether the group's hyper-parameters have changed; None: nothing does, look at every step."""
-        return None if states.holds_tensor(group) else self._getter(group)
+        return None if states.may_change_in_place(group) else self._getter(group)
 
     def _send_lr(self, plans: list[Plan]) -> None:
         """Tensor learning rates on a device: copied into that device's hyper-parameters without the host looking."""

@@ -159,7 +159,7 @@ def _check_values(op: str, label: str, p: Tensor, rule: Rule, saved: dict[str, A
     for name, v in saved.items():
         plain = isinstance(v, Tensor) and v.layout == torch.strided and not v.is_meta
         if name == "step" or name in rule.aux:
-            require(_finite(v, is_compact(saved)) and (name != "step" or _least(v) >= 0), name, "a finite number")
+            require(_finite(v, is_compact(saved), 0.0 if name == "step" else -math.inf), name, "a finite number")
         elif name == "mask":
             require(plain and v.dtype == torch.int32 and v.numel() == (local(p.detach()).numel() + 31) // 32, name, "int32, a bit per element")
         elif name in rule.states and v is not None:  # torch up to 2.7 wrote momentum_buffer None
@@ -168,16 +168,12 @@ def _check_values(op: str, label: str, p: Tensor, rule: Rule, saved: dict[str, A
             require(plain and (v.dtype == torch.int16 if name == "remainder" else v.dtype in _STATES), name, "a dense tensor of its dtype")
 
 
-def _finite(v: Any, several: bool) -> bool:
-    """Whether it is a finite number, or a tensor of one (``several``: or more)."""
+def _finite(v: Any, several: bool, least: float) -> bool:
+    """Whether it is a finite number from ``least`` on, or a tensor of one (``several``: or more)."""
     if not isinstance(v, Tensor):
-        return isinstance(v, numbers.Real) and math.isfinite(v)
+        return isinstance(v, numbers.Real) and math.isfinite(v) and v >= least
     real = v.layout == torch.strided and not v.is_meta and not v.is_complex()
-    return real and (v.numel() == 1 or several) and bool(v.isfinite().all())
-
-
-def _least(v: Any) -> float:
-    return float(torch.as_tensor(v).min()) if not isinstance(v, Tensor) or v.numel() else 0.0
+    return real and (v.numel() == 1 or several) and bool((v.isfinite() & (v >= least)).all())
 
 
 def _load_master(opt: FusedOptimizer, op: str, label: str, p: Tensor, out: dict[str, Any]) -> None:

@@ -77,9 +77,10 @@ def not_negative(op: str, name: str, value: Any) -> float:
     return found
 
 
-def holds_tensor(group: dict[str, Any]) -> bool:
-    """Whether a hyper-parameter other than lr is a tensor: it may change in place, so that it must be read at every step."""
-    return any(isinstance(v, Tensor) for k, given in group.items() if k not in ("params", "lr") for v in (given if k == "betas" else (given,)))
+def may_change_in_place(group: dict[str, Any]) -> bool:
+    """Whether a hyper-parameter is a tensor, an array or a list, so that it must be read at every step (a Tensor lr is in any case)."""
+    kept = ((k, v) for k, given in group.items() if k not in ("params", "param_names") for v in (given, *(given if k == "betas" else ())))
+    return any(isinstance(v, Tensor | np.ndarray | list) and not (k == "lr" and isinstance(v, Tensor)) for k, v in kept)
 
 
 def check_hypers(opt: FusedOptimizer, group: dict[str, Any], fields: dict[str, float]) -> None:
