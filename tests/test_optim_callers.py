@@ -9,7 +9,7 @@ import torch
 from samples import feed, model, snapshot, unchanged
 
 import fusedadapt as fa
-from fusedadapt.optim import OPTIMIZERS, SGD, AdaBelief, Adam, AdamW, Lion, from_torch
+from fusedadapt.optim import OPTIMIZERS, SGD, AdaBelief, Adam, AdamW, Lion, from_torch, release_gradients
 from fusedadapt.reference.optim import join_split
 
 # --- groups ------------------------------------------------------------------------------------------------------------------------------
@@ -204,6 +204,39 @@ def test_adopt_asks_a_function_for_its_bound_from_one_earlier_step_on() -> None:
         feed(params, t)
         opt.step()
     assert 0 not in asked and asked[-1] == 2
+
+
+def test_the_bound_of_a_function_is_asked_again_for_a_parameter_alone() -> None:
+    """A parameter stepped alone kept the first bound; released ones, which do not step together, are refused."""
+    params, twin = model()[:1], model()[:1]
+    opt, one_by_one = (OPTIMIZERS["ADOPT"](ps, lr=0.1, clip_lambda=lambda k: 0.01 * k) for ps in (params, twin))
+    for t in range(5):
+        feed(params, t), feed(twin, t)
+        opt.step(), one_by_one.step_one_(twin[0])
+    assert torch.equal(params[0], twin[0])
+    with pytest.raises(ValueError, match="clip_lambda"):
+        release_gradients(opt)
+
+
+def test_released_gradients_wait_for_train_mode() -> None:
+    p = torch.nn.Parameter(torch.ones(3))
+    opt = OPTIMIZERS["ScheduleFreeAdamW"]([p])
+    release_gradients(opt)
+    with pytest.raises(RuntimeError, match=r"train\(\)"):
+        p.square().sum().backward()
+    assert torch.equal(p, torch.ones(3)) and not opt.state
+
+
+def test_lions_decoupled_decay_divides_by_the_lr_it_was_given() -> None:
+    """Not by what a scheduler has made of that tensor since."""
+    params, twin = model(), model()
+    for ps, lr in ((params, 0.125), (twin, torch.tensor(0.125))):
+        opt = Lion(ps, lr=lr, weight_decay=0.1, decoupled_weight_decay=True)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(opt, 0.5)
+        for t in range(4):
+            feed(ps, t)
+            opt.step(), scheduler.step()
+    assert all(torch.equal(p, q) for p, q in zip(params, twin, strict=True))
 
 
 def test_a_refused_number_of_tokens_changes_nothing() -> None:

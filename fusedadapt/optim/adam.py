@@ -232,10 +232,8 @@ class ADOPT(FusedOptimizer):
                 del group["clip_lambda"]
         return saved
 
-    def update_(self) -> None:
-        if any(callable(g["clip_lambda"]) for g in self.param_groups):
-            self._group_keys = [None] * len(self.param_groups)  # the bound may change at every step
-        super().update_()
+    def _key(self, group: dict[str, Any]) -> Any:
+        return None if callable(group["clip_lambda"]) else super()._key(group)  # the bound may change at every step
 
 
 class Grams(FusedOptimizer):

@@ -85,13 +85,14 @@ class Lion(FusedOptimizer):
     ):  # fmt: skip
         if decoupled_weight_decay and not lr > 0:
             raise ValueError(f"Lion: expected lr > 0 with decoupled_weight_decay, which divides by it; got {lr}")
+        self._first_lr = float(lr) if decoupled_weight_decay else 0.0  # a number: a scheduler writes into a Tensor lr
         options = dict(betas=betas, weight_decay=weight_decay, decoupled_weight_decay=decoupled_weight_decay)
         super().__init__(params, dict(lr=lr, **options), extras)
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, float]:
         found = super()._hyper(group)
         if group.get("decoupled_weight_decay"):
-            found["decoupled"] = found["decoupled"] / float(self.defaults["lr"])
+            found["decoupled"] = found["decoupled"] / (self._first_lr or float(self.defaults["lr"]))
         return found
 
 

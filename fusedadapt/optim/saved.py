@@ -171,7 +171,7 @@ def _check_values(op: str, label: str, p: Tensor, rule: Rule, saved: dict[str, A
 def _finite(v: Any, several: bool, least: float) -> bool:
     """Whether it is a finite number from ``least`` on, or a tensor of one (``several``: or more)."""
     if not isinstance(v, Tensor):
-        return isinstance(v, numbers.Real) and math.isfinite(v) and v >= least
+        return isinstance(v, numbers.Real) and math.isfinite(v) and float(v) >= least
     real = v.layout == torch.strided and not v.is_meta and not v.is_complex()
     return real and (v.numel() == 1 or several) and bool((v.isfinite() & (v >= least)).all())
 

@@ -73,10 +73,17 @@ class ScheduleFreeAdamW(FusedOptimizer):
                     state[i] = state[i] | {"step": group["k"]} | {name: group[name] for name in _SCALARS}
         return state
 
-    def update_(self) -> None:
+    def _check_mode(self) -> None:
         if not self.param_groups[0]["train_mode"]:
             raise RuntimeError("ScheduleFreeAdamW.step: expected train mode; the parameters hold the average; call optimizer.train() first")
+
+    def update_(self) -> None:
+        self._check_mode()
         super().update_()
+
+    def step_one_(self, p: Tensor) -> None:
+        self._check_mode()
+        super().step_one_(p)
 
     @torch.no_grad()
     def train(self) -> None:
