@@ -196,6 +196,36 @@ def test_from_torch_takes_what_official_packages_keep_outside_their_groups(packa
         torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("extras", [{"masks": True}, {"master_weights": "fp32"}, {"master_weights": "split"}, {"decay_to": "init"}])
+@pytest.mark.parametrize("steps", [0, 1])
+def test_to_torch_refuses_what_torch_cannot_carry_on(extras: dict, steps: int) -> None:
+    """Before the first step masks and master weights were dropped without a word."""
+    params = model(dtype=torch.bfloat16)
+    opt = AdamW(params, **(extras | ({"masks": {params[0]: torch.ones(7, 5, dtype=torch.bool)}} if "masks" in extras else {})))
+    for t in range(steps):
+        feed(params, t)
+        opt.step()
+    with pytest.raises(ValueError, match="without masks"):
+        opt.to_torch()
+    assert type(AdamW(model(), master_weights="fp32").to_torch()) is torch.optim.AdamW
+
+
+@pytest.mark.parametrize(
+    ("state_dtype", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16), (None, torch.bfloat16)]
+)
+def test_from_torch_gives_states_the_dtype_asked_for(state_dtype: str | None, dtype: torch.dtype) -> None:
+    """Only coded ones were converted: a bf16 run carried over with fp32 states went on with bf16 ones."""
+    params = model(dtype=torch.bfloat16)
+    theirs = torch.optim.AdamW(params)
+    for t in range(2):
+        feed(params, t)
+        theirs.step()
+    ours = from_torch(theirs, state_dtype=state_dtype)
+    assert {ours.state[p][k].dtype for p in params for k in ("exp_avg", "exp_avg_sq")} == {dtype}
+    assert all(torch.equal(ours.state[p]["exp_avg"], theirs.state[p]["exp_avg"].to(dtype)) for p in params)
+    ours.step()
+
+
 def test_adopt_asks_a_function_for_its_bound_from_one_earlier_step_on() -> None:
     """As the official code; one that divides by the number failed when the optimizer was made."""
     asked = []
