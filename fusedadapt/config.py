@@ -53,6 +53,11 @@ def is_strict() -> bool:
     return value == "1"
 
 
+def asked() -> tuple[str | None, bool | None]:
+    """What the innermost `backend(...)` and `strict(...)` say: for who keeps a choice, to see that it must be made anew."""
+    return _backend.get(), _strict.get()
+
+
 @contextmanager
 def backend(name: str) -> Iterator[None]:
     """Every op in the block runs on this backend: "reference" | "cpp" | "triton" | "cuda".

@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 from .base import FusedOptimizer, Params
 from .first_order import coupling
 from .options import Extras
+from .state import not_negative
 
 Betas = tuple[float, float]
 
@@ -65,8 +66,7 @@ class NAdam(FusedOptimizer):
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, float]:
         fields = coupling(super()._hyper(group), group, group["decoupled_weight_decay"])
-        if not group["momentum_decay"] >= 0:
-            raise ValueError(f"NAdam: expected momentum_decay >= 0; got {group['momentum_decay']}")
+        not_negative("NAdam", "momentum_decay", group["momentum_decay"])
         return fields | {"mu_base": 0.96 ** group["momentum_decay"]}
 
 
@@ -113,10 +113,10 @@ class AdaBelief(FusedOptimizer):
         flags = dict(weight_decouple=weight_decouple, fixed_decay=fixed_decay, rectify=rectify, degenerated_to_sgd=degenerated_to_sgd)
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, amsgrad=amsgrad, **flags), extras)
 
-    def state_dict(self) -> dict[str, Any]:
-        """As every optimizer's here, and made to load into adabelief-pytorch: it keeps a cache in its groups (here an empty one), and takes powers of
-        the step count, which must therefore be wide: from an fp32 one its rho_t has three digits."""
-        saved = super().state_dict()
+    def _saved(self) -> dict[str, Any]:
+        """Loads into adabelief-pytorch, too: it keeps a cache in its groups (here an empty one), and takes powers of the step count, which must
+        therefore be wide: from an fp32 one its rho_t has three digits."""
+        saved = super()._saved()
         for group in saved["param_groups"]:
             group["buffer"] = [[None, None, None] for _ in range(10)]
         saved["state"] = {i: s | {"step": s["step"].double()} if s["step"].dim() == 0 else s for i, s in saved["state"].items()}
@@ -190,8 +190,8 @@ class AdEMAMix(FusedOptimizer):
         fields = super()._hyper(group)  # checks the betas, too
         beta1, _, beta3 = group["betas"]
         return fields | {
-            "alpha": group["alpha"], "alpha_warmup": float(group["alpha_warmup"] or 0), "beta3_warmup": float(group["beta3_warmup"] or 0),
-            "half1": half_life(beta1), "half3": half_life(beta3),
+            "alpha": not_negative("AdEMAMix", "alpha", group["alpha"]), "half1": half_life(beta1), "half3": half_life(beta3),
+            **{name: not_negative("AdEMAMix", name, group[name] or 0) for name in ("alpha_warmup", "beta3_warmup")},
         }  # fmt: skip
 
 
@@ -213,27 +213,27 @@ class ADOPT(FusedOptimizer):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, clip_lambda=clip_lambda, weight_decay=weight_decay, decouple=decouple), extras)
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, float]:
-        clip = {None: math.inf, "k**0.25": 0.0}.get(group["clip_lambda"])
-        if clip is None:
+        given = group["clip_lambda"]
+        if given is not None and given != "k**0.25" and not callable(given):
+            raise ValueError(f"ADOPT: expected clip_lambda to be None, 'k**0.25' or a function of the earlier steps; got {given!r}")
+        clip = math.inf if given is None else 0.0
+        if callable(given):
             steps = {int(self.state[p]["step"]) for p in group["params"] if "step" in self.state.get(p, {})} or {0}
             if len(steps) > 1:
                 raise ValueError(f"ADOPT: expected one step count per group with a clip_lambda of your own; got {sorted(steps)}; use separate groups")
-            clip = max(float(group["clip_lambda"](steps.pop())), 1e-300)
+            clip = max(float(given(max(steps.pop(), 1))), 1e-300)  # the first step does not clip: the official code asks from 1 on
         return coupling(super()._hyper(group), group, group["decouple"]) | {"clip": clip}
 
-    def state_dict(self) -> dict[str, Any]:
-        """As every optimizer's here, without a ``clip_lambda`` of your own: a file cannot hold a function, and the optimizer that loads keeps its
-        own."""
-        saved = super().state_dict()
+    def _saved(self) -> dict[str, Any]:
+        """Without a ``clip_lambda`` of the user's: a file cannot hold a function, and the optimizer that loads keeps its own."""
+        saved = super()._saved()
         for group in saved["param_groups"]:
             if callable(group["clip_lambda"]):
                 del group["clip_lambda"]
         return saved
 
-    def update_(self) -> None:
-        if any(callable(g["clip_lambda"]) for g in self.param_groups):
-            self._group_keys = [None] * len(self.param_groups)  # the bound may change at every step
-        super().update_()
+    def _key(self, group: dict[str, Any]) -> Any:
+        return None if callable(group["clip_lambda"]) else super()._key(group)  # the bound may change at every step
 
 
 class Grams(FusedOptimizer):

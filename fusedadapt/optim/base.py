@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from operator import itemgetter
 from typing import Any, ClassVar
@@ -11,8 +12,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from .. import dispatch
+from .. import config, dispatch
 from . import compact, options
+from . import saved as checkpoints
 from . import state as states
 from .options import Extras
 from .plans import CpuPlan, Entry, Plan, ReferencePlan, Scalars, on
@@ -135,6 +137,11 @@ class FusedOptimizer(Optimizer):
     # torch wraps the step of classes that do not say they handle hooks themselves; its wrapper costs more than our step of a small tensor.
     step.hooked = True  # type: ignore[attr-defined]
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "step" in cls.__dict__:  # it calls ours, which runs the hooks: wrapped by torch as well, each would run twice
+            cls.step.hooked = True  # type: ignore[attr-defined]
+
     def _step_with_hooks(self, closure: Callable[[], Any] | None) -> Any:
         args: tuple[Any, ...] = (self,) if closure is None else (self, closure)  # as torch's hooks see them
         kwargs: dict[str, Any] = {}
@@ -177,7 +184,7 @@ class FusedOptimizer(Optimizer):
     def step_one_(self, p: Tensor) -> None:
         """The step of one parameter alone (used inside backward hooks); its gradient must be there."""
         plan, i, key, state = self._single.get(p, (None, 0, None, None))
-        if plan is None or state is not self.state[p]:
+        if plan is None or state is not self.state[p] or self._rule(self.param_groups[i]) != plan.rule or config.asked() != self._asked:
             self._current_plans()
             home = next(plan for plan in self._plans if any(e.param is p for e in plan.entries))
             entry = next(e for e in home.entries if e.param is p)
@@ -207,7 +214,7 @@ class FusedOptimizer(Optimizer):
     # --- plans -------------------------------------------------------------------------------------------------------------------------
 
     def _current_plans(self) -> list[Plan]:
-        if self._identities() != self._fingerprint:
+        if self._identities() != self._fingerprint or config.asked() != self._asked:
             self._build()
         stale = any_tensor = False
         for group, known in zip(self.param_groups, self._group_keys):
@@ -229,14 +236,14 @@ class FusedOptimizer(Optimizer):
 
     def _build(self) -> None:
         self._reset()
-        self._names = states.names(self.param_groups)
+        self._names, self._asked = states.names(self.param_groups), config.asked()
         hidden = ("params", "param_names", "initial_lr")
         self._getter = itemgetter(*[k for k in self.defaults if k not in hidden])
         buckets: dict[tuple[str, torch.device, str], list[Entry]] = {}
         choices: dict[tuple[str, torch.device, str], dispatch.Choice] = {}
         ordinal = 0
-        for i, group in enumerate(self.param_groups):
-            rule = self._rule(group)
+        self._rules = [self._rule(group) for group in self.param_groups]
+        for i, (group, rule) in enumerate(zip(self.param_groups, self._rules, strict=True)):
             for p in group["params"]:
                 self._sharded |= hasattr(p, "_local_tensor")
                 device = local(p.detach()).device
@@ -269,8 +276,8 @@ class FusedOptimizer(Optimizer):
         return out
 
     def _refresh_hypers(self) -> None:
-        hypers, rules = self._hypers(), [self._rule(group) for group in self.param_groups]
-        if any(rules[e.group] != plan.rule for plan in self._plans for e in plan.entries[:1]):
+        hypers = self._hypers()
+        if [self._rule(group) for group in self.param_groups] != self._rules:
             self._build()
         for plan in self._plans:
             plan.set_hypers(hypers)
@@ -278,7 +285,7 @@ class FusedOptimizer(Optimizer):
 
     def _key(self, group: dict[str, Any]) -> Any:
         """What tells whether the group's hyper-parameters have changed; None: nothing does, look at every step."""
-        return None if states.holds_tensor(group) else self._getter(group)
+        return None if states.may_change_in_place(group) else self._getter(group)
 
     def _send_lr(self, plans: list[Plan]) -> None:
         """Tensor learning rates on a device: copied into that device's hyper-parameters without the host looking."""
@@ -304,9 +311,7 @@ class FusedOptimizer(Optimizer):
         self._reset()
 
     def __fusedadapt_explain__(self) -> list[tuple[str, str, str]]:
-        if not self._plans:
-            self._current_plans()
-        return [plan.explain() for plan in self._plans]
+        return [plan.explain() for plan in self._current_plans()]
 
     # --- state -------------------------------------------------------------------------------------------------------------------------
 
@@ -343,17 +348,34 @@ class FusedOptimizer(Optimizer):
                     p.compact_grad = None if set_to_none else given.zero_()  # type: ignore[attr-defined]
 
     def state_dict(self) -> dict[str, Any]:
-        """torch's format and names; states keep their dtypes. Loads into torch's optimizer of the same name, and the other way round."""
-        saved = super().state_dict()
-        saved["state"] = states.to_save(self, saved["state"])
+        """torch's format and names; states keep their dtypes. Loads into torch's optimizer of the same name, and the other way round; AdaBelief's
+        and ScheduleFreeAdamW's into the official packages'. A function given as an option stays out."""
+        hooks, self._optimizer_state_dict_post_hooks = self._optimizer_state_dict_post_hooks, OrderedDict()
+        try:
+            saved = self._saved()
+        finally:
+            self._optimizer_state_dict_post_hooks = hooks
+        for hook in hooks.values():  # they see, and may replace, the whole of it
+            given = hook(self, saved)
+            saved = saved if given is None else given
         return saved
+
+    def _saved(self) -> dict[str, Any]:
+        """The state dict before hooks; a rule whose official code writes more extends this."""
+        saved = super().state_dict()
+        saved["state"] = checkpoints.to_save(self, saved["state"])
+        return saved
+
+    def _own_form(self, state: dict[Any, Any], groups: list[dict[str, Any]]) -> dict[Any, Any]:
+        """A loaded state as ours would be; a rule whose official code keeps it otherwise extends this. ``groups`` are saved ones."""
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of ours or of torch's optimizer of the same name, keeping every state's dtype.
 
         Raises ValueError, with nothing changed, if it belongs to other parameters or to another rule.
         """
-        states.load(self, state_dict)
+        checkpoints.load(self, state_dict)
         self._reset()
 
     def to_torch(self) -> Optimizer:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..reference import lowbit
-from .spec import CODED, RULES, UNCODABLE, UNCODED, UNSIGNED, is_compact
+from .spec import CODED, RULES, STATE_DTYPES, UNCODABLE, UNCODED, UNSIGNED, is_compact
 from .table import flat, local
 
 if TYPE_CHECKING:
@@ -208,7 +208,8 @@ def unpacked(state: dict[str, Any]) -> Iterator[None]:
 
 
 def encode_loaded(opt: FusedOptimizer) -> None:
-    """Codes the states that another optimizer kept in full."""
+    """Gives the states that another optimizer kept in full the dtype, or the code, that was asked for."""
+    plain = STATE_DTYPES.get(opt.state_dtype or "")
     for group in opt.param_groups:
         for p in group["params"]:
             state = opt.state.get(p, {})
@@ -216,6 +217,8 @@ def encode_loaded(opt: FusedOptimizer) -> None:
                 form = wanted(opt, name, p, state[name].numel()) if name in state and scale_key(name) not in state else None
                 if form is not None:
                     state.update(encode(state, name, state[name].float(), form))
+                elif plain is not None and name in state and p.dtype != torch.float64:
+                    state[name] = state[name].to(plain)
             if state:
                 note_order(state, local(p.detach()))
     opt._reset()

@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 from .base import FusedOptimizer, Params
 from .options import Extras
 from .plans import Entry
+from .state import not_negative
 
 
 class SGD(FusedOptimizer):
@@ -84,13 +85,14 @@ class Lion(FusedOptimizer):
     ):  # fmt: skip
         if decoupled_weight_decay and not lr > 0:
             raise ValueError(f"Lion: expected lr > 0 with decoupled_weight_decay, which divides by it; got {lr}")
+        self._first_lr = float(lr) if decoupled_weight_decay else 0.0  # a number: a scheduler writes into a Tensor lr
         options = dict(betas=betas, weight_decay=weight_decay, decoupled_weight_decay=decoupled_weight_decay)
         super().__init__(params, dict(lr=lr, **options), extras)
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, float]:
         found = super()._hyper(group)
         if group.get("decoupled_weight_decay"):
-            found["decoupled"] = found["decoupled"] / float(self.defaults["lr"])
+            found["decoupled"] = found["decoupled"] / (self._first_lr or float(self.defaults["lr"]))
         return found
 
 
@@ -104,8 +106,7 @@ class Adagrad(FusedOptimizer):
         self, params: Params, lr: float | Tensor = 1e-2, lr_decay: float = 0, weight_decay: float = 0, initial_accumulator_value: float = 0,
         eps: float = 1e-10, **extras: Unpack[Extras],
     ):  # fmt: skip
-        if not initial_accumulator_value >= 0:
-            raise ValueError(f"Adagrad: expected initial_accumulator_value >= 0; got {initial_accumulator_value}")
+        not_negative("Adagrad", "initial_accumulator_value", initial_accumulator_value)
         options = dict(lr_decay=lr_decay, initial_accumulator_value=initial_accumulator_value, eps=eps)
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, **options), extras)
 
@@ -122,10 +123,10 @@ class Adagrad(FusedOptimizer):
                 wanted = [e for e in plan.entries if not self.state.get(e.param) and e.param.is_floating_point()]
                 self._init_states(wanted, plan.rule)
 
-    def state_dict(self) -> dict[str, Any]:
-        """As every optimizer's here, with the states of parameters that had no gradient yet: torch's Adagrad would start them at another value."""
+    def _saved(self) -> dict[str, Any]:
+        """With the states of parameters that had no gradient yet: torch's Adagrad would start them at another value."""
         self._complete()
-        return super().state_dict()
+        return super()._saved()
 
     def share_memory(self) -> None:
         """Moves all states into shared memory, for processes that train the same parameters (torch.optim.Adagrad has this method)."""

@@ -10,11 +10,15 @@ import torch
 from . import coded
 from .base import FusedOptimizer
 
+# Options that official optimizers keep as attributes under another name.
+_KEPT_ASIDE = {"decoupled_weight_decay": "decoupled_wd"}
+
 
 def from_torch(optimizer: torch.optim.Optimizer, **extras: Any) -> FusedOptimizer:
-    """Our optimizer of the same name on the same parameters, with the hyper-parameters and the state of a running torch optimizer.
+    """Our optimizer of the same name on the same parameters, with the hyper-parameters and the state of a running torch optimizer, or an official
+    one (adabelief-pytorch, lion-pytorch), with the options it keeps outside its groups.
 
-    ``extras``: our keyword-only options; ``state_dtype="int8"`` or ``"fp8"`` codes the state that comes over. Raises TypeError if we have no
+    ``extras``: our keyword-only options; the state that comes over takes ``state_dtype``, if one is given. Raises TypeError if we have no
     optimizer of that name.
     """
     from . import OPTIMIZERS
@@ -33,6 +37,7 @@ def from_torch(optimizer: torch.optim.Optimizer, **extras: Any) -> FusedOptimize
             keep["params"] = list(zip(group["param_names"], group["params"], strict=True))
         groups.append(keep)
     defaults = {k: v for k, v in optimizer.defaults.items() if k in known or k in ("maximize", "capturable")}
+    defaults |= {k: getattr(optimizer, _KEPT_ASIDE.get(k, k)) for k in known if k not in defaults and hasattr(optimizer, _KEPT_ASIDE.get(k, k))}
     ours = cls(groups, **{**defaults, **extras})  # the defaults are what a group added later takes
     ours.load_state_dict(optimizer.state_dict())
     coded.encode_loaded(ours)
@@ -45,7 +50,9 @@ def to_torch(optimizer: FusedOptimizer) -> torch.optim.Optimizer:
     cls = getattr(torch.optim, type(optimizer).__name__, None)
     if cls is None:
         raise TypeError(f"to_torch: torch has no {type(optimizer).__name__}")
-    if any({"mask", "master", "remainder", "anchor"} & s.keys() for s in optimizer.state.values()) or optimizer.decay_to != "zero":
+    kept = any({"mask", "master", "remainder", "anchor"} & s.keys() for s in optimizer.state.values())
+    to_come = optimizer._masks or (optimizer.master_weights and any(p.dtype.itemsize == 2 for g in optimizer.param_groups for p in g["params"]))
+    if kept or to_come or optimizer.decay_to != "zero":
         raise ValueError(f"to_torch: expected a {type(optimizer).__name__} without masks, master weights and anchors; torch cannot carry them on")
     known = set(inspect.signature(cls.__init__).parameters)
     groups = [{k: v for k, v in g.items() if k in known or k == "params"} for g in optimizer.param_groups]

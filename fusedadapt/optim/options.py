@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import coded
 from .spec import CODED, STATE_DTYPES
-from .state import one_of
+from .state import number, one_of
 
 if TYPE_CHECKING:
     from .base import FusedOptimizer
@@ -48,8 +48,8 @@ def take(opt: FusedOptimizer, extras: Extras) -> None:
     opt.decay_to = one_of(name, "decay_to", extras.get("decay_to", "zero"), ("zero", "init"))
     opt.stochastic_rounding = bool(extras.get("stochastic_rounding", False))
     opt.max_grad_norm = extras.get("max_grad_norm")
-    if opt.max_grad_norm is not None and not opt.max_grad_norm > 0:
-        raise ValueError(f"{name}: expected max_grad_norm > 0; got {opt.max_grad_norm}; None turns clipping off")
+    if opt.max_grad_norm is not None and not (number(opt.max_grad_norm) or 0.0) > 0:
+        raise ValueError(f"{name}: expected max_grad_norm > 0; got {opt.max_grad_norm!r}; None turns clipping off")
     opt.backend = extras.get("backend")
 
 

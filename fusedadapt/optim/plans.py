@@ -187,16 +187,18 @@ class ReferencePlan(Plan):
         self.active: list[Entry] = []
 
     def prepare(self) -> None:
-        self.active = [e for e in self.entries if self._gradient(e)[0] is not None]
-        try:
-            self._check_orders()
-        except tables.TableError as error:
-            raise self._refusal(*error.args) from None
+        active = {i: e for i, e in enumerate(self.entries) if self._gradient(e)[0] is not None}
+        self.active = list(active.values())
         missing = [e for e in self.active if any(self.opt._state_of(e.param).get(k) is None for k in (*self.spec.states, *self.spec.aux, "step"))]
         if missing:
             self.opt._init_states(missing, self.rule)
-        for e in self.active:
-            self._check(e)
+        try:
+            self._check_orders()
+            for e in self.active:
+                self._check(e)
+            tables.refuse_overlap({i: e.param for i, e in active.items()})
+        except tables.TableError as error:
+            raise self._refusal(*error.args) from None
 
     def _gradient(self, e: Entry) -> tuple[Any, bool]:
         g, packed = compact.gradient(e.param, compact.wanted(self.opt, e.param))
@@ -221,6 +223,8 @@ class ReferencePlan(Plan):
                 bad = f"shape:{k}" if chosen == p.shape else f"compact:{k}"
             elif state[k].device != p.device:
                 bad = f"device:{k}"
+            elif not state[k].is_floating_point() and k not in coded.names(state):
+                bad = f"dtype:{k}"
         if bad:
             raise tables.refusal(f"{type(self.opt).__name__}.step", e.name, bad, e.param, state)
 

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from ..reference.optim import join_split, split
 from . import compact
 from .base import FusedOptimizer, Params
 from .options import Extras
+from .state import not_negative, unpack_mask
+from .table import local
 
 _SCALARS = ("weight_sum", "lr_max")
 
@@ -36,14 +39,23 @@ class ScheduleFreeAdamW(FusedOptimizer):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, **options), extras)
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, float]:
-        return super()._hyper(group) | {"warmup": float(group["warmup_steps"]), "r": group["r"], "weight_lr_power": group["weight_lr_power"]}
+        return super()._hyper(group) | {
+            "warmup": not_negative("ScheduleFreeAdamW", "warmup_steps", group["warmup_steps"]),
+            "r": group["r"],
+            "weight_lr_power": group["weight_lr_power"],
+        }
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """torch's. A group that joins a run is in the mode of the others: left behind, it would be averaged by neither `eval` nor `train`."""
+        super().add_param_group(param_group)
+        self.param_groups[-1]["train_mode"] = self.param_groups[0]["train_mode"]
 
     def _initial(self, name: str, p: Tensor, group: dict[str, Any]) -> Tensor | float:
         return p if name == "z" else 0.0
 
-    def state_dict(self) -> dict[str, Any]:
-        """As every optimizer's here. Loads into schedulefree where all parameters of a group have made the same steps."""
-        saved = super().state_dict()
+    def _saved(self) -> dict[str, Any]:
+        """Loads into schedulefree, too, where all parameters of a group have made the same steps."""
+        saved = super()._saved()
         for group in saved["param_groups"]:
             states = [saved["state"][i] for i in group["params"] if i in saved["state"]]
             scalars = {tuple(float(s[name]) for name in ("step", *_SCALARS)) for s in states if s["step"].dim() == 0} or {(0.0, 0.0, -1.0)}
@@ -52,19 +64,26 @@ class ScheduleFreeAdamW(FusedOptimizer):
                 group |= {"k": int(steps), "weight_sum": weight_sum, "lr_max": lr_max, "scheduled_lr": 0.0}
         return saved
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As every optimizer's here; of schedulefree's, each parameter takes over its group's step count and scalars."""
-        state = dict(state_dict.get("state") or {})
-        for group in state_dict.get("param_groups") or ():
+    def _own_form(self, state: dict[Any, Any], groups: list[dict[str, Any]]) -> dict[Any, Any]:
+        """Of schedulefree's state, each parameter takes over its group's step count and scalars."""
+        state = dict(state)
+        for group in groups:
             for i in group["params"]:
                 if "k" in group and state.get(i) and "step" not in state[i]:
                     state[i] = state[i] | {"step": group["k"]} | {name: group[name] for name in _SCALARS}
-        super().load_state_dict(state_dict | {"state": state} if state else state_dict)
+        return state
 
-    def update_(self) -> None:
+    def _check_mode(self) -> None:
         if not self.param_groups[0]["train_mode"]:
             raise RuntimeError("ScheduleFreeAdamW.step: expected train mode; the parameters hold the average; call optimizer.train() first")
+
+    def update_(self) -> None:
+        self._check_mode()
         super().update_()
+
+    def step_one_(self, p: Tensor) -> None:
+        self._check_mode()
+        super().step_one_(p)
 
     @torch.no_grad()
     def train(self) -> None:
@@ -83,15 +102,30 @@ class ScheduleFreeAdamW(FusedOptimizer):
             beta1 = float(group["betas"][0])
             weight = 1 - beta1 if training else 1 - 1 / beta1
             for p in group["params"]:
-                state = self.state.get(p, {})
-                if "z" in state:
-                    wide = torch.float64 if p.dtype == torch.float64 else torch.float32
-                    index = compact.chosen(state, p)
-                    master = state.get("master", p if index is None else compact.take(p, p, index))
-                    moved = master.to(wide).lerp(state["z"].to(wide), weight)
-                    master.copy_(moved)
-                    if index is None:
-                        p.copy_(moved)
-                    else:
-                        compact.flat(p)[index.long()] = moved.to(p.dtype)
+                if "z" in self.state.get(p, {}):
+                    _lerp_to_z(local(p.detach()), self.state[p], weight)
             group["train_mode"] = training
+
+
+def _lerp_to_z(p: Tensor, state: dict[str, Any], weight: float) -> None:
+    """p + weight (z - p) where the parameter, with its master weight or remainder, is trainable; the rest keeps its bits."""
+    index = compact.chosen(state, p)
+    here = p if index is None else compact.take(p, p, index)
+    keep = unpack_mask(state["mask"], p) if index is None and "mask" in state else None
+    master, low = (local(state[k]) if k in state else None for k in ("master", "remainder"))
+    full = join_split(here, low) if low is not None else here if master is None else master
+    wide = torch.float64 if p.dtype == torch.float64 else torch.float32
+    moved = full.to(wide).lerp(local(state["z"]).to(wide), weight)
+
+    def store(out: Tensor, value: Tensor) -> None:
+        out.copy_(value if keep is None else torch.where(keep, value.to(out.dtype), out))
+
+    if master is not None:
+        store(master, moved)
+    if low is not None:
+        moved, rest = split(moved)
+        store(low, rest)
+    if index is None:
+        store(p, moved)
+    else:
+        compact.flat(p)[index.long()] = moved.to(p.dtype)

@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 from . import compact
 from .base import FusedOptimizer, Params
 from .options import Extras
+from .state import not_negative
 from .table import local
 
 
@@ -34,7 +35,7 @@ class SophiaG(FusedOptimizer):
         super().__init__(params, dict(lr=lr, betas=betas, rho=rho, weight_decay=weight_decay, bs=bs), extras)
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, float]:
-        return super()._hyper(group) | {"rho": group["rho"] * group["bs"]}
+        return super()._hyper(group) | {"rho": not_negative("SophiaG", "rho", group["rho"]) * not_negative("SophiaG", "bs", group["bs"])}
 
     @torch.no_grad()
     def update_hessian(self) -> None:
@@ -54,11 +55,10 @@ class SophiaG(FusedOptimizer):
     def step(self, closure: Callable[[], Any] | None = None, bs: float | None = None) -> Any:  # type: ignore[override]
         """One step; ``bs``: tokens per batch (kept until changed)."""
         if bs is not None:
+            not_negative("SophiaG.step", "bs", bs)
             for group in self.param_groups:
                 group["bs"] = bs
         return super().step(closure)
-
-    step.hooked = True  # type: ignore[attr-defined]
 
 
 class AdaHessian(FusedOptimizer):
@@ -81,7 +81,7 @@ class AdaHessian(FusedOptimizer):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, hessian_power=hessian_power), extras)
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, float]:
-        return super()._hyper(group) | {"power": group["hessian_power"]}
+        return super()._hyper(group) | {"power": not_negative("AdaHessian", "hessian_power", group["hessian_power"])}
 
     def update_(self) -> None:
         self._estimate()

@@ -90,4 +90,4 @@ RULES: dict[str, Rule] = {
 
 def hyper(**fields: float) -> list[float]:
     """A full hyper-parameter vector from the fields a rule reads."""
-    return [float(fields.pop(name, 0.0)) for name in HYPER_FIELDS]
+    return [float(v.item() if hasattr(v, "item") else v) for v in (fields.pop(name, 0.0) for name in HYPER_FIELDS)]

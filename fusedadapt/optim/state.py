@@ -1,10 +1,8 @@
-"""What an optimizer keeps between steps: states, masks, master weights, and their way through checkpoints."""
+"""What an optimizer keeps between steps: states, masks, master weights."""
 
 from __future__ import annotations
 
-import copy
 import importlib
-import inspect
 import math
 import numbers
 from types import ModuleType
@@ -16,7 +14,7 @@ from torch import Tensor
 
 from . import coded, compact
 from .plans import Entry
-from .spec import CODED, RULES, STATE_DTYPES, Rule, is_compact
+from .spec import CODED, STATE_DTYPES, Rule
 from .table import has_order, is_dense, local, memory_order
 
 if TYPE_CHECKING:
@@ -67,14 +65,22 @@ def check_params(opt: FusedOptimizer, group: dict[str, Any]) -> None:
 def number(value: Any) -> float | None:
     """What a hyper-parameter says: a number of Python's or NumPy's, or a tensor or array that holds one. None for anything else."""
     if isinstance(value, Tensor | np.ndarray):
-        real = not (value.is_complex() if isinstance(value, Tensor) else np.iscomplexobj(value))
-        return float(value) if real and math.prod(value.shape) == 1 else None
+        value = value.item() if math.prod(value.shape) == 1 else None
     return float(value) if isinstance(value, numbers.Real) else None
 
 
-def holds_tensor(group: dict[str, Any]) -> bool:
-    """Whether a hyper-parameter other than lr is a tensor: it may change in place, so that it must be read at every step."""
-    return any(isinstance(v, Tensor) for k, given in group.items() if k not in ("params", "lr") for v in (given if k == "betas" else (given,)))
+def not_negative(op: str, name: str, value: Any) -> float:
+    """What a hyper-parameter says; raises ValueError unless it is a finite number >= 0."""
+    found = number(value)
+    if found is None or not 0.0 <= found < math.inf:
+        raise ValueError(f"{op}: expected {name} >= 0 and finite; got {value!r}")
+    return found
+
+
+def may_change_in_place(group: dict[str, Any]) -> bool:
+    """Whether a hyper-parameter is a tensor, an array or a list, so that it must be read at every step (a Tensor lr is in any case)."""
+    kept = ((k, v) for k, given in group.items() if k not in ("params", "param_names") for v in (given, *(given if k == "betas" else ())))
+    return any(isinstance(v, Tensor | np.ndarray | list) and not (k == "lr" and isinstance(v, Tensor)) for k, v in kept)
 
 
 def check_hypers(opt: FusedOptimizer, group: dict[str, Any], fields: dict[str, float]) -> None:
@@ -254,142 +260,3 @@ def global_index(p: Tensor, index: Tensor | None = None) -> np.ndarray:
     if index is not None:
         return element.numpy().astype(np.uint64)
     return element.as_strided(t.shape, t.stride()).contiguous().view(-1).numpy().astype(np.uint64) if t.numel() else element.numpy().astype(np.uint64)
-
-
-# --- checkpoints -------------------------------------------------------------------------------------------------------------------------
-
-# Options that only some versions or libraries write: their absence in a saved group is no sign of another rule. The last ones are no group options
-# in the official AdaBelief, ADOPT and Sophia.
-_OPTIONAL = {
-    "foreach", "fused", "capturable", "differentiable", "maximize", "seed", "param_names", "initial_lr", "decoupled_weight_decay",
-    "weight_decouple", "fixed_decay", "rectify", "degenerated_to_sgd", "clip_lambda", "bs",
-}  # fmt: skip
-
-
-def _all_options() -> set[str]:
-    """Names of the options of all our optimizers. (Other names in a saved group are its owner's.)"""
-    from . import OPTIMIZERS
-
-    return {name for cls in OPTIMIZERS.values() for name in inspect.signature(cls.__init__).parameters} - {"self", "params", "extras"}
-
-
-def to_save(opt: FusedOptimizer, states: dict[Any, Any]) -> dict[Any, Any]:
-    """Without the empty states of parameters that never had a gradient; with the order a mask's bits are in, where that is not the row-major one."""
-    out = {k: state for k, state in states.items() if state}
-    for i, p in enumerate(p for group in opt.param_groups for p in group["params"]):
-        if p in opt._orders and "mask" in out.get(i, {}) and not local(p.detach()).is_contiguous():
-            out[i] = {"strides": torch.tensor(opt._orders[p], dtype=torch.int64, device="cpu")} | out[i]  # a coded state has them already
-    return out
-
-
-def load(opt: FusedOptimizer, state_dict: dict[str, Any]) -> None:
-    """Checks everything, converts everything, then swaps it in."""
-    op = type(opt).__name__
-    for hook in opt._optimizer_load_state_dict_pre_hooks.values():
-        state_dict = hook(opt, state_dict) or state_dict
-    saved_groups, saved_state = state_dict.get("param_groups"), state_dict.get("state")
-    if saved_groups is None or saved_state is None:
-        raise ValueError(f"{op}.load_state_dict: expected a dict with 'state' and 'param_groups'; got keys {sorted(map(str, state_dict))}")
-    sizes, wanted = [len(g["params"]) for g in saved_groups], [len(g["params"]) for g in opt.param_groups]
-    if sizes != wanted:
-        raise ValueError(f"{op}.load_state_dict: expected param groups of sizes {wanted}; got {sizes}; build the optimizer on the same parameters")
-    groups = []
-    for old, new in zip(opt.param_groups, saved_groups, strict=True):
-        absent = {k for k in old if k not in new and k not in _OPTIONAL and k != "params"}
-        if absent:
-            raise ValueError(f"{op}.load_state_dict: expected groups with {sorted(absent)}; they are not there: another rule saved this state")
-        foreign = _all_options() & new.keys() - old.keys() - _OPTIONAL - opt.official_group
-        if foreign:
-            raise ValueError(f"{op}.load_state_dict: expected groups without {sorted(foreign)}, no options of {op}: another rule saved this state")
-        kept = {k: v for k, v in old.items() if k in _OPTIONAL and k != "initial_lr"}
-        given = {k: v for k, v in new.items() if k != "params" and k not in opt.official_group}
-        groups.append({**kept, **copy.deepcopy(given), "params": old["params"]})
-        check_hypers(opt, groups[-1], opt._hyper(groups[-1]))
-    ids = [i for g in saved_groups for i in g["params"]]
-    params = [p for g in opt.param_groups for p in g["params"]]
-    labels = names(opt.param_groups)
-    group_of = [g for g in groups for _ in g["params"]]
-    fresh: dict[Any, Any] = {k: copy.deepcopy(v) for k, v in saved_state.items() if k not in ids}  # a user's own, as torch
-    for i, p, label, group in zip(ids, params, labels, group_of, strict=True):
-        if saved_state.get(i):
-            fresh[p] = _convert(opt, label, p, group, saved_state[i])
-    opt.state.clear()
-    opt.state.update(fresh)
-    opt._orders.update({p: tuple(local(p.detach()).stride()) for p in params if "mask" in fresh.get(p, {})})
-    opt.param_groups[:] = groups
-    for after in opt._optimizer_load_state_dict_post_hooks.values():
-        after(opt)
-
-
-def _convert(opt: FusedOptimizer, label: str, p: Tensor, group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
-    rule, op = RULES[opt._rule(group)], f"{type(opt).__name__}.load_state_dict"
-    inputs = rule.states[rule.stored :]
-    lacking = [k for k in rule.states if k not in saved and k not in inputs]
-    if lacking:
-        raise ValueError(f"{op}: expected {lacking} in the state of {label}; got {sorted(map(str, saved))}; another rule or other options saved it")
-    device = local(p.detach()).device
-    out: dict[str, Any] = {}
-    packed = is_compact(saved)
-    order = coded.saved_order(saved, local(p))
-    coded.check_saved(op, label, saved)
-    if packed and not has_order(local(p), order):
-        given = tuple(local(p).stride())
-        raise ValueError(f"{op}: expected {label} with strides {order}, in whose order its compact state lies; got {given}; change its layout later")
-    if packed:
-        compact.check_saved(op, label, p, saved, rule)
-    for k, v in saved.items():
-        if k == "step" or k in rule.aux:
-            wide = torch.float32 if k == "step" else torch.float64
-            v = torch.as_tensor(v if packed else float(v), dtype=wide, device=device).clone()
-        elif k == "cohorts":
-            v = v.cpu().clone()
-        elif isinstance(v, Tensor):
-            if k in rule.states and v.shape != p.shape and not packed:
-                raise ValueError(f"{op}: expected {k} of {label} with shape {tuple(p.shape)}; got {tuple(v.shape)}; it belongs to other parameters")
-            v = _place(v, p, not packed and k in (*rule.states, "master", "remainder", "anchor"))
-            if v.is_floating_point() and torch.float64 in (v.dtype, p.dtype) and k in (*rule.states, "anchor"):
-                v = v.to(state_dtype(opt, p) if k in rule.states else p.dtype)  # fp64 arithmetic has fp64 states and no other has
-        else:
-            v = copy.deepcopy(v)
-        if v is not None:
-            out[k] = v
-    # torch's SGD counts no steps; a momentum buffer means there was at least one.
-    out.setdefault("step", torch.ones((), dtype=torch.float32, device=device))
-    for k, start in rule.aux.items():
-        out.setdefault(k, torch.tensor(start, dtype=torch.float64, device=device))
-    if isinstance(out.get("mask"), Tensor):
-        out["mask"] = reorder_mask(out["mask"], local(p.detach()), order)
-    elif p in opt._masks:
-        out["mask"] = reorder_mask(opt._masks[p], local(p.detach()), opt._orders[p])
-    coded.place(out, saved, local(p.detach()))
-    out = compact.convert(opt, label, p, group, out)
-    coded.note_order(out, local(p.detach()))
-    _load_master(opt, op, label, p, out)
-    return out
-
-
-def _load_master(opt: FusedOptimizer, op: str, label: str, p: Tensor, out: dict[str, Any]) -> None:
-    """A master weight for a 16-bit parameter that comes without one. One in the form this optimizer does not keep would be lost without a word."""
-    key, other = ("remainder", "master") if opt._extra_key == "remainder" else ("master", "remainder")
-    if p.dtype not in (torch.bfloat16, torch.float16):
-        out.pop("remainder", None)  # half of another parameter's fp32 value
-        return
-    if other in out:
-        form = "fp32" if other == "master" else "split"
-        raise ValueError(
-            f'{op}: expected {label} saved with master_weights={opt.master_weights!r}; got its {other}, of master_weights="{form}"; '
-            f'build the optimizer with master_weights="{form}"'
-        )
-    if opt.master_weights and key not in out:
-        fp32 = compact.take(p.detach(), p, compact.chosen(out, p)).float()
-        out[key] = fp32 if key == "master" else torch.zeros_like(fp32, dtype=torch.int16)
-
-
-def _place(v: Tensor, p: Tensor, like_param: bool) -> Tensor:
-    """A private copy on the parameter's device in its memory order, in the dtype it was saved with."""
-    if hasattr(v, "_local_tensor") or not like_param:
-        return v.detach().to(local(p.detach()).device, copy=True)
-    t = local(p.detach())
-    if v.shape == t.shape and t.numel():
-        return torch.empty_strided(t.shape, t.stride(), dtype=v.dtype, device=t.device).copy_(v.detach())
-    return v.detach().to(t.device, copy=True)

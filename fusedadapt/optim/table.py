@@ -174,12 +174,7 @@ class Table:
                 _address(index), _address(anchor), counted, _word(kinds), *self._scales(found, cohort, log2))  # fmt: skip
 
     def check_overlap(self) -> None:
-        sizes = {1: 4, 2: 2, 3: 2}
-        whole = {i: (local(self._entries[i][0].detach()), t[13] & 0xFF) for t, i in zip(self.tensors, self.owners, strict=True)}
-        spans = sorted((p.data_ptr(), p.data_ptr() + p.numel() * sizes[code], i) for i, (p, code) in whole.items() if p.numel())
-        for (_, end, other), (start, _, i) in zip(spans, spans[1:], strict=False):
-            if start < end:
-                raise TableError(i, f"overlap:{other}")
+        refuse_overlap({i: self._entries[i][0] for i in self.owners})
 
     def chunk_for(self, workers: int, by_gradient: bool = False) -> int:
         total, chunk = sum(t[GRAD_NUMEL if by_gradient else NUMEL] for t in self.tensors), 2048
@@ -194,6 +189,15 @@ class Table:
     def descriptors(self, row_per_tensor: bool = False) -> bytes:
         rows = range(len(self.tensors)) if row_per_tensor else [0] * len(self.tensors)
         return b"".join(struct.pack(f"<{WORDS}q", *t[:12], r | t[12] << 32, *t[13:]) for r, t in zip(rows, self.tensors, strict=True))
+
+
+def refuse_overlap(params: dict[int, Tensor]) -> None:
+    """Raises TableError if two of the parameters, given by their entries' numbers, share memory."""
+    held = {i: local(p.detach()) for i, p in params.items()}
+    spans = sorted((p.data_ptr(), p.data_ptr() + p.nbytes, i) for i, p in held.items() if p.numel())
+    for (_, end, other), (start, _, i) in zip(spans, spans[1:], strict=False):
+        if start < end:
+            raise TableError(i, f"overlap:{other}")
 
 
 def gradient(p: Tensor, compact: bool) -> tuple[Any, bool]:
@@ -293,7 +297,7 @@ def _validate_compact(refuse: Any, p: Tensor, g: Tensor, found: dict[str, Tensor
         refuse(int(index.min()) < 0 or int(index.max()) >= p.numel(), "compact:index")
 
 
-def _describe(t: Any) -> str:
+def describe(t: Any) -> str:
     if not isinstance(t, Tensor):
         return repr(t)
     strides = tuple(t.stride()) if t.layout == torch.strided else t.layout
@@ -301,7 +305,10 @@ def _describe(t: Any) -> str:
 
 
 _EXPECTED = {
-    "read": ("a dense strided tensor", "convert a sparse gradient with .to_dense() (sparse=False in nn.Embedding)"),
+    "read": (
+        "a dense strided tensor",
+        "convert a sparse gradient with .to_dense() (sparse=False in nn.Embedding); leave states the tensors the optimizer made",
+    ),
     "device": ("all tensors of a parameter on its device", "move it with .to(param.device), or build the optimizer after model.to(device)"),
     "dtype": ("float32, bfloat16 or float16 (step: float32; scalars: float64)", "convert it, or load the state with load_state_dict"),
     "strides": (
@@ -335,5 +342,5 @@ def refusal(op: str, name: str, code: str, param: Tensor, state: dict[str, Any],
         return ValueError(f"{op}: expected {expected}; {name} overlaps {other}; {fix}. Nothing was changed.")
     tensor = param if what == "param" else param.grad if what == "grad" else state.get(what, getattr(param, what, None))
     return ValueError(
-        f"{op}: expected {expected}; got {what} of {name} with {_describe(tensor)} (parameter: {_describe(param)}); {fix}. Nothing was changed."
+        f"{op}: expected {expected}; got {what} of {name} with {describe(tensor)} (parameter: {describe(param)}); {fix}. Nothing was changed."
     )
