@@ -273,13 +273,19 @@ def test_eva_says_what_is_wrong():
 def test_errors_change_nothing():
     base = nn.Linear(K, N)
     weight = base.weight.detach().clone()
-    for init in ("svd", "pissa_niter_x", torch.zeros(2, 2), Factors(torch.zeros(4, K), torch.zeros(N, 3), weight)):
+    for init in ("svd", "pissa_niter_x", None, 3, torch.zeros(2, 2), Factors(torch.zeros(4, K), torch.zeros(N, 3), weight)):
         with pytest.raises(ValueError, match="LoRALinear: expected"):
             LoRALinear.from_linear(base, r=4, init=init)
     with pytest.raises(ValueError, match="rank of 1 to 10"):
         LoRALinear.from_linear(base, r=11, init="pissa")
     with pytest.raises(ValueError, match="rank of 1 to 10"):
         olora(base.weight, 0, 1.0)
+    for alpha in (0, -2):  # the root of S / s: the layer and the weight it shares would be nan
+        with pytest.raises(ValueError, match="pissa: expected a positive scaling"):
+            LoRALinear.from_linear(base, r=4, lora_alpha=alpha, init="pissa")
+    for scaling in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="corda: expected a positive scaling"):
+            corda(base.weight, torch.eye(K), 3, scaling)
     with pytest.raises(ValueError, match="floating-point matrix"):
         pissa(torch.zeros(4, 4, dtype=torch.int8), 2, 1.0)
     with pytest.raises(ValueError, match="expected init=True"):

@@ -345,6 +345,8 @@ def test_errors_name_what_was_wrong():
         ({"lora_alpha": None}, ValueError, "finite lora_alpha; got None"),
         ({"lora_dropout": "0.1"}, ValueError, r"lora_dropout in \[0, 1\); got '0.1'"),
         ({"adapter_dtype": torch.int32}, ValueError, "floating-point adapter_dtype"),
+        ({"adapter_dtype": torch.float8_e4m3fn}, ValueError, "floating-point adapter_dtype: .*; got torch.float8_e4m3fn"),
+        ({"adapter_dtype": "bf16"}, ValueError, "floating-point adapter_dtype: .*; got 'bf16'"),
     ):
         with pytest.raises(error, match=text):
             LoRALinear.from_linear(base, **arguments)

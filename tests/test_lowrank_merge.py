@@ -97,6 +97,38 @@ def test_an_overflow_in_the_middle_of_a_model_changes_nothing(backup):
     assert all(torch.equal(layer.weight, weight) and not layer.merged for layer, weight in zip(model, before))
 
 
+@pytest.mark.parametrize("backup", [True, False])
+@pytest.mark.parametrize("dtype,size", [(torch.float16, 1e4), (torch.bfloat16, 1e20), (torch.float32, 1e20), (torch.float64, 1e160)], ids=str)
+def test_what_overflows_is_refused_and_changes_nothing(dtype, size, backup):
+    layer = build("lora", {}, dtype=dtype)
+    with torch.no_grad():
+        layer.lora_B.fill_(size)
+        layer.lora_A.fill_(size)
+    weight = layer.weight.detach().clone()
+    with pytest.raises(ValueError, match=f"within {dtype}'s range; got an overflow"):
+        layer.merge(backup=backup)
+    assert torch.equal(layer.weight, weight) and not layer.merged
+    with pytest.raises(ValueError, match=f"within {dtype}'s range; got an overflow"):
+        layer.to_linear()
+    with torch.no_grad():  # what was no number before is no overflow
+        layer.lora_B.zero_()
+        layer.weight[0, 0] = float("inf")
+    assert layer.merge(backup=backup) and layer.merged and layer.to_linear().weight[0, 0] == float("inf")
+
+
+@pytest.mark.parametrize("method,vector", [("ssf", "ssf_shift"), ("ia3", "ia3_l")])
+def test_a_bias_that_overflows_is_refused_and_changes_nothing(method, vector):
+    layer = build(method, {}, dtype=torch.float16)
+    with torch.no_grad():
+        layer.weight.zero_()
+        layer.bias.fill_(1.0)
+        getattr(layer, vector).fill_(1e6)
+    for merging in (layer.merge, layer.to_linear):
+        with pytest.raises(ValueError, match="bias: merge expected a result within torch.float16's range"):
+            merging()
+    assert not layer.merged and not layer.weight.any() and bool((layer.bias == 1).all())
+
+
 def test_merge_refuses_what_it_cannot_do():
     shift = build("ssf", {}, bias=False)
     with pytest.raises(ValueError, match="expected a bias"):
@@ -119,11 +151,3 @@ def test_merge_refuses_what_it_cannot_do():
         broken.lora_A[0, 0] = float("nan")
     with pytest.raises(ValueError, match="finite factors"):
         broken.merge()
-    big = build("lora", {}, dtype=torch.float16)
-    with torch.no_grad():
-        big.lora_B.fill_(1e4)
-        big.lora_A.fill_(1e4)
-    weight = big.weight.detach().clone()
-    with pytest.raises(ValueError, match="overflow"):
-        big.merge(backup=False)
-    assert torch.equal(big.weight, weight) and not big.merged

@@ -143,6 +143,19 @@ def test_dropout_drops_in_training_only_and_at_its_rate() -> None:
     assert torch.equal(layer(x), layer(x))
 
 
+@pytest.mark.parametrize("dora", [False, True])
+def test_dropout_modules_that_train_in_an_eval_model(dora: bool) -> None:
+    """Monte Carlo dropout: PEFT's LoRA drops then, its DoRA does not."""
+    model = build(lora(lora_dropout=0.5, use_dora=dora, target_modules=["q_proj"])).eval()
+    layer, x = layer_of(model), tokens()
+    layer.lora_dropout.train()
+    eager = layer(x)
+    fa.patch(model)
+    assert torch.equal(layer(x), layer(x)) == dora
+    if dora:
+        assert torch.allclose(layer(x), eager, atol=1e-5)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_checkpointing_replays_the_mask(reentrant: bool) -> None:
     from torch.utils.checkpoint import checkpoint

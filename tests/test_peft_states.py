@@ -203,6 +203,35 @@ def test_other_layers_keep_pefts_forward() -> None:
     assert torch.allclose(model(x), y, atol=1e-6)
 
 
+def test_the_report_claims_no_layer_that_is_never_called() -> None:
+    model = peft.get_peft_model(nn.Sequential(nn.MultiheadAttention(8, 2)), lora(target_modules=["0"]))
+    report = fa.patch(model)
+    assert [(r.kind, r.path) for r in report.layers] == [("lora.MultiheadAttention", "peft"), ("lora.Linear", "peft")]
+    assert "never calls that layer" in report.left[1].reason
+
+
+class Doubled(nn.Module):
+    """Twice the weight, and how often it was asked for."""
+
+    reads = 0
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        self.reads += 1
+        return 2 * weight
+
+
+@pytest.mark.parametrize("part", ["base_layer", "lora_A.default"])
+def test_a_parametrized_weight_is_read_as_often_as_by_peft(part: str) -> None:
+    model, doubled = build(lora(target_modules=["q_proj"])), Doubled()
+    nn.utils.parametrize.register_parametrization(layer_of(model).get_submodule(part), "weight", doubled)
+    doubled.reads = 0  # registering reads, too
+    y, reads = model(tokens()), doubled.reads
+    assert "Parametrized" in dict((r.name, r.reason) for r in fa.patch(model).left)["base_model.model.0.q_proj"]
+    doubled.reads = 0
+    assert torch.equal(model(tokens()), y)
+    assert doubled.reads == reads
+
+
 @pytest.mark.parametrize("how", ["argument", "context", "environment"])
 def test_strict_raises_before_anything_changes(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = peft.get_peft_model(nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 8)), lora(target_modules=["0", "1"]))

@@ -95,8 +95,8 @@ class FusedForward:
         kind = self.kind
         if not torch.compiler.is_compiling() or not kind.dropouts:
             return [layers.numbers_of(self.layer, kind, name) for name in names]
-        found, dropouts = torch.ops.fusedadapt.peft_numbers(self.key, names), getattr(self.layer, kind.dropouts)
-        return [(found[i, 0], found[i, 1] if layers.drops(dropouts[name]) else 0.0) for i, name in enumerate(names)]
+        found = torch.ops.fusedadapt.peft_numbers(self.key, names)
+        return [(found[i, 0], found[i, 1] if layers.drops(self.layer, kind, name) else 0.0) for i, name in enumerate(names)]
 
     def _note(self, reason: str) -> None:
         """Says that PEFT's forward runs, once for each reason; raises where that is not wanted."""

@@ -62,6 +62,8 @@ def structural(layer: Any) -> str:
         return packed.no_form(base)
     if hasattr(base, "base_layer"):
         return "the base layer is itself an adapter layer"
+    if type(base).__name__ == "NonDynamicallyQuantizableLinear":
+        return "nn.MultiheadAttention reads the weight of its out_proj and never calls that layer"
     if not (_is_linear(base) or is_conv1d(base)):
         return f"base layer is a {type(base).__name__}; only nn.Linear and Conv1D have a fused form"
     return ""
@@ -73,8 +75,9 @@ def _is_quantized(base: Any) -> bool:
 
 
 def _is_linear(module: Any) -> bool:
-    """nn.Linear's own forward: a subclass may have another."""
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and "forward" not in vars(module)
+    """nn.Linear's own forward: a subclass may have another. A parametrized weight is computed at each reading, and may be another then."""
+    own = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and "forward" not in vars(module)
+    return own and not hasattr(module, "parametrizations")
 
 
 def is_conv1d(module: Any) -> bool:
@@ -144,21 +147,21 @@ def input_reason(layer: Any, x: Tensor) -> str:
 
 def numbers_of(layer: Any, kind: Kind, name: str) -> tuple[float, float]:
     """(scaling, dropout p) of one adapter as PEFT has them now; p = 0 where its dropout does nothing."""
-    dropouts = getattr(layer, kind.dropouts, None) if kind.dropouts else None
     scaling = layer.scaling[name] if hasattr(layer, "scaling") else 1.0
-    return float(scaling), float(dropouts[name].p) if dropouts is not None and drops(dropouts[name]) else 0.0
+    return float(scaling), float(getattr(layer, kind.dropouts)[name].p) if drops(layer, kind, name) else 0.0
 
 
-def drops(dropout: nn.Module) -> bool:
-    """Whether a mask is drawn."""
-    return type(dropout) is nn.Dropout and dropout.training
+def drops(layer: Any, kind: Kind, name: str) -> bool:
+    """Whether a mask is drawn. PEFT's DoRA asks its layer's mode, too: dropouts that train in an eval model (Monte Carlo) do nothing."""
+    dropout = getattr(layer, kind.dropouts)[name] if kind.dropouts else None
+    return type(dropout) is nn.Dropout and dropout.training and (layer.training or not _is_dora(layer, name))
 
 
 # ---- LoRA, rsLoRA, DoRA
 
 
 def _is_dora(layer: Any, name: str) -> bool:
-    return type(layer.lora_variant.get(name)).__name__ == "DoraLinearVariant"
+    return type(getattr(layer, "lora_variant", {}).get(name)).__name__ == "DoraLinearVariant"
 
 
 def _lora_why_not(layer: Any, names: Sequence[str]) -> str:

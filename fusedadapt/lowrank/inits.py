@@ -65,6 +65,7 @@ def pissa(weight: Tensor, r: int, scaling: float, *, niter: int | None = None, d
         dtype: of A and B, default fp32 (fp64). The residual is taken from what the rounding to it left.
     """
     _check_rank("pissa", weight, r)
+    _check_scaling("pissa", scaling)
     w = weight.detach().to(wide(weight.dtype))
     if niter is None:
         u, s, vh = torch.linalg.svd(w, full_matrices=False)
@@ -97,6 +98,7 @@ def corda(weight: Tensor, covariance: Tensor, r: int, scaling: float, *, mode: s
         ValueError: shapes or mode, a covariance that is zero or not finite.
     """
     _check_rank("corda", weight, r)
+    _check_scaling("corda", scaling)
     k = weight.shape[1]
     if mode not in ("ipm", "kpm"):
         raise ValueError(f"corda: expected mode 'ipm' or 'kpm'; got {mode!r}; choose one")
@@ -121,6 +123,11 @@ def _check_rank(name: str, weight: Tensor, r: int) -> None:
         raise ValueError(f"{name}: expected a floating-point matrix; got {weight.dtype} {tuple(weight.shape)}; dequantize it first")
     if not 1 <= r <= min(weight.shape):
         raise ValueError(f"{name}: expected a rank of 1 to {min(weight.shape)} for a weight of shape {tuple(weight.shape)}; got {r}; lower it")
+
+
+def _check_scaling(name: str, scaling: float) -> None:
+    if not scaling > 0:
+        raise ValueError(f"{name}: expected a positive scaling, which its root is divided by; got {scaling}; choose a positive lora_alpha")
 
 
 def _factors(weight: Tensor, a: Tensor, b: Tensor, scaling: float, dtype: torch.dtype | None) -> Factors:
@@ -150,9 +157,9 @@ def initialise(layer: LoRALinear, init: Init) -> None:
             init = pissa(weight, layer.r, layer.scaling, niter=int(niter) if niter else None, dtype=A.dtype)
         elif init == "olora":
             init = olora(weight, layer.r, layer.scaling, dtype=A.dtype)
-        else:
-            known = ", ".join((*PLAIN, "pissa", "pissa_niter_<n>", "olora"))
-            raise ValueError(f"LoRALinear: expected init True, False, a tensor, Factors, or one of {known}; got {init!r}; name one of them")
+    if not isinstance(init, Factors):
+        known = ", ".join((*PLAIN, "pissa", "pissa_niter_<n>", "olora"))
+        raise ValueError(f"LoRALinear: expected init True, False, a tensor, Factors, or one of {known}; got {init!r}; name one of them")
     for own, new, what in ((A, init.A, "init.A"), (B, init.B, "init.B"), (weight, init.residual, "init.residual")):
         _check_shape(what, new, own)
     A.copy_(init.A)

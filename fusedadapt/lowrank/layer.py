@@ -123,8 +123,9 @@ class LoRALinear(PackedWeight):
     ) -> None:
         if not _is_number(alpha) or not math.isfinite(alpha):
             raise ValueError(f"LoRALinear[{record.name}]: expected a finite lora_alpha; got {alpha!r}; choose a number, often r or 2 r")
-        if adapter_dtype is not None and not adapter_dtype.is_floating_point:
-            raise ValueError(f"LoRALinear[{record.name}]: expected a floating-point adapter_dtype; got {adapter_dtype}; choose torch.float32")
+        if adapter_dtype is not None and adapter_dtype not in ops.DTYPES:
+            kinds = "floating-point adapter_dtype: float32, bfloat16, float16 or float64"
+            raise ValueError(f"LoRALinear[{record.name}]: expected a {kinds}; got {adapter_dtype!r}; choose torch.float32")
         self.method, self.r, self.lora_alpha = record.name, r if record.ranked else 0, alpha
         self.options = dict(record.options) | options
         base = self.weight.dtype if self.format is None else torch.float32

@@ -52,12 +52,11 @@ def merge_adapters(model: nn.Module, *, backup: bool = True) -> dict[str, MergeR
     """
     layers = {name: layer for name, layer in _layers(model).items() if not layer.merged}
     owners: dict[int, str] = {}
+    keep = backup  # what may overflow may do so in the middle of the model: then backups until all is done
     for name, layer in layers.items():
-        _change(layer, backup, name)
+        keep = _may_overflow(layer, _change(layer, backup, name)) or keep
         if (other := owners.setdefault(id(layer.weight), name)) != name:
             raise ValueError(f"{_label(layer, name)}: merge expected a weight of its own; got one that {other} adapts too; untie them first")
-    # fp16 may overflow in the middle of the model: backups until all is done
-    keep = backup or any(layer.weight.dtype == torch.float16 for layer in layers.values())
     reports: dict[str, MergeReport] = {}
     try:
         for name, layer in layers.items():
@@ -94,13 +93,13 @@ def merge_layer(layer: LoRALinear, backup: bool, name: str) -> MergeReport:
         raise RuntimeError(f"{label}: merge expected an unmerged layer; it is merged already; unmerge it first")
     change = _change(layer, backup, name)
     backup = backup or layer.format is not None  # of packed bytes: small, and there is no other way back
-    # fp16 may overflow, which only the result shows: the copy makes that undoable
-    kept = _copy(layer) if backup or layer.weight.dtype == torch.float16 else None
+    risky = _may_overflow(layer, change)
+    kept = _copy(layer) if backup or risky else None  # only the result shows an overflow: the copy makes it undoable
     old_bias = None if layer.bias is None else layer.bias.detach().clone()
     retained = _apply(layer.weight, change) if layer.format is None else _requantize(layer, change)
-    if layer.weight.dtype == torch.float16 and isinstance(kept, Tensor) and not torch.isfinite(layer.weight).all():
+    if risky and isinstance(kept, Tensor) and _overflowed(layer.weight, kept):
         layer.weight.copy_(kept)
-        raise ValueError(f"{label}: merge expected a result within fp16's range; got an overflow; nothing was changed; merge in bf16 or fp32")
+        raise _overflow(label, layer.weight.dtype)
     if layer.bias is not None and change.bias is not None:
         layer.bias.copy_(change.bias)
     layer.merged, layer._before = True, Before(kept if backup else None, change, old_bias)
@@ -136,6 +135,8 @@ def merged_linear(layer: LoRALinear) -> nn.Linear:
     if not layer.merged:
         change = _change(layer, True, "", bias=False)
         _apply(weight, change)
+        if _overflowed(weight, layer.weight if layer.format is None else torch.zeros_like(weight)):
+            raise _overflow(_label(layer, ""), weight.dtype)
         bias = None if change.bias is None else change.bias.to(weight.dtype)
     plain = nn.Linear(layer.in_features, layer.out_features, bias is not None, device="meta")
     plain.weight = nn.Parameter(weight, requires_grad=False)
@@ -174,6 +175,27 @@ def _check(layer: LoRALinear, name: str) -> None:
         )
 
 
+def _may_overflow(layer: LoRALinear, change: Change) -> bool:
+    """Whether the changed weight could leave its dtype's range: a bound that reads W once and copies nothing. Packed weights widen their scales."""
+    if layer.format is not None or not layer.weight.numel():
+        return False
+    v, a, row, col, _ = (0.0 if part is None else float(torch.linalg.vector_norm(part, torch.inf)) for part in change)
+    bound = float(torch.linalg.vector_norm(layer.weight, torch.inf)) + change.v.shape[1] * v * a
+    for scale, largest in ((change.row_scale, row), (change.col_scale, col)):
+        bound *= 1.0 if scale is None else max(1.0, largest)
+    return not bound <= torch.finfo(layer.weight.dtype).max
+
+
+def _overflowed(new: Tensor, old: Tensor) -> bool:
+    """Whether something finite became inf or nan."""
+    finite = torch.isfinite(new)
+    return not bool(finite.all()) and bool((~finite & torch.isfinite(old)).any())
+
+
+def _overflow(label: str, dtype: torch.dtype) -> ValueError:
+    return ValueError(f"{label}: merge expected a result within {dtype}'s range; got an overflow; nothing was changed; merge in a wider dtype")
+
+
 @torch.no_grad()
 def _change(layer: LoRALinear, backup: bool, name: str, *, bias: bool = True) -> Change:
     """The change that merging means, checked. ``bias``: the layer itself must be able to hold a bias."""
@@ -195,6 +217,9 @@ def _change(layer: LoRALinear, backup: bool, name: str, *, bias: bool = True) ->
     for part in change:
         if part is not None and not torch.isfinite(part).all():
             raise ValueError(f"{label}: merge expected finite factors; got inf or nan; nothing was changed; load sound ones")
+    held = layer.weight.dtype if layer.format is None else layer.weight_dtype
+    if b is not None and not torch.isfinite(b.to(held if layer.bias is None else layer.bias.dtype)).all():
+        raise _overflow(f"{label}: bias", held)
     if not backup and any(scale is not None and bool((scale == 0).any()) for scale in (row, col)):
         raise ValueError(f"{label}: merge expected scales without zeros, to be undone without a backup; got zeros; merge with backup=True")
     return change
