@@ -243,6 +243,8 @@ BAD_FORMATS: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
     (("nf4",), {"group_axis": "n"}, "integer or fp8"),
     (("int4",), {"double_quant": True}, "nf4 or fp4"),
     (("nf4",), {"double_quant": "yes"}, "True or False"),
+    (("nf4",), {"double_quant": True, "scale_dtype": torch.float16}, "not coded"),
+    (("nf4",), {"scale_dtype": torch.float16, "double_quant": True}, "not coded"),
     (("int4",), {"symmetric": "yes"}, "True or False"),
     (("nf4",), {"symmetric": True}, "integer format"),
     (("int4",), {"compat": "bnb_cpu"}, "nf4 or fp4"),
@@ -267,6 +269,9 @@ def test_options_can_be_turned_back() -> None:
         there = format_of(own, symmetric=not own.signed)
         assert there != own and format_of(there, symmetric=own.signed) == own
     assert format_of(format_of("nf4", double_quant=True), double_quant=False) == FORMATS["nf4"]
+    for name in ("int4", "hqq4", "int8"):  # the group is as long along the other axis, and the same along its own
+        there = format_of(name, group_axis="n")
+        assert format_of(there, group_axis="n") == there and format_of(there, group_axis="k") == FORMATS[name]
 
 
 @pytest.mark.parametrize(
@@ -277,6 +282,14 @@ def test_options_can_be_turned_back() -> None:
 def test_what_is_no_weight_is_refused(w: Any) -> None:
     with pytest.raises(ValueError, match="quantize: expected"):
         quantize(w)
+
+
+def test_nested_tensors_are_refused() -> None:
+    for w in (torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(4, 3)], layout=layout) for layout in (torch.strided, torch.jagged)):
+        with pytest.raises(ValueError, match="quantize: expected a dense tensor .* nested"):
+            quantize(w)
+        with pytest.raises(ValueError, match="quantized_linear: expected x: dense.* nested"):
+            fa.quantized_linear(w, quantize(torch.ones(4, 3), "int8"))
 
 
 SPOILED = [

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import struct
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from torch import Tensor
 
 import fusedadapt as fa
 from fusedadapt import cli
-from fusedadapt.quant import foreign, linears, quantize
+from fusedadapt.quant import foreign, format_of, linears, quantize
 from fusedadapt.quant.archive import find, read_header
 from fusedadapt.quant.load import load_model_
 from fusedadapt.quant.stream import quantize_checkpoint
@@ -79,6 +81,45 @@ def test_sound_files_of_others_pass_and_load(kind, tmp_path, capsys):
     assert len(load_model_(model, folder)) == len(models.LINEARS)
     w = models.state()[f"{LAYER}.weight"]
     assert (model.get_submodule(LAYER).dequantize().float() - w).norm() < 0.2 * w.norm()
+
+
+def described_folder(folder: Path, kind: str) -> tuple[Path, Tensor]:
+    """A sound layer that only config.json describes in full, and its weight: fp8 in tiles of 64; GPTQ without g_idx, its last group short; AWQ's
+    "gemv", in whose padded scales several group sizes fit."""
+    k = {"fp8": 192, "gptq": 160, "awq": 256}[kind]
+    w, said = torch.randn(64, k, generator=torch.Generator().manual_seed(0)), {"bits": 4, "group_size": 64}
+    if kind == "fp8":
+        qt = quantize(w, replace(format_of("fp8_e4m3"), block=(64, 64)))
+        tensors, said = foreign.to_fp8(qt, "l.weight"), {"weight_block_size": [64, 64]}
+    elif kind == "gptq":
+        qt = quantize(w, "int4", 64, scale_dtype=torch.float16)
+        tensors = foreign.to_gptq(qt, "l")
+        del tensors["l.g_idx"]
+    else:
+        qt, said["group_size"] = quantize(w, "int4", -1, scale_dtype=torch.float16), -1
+        assert qt.zero is not None
+        zeros = torch.nn.functional.pad(qt.zero.to(torch.int32), (0, 7))
+        tensors = {"l.qweight": qt.qdata.view(torch.int32), "l.qzeros": zeros[:, :1].clone()}
+        tensors["l.scales"] = torch.nn.functional.pad(qt.scale, (0, 7))
+    config = {"quantization_config": {"quant_method": kind, **said}}
+    return models.write(folder, tensors, config=config), qt.dequantize(torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["fp8", "gptq", "awq"])
+def test_the_config_is_asked_where_shapes_do_not_say(kind, tmp_path, capsys):
+    folder, w = described_folder(tmp_path / "m", kind)
+    code, said = doctor(folder, capsys)
+    assert code == 0 and f"1 layers as {kind}" in said, said
+    model = torch.nn.ModuleDict({"l": torch.nn.Linear(w.shape[1], 64, bias=False)})
+    load_model_(model, folder)
+    assert torch.equal(model["l"].dequantize(torch.float32), w)
+    config = json.loads((folder / "config.json").read_text())
+    for key in ("weight_block_size", "group_size", "bits"):
+        config["quantization_config"][key] = [[], "64"]
+    (folder / "config.json").write_text(json.dumps(config))
+    doctor(folder, capsys)  # whatever it finds, without a traceback
+    with contextlib.suppress(ValueError):
+        load_model_(torch.nn.ModuleDict({"l": torch.nn.Linear(w.shape[1], 64, bias=False)}), folder)
 
 
 def hqq_tensors(w: Tensor, name: str, bits: int, group: int) -> tuple[dict[str, Tensor], Tensor]:
@@ -248,6 +289,8 @@ def test_config_and_files_must_agree(make, tmp_path, capsys):
         ({"load_in_4bit": False}, "expected load_in_4bit: true"),
         ({"llm_int8_skip_modules": ["up_proj"]}, "also names quantized layers, which will not load: model.layers."),
         ({"llm_int8_skip_modules": "lm_head"}, "a list of names"),
+        ({"quant_method": ["bitsandbytes"]}, "quant_method: a name"),
+        ({"quant_method": {"a": 1}}, "quant_method: a name"),
     ]
     for change, match in cases:
         changed = {**config, "quantization_config": {**config["quantization_config"], **change}}
@@ -275,7 +318,7 @@ def test_shards_and_their_index(tmp_path, capsys):
     assert code == 1 and f"it puts {lost} into model-00001" in said and "it puts ghost into" in said
     index.write_text(json.dumps({"weight_map": {name: file for name, file in mapping.items() if name != lost}}))
     assert f"it does not name {lost}" in doctor(folder, capsys)[1]
-    for broken in ("{", '{"weight_map": 3}', '{"weight_map": {"a": "../b.safetensors"}}'):
+    for broken in ("{", '{"weight_map": 3}', '{"weight_map": {}}', '{"weight_map": {"a": "../b.safetensors"}}', '{"weight_map": {"a": "b\\u0000"}}'):
         index.write_text(broken)
         assert "model.safetensors.index.json: expected" in doctor(folder, capsys)[1]
     index.write_text(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,35 @@ def test_awq_gemv(k: int, size: int, wide: int) -> None:
     }
     q = foreign.from_awq(tensors, NAME, group_size=size)
     assert torch.equal(q.dequantize(torch.float32), truth(codes, zeros, scales, grouped(k, size)))
+    if k != 64 * wide:  # else the shapes are those of GPTQ, too
+        assert diagnose(tensors, NAME, group_size=size) == [], "what fills the scales up is no scale"
+
+
+def gemv_row(n: int, k: int) -> tuple[dict[str, Tensor], Tensor]:
+    """A layer with one group a row, and its weight: the scales are filled up to eight, as many as groups of 128 would have."""
+    codes, zeros, scales = drawn(n, k, 1, 4, 4)
+    tensors = {
+        f"{NAME}.qweight": packed(codes.t().tolist(), 4),
+        f"{NAME}.qzeros": packed(torch.nn.functional.pad(zeros.t(), (0, 7)).tolist(), 4),
+        f"{NAME}.scales": torch.nn.functional.pad(scales.t(), (0, 7)).contiguous(),
+    }
+    return tensors, truth(codes, zeros, scales, grouped(k, k))
+
+
+def test_a_group_size_of_a_whole_row() -> None:
+    """-1, as config.json has it."""
+    tensors, w = gemv_row(16, 256)
+    assert torch.equal(foreign.from_awq(tensors, NAME, group_size=-1).dequantize(torch.float32), w)
+    assert diagnose(tensors, NAME, group_size=-1) == []
+    q = quantize(weight("normal", 32, 64), "int4", -1, scale_dtype=torch.float16)
+    rest = {each: t for each, t in foreign.to_gptq(q, NAME).items() if not each.endswith("g_idx")}
+    assert equal(foreign.from_gptq(rest, NAME, version=1, group_size=-1, dtype=q.dtype)[0], q)
+    readers: list[Any] = [(foreign.from_awq, tensors), (foreign.from_gptq, rest)]
+    for (read, layer), size in itertools.product(readers, (-2, 64.0, True, "64")):
+        with pytest.raises(ValueError, match="expected group_size: "):
+            read(layer, NAME, group_size=size)
+    with pytest.raises(ValueError, match="scales: expected 2 groups, which 64 inputs have in groups of 32; got 1"):
+        foreign.from_gptq(rest, NAME, version=1, group_size=32)
 
 
 STORAGES = (torch.uint8, torch.bfloat16, torch.float16, torch.float32)
@@ -194,6 +224,7 @@ def test_bitsandbytes_both_ways(name: str, nested: bool, shape: tuple[int, ...],
             assert tensors["up.weight"].dtype == storage
             assert equal(foreign.from_bitsandbytes(tensors, "up.weight"), q)
             assert diagnose(tensors, "up") == []
+            assert int((tensors["up.weight.quant_map"].view(torch.int32) == 0).sum()) == (2 if name == "fp4" else 1), "+0, as they write it"
 
 
 @pytest.mark.parametrize("nested", (False, True))
@@ -211,7 +242,7 @@ def test_bitsandbytes_itself_reads_and_writes_the_same(name: str, nested: bool) 
         ours = foreign.to_bitsandbytes(q)
         assert ours.keys() == theirs.keys()
         for each, t in ours.items():
-            assert same(t, theirs[each].view(t.shape)) or each == "weight.quant_map" and torch.equal(t, theirs[each]), each
+            assert same(t, theirs[each].view(t.shape)), each
         loaded = functional.QuantState.from_dict(
             {part.removeprefix("weight."): t for part, t in ours.items() if part != "weight"}, torch.device("cpu")
         )

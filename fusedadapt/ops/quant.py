@@ -32,11 +32,11 @@ _SCRATCH_GPU = 64 << 20
 
 
 def misfit(t: object) -> Any:
-    """What stands in the place of a dense tensor in one of DTYPES: its type's name, its layout or its dtype; None if it is one."""
+    """What stands in the place of a dense tensor in one of DTYPES: its type's name, its kind, its layout or its dtype; None if it is one."""
     if not isinstance(t, Tensor):
         return type(t).__name__
-    if t.layout != torch.strided:
-        return t.layout
+    if t.is_nested or t.layout != torch.strided:
+        return "a nested tensor" if t.is_nested else t.layout
     return None if t.dtype in DTYPES else t.dtype
 
 

@@ -218,8 +218,8 @@ def _files(path: Path, faults: list[str]) -> tuple[list[Path], dict[str, str]]:
     if (path / INDEX).is_file():
         try:
             mapping = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
-            if not all(isinstance(file, str) and Path(file).name == file for file in mapping.values()):
-                raise ValueError("its shards are not names of files beside it")
+            if not mapping or not all(isinstance(file, str) and Path(file).name == file and "\0" not in file for file in mapping.values()):
+                raise ValueError("its shards are not names of files beside it" if mapping else "no tensor in it")
             return [path / name for name in sorted(set(mapping.values()))], mapping
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             faults.append(f'{INDEX}: expected {{"weight_map": {{tensor: file}}}}; got {type(error).__name__}: {error}')

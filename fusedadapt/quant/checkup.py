@@ -11,9 +11,9 @@ from typing import Any
 
 from . import foreign
 from .archive import INDEX, SINGLE, Archive, find, read_tensor
-from .foreign.parts import zero_scales
+from .foreign.parts import ALL_ZERO
 from .linears import module_matches
-from .packed import Packed, label, packed_layers
+from .packed import Packed, bits, block, group, label, packed_layers
 from .report import some
 
 #: quant_method in config.json -> kind of layer found in the files
@@ -75,16 +75,18 @@ def _check_layer(archive: Archive, layer: Packed, config: Mapping[str, Any], res
         except (OSError, ValueError) as error:
             result.faults.append(str(error))
             return
-    # A group of zeros is unusual, not wrong.
-    harmless = {text for name, t in tensors.items() if t.dtype.is_floating_point for text in zero_scales(name, t.float())}
-    for text in foreign.diagnose(tensors, layer.prefix, metadata=archive.metadata, label=label(config)):
-        (result.notes if text in harmless else result.faults).append(text)
+    said: dict[str, Any] = {"label": label(config), "bits": bits(config), "group_size": group(config), "block": block(config)}
+    for text in foreign.diagnose(tensors, layer.prefix, metadata=archive.metadata, **said):
+        (result.notes if text.endswith(ALL_ZERO) else result.faults).append(text)  # a group of zeros is unusual, not wrong
 
 
 def _check_config(config: Mapping[str, Any], layers: list[Packed], result: Checkup) -> None:
     """Whether config.json describes the layers that are there."""
     said = config.get("quantization_config") or {}
     method = said.get("quant_method") or ("bitsandbytes" if said.get("load_in_4bit") or said.get("load_in_8bit") else None)
+    if not isinstance(method, str | None):
+        result.faults.append(f"config.json: expected quant_method: a name; got {str(method)[:80]}")
+        return
     if method is not None:
         result.rows.append(("config.json", f"quant_method {method}"))
     kinds = {layer.kind for layer in layers}
@@ -102,9 +104,9 @@ def _check_config(config: Mapping[str, Any], layers: list[Packed], result: Check
 def _check_bitsandbytes(said: Mapping[str, Any], layers: list[Packed], result: Checkup) -> None:
     kinds = {name.rpartition("bitsandbytes__")[2] for layer in layers for name in layer.tensors if "bitsandbytes__" in name}
     rows = {any(name.endswith(".SCB") for name in layer.tensors) for layer in layers}
-    for bits, present in ((4, False in rows), (8, True in rows)):
-        if present and said.get(f"load_in_{bits}bit", said.get(f"_load_in_{bits}bit")) is not True:
-            result.faults.append(f"config.json: expected load_in_{bits}bit: true beside {bits}-bit layers")
+    for width, present in ((4, False in rows), (8, True in rows)):
+        if present and said.get(f"load_in_{width}bit", said.get(f"_load_in_{width}bit")) is not True:
+            result.faults.append(f"config.json: expected load_in_{width}bit: true beside {width}-bit layers")
     if kinds and said.get("bnb_4bit_quant_type") not in kinds:
         result.faults.append(f"config.json: bnb_4bit_quant_type is {said.get('bnb_4bit_quant_type')!r}; the files hold {', '.join(sorted(kinds))}")
     nested = {any(name.endswith(".nested_absmax") for name in layer.tensors) for layer in layers}

@@ -218,6 +218,8 @@ def _format_of(name: str | QFormat, group_size: int | None, **options: Any) -> Q
             _refuse(f"{option}=True or False", repr(options[option]), "pass one of them")
     if group_size is not None and options.get("group_axis") in ("row", "tensor", "block"):
         _refuse(f'no group_size with group_axis="{options["group_axis"]}"', group_size, "leave one of them out")
+    if options.get("double_quant") and options.get("scale_dtype") is not None:
+        _refuse("no scale_dtype with double_quant=True: its scales are not coded", options["scale_dtype"], "leave one of them out")
     for option, value in options.items():
         if value is not None and value is not False or option == "symmetric" and value is False:
             fmt = _APPLY[option](fmt, value)
@@ -277,7 +279,7 @@ def _symmetric(fmt: QFormat, value: Any) -> QFormat:
 def _axis(fmt: QFormat, value: Any) -> QFormat:
     if fmt.flat or fmt.name in _FIXED_GROUP or fmt.scale == "e8m0_row":
         _refuse("group_axis with an integer or fp8 format", fmt.name, "leave it out")
-    size = fmt.block[1]
+    size = fmt.block[0] if fmt.block[1] == 1 else fmt.block[1]
     blocks = {"k": (1, size), "n": (size, 1), "row": (1, WHOLE), "tensor": (WHOLE, WHOLE), "block": (128, 128)}
     if not isinstance(value, str) or value not in blocks:
         _refuse(f"group_axis among {', '.join(blocks)}", repr(value), "choose one of them")

@@ -37,7 +37,7 @@ def quantize_model_(
             layers whose weight is tied to another module's, layers that torch's own modules read past their forward, and those that a model of
             transformers keeps in fp32.
         format, group_size, options: as `fusedadapt.quantize` takes them.
-        skip: layers to leave alone: names ("lm_head"), ends of names ("q_proj"), globs ("model.layers.0.*"), or modules, with all inside.
+        skip: layers to leave alone: names ("lm_head"), ends of names ("q_proj"), globs ("model.layers.0.*"), or names of modules, with all inside.
         device: quantize there, e.g. "cuda"; the bytes come back to where the weight was. None: where the weight is.
 
     Returns:

@@ -100,14 +100,15 @@ def label(config: Mapping[str, Any]) -> str | None:
 def block(config: Mapping[str, Any]) -> tuple[int, int]:
     """Rows and columns of an fp8 tile."""
     said = _method(config).get("weight_block_size")
-    return (int(said[0]), int(said[1])) if isinstance(said, list) and len(said) == 2 else (128, 128)
+    sides = [side for side in said if type(side) is int and side > 0] if isinstance(said, list) and len(said) == 2 else []
+    return (sides[0], sides[1]) if len(sides) == 2 else (128, 128)
 
 
 def read_packed(archive: Archive, layer: Packed, config: Mapping[str, Any]) -> tuple[QuantizedTensor, Tensor | None]:
     """The weight of one layer, on the CPU, and the order of its inputs (None: as they come). ValueError that names the tensor at fault."""
     tensors, weight = {name: archive[name] for name in layer.tensors}, f"{layer.prefix}.weight"
     if layer.kind == "gptq":
-        return foreign.from_gptq(tensors, layer.prefix, bits=_method(config).get("bits"), version=label(config), group_size=_group(config))
+        return foreign.from_gptq(tensors, layer.prefix, bits=bits(config), version=label(config), group_size=group(config))
     if layer.kind == "ours":
         return foreign.from_plain(tensors, archive.metadata, weight), tensors.get(f"{weight}{ORDER}")
     if layer.kind == "bitsandbytes":
@@ -115,10 +116,17 @@ def read_packed(archive: Archive, layer: Packed, config: Mapping[str, Any]) -> t
     if layer.kind == "hqq":
         return foreign.from_hqq(tensors, layer.prefix), None
     if layer.kind == "awq":
-        return foreign.from_awq(tensors, layer.prefix, group_size=_group(config)), None
+        return foreign.from_awq(tensors, layer.prefix, group_size=group(config)), None
     return foreign.from_fp8(tensors, weight, block=block(config)), None
 
 
-def _group(config: Mapping[str, Any]) -> int | None:
+def bits(config: Mapping[str, Any]) -> int | None:
+    """Of a code; None where config.json does not say."""
+    found = _method(config).get("bits")
+    return found if type(found) is int and found > 0 else None
+
+
+def group(config: Mapping[str, Any]) -> int | None:
+    """Inputs that share a scale, -1 for all of them; None where config.json does not say."""
     found = _method(config).get("group_size")
-    return found if isinstance(found, int) and found > 0 else None
+    return found if type(found) is int and (found > 0 or found == -1) else None

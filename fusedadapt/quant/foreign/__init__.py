@@ -47,7 +47,16 @@ __all__ = [
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
-def diagnose(tensors: Tensors, name: str, *, metadata: Mapping[str, str] | None = None, label: int | str | None = None) -> list[str]:
+def diagnose(
+    tensors: Tensors,
+    name: str,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    label: int | str | None = None,
+    bits: int | None = None,
+    group_size: int | None = None,
+    block: tuple[int, int] = (128, 128),
+) -> list[str]:
     """Everything wrong with a quantized layer, one line each, the tensor first; empty if nothing is.
 
     Shapes that do not fit each other, missing tensors, damaged descriptions, NaN, infinite and zero scales, codes out of range, groups that do not
@@ -58,6 +67,7 @@ def diagnose(tensors: Tensors, name: str, *, metadata: Mapping[str, str] | None 
         name: of the module, e.g. "model.layers.0.mlp.up_proj".
         metadata: of the safetensors file, for our own layout: without it only the scales are looked at.
         label: config.json's checkpoint_format for GPTQ: "gptq" (1) or "gptq_v2" (2).
+        bits, group_size, block: as `from_gptq`, `from_awq` and `from_fp8` take them, where shapes do not say.
     """
     weight = key(name, "weight")
     if key(name, "W_q") in tensors:
@@ -65,11 +75,11 @@ def diagnose(tensors: Tensors, name: str, *, metadata: Mapping[str, str] | None 
     if bnb.row_key(weight) in tensors or any(other.startswith(f"{weight}.") for other in tensors):
         return [*bnb.faults(tensors, weight)]
     if any(key(name, part) in tensors for part in _PARTS):
-        return [*_packed_faults(tensors, name, label)]
+        return [*_packed_faults(tensors, name, label, bits, group_size)]
     if metadata is not None and f"{METADATA}{weight}" in metadata:
         return [*_our_faults(tensors, metadata, weight)]
     if weight in tensors and tensors[weight].dtype in plain._FP8:
-        return [*plain.fp8_faults(tensors, weight), *_zeros(tensors, f"{weight}_scale_inv", f"{weight}_scale")]
+        return [*plain.fp8_faults(tensors, weight, block), *_zeros(tensors, f"{weight}_scale_inv", f"{weight}_scale")]
     return [*_scale_faults(tensors, weight)]
 
 
@@ -97,26 +107,26 @@ def _zeros(tensors: Tensors, *names: str) -> Faults:
             yield from zero_scales(each, tensors[each].float())
 
 
-def _packed_faults(tensors: Tensors, name: str, label: int | str | None) -> Faults:
+def _packed_faults(tensors: Tensors, name: str, label: int | str | None, bits: int | None, group_size: int | None) -> Faults:
     """GPTQ or AWQ: GPTQ's words run along the inputs, so qweight has as many columns as scales."""
     shapes = [tensors[each].shape[-1:] for part in ("qweight", "scales") if (each := key(name, part)) in tensors]
     if key(name, "g_idx") not in tensors and len(shapes) == 2 and shapes[0] != shapes[1]:
-        yield from awq.faults(tensors, name)
-        yield from _zeros(tensors, key(name, "scales"))
+        found = [*awq.faults(tensors, name, group_size)]
+        yield from found or zero_scales(key(name, "scales"), awq.used_scales(tensors, name, group_size))
         return
-    if found := [*gptq.faults(tensors, name)]:
+    if found := [*gptq.faults(tensors, name, bits, group_size)]:
         yield from found
         return
     yield from _zeros(tensors, key(name, "scales"))
-    bits, n, said = guess_bits(tensors, name) or 4, tensors[key(name, "qweight")].shape[1], VERSIONS.get(label) if label else None
+    bits, n, said = bits or guess_bits(tensors, name) or 4, tensors[key(name, "qweight")].shape[1], VERSIONS.get(label) if label else None
     seen = zeros_version(tensors[key(name, "qzeros")], bits, n)
     if said is not None and seen not in (None, said):
         yield mislabelled(tensors, name, said, seen)
     elif said is not None and seen is None:
-        yield from _shifted(tensors, name, bits, n, said)
+        yield from _shifted(tensors, name, bits, n, said, group_size)
 
 
-def _shifted(tensors: Tensors, name: str, bits: int, n: int, said: int) -> Faults:
+def _shifted(tensors: Tensors, name: str, bits: int, n: int, said: int, group_size: int | None) -> Faults:
     """Weights have a mean near 0, so codes and zeros have near means; read as the other version every one of them moves by a whole step.
 
     Looks at the first 256 outputs.
@@ -124,7 +134,7 @@ def _shifted(tensors: Tensors, name: str, bits: int, n: int, said: int) -> Fault
     qweight, qzeros = (words(tensors[key(name, part)]) for part in ("qweight", "qzeros"))
     zeros, k = stream(qzeros, bits, n)[:, :256].float(), gptq.inputs(tensors, name, bits)
     codes, index = stream(qweight[:, :256].t(), bits, k).t().float(), tensors.get(key(name, "g_idx"))
-    ids = torch.arange(k, device=codes.device) // -(-k // len(zeros)) if index is None else index.long()
+    ids = torch.arange(k, device=codes.device) // gptq.side(k, len(zeros), group_size) if index is None else index.long()
     means = torch.zeros_like(zeros).index_add_(0, ids, codes) / ids.bincount(minlength=len(zeros)).clamp(min=1)[:, None]
     gaps = means - zeros
     gap, error = float(gaps.mean()), float(gaps.std()) / gaps.numel() ** 0.5

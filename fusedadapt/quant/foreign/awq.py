@@ -16,6 +16,7 @@ from .parts import (
     Faults,
     Tensors,
     bytes_to_words,
+    check_group,
     fault,
     finite,
     key,
@@ -75,8 +76,15 @@ def _width(k: int, group: int) -> int:
 
 def _gemv_group(tensors: Tensors, name: str, group_size: int | None) -> int | None:
     k, wide = 8 * tensors[key(name, "qweight")].shape[1], tensors[key(name, "scales")].shape[1]
-    fitting = [g for g in ((group_size,) if group_size else GROUPS) if k % g == 0 and 8 * _width(k, g) == wide]
+    sizes = (k if group_size == -1 else group_size,) if group_size else GROUPS
+    fitting = [g for g in sizes if k % g == 0 and 8 * _width(k, g) == wide]
     return fitting[0] if len(fitting) == 1 else None
+
+
+def used_scales(tensors: Tensors, name: str, group_size: int | None) -> Tensor:
+    """The scales of a layer without faults, less what fills up the "gemv" layout."""
+    scales, group = tensors[key(name, "scales")], _gemv_group(tensors, name, group_size)
+    return scales if group is None or layout(tensors, name) == "gemm" else scales[:, : 8 * tensors[key(name, "qweight")].shape[1] // group]
 
 
 def from_awq(tensors: Tensors, name: str = "", *, group_size: int | None = None, dtype: torch.dtype | None = None) -> QuantizedTensor:
@@ -84,24 +92,23 @@ def from_awq(tensors: Tensors, name: str = "", *, group_size: int | None = None,
 
     Args:
         tensors, name: the layer's tensors, as ``name.qweight`` and so on.
-        group_size: only for "gemv", where several sizes fit its padded scales.
+        group_size: only for "gemv", where several sizes fit its padded scales; -1: a whole row.
         dtype: of the weight; default the scales'.
 
     Raises:
         ValueError: names the tensor at fault, what was expected and what to do.
     """
+    check_group("from_awq", name, group_size)
     raise_first("from_awq", faults(tensors, name, group_size))
     qweight, qzeros = (words(tensors[key(name, part)]) for part in ("qweight", "qzeros"))
-    scales = tensors[key(name, "scales")]
+    scales = used_scales(tensors, name, group_size)
     if layout(tensors, name) == "gemm":
         k, n = qweight.shape[0], scales.shape[1]
         codes, zeros = _unshuffled(qweight).t(), _unshuffled(qzeros).t()
         return to_quantized(Affine(pack4(codes), scales.t(), zeros, 4, k // scales.shape[0], n, k), dtype)
     n, k = qweight.shape[0], 8 * qweight.shape[1]
-    group = _gemv_group(tensors, name, group_size) or k
-    groups = k // group
-    zeros = stream(qzeros, 4, groups)
-    return to_quantized(Affine(words_to_bytes(qweight), scales[:, :groups], zeros, 4, group, n, k), dtype)
+    groups = scales.shape[1]
+    return to_quantized(Affine(words_to_bytes(qweight), scales, stream(qzeros, 4, groups), 4, k // groups, n, k), dtype)
 
 
 def to_awq(qt: QuantizedTensor, name: str = "") -> dict[str, Tensor]:

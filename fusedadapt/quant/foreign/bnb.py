@@ -185,7 +185,7 @@ def to_bitsandbytes(qt: QuantizedTensor, name: str = "weight", *, quant_storage:
     found = {
         name: qt.parts.qdata.view(-1).view(quant_storage).view(-1, 1),
         f"{name}.absmax": qt.scale,
-        f"{name}.quant_map": torch.tensor(table(fmt.name).values, device=qt.device),
+        f"{name}.quant_map": torch.tensor(table(fmt.name).values, device=qt.device) + 0.0,  # theirs has +0 for fp4's code of -0, too
     }
     if nested:
         assert qt.super is not None and qt.offset is not None

@@ -19,10 +19,10 @@ from .parts import (
     Faults,
     Tensors,
     bytes_to_words,
+    check_group,
     fault,
     finite,
     key,
-    missing,
     permuted,
     plain_bits,
     raise_first,
@@ -57,7 +57,7 @@ def guess_bits(tensors: Tensors, name: str) -> int | None:
     return fitting[0] if len(fitting) == 1 else None
 
 
-def faults(tensors: Tensors, name: str, bits: int | None = None) -> Faults:
+def faults(tensors: Tensors, name: str, bits: int | None = None, group_size: int | None = None) -> Faults:
     """What makes a layer unreadable. Stops where the rest cannot be judged."""
     qweight, qzeros, scales = (key(name, part) for part in ("qweight", *_REST))
     if found := [*word_faults(tensors, name)]:
@@ -77,15 +77,23 @@ def faults(tensors: Tensors, name: str, bits: int | None = None) -> Faults:
     yield from shaped(qweight, tensors[qweight], (-(-k * bits // 32), n), f"{k} inputs of {bits} bits")
     if groups > k:
         yield fault(scales, f"at most {k} groups, one per input", groups, "the tensors are those of different layers")
-    yield from _index_faults(tensors, name, k, groups)
+    yield from _index_faults(tensors, name, k, groups, group_size)
     yield from finite(scales, tensors[scales])
 
 
-def _index_faults(tensors: Tensors, name: str, k: int, groups: int) -> Faults:
+def side(k: int, groups: int, group_size: int | None) -> int:
+    """Inputs that share a scale, of a layer without g_idx."""
+    return k if group_size == -1 else group_size or -(-k // groups)
+
+
+def _index_faults(tensors: Tensors, name: str, k: int, groups: int, group_size: int | None) -> Faults:
     index = tensors.get(key(name, "g_idx"))
     if index is None:
-        if k % groups:
+        if not group_size and k % groups:
             yield fault(key(name, "g_idx"), f"g_idx, as {k} inputs are no multiple of {groups} groups", "none", "pass group_size=")
+        elif (wanted := -(-k // side(k, groups, group_size))) != groups:
+            expected = f"{wanted} groups, which {k} inputs have in groups of {group_size}"
+            yield fault(key(name, "scales"), expected, groups, "pass the group size of this file, or the shard with its g_idx")
         return
     if index.dtype not in (torch.int32, torch.int64) or index.dim() != 1:
         got = f"{index.dtype}, shape {tuple(index.shape)}"
@@ -144,7 +152,7 @@ def from_gptq(
         tensors, name: the layer's tensors, as ``name.qweight`` and so on.
         bits: 2, 3, 4 or 8; None: by the shapes.
         version: 1 or "gptq", 2 or "gptq_v2"; None: by symmetric zeros.
-        group_size: only needed without ``g_idx``, where the last group is short.
+        group_size: only needed without ``g_idx``, where the last group is short; -1: a whole row.
         trust: take ``version`` even where the zeros contradict it.
         wrap: version 1's stored 2^b - 1 means 0, as quantizers mean it; False: 2^b, as kernels that do not wrap read it.
         dtype: of the weight; default the scales'.
@@ -153,10 +161,8 @@ def from_gptq(
         ValueError: names the tensor at fault, what was expected and what to do.
     """
     op = "from_gptq"
-    index_of = tensors.get(key(name, "g_idx"))
-    known = {key(name, "g_idx"): _regular(tensors, name, bits, group_size)} if group_size and index_of is None else {}
-    tensors = {**tensors, **known}
-    raise_first(op, faults(tensors, name, bits))
+    check_group(op, name, group_size)
+    raise_first(op, faults(tensors, name, bits, group_size))
     bits = bits or guess_bits(tensors, name) or 4
     qweight, scales = words(tensors[key(name, "qweight")]), tensors[key(name, "scales")]
     n, k, groups = qweight.shape[1], inputs(tensors, name, bits), scales.shape[0]
@@ -168,19 +174,13 @@ def from_gptq(
         refuse(op, fault(key(name, "qzeros"), "zeros up to 255", int(zeros.max()), "pass wrap=True"))
     qdata = words_to_bytes(qweight.t())[:, : plain_bits(bits).row_bytes(k)].contiguous()
     index = tensors.get(key(name, "g_idx"))
-    ids = torch.arange(k, device=scales.device) // (k // groups) if index is None else index.long()
+    ids = torch.arange(k, device=scales.device) // side(k, groups, group_size) if index is None else index.long()
     order = None if bool((ids.diff() >= 0).all()) else ids.argsort(stable=True)
     if order is not None:
         qdata, ids = permuted(qdata, bits, k, order), ids[order]
     group, at = _grouping(ids, groups)
     parts = scales.t()[:, at], zeros.t()[:, at].to(torch.uint8)
     return to_quantized(Affine(qdata, *parts, bits, group, n, k), dtype), order
-
-
-def _regular(tensors: Tensors, name: str, bits: int | None, group: int) -> Tensor:
-    """The g_idx that a file with equal groups could have left out."""
-    raise_first("from_gptq", missing(tensors, [key(name, "qweight"), key(name, "qzeros")]))
-    return torch.arange(inputs(tensors, name, bits or guess_bits(tensors, name) or 4), dtype=torch.int32) // group
 
 
 def _grouping(ids: Tensor, groups: int) -> tuple[int, Tensor]:

@@ -79,10 +79,20 @@ def finite(name: str, scales: Tensor) -> Faults:
         yield fault(name, "finite scales", f"{count} of {bad.numel()} NaN or infinite, the first at {at}", "quantize this layer again")
 
 
+#: how the texts of `zero_scales` end
+ALL_ZERO = "all weights of these groups are 0 (scales too small for the dtype look like this)"
+
+
 def zero_scales(name: str, scales: Tensor) -> Faults:
     """Not wrong by itself: every weight of the group is 0."""
     if count := int((scales == 0).sum()):
-        yield f"{name}: {count} of {scales.numel()} scales are 0: all weights of these groups are 0 (scales too small for the dtype look like this)"
+        yield f"{name}: {count} of {scales.numel()} scales are 0: {ALL_ZERO}"
+
+
+def check_group(op: str, name: str, group_size: object) -> None:
+    """ValueError if that is no group size: -1 is a whole row, None is not known."""
+    if group_size is not None and (type(group_size) is not int or group_size < 1 and group_size != -1):
+        refuse(op, fault(name, "group_size: a positive number, -1 or None", repr(group_size), "pass that of config.json"))
 
 
 def words(t: Tensor) -> Tensor:
