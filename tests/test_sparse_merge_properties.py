@@ -139,6 +139,8 @@ def test_nan_and_infinity_stay_where_they_are(base, tuned, method, compat):
         ({"method": "darex", "density": 0.0}, "above 0"),
         ({"method": "linear", "lambda_": 0.5}, "lambda_"),
         ({"method": "pcb", "compat": "peft"}, "pcb"),
+        ({"density": 0.5, "seed": float("inf")}, "an integer as seed; got inf"),
+        ({"density": 0.5, "seed": float("nan")}, "an integer as seed; got nan"),
     ],
 )
 def test_arguments_that_do_not_fit(base, tuned, options, words):
@@ -188,6 +190,9 @@ def test_unreadable_files(base, tmp_path):
     (folder / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(ValueError, match="weight_map"):
         merge(base, [folder], density=0.5)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": 3}}')
+    with pytest.raises(ValueError, match="weight_map"):
+        merge(base, [folder], "task_arithmetic")
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
     with pytest.raises(FileNotFoundError, match="gone"):
         merge(base, [folder], density=0.5)

@@ -108,10 +108,9 @@ def _files(path: Path) -> list[Path]:
     index = path / _INDEX
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            return [path / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f'merge: expected an index with a "weight_map"; {index} has none ({error}); mend or remove it') from error
-        return [path / name for name in names]
     found = sorted(path.glob("*.safetensors"))
     if not found:
         raise FileNotFoundError(f"merge: expected safetensors files in {path}; there are none; convert the checkpoint first")
