@@ -105,6 +105,20 @@ def test_nan_and_infinity_stay_where_they_are(base, tuned, method, compat):
         assert int((~merged["a.weight"].isfinite()).sum()) <= 2
 
 
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("method, compat", [pair for pair in EVERY if pair[0] in methods.METHODS and methods.METHODS[pair[0]].elect])
+def test_no_election_hides_a_nan(method, compat, backend):
+    """Not under another model's change, of either sign; what stands beside it is elected as ever."""
+    base = {"a": torch.zeros(6)}
+    first, second = {"a": torch.tensor([float("nan"), float("nan"), float("inf"), 1, 2, -3])}, {"a": torch.tensor([1.0, -1, 2, -3, 2, -3])}
+    with fa.backend(backend):
+        for weights in (None, [-1.0, 1.0]):
+            options = {"method": method, "density": 1.0, "compat": compat, "weights": weights}
+            merged = merge(base, [first, second], **options)["a"]
+            clean = merge({"a": torch.zeros(3)}, [{"a": m["a"][3:]} for m in (first, second)], **options)["a"]
+            assert merged[:3].isnan().tolist() == [True, True, False] and torch.equal(merged[3:], clean)
+
+
 # ---- bad input
 
 

@@ -176,7 +176,7 @@ def rank_drop(job: Job, name: str, out: Tensor, shape: Sequence[int]) -> None:
             for i, tensor in enumerate(tensors):
                 every, some = _ranked(job, i, base, tensor, row, first, min(first + block, out.numel()), recipe)
                 sums[i] += torch.stack([every.abs().sum(dtype=torch.float64), some.abs().sum(dtype=torch.float64)])
-        factors = [_ratio(float(every), float(some)) for every, some in sums]
+        factors = [1.0 if d >= 1 else _ratio(float(every), float(some)) for d, (every, some) in zip(job.density, sums, strict=True)]
     for first in range(0, out.numel(), block):
         last = min(first + block, out.numel())
         deltas = [_ranked(job, i, base, t, row, first, last, recipe)[1] * factors[i] for i, t in enumerate(tensors)]
