@@ -86,10 +86,7 @@ def merge(
     writer = None if out is None else Writer(Path(out), first, about, opened + information)
     with torch.no_grad(), _bar(len(about), method, progress) as advance:
         tensor = _tensors(job, first, about, _computer(job, t, information), advance)
-        if writer is None:
-            return {name: tensor(name) for name in about}
-        writer.write(tensor)
-        return writer.out
+        return {name: tensor(name) for name in about} if writer is None else writer.write(tensor)
 
 
 def _check_words(method: str, compat: str, dtype: torch.dtype | None, device: torch.device | str | None) -> None:
