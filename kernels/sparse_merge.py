@@ -108,7 +108,7 @@ def elected(
         if COMBINE == MERGEKIT:
             d = v
             share = weight
-        agrees = tl.where(positive, d > 0.0, d < 0.0)
+        agrees = tl.where(positive, d > 0.0, d < 0.0) | (d != d)  # NaN with every sign: it must not get lost
         total = total + tl.where(agrees, v, 0.0)
         divisor = divisor + tl.where(agrees, share, 0.0)
     if (COMBINE != MERGEKIT) | (normalize != 0):

@@ -165,6 +165,38 @@ def test_tied_weights_change_once(kind: str) -> None:
     assert equal(old.state_dict(), base)
 
 
+def test_one_tensor_in_two_layouts() -> None:
+    """A weight and its transpose: no change arrives twice, and an exchange is undone by the next."""
+    w = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
+    was, new, weights = w.clone(), w + torch.arange(24).view(6, 4) % 3, {"a": w, "b": w.t()}
+    values = {"a": new, "b": new.t()}
+    adding = SparseDelta.from_diff(copied(weights), values)
+    with pytest.raises(ValueError, match="'a' and 'b' are one tensor, transposed; leave one name out"):
+        adding.apply_(weights)
+    assert torch.equal(w, was) and not adding.applied
+    delta = SparseDelta.from_diff(copied(weights), values, kind="set")
+    delta.apply_(weights)
+    assert torch.equal(w, new)
+    delta.revert_()
+    for wanted in (new, was, new, was):
+        delta.swap_(weights)
+        assert torch.equal(w, wanted)
+    delta.entries["b"].values.add_(1)
+    held = [e.values.clone() for e in delta.entries.values()]
+    with pytest.raises(ValueError, match="expected one value for each element"):
+        delta.swap_(weights)
+    assert torch.equal(w, was) and all(torch.equal(a, e.values) for a, e in zip(held, delta.entries.values(), strict=True))
+
+
+def test_weights_that_are_not_there_yet_are_refused() -> None:
+    """On the meta device a change would be lost without a word."""
+    delta = SparseDelta.from_diff({"a": torch.zeros(3)}, {"a": torch.ones(3)}, kind="set")
+    for call in (delta.apply_, delta.swap_):
+        with pytest.raises(ValueError, match=r"on the meta device: \['a'\]; materialise"):
+            call({"a": torch.zeros(3, device="meta")})
+    assert not delta.applied
+
+
 def test_the_model_moves_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[tuple[str, int]] = []
     run = ops.run("move_all", torch.zeros(1))

@@ -386,3 +386,10 @@ def test_wgrad_has_no_gradient_of_its_own() -> None:
     assert not masked_wgrad(dy, x, torch.eye(4, 6) > 0).requires_grad
     with pytest.raises(TypeError, match="sorted positions; got list"):
         masked_wgrad(dy, x, [1, 2])
+
+
+def test_explain_knows_the_layers() -> None:
+    first = MaskedLinear.from_linear(nn.Linear(6, 4), torch.ones(4, 6) > 0)
+    rows = fa.explain(nn.Sequential(first, SparseDeltaLinear.from_linear(nn.Linear(4, 4), torch.eye(4) > 0)))
+    assert [what for what, _, _ in rows] == ["0.MaskedLinear 24 of 24 float32 cpu", "1.SparseDeltaLinear 4 of 16 float32 cpu"]
+    assert all(backend in ("cpp", "reference") and "dW in tiles" in why for _, backend, why in rows)

@@ -181,3 +181,8 @@ def test_reshape_as_tensors_do() -> None:
             mask.reshape(*shape)
     with pytest.raises(ValueError, match="sides from 0 up"):
         Mask.from_indices(torch.tensor([1]), (-4, -6))
+
+
+def test_a_mask_on_the_meta_device_can_be_printed() -> None:
+    """Errors and debuggers show masks; how many elements are chosen is not known there."""
+    assert repr(Mask.full((2, 3), True).to("meta")) == "Mask(shape=(2, 3), nnz=?, device=meta)"

@@ -40,6 +40,19 @@ def test_ties_paper(base, tuned, density):
     np.testing.assert_allclose(whole(merged), whole(base) + 1.3 * expected, rtol=2e-5, atol=2e-6)
 
 
+@pytest.mark.parametrize("kinds", [(torch.float32, torch.float64), (torch.float64, torch.float32), (torch.bfloat16, torch.float64, torch.float16)])
+def test_ties_paper_cuts_tensors_of_several_dtypes_together(kinds):
+    state = lambda seed: {str(i): torch.randn(50, generator=torch.Generator().manual_seed(seed + i)).to(kind) for i, kind in enumerate(kinds)}
+    base, tuned = state(0), state(10)
+    merged = merge(base, [tuned], "ties", density=0.3)
+    sizes = torch.cat([(tuned[n].float() - base[n].float()).abs() for n in base])
+    edge = sizes.sort(descending=True).values[int(0.3 * sizes.numel())]
+    for n, was in base.items():
+        change = tuned[n].to(torch.promote_types(was.dtype, torch.float32)) - was
+        stays = (tuned[n].float() - was.float()).abs() >= edge
+        assert torch.equal(merged[n], torch.where(stays, (was + change).to(was.dtype), was))
+
+
 def test_ties_paper_takes_the_majority_where_changes_cancel():
     base = {"x": torch.zeros(4)}
     first, second = {"x": torch.tensor([1.0, -1, -3, -2])}, {"x": torch.tensor([-1.0, 1, -1, -2])}
@@ -131,6 +144,17 @@ def test_fisher(tuned, normalize):
         shares = [c * np.maximum(flat(f, name), 1e-6) for c, f in zip(scale, information)]
         expected = sum(s * flat(m, name) for s, m in zip(shares, tuned)) / sum(shares)
         np.testing.assert_allclose(flat(merged, name), expected, rtol=2e-5, atol=2e-6)
+
+
+def test_fisher_computes_as_widely_as_the_models_or_the_result():
+    """Of fp64 models with weights that nearly cancel fp32 holds a few digits only."""
+    draw = lambda seed: torch.rand(100, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    models, information, weights = [{"a": draw(1)}, {"a": draw(2)}], [{"a": 1 + 1e-6 * draw(3)}, {"a": 1 + 1e-6 * draw(4)}], [1.0, -0.999999]
+    for dtype in (torch.float32, torch.float64):
+        merged = merge(None, models, "fisher", weights=weights, fishers=information, normalize=False, dtype=dtype)["a"]
+        shares = [w * f["a"] for w, f in zip(weights, information)]
+        expected = sum(s * m["a"] for s, m in zip(shares, models)) / sum(shares)
+        torch.testing.assert_close(merged.double(), expected, rtol=2e-7 if dtype == torch.float32 else 1e-9, atol=0)
 
 
 # ---- PEFT and mergekit themselves

@@ -72,6 +72,17 @@ def test_out_must_be_elsewhere(on_disk, tmp_path):
         merge(start, models, density=0.5, out=tmp_path / "used")
 
 
+def test_out_must_be_none_of_the_fishers(on_disk, tmp_path):
+    """They are inputs too."""
+    _, models = on_disk
+    information = tmp_path / "information.safetensors"
+    save_file({n: t.abs() for n, t in read(models[0]).items()}, information)
+    before = information.read_bytes()
+    with pytest.raises(ValueError, match="none of the inputs"):
+        merge(None, models[:1], "fisher", fishers=[information], out=information)
+    assert information.read_bytes() == before
+
+
 def test_full_disk_leaves_nothing(on_disk, tmp_path, monkeypatch):
     start, models = on_disk
     calls = []

@@ -105,6 +105,20 @@ def test_nan_and_infinity_stay_where_they_are(base, tuned, method, compat):
         assert int((~merged["a.weight"].isfinite()).sum()) <= 2
 
 
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("method, compat", [pair for pair in EVERY if pair[0] in methods.METHODS and methods.METHODS[pair[0]].elect])
+def test_no_election_hides_a_nan(method, compat, backend):
+    """Not under another model's change, of either sign; what stands beside it is elected as ever."""
+    base = {"a": torch.zeros(6)}
+    first, second = {"a": torch.tensor([float("nan"), float("nan"), float("inf"), 1, 2, -3])}, {"a": torch.tensor([1.0, -1, 2, -3, 2, -3])}
+    with fa.backend(backend):
+        for weights in (None, [-1.0, 1.0]):
+            options = {"method": method, "density": 1.0, "compat": compat, "weights": weights}
+            merged = merge(base, [first, second], **options)["a"]
+            clean = merge({"a": torch.zeros(3)}, [{"a": m["a"][3:]} for m in (first, second)], **options)["a"]
+            assert merged[:3].isnan().tolist() == [True, True, False] and torch.equal(merged[3:], clean)
+
+
 # ---- bad input
 
 
@@ -139,6 +153,8 @@ def test_nan_and_infinity_stay_where_they_are(base, tuned, method, compat):
         ({"method": "darex", "density": 0.0}, "above 0"),
         ({"method": "linear", "lambda_": 0.5}, "lambda_"),
         ({"method": "pcb", "compat": "peft"}, "pcb"),
+        ({"density": 0.5, "seed": float("inf")}, "an integer as seed; got inf"),
+        ({"density": 0.5, "seed": float("nan")}, "an integer as seed; got nan"),
     ],
 )
 def test_arguments_that_do_not_fit(base, tuned, options, words):
@@ -188,6 +204,9 @@ def test_unreadable_files(base, tmp_path):
     (folder / "model.safetensors.index.json").write_text("{}")
     with pytest.raises(ValueError, match="weight_map"):
         merge(base, [folder], density=0.5)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": 3}}')
+    with pytest.raises(ValueError, match="weight_map"):
+        merge(base, [folder], "task_arithmetic")
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
     with pytest.raises(FileNotFoundError, match="gone"):
         merge(base, [folder], density=0.5)

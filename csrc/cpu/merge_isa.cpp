@@ -182,7 +182,7 @@ void elect_tile(const MergeJob& job, int64_t offset, int n, const float* base, f
     const float* __restrict d = voters + k * kTile;
     const float w = weighted ? 1.f : job.parts[k].weight, share = weighted ? job.parts[k].weight : 1.f;
     for (int i = 0; i < n; ++i) {
-      const bool agrees = as_float(as_bits(d[i]) ^ flip[i]) > 0.f;
+      const bool agrees = !(as_float(as_bits(d[i]) ^ flip[i]) <= 0.f);  // NaN with every sign: it must not get lost
       total[i] += only_if(agrees, d[i] * w);
       divisor[i] += only_if(agrees, share);
     }

@@ -7,8 +7,8 @@
     peft      s = + if sum_i d_i >= 0 else -;                sum of the w_i d_i whose d_i has sign s / how many (at least 1)
     mergekit  s = + if sum_i w_i d_i >= 0 else -;            sum of the w_i d_i with sign s (/ sum of their w_i if normalize)
 
-Everything in fp32 (fp64 for fp64), sums in the models' order, one rounding at the end. Without theta_0, d_i = factor_i * theta_i and nothing
-is added.
+NaN has every sign, so that it stays NaN. Everything in fp32 (fp64 for fp64), sums in the models' order, one rounding at the end. Without theta_0,
+d_i = factor_i * theta_i and nothing is added.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def combine(deltas: Sequence[Tensor], weights: Sequence[float], recipe: Recipe) 
     positive = votes >= 0 if zero > 0 else votes > 0
     total, divisor = torch.zeros_like(votes), torch.zeros_like(votes)
     for d, v, w in zip(voters, weighted, weights, strict=True):
-        agrees = torch.where(positive, d > 0, d < 0)
+        agrees = torch.where(positive, d > 0, d < 0) | d.isnan()  # NaN with every sign: it must not get lost
         total = total + torch.where(agrees, v, 0)
         divisor = divisor + torch.where(agrees, votes.new_tensor(w if recipe.combine == "mergekit" else 1.0), 0)
     if recipe.combine == "mergekit" and not recipe.normalize:

@@ -176,15 +176,21 @@ class SparseDelta:
 
     @torch.no_grad()
     def swap_(self, weights: Weights) -> None:
-        """Exchanges the weights and the values (kind "set"): doing it twice changes nothing."""
+        """Exchanges the weights and the values (kind "set"): doing it twice changes nothing.
+
+        Raises:
+            ValueError: as `apply_`; kind "add"; values of another dtype than the weights'; two values for one element: nothing changed.
+        """
         if self.kind != "set":
             raise ValueError('SparseDelta.swap_: expected kind "set"; got "add"; use apply_ and revert_')
         matched, twins = self._matched("swap_", weights)
         narrow = [f"{name}: {e.values.dtype} for {w.dtype}" for name, w, e in matched if e.values.dtype != w.dtype]
         if narrow:
             raise ValueError(f"SparseDelta.swap_: expected values of the weights' dtypes, so that an exchange loses nothing; got {narrow}")
-        for batch in _apart(matched):
-            _move("swap", [(w, e.indices, e.values) for _, w, e in batch])
+        if len(_apart(matched)) > 1:
+            _swap_shared(matched)
+        else:
+            _move("swap", [(w, e.indices, e.values) for _, w, e in matched])
         for e, twin in twins:
             twin.values.copy_(e.values)
 
@@ -195,11 +201,17 @@ class SparseDelta:
         bad = [n for n, e in self.entries.items() if n not in found or found[n].shape != e.shape or not found[n].dtype.is_floating_point]
         if bad:
             raise ValueError(f"SparseDelta.{op}: expected weights with the delta's tensors; missing, of another shape or not floating-point: {bad}")
+        if absent := [n for n in self.entries if found[n].is_meta]:
+            raise ValueError(f"SparseDelta.{op}: expected tensors with elements; on the meta device: {absent}; materialise them first, e.g. to_empty")
         if folded := [n for n in self.entries if any(s == 0 < d - 1 for s, d in zip(found[n].stride(), found[n].shape, strict=True))]:
             raise ValueError(f"SparseDelta.{op}: expected tensors whose elements have memory of their own; expanded: {folded}; clone them")
-        jobs, twins = dict[tuple[Any, ...], Job](), list[tuple[Entry, Entry]]()
+        jobs, twins, turned = dict[tuple[Any, ...], Job](), list[tuple[Entry, Entry]](), dict[tuple[Any, ...], tuple[str, tuple[int, ...]]]()
         for name, e in self.entries.items():
             w = found[name]
+            layout = (w.device, w.data_ptr(), w.dtype, *sorted((step, side) for step, side in zip(w.stride(), w.shape, strict=True) if side > 1))
+            if self.kind == "add" and w.numel() and turned.setdefault(layout, (name, w.stride()))[1] != w.stride():
+                names = f"{turned[layout][0]!r} and {name!r} are one tensor, transposed"
+                raise ValueError(f"SparseDelta.{op}: expected one change of each tensor; {names}; leave one name out of the delta")
             tied = jobs.setdefault((w.device, w.data_ptr(), w.shape, w.stride(), w.dtype) if w.numel() else (name,), (name, w, e))
             if tied[0] == name:
                 continue
@@ -323,6 +335,21 @@ def _apart(jobs: list[Job]) -> list[list[Job]]:
                    for _, w, _ in jobs for s in (w.untyped_storage(),))  # fmt: skip
     apart = all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
     return [jobs] if apart else [[job] for job in jobs]
+
+
+def _swap_shared(jobs: list[Job]) -> None:
+    """Exchange where tensors share memory: an element that has several names gives its old value to all, or the second exchange brings a new one."""
+    places = [(w, e.indices) for _, w, e in jobs]
+    old = _take_all(places)
+    for _, w, e in jobs:
+        _move("scatter", [(w, e.indices, e.values)])
+    if any(bool(_differ(found, e.values.to(found.device), "set").any()) for found, (_, _, e) in zip(_take_all(places), jobs, strict=True)):
+        for (_, w, e), kept in zip(jobs, old, strict=True):
+            _move("scatter", [(w, e.indices, kept)])
+        names = [name for name, _, _ in jobs]
+        raise ValueError(f"SparseDelta.swap_: expected one value for each element; some of {names} share one, with two; leave a name out, or untie")
+    for (_, _, e), kept in zip(jobs, old, strict=True):
+        e.values.copy_(kept)
 
 
 def _take_all(jobs: Sequence[tuple[Tensor, Tensor]]) -> list[Tensor]:

@@ -212,6 +212,11 @@ class MaskedLinear(nn.Linear):
         n = math.prod(self.weight.shape)
         return f"{super().extra_repr()}, trained={self.index.numel()} of {n}"
 
+    def __fusedadapt_explain__(self) -> list[tuple[str, str, str]]:
+        what = f"{type(self).__name__} {self.index.numel()} of {self.weight.numel()} {self.weight.dtype} {self.weight.device}".replace("torch.", "")
+        choice = ops.choose("move_all", self.weight.device.type, self.weight.dtype)
+        return [(what, choice.backend, f"{choice.reason}; products: torch's GEMM, dW in tiles of it")]
+
 
 class SparseDeltaLinear(MaskedLinear):
     """y = x (W + alpha S)^T + b with S sparse: ``values`` [nnz] starts at 0 and is the change (SHiRA, arXiv 2406.13175). W's own elements are kept

@@ -167,7 +167,8 @@ class Mask:
 
     def __repr__(self) -> str:
         kind = ", row_aligned" if self.row_aligned else ""
-        return f"Mask(shape={tuple(self.shape)}, nnz={self.nnz}, device={self.device}{kind})"
+        nnz = "?" if self.words.is_meta else self.nnz
+        return f"Mask(shape={tuple(self.shape)}, nnz={nnz}, device={self.device}{kind})"
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file, atomically."""

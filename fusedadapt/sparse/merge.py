@@ -81,14 +81,12 @@ def merge(
     job.epsilon = epsilon if epsilon is not None else 0.15 if compat == "mergekit" else 0.05
     _check_options(job, t, fishers)
     _check_unused(method, weights, density, normalize, epsilon)
+    information = [Model(f, device) for f in fishers or ()]
     about = {n: ((dtype if dtype is not None and d in MERGED else d), s) for n, (d, s) in first.about.items()}
-    writer = None if out is None else Writer(Path(out), first, about, opened)
+    writer = None if out is None else Writer(Path(out), first, about, opened + information)
     with torch.no_grad(), _bar(len(about), method, progress) as advance:
-        tensor = _tensors(job, first, about, _computer(job, t, fishers, device), advance)
-        if writer is None:
-            return {name: tensor(name) for name in about}
-        writer.write(tensor)
-        return writer.out
+        tensor = _tensors(job, first, about, _computer(job, t, information), advance)
+        return {name: tensor(name) for name in about} if writer is None else writer.write(tensor)
 
 
 def _check_words(method: str, compat: str, dtype: torch.dtype | None, device: torch.device | str | None) -> None:
@@ -111,7 +109,8 @@ def _check_numbers(**given: Any) -> None:
         several = name in ("weights", "density") and isinstance(value, Iterable) and not isinstance(value, str) and getattr(value, "ndim", 1) > 0
         for number in value if several else [value]:
             one = isinstance(number, Real) or (isinstance(number, Tensor) and number.numel() == 1)
-            if not (one or (number is None and name in optional and not several)) or (name == "seed" and int(number) != number):
+            whole = name != "seed" or (one and math.isfinite(number) and int(number) == number)
+            if not (one or (number is None and name in optional and not several)) or not whole:
                 raise ValueError(f"merge: expected {'an integer' if name == 'seed' else 'a number'} as {name}; got {number!r}; convert it")
 
 
@@ -218,14 +217,13 @@ def _check_unused(method: str, weights: Any, density: Any, normalize: bool | Non
         raise ValueError(f"merge: expected only arguments that {method!r} uses; got {', '.join(unused)}; leave it out")
 
 
-def _computer(job: Job, t: float | None, fishers: Sequence[Source] | None, device: torch.device | str | None) -> Compute:
+def _computer(job: Job, t: float | None, information: Sequence[Model]) -> Compute:
     """(name, flat result, shape) -> the merged tensor in `result`. Here whole models are looked at, where a method must."""
     if job.name == "slerp":
         assert job.base is not None and t is not None
         start, end, at = job.base, job.models[0], float(t)
         return lambda name, result, shape: methods.slerp(start[name].reshape(-1), end[name].reshape(-1), at, result)
     if job.name == "fisher":
-        information = [Model(f, device) for f in fishers or ()]
         check_fishers(job.models[0], information)
         scale = [w / _norm(f) if job.normalize else w for w, f in zip(job.weights, information, strict=True)]
 

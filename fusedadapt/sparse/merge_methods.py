@@ -95,7 +95,7 @@ def _model_cut(base: Model, model: Model, density: float) -> Threshold | None:
     """The official code keeps everything from the (int(density n) + 1)-th largest change on, ties included; None: everything."""
 
     def batches() -> Iterator[list[Item]]:
-        return ([(model[name].reshape(-1), base[name].reshape(-1))] for name in floating(base))
+        return ([(ops.readable(model[name].reshape(-1)), ops.readable(base[name].reshape(-1)))] for name in floating(base))
 
     n = sum(math.prod(base.about[name][1]) for name in floating(base))
     k = min(int(density * n) + 1, n)
@@ -176,7 +176,7 @@ def rank_drop(job: Job, name: str, out: Tensor, shape: Sequence[int]) -> None:
             for i, tensor in enumerate(tensors):
                 every, some = _ranked(job, i, base, tensor, row, first, min(first + block, out.numel()), recipe)
                 sums[i] += torch.stack([every.abs().sum(dtype=torch.float64), some.abs().sum(dtype=torch.float64)])
-        factors = [_ratio(float(every), float(some)) for every, some in sums]
+        factors = [1.0 if d >= 1 else _ratio(float(every), float(some)) for d, (every, some) in zip(job.density, sums, strict=True)]
     for first in range(0, out.numel(), block):
         last = min(first + block, out.numel())
         deltas = [_ranked(job, i, base, t, row, first, last, recipe)[1] * factors[i] for i, t in enumerate(tensors)]
@@ -224,11 +224,11 @@ def slerp(base: Tensor, other: Tensor, t: float, out: Tensor) -> None:
 
 def fisher(tensors: Sequence[Tensor], information: Sequence[Tensor], weights: Sequence[float], out: Tensor, floor: float = 1e-6) -> None:
     """theta = sum c F theta / sum c F, F at least `floor`. Flat tensors."""
-    step = 1 << 20
+    step, wide = 1 << 20, torch.promote_types(truth.wide(tensors[0].dtype), truth.wide(out.dtype))
     for i in range(0, out.numel(), step):
         b = slice(i, i + step)
-        top = bottom = torch.zeros((), dtype=truth.wide(out.dtype), device=out.device)
+        top = bottom = torch.zeros((), dtype=wide, device=out.device)
         for x, f, c in zip(tensors, information, weights, strict=True):
-            share = c * f[b].to(truth.wide(out.dtype)).clamp(min=floor)
+            share = c * f[b].to(wide).clamp(min=floor)
             top, bottom = top + share * x[b].to(share.dtype), bottom + share
         out[b] = (top / bottom).to(out.dtype)

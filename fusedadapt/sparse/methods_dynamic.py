@@ -99,7 +99,8 @@ class RigL(_DynamicSparseTraining):
         loss.backward(); rigl.step(); optimizer.zero_grad()
 
     As published, an exchange takes the place of that step's update. Gradients must be dense (of the whole weight); under data parallelism they must
-    be averaged first, so that all processes choose alike. The published code breaks ties with noise of 1e-5; here the lower index wins.
+    be averaged first, so that all processes choose alike. The published code breaks ties with noise of 1e-5; here the lower index wins. A weight that
+    is dropped and grown in the same exchange keeps value and momentum there; here it starts at 0 as all that grow.
 
     Args:
         optimizer: one of ours with masks for `params`. until: the last exchange comes before this step. fraction: the share exchanged at first.

@@ -220,7 +220,7 @@ def wanted_count(op: str, n: int, density: float | None, k: int | None, rounding
 
 
 def _densities(density: Any, names: list[str] | None, count: int) -> list[float | None]:
-    if density is None or isinstance(density, Real | str):
+    if density is None or isinstance(density, str) or not isinstance(density, Iterable) or getattr(density, "ndim", 1) == 0:
         return [density] * count  # type: ignore[list-item]  # what is no number is refused where it is used
     if isinstance(density, Mapping):
         wrong = sorted(map(repr, set(density) ^ set(names or [])))
@@ -337,9 +337,9 @@ def _local(
         if not isinstance(block_size, int) or block_size < 1 or length % block_size:
             raise ValueError(f"topk_mask: expected block_size to divide rows of {length}; got {block_size}")
         length = block_size
+    k = wanted_count("topk_mask", length, density, k, rounding)
     if x.numel() == 0:
         return Mask(torch.zeros(0, dtype=torch.int32, device=x.device), x.shape)
-    k = wanted_count("topk_mask", length, density, k, rounding)
     return Mask(ops.run("rows", x)(x, other, score, "highest" if nan == "raise" else nan, k, length, ties, False), x.shape)
 
 

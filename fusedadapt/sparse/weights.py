@@ -108,10 +108,9 @@ def _files(path: Path) -> list[Path]:
     index = path / _INDEX
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            return [path / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(f'merge: expected an index with a "weight_map"; {index} has none ({error}); mend or remove it') from error
-        return [path / name for name in names]
     found = sorted(path.glob("*.safetensors"))
     if not found:
         raise FileNotFoundError(f"merge: expected safetensors files in {path}; there are none; convert the checkpoint first")
@@ -149,8 +148,8 @@ class Writer:
         with suppress(OSError):
             self.out.rmdir()
 
-    def write(self, compute: Callable[[str], Tensor]) -> None:
-        """``compute(name)`` gives each tensor, in the order of the files."""
+    def write(self, compute: Callable[[str], Tensor]) -> Path:
+        """``compute(name)`` gives each tensor, in the order of the files. Returns where they are."""
         with ExitStack() as files:  # closed, and so renamed, from the last entered to the first
             if not self.single and not self.out.exists():
                 files.callback(self._drop_empty)
@@ -165,6 +164,7 @@ class Writer:
                 sizes = [dtype.itemsize * math.prod(shape) for about in self.groups.values() for dtype, shape in about.values()]
                 weight_map = {name: shard for shard, about in self.groups.items() for name in about}
                 index.write(json.dumps({"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}, indent=2).encode())
+        return self.out
 
 
 def check_alike(models: Sequence[Model], labels: Sequence[str]) -> None:
