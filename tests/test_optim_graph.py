@@ -77,6 +77,21 @@ def test_what_a_graph_reads_outlives_the_steps_around_it(backend: str, monkeypat
     assert torch.equal(plan._desc, read[0]) and torch.equal(plan._hypers, read[1])
 
 
+@pytest.mark.parametrize("backend", ["emulated", "triton"])
+def test_states_do_not_begin_in_a_graph(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each replay would set them to zero again."""
+    params = [torch.nn.Parameter(torch.ones(8)) for _ in range(2)]
+    opt = OPTIMIZERS["AdamW"](params, backend=backend)
+    params[0].grad = torch.ones(8)
+    opt.step()
+    monkeypatch.setattr(plans_device.DevicePlan, "_capturing", lambda self: True)
+    before = params[0].detach().clone()
+    params[1].grad = torch.ones(8)
+    with pytest.raises(RuntimeError, match="AdamW.step: expected a step before the CUDA graph capture, with all parameters"):
+        opt.step()
+    assert torch.equal(params[0].detach(), before) and not opt.state[params[1]]
+
+
 def launches(tree: ast.AST, guarded: bool = False) -> Iterator[tuple[ast.Call, bool]]:
     """Calls, and whether they stand under `with torch.cuda.device_of(...)`."""
     for node in ast.iter_child_nodes(tree):

@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import dispatch
 from ..ops import sparse as ops
 from ..reference import optim as reference
-from .plans import Plan, Scalars, address
+from .plans import Entry, Plan, Scalars, address
 from .spec import BITS, DTYPE_CODES, HYPER_FIELDS, ROW_FIELDS
 from .table import ANCHOR, INDEX, KINDS, MASK, NUMEL, SCALE0, WORDS, local
 
@@ -60,6 +60,17 @@ class DevicePlan(Plan):
     def _capturing(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
+    def _unprepared(self) -> RuntimeError:
+        return RuntimeError(
+            f"{type(self.opt).__name__}.step: expected a step before the CUDA graph capture, with all parameters that are in it; "
+            "none was made; run one eager step first"
+        )
+
+    def _make_states(self, entries: list[Entry]) -> None:
+        if self._capturing():
+            raise self._unprepared()  # each replay would begin them anew
+        super()._make_states(entries)
+
     def _pin(self, host: Tensor) -> Tensor:
         """A pinned copy. Eager: torch's pinned allocator keeps it until the upload is done. During a graph capture the upload becomes a node that
         reads this very memory at each replay, and pinning is not allowed: a buffer set aside earlier is used up and kept for good."""
@@ -71,10 +82,7 @@ class DevicePlan(Plan):
             return host.pin_memory()
         raw = host.view(torch.int64)
         if not self._spare or len(raw) > len(self._spare[-1]):
-            raise RuntimeError(
-                f"{type(self.opt).__name__}.step: expected a step before the CUDA graph capture, with all parameters that are in it; "
-                "none was made; run one eager step first"
-            )
+            raise self._unprepared()
         self._captured.append(self._spare.pop())
         kept = self._captured[-1][: len(raw)]
         kept.copy_(raw)
