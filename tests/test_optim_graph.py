@@ -92,6 +92,31 @@ def test_states_do_not_begin_in_a_graph(backend: str, monkeypatch: pytest.Monkey
     assert torch.equal(params[0].detach(), before) and not opt.state[params[1]]
 
 
+def test_pinned_buffers_are_the_optimizers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight for a plan, however many parameters have one of their own; a capture uses them up, the next step outside makes new ones."""
+    params = [torch.nn.Parameter(torch.ones(8)) for _ in range(20)]
+    opt = OPTIMIZERS["AdamW"](params, backend="emulated")
+    for p in params:
+        p.grad = torch.ones(8)
+        opt.step_one_(p)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self.clone())
+    host = torch.arange(6.0, dtype=torch.float64)
+    plans = [entry[0] for entry in opt._single.values()]
+    assert len(plans) == 20
+    for plan in plans:
+        assert torch.equal(plan._pin(host), host)
+    (spare,) = (buffers for of, buffers in plans_device._spare.items() if of is opt)
+    assert len(spare) == plans_device.SPARE
+    monkeypatch.setattr(plans_device.DevicePlan, "_capturing", lambda self: True)
+    kept = [plans[0]._pin(host) for _ in range(plans_device.SPARE)]
+    assert not spare and all(torch.equal(k, host) for k in kept) and len({k.data_ptr() for k in kept}) == plans_device.SPARE
+    with pytest.raises(RuntimeError, match="before the CUDA graph capture"):
+        plans[0]._pin(host)
+    monkeypatch.setattr(plans_device.DevicePlan, "_capturing", lambda self: False)
+    plans[0]._pin(host)
+    assert len(spare) == plans_device.SPARE
+
+
 def launches(tree: ast.AST, guarded: bool = False) -> Iterator[tuple[ast.Call, bool]]:
     """Calls, and whether they stand under `with torch.cuda.device_of(...)`."""
     for node in ast.iter_child_nodes(tree):

@@ -7,7 +7,8 @@ CUDA graph. Descriptors and chunks are uploaded only when they changed.
 from __future__ import annotations
 
 import importlib
-from typing import Any, NamedTuple
+import weakref
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +20,14 @@ from .plans import Entry, Plan, Scalars, address
 from .spec import BITS, DTYPE_CODES, HYPER_FIELDS, ROW_FIELDS
 from .table import ANCHOR, INDEX, KINDS, MASK, NUMEL, SCALE0, WORDS, local
 
+if TYPE_CHECKING:
+    from .base import FusedOptimizer
+
 ROW_WIDTH = len(ROW_FIELDS)
+# Pinned buffers for uploads in captures. Of an optimizer, not of a plan: gradients that are released one by one have a plan for each parameter, and
+# 16 MiB of pinned memory for each would be gigabytes.
+SPARE = 8  # a plan's uploads in a capture
+_spare: weakref.WeakKeyDictionary[FusedOptimizer, list[Tensor]] = weakref.WeakKeyDictionary()
 
 
 class Share(NamedTuple):
@@ -40,7 +48,6 @@ class DevicePlan(Plan):
         self._desc = self._gradient_chunks = self._rows = self._clocks = torch.empty(0, dtype=torch.float32, device="cpu")
         self._shares: list[Share] = []
         self._masked: list[tuple[int, Tensor, int]] = []  # descriptor, parameter, elements
-        self._spare: list[Tensor] = []
         self._captured: list[Tensor] = []  # what graphs read at each replay
         self._late_hypers = False  # only a replay fills them
         self._chunk = self._gradient_chunk = 0
@@ -74,16 +81,17 @@ class DevicePlan(Plan):
     def _pin(self, host: Tensor) -> Tensor:
         """A pinned copy. Eager: torch's pinned allocator keeps it until the upload is done. During a graph capture the upload becomes a node that
         reads this very memory at each replay, and pinning is not allowed: a buffer set aside earlier is used up and kept for good."""
+        spare = _spare.setdefault(self.opt, [])
         if not self._capturing():
-            while len(self._spare) < 8:
-                self._spare.append(
-                    torch.empty(WORDS * max(len(self.entries), len(self.table.owners)) + 2 * 65536, dtype=torch.int64, device="cpu").pin_memory()
-                )
+            room = WORDS * max(len(self.entries), len(self.table.owners)) + 2 * 65536
+            for _ in range(SPARE * max(1, len(self.opt._plans)) - sum(len(buffer) >= room for buffer in spare)):
+                spare.append(torch.empty(room, dtype=torch.int64, device="cpu").pin_memory())
             return host.pin_memory()
         raw = host.view(torch.int64)
-        if not self._spare or len(raw) > len(self._spare[-1]):
+        fitting = next((k for k, buffer in enumerate(spare) if len(buffer) >= len(raw)), None)
+        if fitting is None:
             raise self._unprepared()
-        self._captured.append(self._spare.pop())
+        self._captured.append(spare.pop(fitting))
         kept = self._captured[-1][: len(raw)]
         kept.copy_(raw)
         return kept.view(host.dtype)
