@@ -267,7 +267,7 @@ def _scalar(value: torch.Tensor | None, default: int, device: torch.device) -> t
     if value is not None:
         return value
     if device not in _neutral:
-        _neutral[device] = torch.arange(2.0, device=device)  # filled by a kernel: no copy from the host to wait for
+        _neutral[device] = torch.arange(2, dtype=torch.float32, device=device)  # filled by a kernel: no copy from the host to wait for
     return _neutral[device][default:]
 
 

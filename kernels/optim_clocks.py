@@ -35,12 +35,14 @@ def _write(desc, clocks, n, BLOCK: tl.constexpr):
 
 
 def read_clocks(desc: torch.Tensor) -> torch.Tensor:
-    """fp64 [n, 3] for an int64 [n, 22] table; absent scalars read as 0."""
+    """fp64 [n, 3] for an int64 [n, 26] table; absent scalars read as 0."""
     clocks = torch.empty(len(desc), 3, dtype=torch.float64, device=desc.device)
-    _read[(triton.cdiv(len(desc), BLOCK),)](desc, clocks, len(desc), BLOCK)
+    with torch.cuda.device_of(desc):  # Triton launches on the current device
+        _read[(triton.cdiv(len(desc), BLOCK),)](desc, clocks, len(desc), BLOCK)
     return clocks
 
 
 def write_clocks(desc: torch.Tensor, clocks: torch.Tensor) -> None:
     """Writes ``clocks`` (as :func:`read_clocks` returns them) through the table. Tensors may share a clock if they agree on its value."""
-    _write[(triton.cdiv(len(desc), BLOCK),)](desc, clocks, len(desc), BLOCK)
+    with torch.cuda.device_of(desc):
+        _write[(triton.cdiv(len(desc), BLOCK),)](desc, clocks, len(desc), BLOCK)

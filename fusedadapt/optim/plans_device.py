@@ -7,7 +7,8 @@ CUDA graph. Descriptors and chunks are uploaded only when they changed.
 from __future__ import annotations
 
 import importlib
-from typing import Any, NamedTuple
+import weakref
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,11 +16,18 @@ from torch import Tensor
 from .. import dispatch
 from ..ops import sparse as ops
 from ..reference import optim as reference
-from .plans import Plan, Scalars, address
+from .plans import Entry, Plan, Scalars, address
 from .spec import BITS, DTYPE_CODES, HYPER_FIELDS, ROW_FIELDS
 from .table import ANCHOR, INDEX, KINDS, MASK, NUMEL, SCALE0, WORDS, local
 
+if TYPE_CHECKING:
+    from .base import FusedOptimizer
+
 ROW_WIDTH = len(ROW_FIELDS)
+# Pinned buffers for uploads in captures. Of an optimizer, not of a plan: gradients that are released one by one have a plan for each parameter, and
+# 16 MiB of pinned memory for each would be gigabytes.
+SPARE = 8  # a plan's uploads in a capture
+_spare: weakref.WeakKeyDictionary[FusedOptimizer, list[Tensor]] = weakref.WeakKeyDictionary()
 
 
 class Share(NamedTuple):
@@ -40,8 +48,8 @@ class DevicePlan(Plan):
         self._desc = self._gradient_chunks = self._rows = self._clocks = torch.empty(0, dtype=torch.float32, device="cpu")
         self._shares: list[Share] = []
         self._masked: list[tuple[int, Tensor, int]] = []  # descriptor, parameter, elements
-        self._spare: list[Tensor] = []
-        self._captured: list[Tensor] = []
+        self._captured: list[Tensor] = []  # what graphs read at each replay
+        self._late_hypers = False  # only a replay fills them
         self._chunk = self._gradient_chunk = 0
 
     def _upload(self, data: bytes | Tensor, dtype: torch.dtype, width: int) -> Tensor:
@@ -56,35 +64,52 @@ class DevicePlan(Plan):
             host = self._pin(host.view(-1))
         return host.to(self.device, non_blocking=True).view(-1, width)
 
+    def _capturing(self) -> bool:
+        return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+    def _unprepared(self) -> RuntimeError:
+        return RuntimeError(
+            f"{type(self.opt).__name__}.step: expected a step before the CUDA graph capture, with all parameters that are in it; "
+            "none was made; run one eager step first"
+        )
+
+    def _make_states(self, entries: list[Entry]) -> None:
+        if self._capturing():
+            raise self._unprepared()  # each replay would begin them anew
+        super()._make_states(entries)
+
     def _pin(self, host: Tensor) -> Tensor:
         """A pinned copy. Eager: torch's pinned allocator keeps it until the upload is done. During a graph capture the upload becomes a node that
         reads this very memory at each replay, and pinning is not allowed: a buffer set aside earlier is used up and kept for good."""
-        if not torch.cuda.is_current_stream_capturing():
-            while len(self._spare) < 8:
-                self._spare.append(
-                    torch.empty(WORDS * max(len(self.entries), len(self.table.owners)) + 2 * 65536, dtype=torch.int64, device="cpu").pin_memory()
-                )
+        spare = _spare.setdefault(self.opt, [])
+        if not self._capturing():
+            room = WORDS * max(len(self.entries), len(self.table.owners)) + 2 * 65536
+            for _ in range(SPARE * max(1, len(self.opt._plans)) - sum(len(buffer) >= room for buffer in spare)):
+                spare.append(torch.empty(room, dtype=torch.int64, device="cpu").pin_memory())
             return host.pin_memory()
         raw = host.view(torch.int64)
-        if not self._spare or len(raw) > len(self._spare[-1]):
-            raise RuntimeError(
-                f"{type(self.opt).__name__}.step: expected a step before the CUDA graph capture, with all parameters that are in it; "
-                "none was made; run one eager step first"
-            )
-        self._captured.append(self._spare.pop())
+        fitting = next((k for k, buffer in enumerate(spare) if len(buffer) >= len(raw)), None)
+        if fitting is None:
+            raise self._unprepared()
+        self._captured.append(spare.pop(fitting))
         kept = self._captured[-1][: len(raw)]
         kept.copy_(raw)
         return kept.view(host.dtype)
 
     def prepare(self) -> None:
         super().prepare()
+        capturing = self._capturing()
+        if self._late_hypers and not capturing:
+            self.set_hypers(self.hypers)
+            self.opt._send_lr([self])
         if self._version == self.table.version:
             return
-        self._version = self.table.version
+        # What is uploaded in a graph is there after its first replay: the next step outside, and the next graph, upload their own.
+        self._version = -1 if capturing else self.table.version
         described = self._list_masks(self.table.descriptors(True))
         self._desc = self._upload(described, torch.int64, WORDS)
         if self._structure != self.table.structure:
-            self._structure = self.table.structure
+            self._structure = -1 if capturing else self.table.structure
             workers = torch.cuda.get_device_properties(self.device).multi_processor_count if self.device.type == "cuda" else 132
             self._chunk, self._gradient_chunk = self.table.chunk_for(workers), self.table.chunk_for(workers, True)
             self._split(described)
@@ -135,6 +160,7 @@ class DevicePlan(Plan):
 
     def set_hypers(self, hypers: list[list[float]]) -> None:
         super().set_hypers(hypers)
+        self._late_hypers = self._capturing()
         self._hypers = self._upload(torch.tensor(hypers, dtype=torch.float64, device="cpu"), torch.float64, len(HYPER_FIELDS))
 
     def set_lr(self, group: int, lr: Tensor) -> None:
@@ -161,6 +187,8 @@ class DevicePlan(Plan):
     def run(self, scalars: Scalars) -> None:
         if not len(self._desc):
             return
+        if self._capturing():  # a step outside the graph may replace these: their memory must stay
+            self._captured += [t for t in vars(self).values() if isinstance(t, Tensor)] + [share.chunks for share in self._shares]
         self._prologue(scalars)
         lists = self._expand()
         for share in self._shares:
@@ -209,6 +237,16 @@ class CudaPlan(DevicePlan):
                               2 if share.block else int(share.scattered))  # fmt: skip
 
 
+def next_rows(rule: str, hypers: Tensor, clocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (fp32 [n, 24]) of the next step and the clocks after it, from hyper-parameters (fp64 [n, 28]) and clocks (fp64 [n, 3])."""
+    count, *aux = clocks.unbind(1)
+    step = count + 1.0
+    row, aux = reference.make_rows(rule, dict(zip(HYPER_FIELDS, hypers.unbind(1), strict=True)), step, aux)
+    absent = torch.zeros_like(step)  # made there: a number would be copied there, and a copy waits, which a captured graph may not
+    columns = [getattr(row, f, absent).to(torch.float64) for f in ROW_FIELDS]
+    return torch.stack(columns, 1).float(), torch.stack([step, *aux], 1)
+
+
 class TritonPlan(DevicePlan):
     """Triton kernels; the rows are computed by the reference's row functions on device tensors (fp64, all tensors at once)."""
 
@@ -218,24 +256,16 @@ class TritonPlan(DevicePlan):
         self._clocks_module = importlib.import_module("fusedadapt.kernels.optim_clocks")
         self._groups = torch.empty(0, dtype=torch.int64, device="cpu")
 
-    def prepare(self) -> None:
-        before = self._structure
-        super().prepare()
-        if before != self._structure:
-            groups = torch.tensor([e.group for e in self.owners()], dtype=torch.int64, device="cpu")
-            self._groups = groups.to(self.device)
+    def _split(self, described: bytes) -> None:
+        super()._split(described)
+        self._groups = self._upload(torch.tensor([e.group for e in self.owners()], dtype=torch.int64, device="cpu"), torch.int64, 1)[:, 0]
 
     def _squares(self, partial: Tensor, scalars: Scalars) -> None:
         partial.copy_(self._kernels.squares(self._desc, self._gradient_chunks, chunk=self._gradient_chunk, grad_scale=scalars.grad_scale))
 
     def _prologue(self, scalars: Scalars) -> None:
         clocks = self._clocks_module.read_clocks(self._desc)  # fp64 [n, 3]: step, aux0, aux1
-        fields = dict(zip(HYPER_FIELDS, self._hypers[self._groups].unbind(1), strict=True))
-        step = clocks[:, 0] + 1.0
-        row, aux = reference.make_rows(self.rule, fields, step, [clocks[:, 1], clocks[:, 2]])
-        columns = [torch.as_tensor(getattr(row, f, 0.0), dtype=torch.float64, device=self.device).expand(len(step)) for f in ROW_FIELDS]
-        self._rows = torch.stack(columns, 1).float()
-        after = torch.stack([step, *aux], 1)
+        self._rows, after = next_rows(self.rule, self._hypers[self._groups], clocks)
         if scalars.found_inf is not None:
             after = torch.where(scalars.found_inf != 0, clocks, after)
         self._clocks_module.write_clocks(self._desc, after)
