@@ -85,6 +85,17 @@ def strict(enabled: bool = True) -> Iterator[None]:
         _strict.reset(token)
 
 
+@contextmanager
+def as_asked(asked: tuple[str | None, bool | None]) -> Iterator[None]:
+    """The block runs as where `asked` was called: on a GPU autograd runs backward in a thread of its own, which knows of no context."""
+    tokens = _backend.set(asked[0]), _strict.set(asked[1])
+    try:
+        yield
+    finally:
+        _backend.reset(tokens[0])
+        _strict.reset(tokens[1])
+
+
 def interpret_triton() -> None:
     """Lets Triton kernels run on CPU tensors, unless TRITON_INTERPRET says otherwise already. Triton's functions become interpreted ones when they
     are defined: call this before triton is first imported."""

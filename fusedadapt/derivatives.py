@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from . import config
+
 _is_batch: Any = torch._C._functorch.is_legacy_batchedtensor  # what stands for one of many gradients: it has no memory to read
+
+
+def remember(ctx: Any) -> None:
+    """In forward: the backward, in whatever thread, runs on the backend that forward's caller asked for (`first_order` sees to it)."""
+    ctx.asked = None if torch.compiler.is_compiling() else config.asked()
 
 
 def first_order(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -34,7 +41,11 @@ def first_order(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
                     f"{op}: expected one gradient at a time; got a batch of them (is_grads_batched=True, or vectorize=True of a Jacobian); leave "
                     "that out, or use the plain operations there (of a patched model: fusedadapt.unpatch)"
                 )
-            return once(ctx, *grads)
+            asked = None if torch.compiler.is_compiling() else getattr(ctx, "asked", None)
+            if asked is None or config.asked() != (None, None):  # who runs backward in a block of their own asks for themselves
+                return once(ctx, *grads)
+            with config.as_asked(asked):
+                return once(ctx, *grads)
 
         return checked
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fusedadapt as fa
+from fusedadapt import dispatch
 from fusedadapt.lowrank.dora import dora_linear_peft
 from fusedadapt.optim import AdaHessian
 from fusedadapt.sparse import Mask, MaskedLinear, SparseDelta, SparseDeltaLinear, merge, topk_mask
@@ -125,3 +128,22 @@ def test_transforms_are_refused_in_our_words(call: Callable[[Tensor], Tensor]) -
     for wrapped in (torch.func.vmap(call), torch.func.grad(lambda x: call(x).sum())):
         with pytest.raises(RuntimeError, match=r"fusedadapt\.quant.*outside torch\.func transforms"):
             wrapped(X)
+
+
+@pytest.mark.parametrize("call", [lora, dora_with_dropout, quantized, quantized_act, fake_quantized])
+def test_backward_in_another_thread_keeps_forwards_backend(call: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's backward runs in a thread of autograd's, where no context of the caller's holds."""
+    pick, heard = dispatch.pick, []
+    monkeypatch.setattr(dispatch, "pick", lambda *a, **k: heard.append(pick(*a, **k)) or heard[-1])
+    chosen = [vars(sys.modules[name])["_choose"] for name in dispatch._CHOOSERS if name in sys.modules]
+    for cache in chosen:
+        cache.cache_clear()
+    with fa.backend("reference"), fa.strict():
+        loss = call(X.clone().requires_grad_()).sum()
+    heard.clear()
+    other = threading.Thread(target=loss.backward)
+    other.start()
+    other.join()
+    for cache in chosen:
+        cache.cache_clear()
+    assert {choice.backend for choice in heard} <= {"reference"}

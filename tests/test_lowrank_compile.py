@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedadapt as fa
 from fusedadapt import dispatch
-from fusedadapt.lowrank import Output, Segment, lora_linear, lora_linear_group
+from fusedadapt.lowrank import Output, Segment, functional, lora_linear, lora_linear_group
 
 ops = torch.ops.fusedadapt
 T, K, N, R = 6, 9, 7, 3
@@ -115,6 +117,22 @@ def test_inductor() -> None:
     compiled = torch.compile(lora_linear, fullgraph=True, backend="inductor")
     tensors, options = everything(torch.float32)
     assert_close(run(compiled, tensors, options), run(lora_linear, tensors, options), 16)
+
+
+def test_an_int_seed_is_filled_in_where_x_is() -> None:
+    """Not copied there: on a GPU the host would wait, and a graph could not be captured."""
+    met: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            met.append(func.name())
+            return func(*args, **(kwargs or {}))
+
+    for seed in (0, -1, -(2**63), 2**63 - 1, np.int64(5)):
+        met.clear()
+        with Watch():
+            found = functional._seed(seed, new(T, K))
+        assert found.dtype == torch.int64 and found.tolist() == [int(seed)] and "aten::full" in met and "aten::lift_fresh" not in met
 
 
 def test_a_group_in_one_graph() -> None:

@@ -287,6 +287,29 @@ def test_integers_by_the_formula(name: str, symmetric: bool) -> None:
                 assert (codes[row, at] == np.clip(v + zero, 0, most)).all(), kind
 
 
+@pytest.mark.parametrize("kind", ["powers", "outlier", "normal"])
+def test_hqq_is_the_same_on_every_device(kind: str) -> None:
+    """The zeros by numpy, whose one power is rounded from fp64: what a device's own fp32 power makes of it is not."""
+    w, f = weight(kind, 64, 1024), np.float32
+    x = w.numpy().reshape(-1, 64)
+    inv = np.minimum(f(1) / (x.max(1) - x.min(1)) * f(15), f(2e4))[:, None]
+    z, beta, best = f(0) - x.min(1)[:, None] * inv, 10.0, np.inf
+    kept = z
+    for _ in range(20):
+        q = np.clip(np.rint(x * inv + z), f(0), f(15))
+        rest = x - (q - z) / inv
+        if not (error := np.abs(rest).astype(np.float64).mean()) < best:
+            break
+        best, kept = error, z
+        with np.errstate(divide="ignore"):
+            power = (np.abs(rest).astype(np.float64) ** -0.3).astype(f)
+        e = np.sign(rest) * np.maximum(np.abs(rest) - power / f(beta), f(0))
+        z = (q - (x - e) * inv).astype(np.float64).mean(1, keepdims=True).astype(f)
+        beta *= 1.01
+    zero = quantize(w, "hqq4").parts.zero
+    assert zero is not None and np.array_equal(zero.numpy().reshape(-1, 1), kept)
+
+
 def test_ternary_and_hqq_by_the_formula() -> None:
     """BitNet's mean; HQQ's first step where its second does not help: a group of evenly spaced numbers."""
     w = weight("normal", 9, 50)

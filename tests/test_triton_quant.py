@@ -10,6 +10,7 @@ import torch
 import triton
 from quant_cases import FLOATS, KINDS, SPECS, same, ties, weight
 
+import fusedadapt as fa
 from fusedadapt.kernels import quant as gpu
 from fusedadapt.kernels import quant_linear
 from fusedadapt.quant import QFormat, format_of
@@ -142,6 +143,13 @@ def test_a_broken_weight_shows():
     for t in (1, 5):
         y = gpu.linear(torch.ones(t, 256, dtype=torch.bfloat16), parts, fmt, 40, None)
         assert y[:, 5].isnan().all() and y.isnan().sum() == t
+
+
+@pytest.mark.parametrize("t", [1, 9])
+def test_a_bias_may_be_a_view(t):
+    qw, x, bias = fa.quantize(weight("normal", 17, 64), "int4", 32), weight("normal", t, 64), weight("normal", 17, 2)[:, 0]
+    with fa.backend("triton"):
+        assert same(fa.quantized_linear(x, qw, bias), fa.quantized_linear(x, qw, bias.clone()))
 
 
 def test_plans_do_not_depend_on_anything_but_shapes():

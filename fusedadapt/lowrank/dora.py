@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..autocast import autocasting
-from ..derivatives import first_order, refuse_transforms
+from ..derivatives import first_order, refuse_transforms, remember
 from ..ops import base as base_ops
 from ..ops.base import Base
 from ..ops.lowrank import ops_for
@@ -101,6 +101,7 @@ class DoraDropout(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, row_scale: Tensor, seed: Tensor, scalars: Tensor, *fields: Any
     ) -> Tensor:
+        remember(ctx)
         x, A, B, row_scale = resolved((x, A, B, row_scale))
         base = Base(*fields)
         with _no_autocast(x.device.type):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..autocast import autocasting
-from ..derivatives import first_order
+from ..derivatives import first_order, remember
 from ..ops import base as base_ops
 from ..ops.base import Base
 from ..ops.dense import widens
@@ -128,6 +128,7 @@ class LowRankLinear(torch.autograd.Function):
     def forward(
         ctx: Any, plan: Plan, x: Tensor, col_scale: Tensor | None, seed: Tensor | None, scalars: Tensor | Numbers, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
+        remember(ctx)
         x, *tensors = resolved((x, *tensors))  # type: ignore[assignment]
         direct, device_type = is_direct(x), x.device.type
         with _no_autocast(device_type):

@@ -201,7 +201,8 @@ def _token_gate(s: Segment, x2: Tensor) -> Tensor | None:
 def _seed(seed: int | Tensor | None, x: Tensor) -> Tensor:
     if seed is None:
         return torch.randint(1 << 62, (1,), dtype=torch.int64, device=x.device)
-    return seed.reshape(1) if isinstance(seed, Tensor) else torch.tensor([seed], dtype=torch.int64, device=x.device)
+    # torch.tensor would copy it there and wait for the GPU, which a graph being captured forbids
+    return seed.reshape(1) if isinstance(seed, Tensor) else torch.full((1,), seed, dtype=torch.int64, device=x.device)
 
 
 def _check_seed(seed: int | Tensor | None, x: Tensor) -> None:

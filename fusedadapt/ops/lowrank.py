@@ -32,8 +32,9 @@ def _module(backend: str) -> ModuleType:
 
 @functools.lru_cache(maxsize=256)
 def _choose(op: str, device_type: str, fp64: bool, wish: str | None, strict: bool) -> dispatch.Choice:
-    """`choose`, once for each of what it depends on: a layer asks five times a pass."""
-    return dispatch.pick(f"lowrank.{op}", device_type, unfit=_NO_KERNEL | (_FP64 if fp64 else {}))
+    """`choose`, once for each of what it depends on: a layer asks five times a pass, and its backward may do so where other wishes hold."""
+    with config.as_asked((wish, strict)):
+        return dispatch.pick(f"lowrank.{op}", device_type, unfit=_NO_KERNEL | (_FP64 if fp64 else {}))
 
 
 def choose(op: str, device_type: str, dtype: torch.dtype) -> dispatch.Choice:

@@ -221,6 +221,7 @@ def _linear(x: Tensor, *args: Any) -> Tensor:
         return y if bias is None else y + bias.to(x.dtype)
     x = x if x.stride(1) == 1 and x.stride(0) >= k else x.contiguous()
     module = _module(choose("linear", x.device.type, x.dtype, (t, n, k, fmt)).backend)
+    bias = None if bias is None else bias.contiguous()  # kernels read it without a stride
     if _takes(module, t, n, k, x.dtype, fmt, False):
         out: Tensor = module.linear(x, parts, fmt, n, bias)  # type: ignore[union-attr]
         return out

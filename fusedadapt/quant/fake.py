@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..derivatives import first_order, refuse_transforms
+from ..derivatives import first_order, refuse_transforms, remember
 from ..ops import fake_quant as ops
 from ..ops.quant import misfit
 from ..reference.fake_quant import INSIDE, wide
@@ -52,6 +52,7 @@ class FakeQuantize(torch.autograd.Function):
         bounds: Tensor | None,
         grad_scale: Tensor | float,
     ) -> Tensor:
+        remember(ctx)
         ctx.plan, ctx.like_x = plan, (x.dtype, x.shape)
         ctx.number = None if isinstance(grad_scale, Tensor) else grad_scale
         small = any(ctx.needs_input_grad[2:5])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..autocast import autocasting
+from ..derivatives import remember
 from ..ops.quant import misfit
 from ..reference.quant import Parts
 from .tensor import QuantizedTensor
@@ -38,6 +39,7 @@ def checked_input(x: Tensor, qw: QuantizedTensor, bias: Tensor | None) -> Tensor
 
 def save(ctx: Any, x: Tensor, bias: Tensor | None, spec: str, n: int, parts: tuple[Tensor | None, ...]) -> None:
     """Keeps the packed weight by reference, and nothing else."""
+    remember(ctx)
     ctx.spec, ctx.shape = spec, (n, x.shape[1])
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(*parts)
