@@ -1,5 +1,7 @@
 """The CUDA kernels of the sparse family, run by the emulator, against `reference.sparse_parts`: equal bits, in any order of threads and blocks."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from sparse_cases import DTYPES, KINDS, check_moves, check_swap, generator, item, kind, same
@@ -204,6 +206,18 @@ def test_many_tensors_in_one_launch():
     assert same([x[i] for x, i in zip(xs, at)], old_values) and same(values, [x[i] for x, i in zip(old, at)])
     gpu.move_all("swap", list(zip(xs, at, values)))
     assert same(xs, old) and same(values, old_values)
+
+
+def test_positions_are_checked_once_for_each_kind_of_move(monkeypatch):
+    """A delta gathers and adds in turns; each check would wait for a GPU."""
+    core, looks = gpu._core(torch.device("cpu")), []
+    counting = SimpleNamespace(check_indices=lambda *args: looks.append(core.check_indices(*args)), move=core.move, MOVE_GROUP=core.MOVE_GROUP)
+    monkeypatch.setattr(gpu, "_core", lambda device: counting)
+    x, index, values = torch.zeros(50), torch.tensor([3, 9, 40]), torch.ones(3)
+    for _ in range(3):
+        gpu.move_all("gather", [(x, index, values)])
+        gpu.move_all("add", [(x, index, values)])
+    assert len(looks) == 2
 
 
 def test_positions_are_checked_again_after_a_change():

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu_cases import BACKENDS, DEVICE, MANY, cases, needs_gpu, room_for, same
+from gpu_cases import BACKENDS, DEVICE, MANY, cases, needs_gpu, no_sync, room_for, same
 from torch import Tensor
 
 import fusedadapt as fa
@@ -139,6 +139,24 @@ def test_grow_prune(mask_state: str) -> None:
             mask = grow_prune(opt, p, fraction=0.3)
         results.append((p.detach(), mask.to_bool()))
     assert same(results[0][0], results[1][0]) and torch.equal(results[0][1].cpu(), results[1][1])
+
+
+@needs_gpu
+def test_the_host_does_not_wait(backend: str) -> None:
+    """Not for a selection; for a delta not once its positions are checked."""
+    weights = {f"w{i}": data("random", (65, 130), torch.bfloat16, i).to(DEVICE) for i in range(3)}
+    tuned = {name: t + 1 for name, t in weights.items()}
+    delta = SparseDelta.from_diff(weights, tuned, density=0.1)
+
+    def run() -> None:
+        topk_mask(list(weights.values()), density=0.2)
+        nm_mask(weights["w0"], 1, 2)
+        delta.apply_(weights)
+        delta.revert_()
+
+    run()
+    with no_sync():
+        run()
 
 
 @needs_gpu

@@ -68,12 +68,13 @@ inline int shared_limit(int device, int most) {
   return most > 0 && most < bytes ? most : bytes;
 }
 
+// Always the device's most, whatever this launch takes: with less, another thread's larger launch would fail between its own two calls.
 template <class Kernel>
-void allow_shared(Kernel kernel, int bytes) {
+void allow_shared(Kernel kernel, int device) {
 #if defined(FA_EMULATE)
-  (void)kernel, (void)bytes;
+  (void)kernel, (void)device;
 #else
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), "sparse");
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_limit(device, 0)), "sparse");
 #endif
 }
 

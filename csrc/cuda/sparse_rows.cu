@@ -262,7 +262,7 @@ void launch_rows(const Selection& s, RowJob job, int64_t count, int most_shared,
   const int64_t runs = (int64_t(job.length) + (job.layout == kShared ? kShort - 1 : 0) + kRun - 1) / kRun;
   const int64_t bytes = runs * kRun * int64_t(sizeof(uint32_t)), warps = runs / 2 < 1 ? 1 : runs / 2 < kRowWarps ? runs / 2 : kRowWarps;
   job.kept = bytes <= shared_limit(place.device, most_shared);
-  allow_shared(rows_kernel<kOther>, job.kept ? int(bytes) : 0);
+  allow_shared(rows_kernel<kOther>, place.device);
   FA_LAUNCH(rows_kernel<kOther>, blocks_for(count), unsigned(warps) * kWarp, job.kept ? size_t(bytes) : 0,
             static_cast<cudaStream_t>(place.stream), s, job);
 }

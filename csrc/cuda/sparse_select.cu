@@ -194,7 +194,7 @@ void count(const Selection& s, const Level& level, Bins bins, int all, int limit
   for (bins.first = 0; bins.first < all; bins.first += at_most) {
     bins.count = all - bins.first < at_most ? all - bins.first : at_most;
     const size_t bytes = size_t(kKind == kPacked ? (bins.count + 1) / 2 : bins.count) * 4;
-    allow_shared(kernel, int(bytes));
+    allow_shared(kernel, place.device);
     FA_LAUNCH(kernel, counting_blocks(s, place.device), kHistogramThreads, bytes, static_cast<cudaStream_t>(place.stream), s, level, bins);
     check(cudaGetLastError(), "sparse.histogram");
   }

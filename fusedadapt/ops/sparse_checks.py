@@ -52,12 +52,13 @@ def known(key: Tensor, what: tuple[Any, ...], find: Callable[[], Any]) -> Any:
     """find(), remembered until the tensor is written or gone: the device is asked once."""
     if key.is_inference():
         return find()
-    what = (*what, key._version, key.data_ptr())
-    facts: dict[tuple[Any, ...], Any] = _facts.setdefault(key, {})
-    if what not in facts:
-        facts.clear()
-        facts[what] = find()
-    return facts[what]
+    now = (key._version, key.data_ptr())
+    held: tuple[tuple[int, int], dict[tuple[Any, ...], Any]] | None = _facts.get(key)
+    if held is None or held[0] != now:
+        held = _facts[key] = (now, {})
+    if what not in held[1]:
+        held[1][what] = find()
+    return held[1][what]
 
 
 def listed(op: str, items: Sequence[Item], score: str, nan: str, words: bool) -> tuple[torch.device, list[Tensor], list[list[int]]]:

@@ -2,8 +2,8 @@
 tensors the same kernels run in the emulator (tests only).
 
 Tensors are contiguous, on one device, in float32, bfloat16 or float16, of any size and alignment; words are int32. Anything else is a ValueError
-before something is written. Nothing waits for the device except where a result's size or a check of positions needs it: both are remembered per
-tensor, so that the second call with the same mask or positions does not wait. Scratch of a selection: 0.5 MiB + 8 bytes per 8,192 elements.
+before something is written. Nothing waits for the device except where a result's size or a check of positions needs it; what a check found is
+remembered per tensor, so that the second call with the same positions does not wait. Scratch of a selection: 0.5 MiB + 8 bytes per 8,192 elements.
 """
 
 from __future__ import annotations

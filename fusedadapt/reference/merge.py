@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .division import over
 from .random import random16
 from .sparse import TOP, key_of, kth_key, score_of, unpack
 
@@ -112,7 +113,7 @@ def combine(deltas: Sequence[Tensor], weights: Sequence[float], recipe: Recipe) 
         for d, w in zip(deltas[1:], weights[1:], strict=True):
             total = total + d * w
         weight = sum(weights)
-        return total / weight if recipe.normalize and abs(weight) >= 1e-8 else total
+        return over(total, weight) if recipe.normalize and abs(weight) >= 1e-8 else total
     weighted = [d * w for d, w in zip(deltas, weights, strict=True)]
     voters = weighted if recipe.combine == "mergekit" else deltas
     votes = voters[0].clone()

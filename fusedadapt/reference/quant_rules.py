@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..quant.formats import MOST_STEPS, NESTED_BLOCK, QFormat
 from ..quant.tables import table
+from .division import over
 from .quant import groups
 
 _TINY = 2.0**-120
@@ -40,11 +41,6 @@ def _absmax(lo: Tensor, hi: Tensor, *, keep_tiny: bool = False) -> Tensor:
     amax = torch.maximum(-lo, hi).abs()  # of -0.0 and 0.0 either may be the least: scales of zeros are +0.0
     amax = torch.where(amax.isfinite(), amax, torch.nan)
     return amax if keep_tiny else torch.where(amax < _TINY, 0.0, amax)
-
-
-def _over(t: Tensor, number: float) -> Tensor:
-    """t / number, one IEEE division: on a GPU torch multiplies by the reciprocal of a Python number, which is an ulp off now and then."""
-    return t / torch.full((), number, device=t.device, dtype=torch.float32)
 
 
 def _stored(scale: Tensor, fmt: QFormat) -> Tensor:
@@ -82,12 +78,12 @@ def absmax(w: Tensor, lo: Tensor, hi: Tensor, fmt: QFormat) -> Found:
 def absmax_int(w: Tensor, lo: Tensor, hi: Tensor, fmt: QFormat) -> Found:
     """S = absmax / 127, v = w * (127 / absmax), where 127 / t is (1 / t) * 127 as torch evaluates it."""
     s = _absmax(lo, hi)
-    return Found(_stored(_over(s, fmt.high), fmt), (1.0 / s) * fmt.high)
+    return Found(_stored(over(s, fmt.high), fmt), (1.0 / s) * fmt.high)
 
 
 def absmax_float(w: Tensor, lo: Tensor, hi: Tensor, fmt: QFormat) -> Found:
     """S = absmax / largest code, v = w * (1 / S): fp8."""
-    s = _stored(_over(_absmax(lo, hi), table(fmt.table).values[table(fmt.table).codes[-1]]), fmt)
+    s = _stored(over(_absmax(lo, hi), table(fmt.table).values[table(fmt.table).codes[-1]]), fmt)
     return Found(s, 1.0 / s.float())
 
 
@@ -96,14 +92,14 @@ def affine(w: Tensor, lo: Tensor, hi: Tensor, fmt: QFormat) -> Found:
     finite = lo.isfinite() & hi.isfinite()
     lo, hi = lo.clamp(max=0), hi.clamp(min=0)
     span = torch.where(finite, hi - lo, torch.nan)
-    s = _stored(_over(torch.where(span < _TINY, 0.0, span), fmt.high), fmt)
+    s = _stored(over(torch.where(span < _TINY, 0.0, span), fmt.high), fmt)
     z = (-lo / s.float()).round().clamp(fmt.low, fmt.high).nan_to_num(0.0)
     return Found(s, s.float(), zero=z.to(torch.uint8))
 
 
 def affine_sym(w: Tensor, lo: Tensor, hi: Tensor, fmt: QFormat) -> Found:
     """S = 2 absmax / (2^bits - 1), v = w / S, the zero point fixed at 2^(bits - 1): GPTQ's and Marlin's symmetric integers."""
-    s = _stored(_over(_absmax(lo, hi) * 2, fmt.high), fmt)
+    s = _stored(over(_absmax(lo, hi) * 2, fmt.high), fmt)
     return Found(s, s.float())
 
 
@@ -122,7 +118,7 @@ def mx(w: Tensor, lo: Tensor, hi: Tensor, fmt: QFormat) -> Found:
     exponent = int(torch.tensor(largest, dtype=torch.float32, device="cpu").log2().floor())
     bits = amax.view(torch.int32) & 0x7FFFFFFF
     if fmt.scale_rule == "rceil":
-        bits = _over(amax, largest).view(torch.int32)
+        bits = over(amax, largest).view(torch.int32)
         subnormal = bits < (1 << 23)
         byte = torch.where(subnormal, (bits > (1 << 22)).int(), (bits >> 23) + ((bits & 0x7FFFFF) > 0).int())
     elif fmt.scale_rule == "even":
@@ -140,9 +136,9 @@ def mx(w: Tensor, lo: Tensor, hi: Tensor, fmt: QFormat) -> Found:
 def nvfp4(w: Tensor, lo: Tensor, hi: Tensor, fmt: QFormat) -> Found:
     """S = e4m3(absmax / 6 / g) * g with g = tensor absmax / (448 * 6), v = w * ((1 / g) / s8): NVFP4, two levels."""
     amax = _absmax(lo, hi, keep_tiny=True)
-    g = _over(amax.nan_to_num(0.0).amax(), _E4M3_MAX * _E2M1_MAX)
+    g = over(amax.nan_to_num(0.0).amax(), _E4M3_MAX * _E2M1_MAX)
     g = torch.where(g < _TINY, 1.0, g)
-    s8 = (_over(amax, _E2M1_MAX) / g).clamp(_E4M3_FLOOR, _E4M3_MAX).to(torch.float8_e4m3fn)
+    s8 = (over(amax, _E2M1_MAX) / g).clamp(_E4M3_FLOOR, _E4M3_MAX).to(torch.float8_e4m3fn)
     return Found(s8.view(torch.uint8), (1.0 / g) / s8.float(), super=g)
 
 
@@ -154,7 +150,7 @@ def row_steps(w: Tensor, lo: Tensor, hi: Tensor, fmt: QFormat) -> Found:
     for MX has it: 1.9 (kurtotic weights) to 2.4 dB (normal ones) better in groups of 128. Anything not finite makes R, and so the row, NaN.
     """
     amax = _absmax(lo, hi)
-    s = _over(amax, _E2M1_MAX)
+    s = over(amax, _E2M1_MAX)
     row = s.amax(1)
     published = fmt.scale_rule == "m2"
     large, small = (t.nan_to_num(0.0).view(torch.int32) for t in (row[:, None], s if published else amax / 8))

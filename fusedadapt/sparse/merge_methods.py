@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..ops import sparse as ops
 from ..reference import merge as truth
+from ..reference.division import over
 from ..reference.merge import Cut, Part, Recipe
 from ..reference.random import random16
 from ..reference.sparse import key_of
@@ -201,7 +202,7 @@ def _ranked(job: Job, i: int, base: Tensor, tensor: Tensor, row: tuple[int, int]
     order = torch.argsort(key_of(d.abs().float()).view(-1, length, apart), dim=1, stable=True)
     places = torch.arange(length, device=d.device)[:, None].expand_as(order).contiguous()
     rank = torch.empty_like(order).scatter_(1, order, places).reshape(-1)
-    p = (density - epsilon + 2 * epsilon * rank.double() / (length - 1)) if length > 1 else torch.full_like(d, density, dtype=torch.float64)
+    p = (density - epsilon + over(2 * epsilon * rank.double(), length - 1)) if length > 1 else torch.full_like(d, density, dtype=torch.float64)
     lanes = random16(job.seed & 0xFFFFFFFFFFFFFFFF, np.arange(first, last, dtype=np.uint64), i, recipe.stream).to(d.device)
     stays = lanes < (p.clamp(0, 1) * 65536).round()
     return d, torch.where(stays, d if job.compat == "mergekit" else d / p.to(d.dtype), 0)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from ..reference.division import over
 from ..reference.merge import wide
 from .merge_methods import Job
 from .select import Item, find_threshold
@@ -52,14 +53,16 @@ class _Flat:
         return d, total
 
     def score(self, i: int, d: Tensor, total: Tensor) -> Tensor:
+        """In fp64, rounded once: exp and tanh of CPUs and GPUs differ in the last bit, and the cut would then fall elsewhere."""
         low, high = self.limits[i]
-        relative = (d.abs() - low) / (high - low) if high > low else torch.zeros_like(d)
-        return torch.exp(len(self.job.models) * relative.square()) * torch.tanh(d * total)
+        x = d.double()
+        relative = over(x.abs() - low, high - low) if high > low else torch.zeros_like(x)
+        return (torch.exp(len(self.job.models) * relative.square()) * torch.tanh(x * total.double())).to(d.dtype)
 
     def scale(self, i: int, d: Tensor, total: Tensor) -> Tensor:
         cut, top = self.cuts[i], self.tops[i]
         score = self.score(i, d, total)
-        return (score.clamp(min=cut) - cut) / (top - cut) if top > cut else torch.ones_like(score)
+        return over(score.clamp(min=cut) - cut, top - cut) if top > cut else torch.ones_like(score)
 
     def kth(self, value: Callable[[str, slice], Tensor], k: int) -> float:
         """The k-th largest of value(block) over the model."""
