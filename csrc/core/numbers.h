@@ -1,4 +1,4 @@
-// Small helpers of the rules. Row functions use only + - * / and sqrt (exact in IEEE double), so host and device agree on every bit.
+// Small helpers of the rules. Row functions use only + - * / and sqrt (exact in IEEE double), so host and device agree on every bit (but for `power`).
 #pragma once
 #include <cmath>
 
@@ -17,6 +17,13 @@ FA_HD double ipow(double b, double n) {
   return out;
 }
 
+// x^y, exactly as every device computes it where y is a multiple of one half; other exponents have the last bit of the library there.
+FA_HD double power(double x, double y) {
+  const double whole = floor(y), rest = y - whole;
+  if (!(whole >= 0.0 && whole <= 64.0 && (rest == 0.0 || rest == 0.5))) return pow(x, y);
+  return rest == 0.0 ? ipow(x, whole) : ipow(x, whole) * sqrt(x);
+}
+
 // 2^-y for y in [0, 1] by the Taylor series of exp(-y ln 2): 22 terms are below half an ulp of double.
 FA_HD double exp2_neg(double y) {
   const double x = -y * 0.693147180559945309417232121458;
@@ -28,8 +35,8 @@ FA_HD double exp2_neg(double y) {
   return sum;
 }
 
-FA_HD float sign_of(float x) { return float(x > 0.f) - float(x < 0.f); }    // sign(0) = 0, sign(NaN) = 0, as torch
-FA_HD float max_nan(float a, float b) { return a >= b || a != a ? a : b; }   // maximum that keeps a NaN of either side
+FA_HD float sign_of(float x) { return float(x > 0.f) - float(x < 0.f); }  // sign(0) = 0, sign(NaN) = 0, as torch
+FA_HD float max_nan(float a, float b) { return a >= b || a != a ? a : b; }  // maximum that keeps a NaN of either side
 
 // What every row shares: weight decay, maximize.
 FA_HD void common_row(const Hyper& h, const Clock& c, Row& r) {

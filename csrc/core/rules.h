@@ -134,10 +134,9 @@ struct ScheduleFreeAdamW {
     const double warm = c.step < h.warmup ? c.step / h.warmup : 1.0;
     const double lr = h.lr * warm, root2 = sqrt(1.0 - ipow(h.beta2, c.step));
     c.aux[1] = lr > c.aux[1] ? lr : c.aux[1];
-    const double by_step = h.r == 0.0 ? 1.0 : pow(c.step, h.r);
-    const double by_lr = h.weight_lr_power == 2.0 ? c.aux[1] * c.aux[1] : pow(c.aux[1], h.weight_lr_power);
-    c.aux[0] += by_step * by_lr;
-    const double mix = c.aux[0] > 0.0 ? by_step * by_lr / c.aux[0] : 0.0;
+    const double weight = power(c.step, h.r) * power(c.aux[1], h.weight_lr_power);
+    c.aux[0] += weight;
+    const double mix = c.aux[0] > 0.0 ? weight / c.aux[0] : 0.0;
     r.step_size = float(lr);
     r.mix = float(mix);
     r.alpha1 = float(lr * (h.beta1 * (1.0 - mix) - 1.0));

@@ -233,7 +233,7 @@ struct AdaHessian {
   static FA_HD void row(const Hyper& h, Clock& c, Row& r) {
     common_row(h, c, r);
     const Correction k = correction(h, c);
-    const double scale = h.power == 1.0 ? k.root2 : pow(k.root2, h.power);
+    const double scale = power(k.root2, h.power);
     r.mode = h.power == 1.0 ? 0.f : 1.f;
     r.pow1 = float(h.power);
     r.step_size = float(h.lr * scale / k.bc1);

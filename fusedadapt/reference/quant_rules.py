@@ -176,7 +176,7 @@ def hqq(w: Tensor, lo: Tensor, hi: Tensor, fmt: QFormat) -> Found:
             break
         best, kept = error, z
         power = rest.abs().double().pow(-0.3).float()  # in fp32 every device has another last bit, and with it another zero
-        e = rest.sign() * (rest.abs() - _over(power, beta)).clamp(min=0)
+        e = rest.sign() * (rest.abs() - over(power, beta)).clamp(min=0)
         z = (q - (x - e) * inv[..., None]).double().nanmean(-1).float()
         beta *= 1.01
     s = 1.0 / inv

@@ -16,6 +16,7 @@ from .rules import (
     ipow,
     max_nan,
     moments,
+    power,
     rectification,
     rule,
     sqrt,
@@ -188,7 +189,7 @@ def adopt(p, g, s, r):
 
 def adahessian_row(h, c):
     r, (bc1, _, root2) = common_row(h, c), correction(h, c)
-    scale = where(h.power == 1, root2, root2**h.power)
+    scale = power(root2, h.power)
     r.mode, r.pow1 = where(h.power == 1, 0.0, 1.0), h.power
     r.step_size, r.eps = h.lr * scale / bc1, h.eps * scale
     return r
