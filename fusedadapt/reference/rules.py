@@ -50,10 +50,10 @@ def sqrt(x: Tensor) -> Tensor:
         return torch.as_tensor(np.sqrt(wide.numpy())).to(x.dtype)
 
 
-def ipow(b: Tensor, n: Tensor) -> Tensor:
-    """b^n for whole n by repeated squaring, the order of multiplications csrc/core/numbers.h uses."""
+def ipow(b: Tensor, n: Tensor, bits: int = 25) -> Tensor:
+    """b^n for whole n < 2^bits (fp32 step counters end at 2^24) by repeated squaring, the order of multiplications csrc/core/numbers.h uses."""
     b, out, n = torch.as_tensor(b, dtype=torch.float64, device=n.device), torch.ones_like(n), n.to(torch.int64)
-    for _ in range(25):  # fp32 step counters end at 2^24
+    for _ in range(bits):
         out = where(n % 2 == 1, out * b, out)
         b, n = b * b, n // 2
     return out
@@ -63,7 +63,7 @@ def power(x: Tensor, y: Tensor) -> Tensor:
     """x^y, as every device computes it where y is a multiple of one half (csrc/core/numbers.h); other exponents have the library's last bit."""
     whole = torch.floor(y)
     rest = y - whole
-    exact = where(rest == 0, ipow(x, whole), ipow(x, whole) * sqrt(x))
+    exact = ipow(x, whole, 7) * where(rest == 0, 1.0, sqrt(x))
     return where((whole >= 0) & (whole <= 64) & ((rest == 0) | (rest == 0.5)), exact, x**y)
 
 
