@@ -1,6 +1,7 @@
 """`python -m fusedadapt merge`."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,27 @@ def test_a_failing_write_is_one_line(folders, tmp_path, capsys, monkeypatch):
     error = capsys.readouterr().err
     assert "No space left on device; nothing was written" in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_companion_that_fails_is_no_half_file(folders, tmp_path, capsys, monkeypatch):
+    """The weights are there by then, and half of a tokenizer would stay for good: what is there is not copied again."""
+    real = shutil.copyfileobj
+
+    def full(source, target):
+        if source.name.endswith("tokenizer.json"):
+            target.write(source.read()[:1])
+            raise OSError(28, "No space left on device")
+        real(source, target)
+
+    monkeypatch.setattr(shutil, "copyfileobj", full)
+    base, *models = folders
+    arguments = ["merge", *models, "--base", base, "--density", "0.2", "--quiet", "--out", str(tmp_path / "out")]
+    assert cli.main(arguments) == 1
+    error = capsys.readouterr().err
+    assert f"No space left on device; the weights in {tmp_path / 'out'} are complete" in error and error.count("\n") == 1
+    assert not (tmp_path / "out" / "tokenizer.json").exists() and len(load_file(tmp_path / "out" / "model.safetensors")) == 2
+    monkeypatch.undo()
+    assert cli.main(arguments) == 0 and (tmp_path / "out" / "tokenizer.json").read_text() == "[]"
 
 
 def test_where_it_cannot_write(folders, tmp_path, capsys):

@@ -71,10 +71,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0 if the merged model was written, 2 if the command line or a model does not fit, 1 if writing failed, 130 if interrupted."""
     options = _parser().parse_args(argv)
     start = time.perf_counter()
+    out = None
     try:
         out = _merge(options)
+        _copy_companions(Path(options.base or options.models[0]), out)
     except KeyboardInterrupt:
-        print("merge: interrupted; nothing was written", file=sys.stderr)
+        print(f"merge: interrupted; {_left(out)}", file=sys.stderr)
         return 130
     except (ValueError, RuntimeError) as error:
         print(_one_line(error), file=sys.stderr)
@@ -83,11 +85,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(error, FileNotFoundError) and error.errno is None:  # ours: a model that is not there
             print(_one_line(error), file=sys.stderr)
             return 2
-        print(f"merge: expected to write {options.out}; {error.strerror or error}; nothing was written", file=sys.stderr)
+        print(f"merge: expected to write {options.out}; {error.strerror or error}; {_left(out)}", file=sys.stderr)
         return 1
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     print(f"{out}: {len(options.models)} models, {options.method}, {time.perf_counter() - start:.1f} s, peak memory {peak / 2**20:.0f} MiB")
     return 0
+
+
+def _left(out: Path | None) -> str:
+    """What there is after a failure."""
+    return "nothing was written" if out is None else f"the weights in {out} are complete, not so the files beside them (config, tokenizer): copy those"
 
 
 def _one_line(error: Exception) -> str:
@@ -120,7 +127,6 @@ def _merge(options: Any) -> Path:
         progress=not options.quiet,
     )
     assert isinstance(out, Path)
-    _copy_companions(Path(options.base or options.models[0]), out)
     return out
 
 
@@ -135,11 +141,14 @@ def _dtype(name: str | None) -> torch.dtype | None:
 
 def _copy_companions(source: Path, out: Path) -> None:
     """config.json, the tokenizer and the like, of a folder to the folder that the weights went to; what is there already stays."""
+    from ..files import atomic_open
+
     if not source.is_dir() or not out.is_dir():
         return
     for pattern in COMPANIONS:
         for file in sorted(source.glob(pattern)):
             target = out / file.relative_to(source)
             if file.is_file() and not target.exists():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(file, target)
+                # A part of a tokenizer would stay: the next run leaves alone what is there.
+                with open(file, "rb") as source_file, atomic_open(target) as target_file:
+                    shutil.copyfileobj(source_file, target_file)
