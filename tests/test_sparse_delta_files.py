@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from fusedadapt import files
-from fusedadapt.sparse import Mask, SparseDelta, coding
+from fusedadapt.sparse import Mask, SparseDelta, coding, load_masks
+from fusedadapt.sparse.checkup import examine
 from fusedadapt.sparse.delta import Entry
 
 
@@ -138,6 +139,30 @@ def test_files_with_a_right_checksum_and_wrong_contents_are_refused(tmp_path: Pa
     saved_in_bytes(path, at[:2], [6], 1, "multiply")
     with pytest.raises(ValueError, match='kind "add" or "set"'):
         SparseDelta.load(path)
+
+
+@pytest.mark.parametrize(
+    "listed",
+    ["[" * 100_000, '[["w", {}]]', '"w"', '{"w": 5}', '{"w": {"shape": [6], "shift": Infinity}}', '{"w": {"shape": [6], "width": Infinity}}',
+     '{"w": {"shape": [6], "shift": "0"}}', '{"w": {"shape": [4611686018427387904, 4, 0], "shift": 0}}'],
+)  # fmt: skip
+def test_lists_of_contents_that_are_none(tmp_path: Path, listed: str) -> None:
+    """An OverflowError, a RecursionError or an AttributeError of Python's own says nothing about the file."""
+    path, (code, _) = tmp_path / "d", coding.encode(torch.tensor([], dtype=torch.int64))
+    values = torch.zeros(0)
+    if '"shape"' in listed:
+        about = json.loads(listed)
+        e = about["w"]
+        e["crc"] = files.checksum(["w", "add", e["shape"], ["shift", e["shift"]] if "shift" in e else e["width"]], code, values)
+        listed = json.dumps(about)
+    files.write_safetensors(path, {"w.gaps": code, "w.values": values}, {"format": "fusedadapt.delta", "kind": "add", "entries": listed})
+    with pytest.raises(ValueError, match="SparseDelta.load: expected a whole file"):
+        SparseDelta.load(path)
+    result = examine(path)
+    assert result is not None and result.faults
+    files.write_safetensors(path, {"w": code}, {"format": "fusedadapt.masks", "masks": listed})
+    with pytest.raises(ValueError, match="load_masks: expected a whole file"):
+        load_masks(path)
 
 
 def test_a_file_with_far_gaps_comes_back(tmp_path: Path) -> None:

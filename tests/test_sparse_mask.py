@@ -143,6 +143,10 @@ BAD = [
     (lambda: Mask.from_indices(torch.tensor([1.0]), (5,)), "int32 or int64"),
     (lambda: Mask.from_bool([True, False]), "expected a bool tensor; got list"),
     (lambda: Mask.from_indices([1, 2], (5,)), "int32 or int64; got list"),
+    (lambda: Mask.full((-1,), True), r"sides from 0 up; got \(-1,\)"),
+    (lambda: Mask.full(5, True), "sides from 0 up; got 5"),
+    (lambda: Mask.from_indices(torch.tensor([1]), (2.0, 3)), r"sides from 0 up; got \(2.0, 3\)"),
+    (lambda: Mask([1], (3,)), "expected 1 int32 words for shape (.*); got list"),
     (lambda: Mask.full((3, 4), True) & Mask.full((4, 3), True), r"mask of shape \(3, 4\); got \(4, 3\)"),
 ]
 

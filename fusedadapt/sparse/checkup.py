@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Tensor
 from ..quant.archive import Header, read_header, read_tensor
 from ..quant.checkup import Checkup
 from . import delta, mask
-from .coding import Damaged
+from .coding import Damaged, contents
 
 _KINDS = {delta.FORMAT: ("entries", (".gaps", ".values")), mask.FORMAT: ("masks", ("",))}
 
@@ -38,9 +37,9 @@ def examine(path: str | Path) -> Checkup | None:
 
 def _listed(metadata: Mapping[str, str], key: str, result: Checkup) -> dict[str, Any]:
     try:
-        return dict(json.loads(metadata[key]))
-    except (KeyError, TypeError, ValueError) as error:
-        result.faults.append(f"its list of contents is not readable ({type(error).__name__}: {error})")
+        return contents(metadata[key])
+    except (KeyError, Damaged) as error:
+        result.faults.append(f"its list of contents is not readable ({error})")
         return {}
 
 

@@ -94,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _left(out: Path | None) -> str:
     """What there is after a failure."""
-    return "nothing was written" if out is None else f"the weights in {out} are complete, not so the files beside them (config, tokenizer): copy those"
+    return "nothing was written" if out is None else f"the weights in {out} are complete, not the files beside them (config, tokenizer): copy them"
 
 
 def _one_line(error: Exception) -> str:

@@ -6,6 +6,10 @@ each on bytes of its own. A tensor's positions, evenly spread, take 0.03 bits an
 
 from __future__ import annotations
 
+import json
+import math
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -16,6 +20,22 @@ _MOST = 1 << 60
 
 class Damaged(ValueError):
     """Bytes that are no positions of the tensor they are said to be of."""
+
+
+def contents(text: str) -> dict[str, Any]:
+    """A file's list of what it holds: name -> what describes it. Damaged: text that is no such list."""
+    try:
+        listed = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{type(error).__name__}: {error}") from error
+    if not isinstance(listed, dict):
+        raise Damaged(f"expected names; got {type(listed).__name__}")
+    return listed
+
+
+def is_shape(shape: Any) -> bool:
+    """Whether a tensor may have this shape."""
+    return all(type(side) is int and side >= 0 for side in shape) and math.prod(max(side, 1) for side in shape) <= _MOST
 
 
 def encode(indices: Tensor) -> tuple[Tensor, int]:

@@ -245,14 +245,14 @@ class SparseDelta:
                 about = file.metadata() or {}
                 if about.get("format") != FORMAT:
                     raise ValueError(f"SparseDelta.load: expected a delta's file; {path} is none; write one with SparseDelta.save")
-                entries, listed = {}, json.loads(about["entries"])
-                if {f"{name}.{part}" for name in dict(listed) for part in ("gaps", "values")} != set(file.keys()):
+                entries, listed = {}, coding.contents(about["entries"])
+                if {f"{name}.{part}" for name in listed for part in ("gaps", "values")} != set(file.keys()):
                     raise KeyError("names")
                 for name, e in listed.items():
                     entry = read_entry(name, about["kind"], e, file.get_tensor(f"{name}.gaps"), file.get_tensor(f"{name}.values"))
                     entries[name] = Entry(entry.indices.to(device), entry.values.to(device), entry.shape)
                 return cls(entries, about["kind"])
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, coding.Damaged) as error:
+        except (SafetensorError, KeyError, TypeError, coding.Damaged) as error:
             raise ValueError(f"SparseDelta.load: expected a whole file; {path} is damaged ({error}); copy it again") from error
 
     def __repr__(self) -> str:
@@ -279,13 +279,15 @@ def read_entry(name: str, kind: str, e: Mapping[str, Any], gaps: Tensor, values:
     if _crc(name, kind, e, gaps, values) != e["crc"]:
         raise coding.Damaged(f"{name!r} is not as it was saved: another checksum")
     shape = e["shape"]
-    if any(type(side) is not int or side < 0 for side in shape) or gaps.dtype != torch.uint8 or gaps.dim() != 1 or values.dim() != 1:
+    if not coding.is_shape(shape) or gaps.dtype != torch.uint8 or gaps.dim() != 1 or values.dim() != 1:
         got = f"shape {shape}, {gaps.dtype} gaps of shape {tuple(gaps.shape)}, values of shape {tuple(values.shape)}"
         raise coding.Damaged(f"{name!r} is no part of a delta: {got}")
     size = math.prod(shape)
     decoder, how = (coding.decode_bytes, e["width"]) if "width" in e else (coding.decode, e["shift"])
     try:
-        at = decoder(gaps, int(how), len(values), size)
+        if type(how) is not int:
+            raise coding.Damaged(f"gaps coded with {how!r}")
+        at = decoder(gaps, how, len(values), size)
     except coding.Damaged as error:
         raise coding.Damaged(f"{name!r}: {error}") from error
     return Entry(at.to(torch.int32 if size < 1 << 31 else torch.int64), values, torch.Size(shape))

@@ -29,13 +29,12 @@ class Mask:
     """
 
     def __init__(self, words: Tensor, shape: Sequence[int], *, row_aligned: bool = False) -> None:
-        self.shape = torch.Size(shape)
-        if any(side < 0 for side in self.shape):
-            raise ValueError(f"Mask: expected a shape of sides from 0 up; got {tuple(shape)}")
+        self.shape = _size(shape)
         self.row_aligned = row_aligned and len(self.shape) > 0
         expected = self._words_needed()
-        if words.dtype != torch.int32 or words.dim() != 1 or words.numel() != expected:
-            raise ValueError(f"Mask: expected {expected} int32 words for shape {tuple(shape)}; got {words.dtype} of shape {tuple(words.shape)}")
+        if not isinstance(words, Tensor) or words.dtype != torch.int32 or words.dim() != 1 or words.numel() != expected:
+            got = f"{words.dtype} of shape {tuple(words.shape)}" if isinstance(words, Tensor) else type(words).__name__
+            raise ValueError(f"Mask: expected {expected} int32 words for shape {tuple(shape)}; got {got}; make it with Mask.from_bool")
         self.words = words.contiguous()
         self._prefix: Tensor | None = None
 
@@ -67,12 +66,13 @@ class Mask:
         if not isinstance(indices, Tensor) or indices.dtype not in (torch.int32, torch.int64) or indices.dim() != 1:
             got = f"{indices.dtype} of shape {tuple(indices.shape)}" if isinstance(indices, Tensor) else type(indices).__name__
             raise ValueError(f"Mask.from_indices: expected a vector of int32 or int64; got {got}; make it a tensor of flat positions")
-        return cls(ops.run("from_indices", indices)(indices.contiguous(), math.prod(shape)), shape)
+        size = _size(shape)
+        return cls(ops.run("from_indices", indices)(indices.contiguous(), math.prod(size)), size)
 
     @classmethod
     def full(cls, shape: Sequence[int], value: bool, device: torch.device | str = "cpu") -> Mask:
         """All elements, or none."""
-        return cls.from_bool(torch.full(tuple(shape), value, dtype=torch.bool, device=device))
+        return cls.from_bool(torch.full(_size(shape), value, dtype=torch.bool, device=device))
 
     @property
     def device(self) -> torch.device:
@@ -183,6 +183,16 @@ class Mask:
         return masks["mask"]
 
 
+def _size(shape: Sequence[int]) -> torch.Size:
+    try:
+        size = torch.Size(shape)
+    except TypeError:  # a number, or sides that are none
+        size = torch.Size([-1])
+    if any(side < 0 for side in size):
+        raise ValueError(f"Mask: expected a shape of sides from 0 up; got {shape!r}; pass e.g. tuple(weight.shape)")
+    return size
+
+
 torch.serialization.add_safe_globals([Mask])  # for torch.load(weights_only=True)
 
 
@@ -216,13 +226,13 @@ def load_masks(path: str | Path) -> dict[str, Mask]:
             about = file.metadata() or {}
             if about.get("format") != FORMAT:
                 raise ValueError(f"load_masks: expected a file of masks; {path} is none; write one with save_masks")
-            masks, entries = {}, json.loads(about["masks"])
+            masks, entries = {}, coding.contents(about["masks"])
             if set(entries) != set(file.keys()):
                 raise KeyError("names")
-            for name, e in dict(entries).items():
+            for name, e in entries.items():
                 masks[name] = read_mask(name, e, file.get_tensor(name))
             return masks
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError, coding.Damaged) as error:
+    except (SafetensorError, KeyError, TypeError, coding.Damaged) as error:
         raise ValueError(f"load_masks: expected a whole file; {path} is damaged ({error}); copy it again") from error
 
 
@@ -231,7 +241,7 @@ def read_mask(name: str, e: Mapping[str, Any], words: Tensor) -> Mask:
     shape, row_aligned = e["shape"], e["row_aligned"]
     if checksum([name, shape, row_aligned], words) != e["crc"]:
         raise coding.Damaged(f"{name!r} is not as it was saved: another checksum")
-    if any(type(side) is not int or side < 0 for side in shape):
+    if not coding.is_shape(shape):
         raise coding.Damaged(f"{name!r} is no mask: shape {shape}")
     try:
         mask = Mask(words, shape, row_aligned=bool(row_aligned))

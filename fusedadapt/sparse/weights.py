@@ -109,7 +109,7 @@ def _files(path: Path) -> list[Path]:
     if index.is_file():
         try:
             return [path / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise ValueError(f'merge: expected an index with a "weight_map"; {index} has none ({error}); mend or remove it') from error
     found = sorted(path.glob("*.safetensors"))
     if not found:
