@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import config, dispatch
 from ..derivatives import refuse_transforms, transforming
@@ -64,19 +66,34 @@ def run(op: str, data: Tensor) -> Callable[..., Any]:
     """The primitive `op` of the backend chosen for `data`.
 
     Raises:
-        RuntimeError: a torch.func transform holds the tensor: it has no memory to read. ValueError: it is on the meta device, and `op` depends on it.
+        RuntimeError: a torch.func transform holds the tensor: it has no memory to read. ValueError: it is on the meta device, and `op` depends on it;
+            or a subclass without memory (`check_memory`).
     """
     if data.device.type == "meta" and op in _READERS:
         raise ValueError(f"fusedadapt.sparse: expected tensors with elements; got one on the meta device ({op}); materialise it first, e.g. to_empty")
     if transforming() and torch._C._functorch.is_functorch_wrapped_tensor(data):
         refuse_transforms("fusedadapt.sparse")
+    check_memory(data)
     return _find(choose(op, data.device.type, data.dtype).backend, op)
+
+
+def check_memory(t: Tensor) -> None:
+    """ValueError for a subclass that only stands for other tensors (a DTensor, torchao's quantized weights, a FakeTensor): its address is 0."""
+    if type(t) in (Tensor, Parameter) or t.device.type == "meta":
+        return
+    if is_traceable_wrapper_subclass(t) or (t.numel() and t.data_ptr() == 0):
+        raise ValueError(
+            f"fusedadapt.sparse: expected tensors with memory of their own; got a {type(t).__name__} of shape {tuple(t.shape)}; of a DTensor pass "
+            "to_local() or full_tensor(), of a quantized weight the dense one"
+        )
 
 
 def move_all(op: str, jobs: Sequence[tuple[Tensor, Tensor, Tensor]], alpha: float = 1.0) -> None:
     """gather, scatter, add or swap for any number of (x, positions, values): one launch for each device, whatever the number of tensors."""
     groups: dict[tuple[torch.device, bool], list[tuple[Tensor, Tensor, Tensor]]] = {}
     for job in jobs:
+        check_memory(job[0])
+        check_memory(job[2])
         groups.setdefault((job[0].device, job[0].dtype == torch.float64), []).append(job)
     for group in groups.values():
         run("move_all", group[0][0])(op, group, alpha)
@@ -91,6 +108,7 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
 
 def readable(x: Tensor) -> Tensor:
     """Contiguous, in a dtype that kernels read: scores are fp32, so rounding to it first changes none."""
+    check_memory(x)
     x = x.detach()
     return (x if x.dtype in DTYPES else x.float()).contiguous().resolve_neg()
 

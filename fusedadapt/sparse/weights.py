@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..files import DTYPES, atomic_open, header, tensor_bytes
 
@@ -34,6 +35,7 @@ class Model:
                 f"{name!r} ({type(t).__name__})" for name, t in self._tensors.items() if not isinstance(t, Tensor) or not isinstance(name, str)
             ]
             strange += [f"{name!r} ({t.layout})" for name, t in self._tensors.items() if isinstance(t, Tensor) and t.layout != torch.strided]
+            strange += [f"{name!r} ({type(t).__name__})" for name, t in self._tensors.items() if is_traceable_wrapper_subclass(t)]
             if strange:
                 raise ValueError(f"merge: expected name -> dense tensor; got {', '.join(strange[:5])}; pass model.state_dict() without them")
             self.about = {name: (t.dtype, tuple(t.shape)) for name, t in self._tensors.items()}
