@@ -139,6 +139,14 @@ def test_bad_input_is_one_line(arguments: list[str], said: str, tmp_path: Path, 
     assert error.count("\n") == 1 and said in error and not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("select", ["magnitude", "gradient"])
+def test_a_share_of_no_weight_is_refused(select: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """How many weights there are is known when the encoder is there only."""
+    assert main(["--quick", "--sparse", "1e-12", "--select", select, "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "expected --sparse to choose at least one of" in error and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("density", ["0", "1.5", "-1", "nan"])
 def test_densities_are_shares(density: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..optim import compact
 from ..optim.spec import is_compact
 from ..sparse import Mask, SparseDelta, topk_mask
+from .errors import FinetuneError
 
 #: what a user may name -> what it keeps
 SELECT = {"magnitude": "the largest weights", "gradient": "the largest |weight x gradient| on the first batch"}
@@ -25,8 +26,14 @@ Masks = dict[str, Mask]
 
 
 def choose(model: nn.Module, density: float, select: str) -> Masks:
-    """Masks of all parameters: exactly floor(density * their number) elements of all of them together. "gradient" reads ``.grad`` and drops it."""
+    """Masks of all parameters: exactly floor(density * their number) elements of all of them together. "gradient" reads ``.grad`` and drops it.
+
+    Raises:
+        FinetuneError: that is none.
+    """
     params = dict(model.named_parameters())
+    if not int(density * (n := sum(p.numel() for p in params.values()))):
+        raise FinetuneError(f"finetune: expected --sparse to choose at least one of {n} weights; got {density:g}; use {1 / n:.1g} or more")
     weights = {name: p.detach() for name, p in params.items()}
     if select == "magnitude":
         return dict(topk_mask(weights, density=density))
