@@ -210,7 +210,7 @@ def _ranked(job: Job, i: int, base: Tensor, tensor: Tensor, row: tuple[int, int]
 
 def slerp(base: Tensor, other: Tensor, t: float, out: Tensor) -> None:
     """Spherical interpolation of two flat tensors; nearly parallel ones linearly."""
-    wide, step = truth.wide(base.dtype), 1 << 20
+    wide, step = truth.wide(base.dtype), 1 << 18
     blocks = [slice(i, i + step) for i in range(0, base.numel(), step)]
     norms = [sum(float(x[b].double().square().sum()) for b in blocks) ** 0.5 for x in (base, other)]
     dot = sum(float((base[b].double() * other[b].double()).sum()) for b in blocks)
