@@ -162,7 +162,7 @@ def test_awq_both_ways(n: int, k: int, size: int) -> None:
         assert equal(again, q)
 
 
-@pytest.mark.parametrize(("k", "size", "wide"), [(256, 128, 1), (512, 64, 2), (256, 32, 4), (2048, 128, 2)])
+@pytest.mark.parametrize(("k", "size", "wide"), [(256, 128, 1), (512, 64, 2), (256, 32, 4), (2048, 128, 2), (32, 32, 4)])
 def test_awq_gemv(k: int, size: int, wide: int) -> None:
     """Rows of inputs in order, scales and zeros filled up to whole words."""
     n, groups = 16, k // size
