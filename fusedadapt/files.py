@@ -34,6 +34,7 @@ CODES = {
     torch.bool: "BOOL",
     torch.float8_e4m3fn: "F8_E4M3",
     torch.float8_e5m2: "F8_E5M2",
+    torch.float8_e8m0fnu: "F8_E8M0",
 }
 DTYPES = {code: dtype for dtype, code in CODES.items()}
 
@@ -89,9 +90,11 @@ def _check_replaceable(path: Path) -> None:
 
 def header(entries: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: Mapping[str, str]) -> tuple[bytes, list[str]]:
     """The head of a safetensors file and the order in which its tensors follow: wide types first, which keeps every tensor aligned. ValueError for
-    names that would make a file that nobody can read."""
+    names that would make a file that nobody can read, and dtypes that it has no code for."""
     if wrong := [name for name in entries if name == "__metadata__" or any("\ud800" <= c <= "\udfff" for c in name)]:
         raise ValueError(f"safetensors: expected names in Unicode other than __metadata__, which the format has for itself; got {wrong}; rename them")
+    if strange := [f"{name} ({dtype})" for name, (dtype, _) in entries.items() if dtype not in CODES]:
+        raise ValueError(f"safetensors: expected dtypes among {', '.join(CODES.values())}; got {', '.join(strange[:3])}; convert or leave them out")
     table: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     order = sorted(entries, key=lambda name: -entries[name][0].itemsize)
     position = 0
@@ -107,7 +110,7 @@ def header(entries: Mapping[str, tuple[torch.dtype, Sequence[int]]], metadata: M
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a CPU tensor in row-major order."""
-    flat = tensor.detach().contiguous().reshape(-1)
+    flat = tensor.detach().contiguous().resolve_neg().reshape(-1)
     flat = flat.as_strided(flat.shape, (1,))  # one element is contiguous with any stride, which a view as bytes refuses
     return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 

@@ -1,6 +1,6 @@
 """Products of 8-bit codes, y = x W^T: T x K by N x K, both with k innermost.
 
-    int8   y = (sum_k qx qw) * s_x * s_w + bias          exact in int32 up to 2^17 columns, in fp32 beyond; equal to the reference to the bit
+    int8   y = (sum_k qx qw) * s_w * s_x + bias          exact in int32 up to 2^17 columns, in fp32 beyond; equal to the reference to the bit
     fp8    y = sum over blocks of 128 columns of (sum_k qx qw) * s_x * s_w, + bias
     fp4    y = (sum_k qx (qw 2^(6 - d))) * 2^-6 * s_x * s_row + bias          E2M1 beside fp8: a group's 2^-d goes into the exponents, exactly
 
@@ -96,7 +96,7 @@ def int8_kernel(
         for first in range(0, K, DEPTH):
             acc = tl.dot(load_tile(x, row < T, first, K, DEPTH), tl.trans(load_tile(w, col < N, first, K, DEPTH)), acc, out_dtype=tl.int32)
         total = acc.to(tl.float32)
-    total = (total * tl.load(x_scale + row, row < T, 0.0)[:, None]) * tl.load(w_scale + col, col < N, 0.0)[None, :]
+    total = (total * tl.load(w_scale + col, col < N, 0.0)[None, :]) * tl.load(x_scale + row, row < T, 0.0)[:, None]
     store_tile(y, total, bias, row, col, (row < T)[:, None] & (col < N)[None, :], N)
 
 

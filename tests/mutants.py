@@ -217,7 +217,7 @@ MUTANTS = (
     # products with quantized activations
     Mutant(QUANT_ACT, "as_float(bits) < kTiny ? 0.f : as_float(bits)", "as_float(bits)", f"{ACT}hostile_rows[base-int8]"),
     Mutant(QUANT_ACT, "totals[i] += float(sums[i]);", "totals[i] = float(sums[i]);", f"{ACT}sums_are_exact_at_their_largest[base]"),
-    Mutant(QUANT_ACT, "(row[i] * p.x_scale[t]) * p.w_scale[n0 + i]", "row[i] * (p.x_scale[t] * p.w_scale[n0 + i])", f"{ACT}int8_bits[base-row]"),
+    Mutant(QUANT_ACT, "(row[i] * p.w_scale[n0 + i]) * p.x_scale[t]", "row[i] * (p.w_scale[n0 + i] * p.x_scale[t])", f"{ACT}int8_bits[base-row]"),
     Mutant("fusedadapt/reference/quant_act.py", "total += exact.float()", "total = exact.float()", f"{ACT}int8_bits[base-row]"),
     Mutant(
         "fusedadapt/ops/quant_act.py", "if weight.block == _TILE else activations",

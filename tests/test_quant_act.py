@@ -307,3 +307,13 @@ def test_explain_says_what_x_is_coded_to() -> None:
     layer.activations = "fp8_e4m3"
     ((what, _, _),) = layer.__fusedadapt_explain__()
     assert "fp4_e2m1" in what and what.endswith("x in fp8_e4m3")
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_numbers_near_the_largest_give_what_is_finite(dtype: torch.dtype, backend: str) -> None:
+    """A sum of 64 int8 products times x's scale alone would be beyond fp32."""
+    x, qw = (torch.ones(3, 64) * 3e38).to(dtype), fa.quantize(torch.full((5, 64), 2.0**-8), "int8")
+    with fa.backend(backend):
+        y = quantized_linear_act(x, qw)
+    torch.testing.assert_close(y.double(), x.double() @ qw.dequantize(torch.float64).T, rtol=1e-2, atol=0)

@@ -241,6 +241,17 @@ def test_input_faults_name_the_tensor_and_leave_nothing(folder, tmp_path, capsys
     assert run(tmp_path / "empty", tmp_path / "again", "--quiet") == 2 and "quantized already" in capsys.readouterr().err
 
 
+def test_a_link_is_followed_and_what_no_rename_can_replace_is_refused_first(folder, tmp_path, monkeypatch, capsys):
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    assert run(folder, tmp_path / "link", "--quiet") == 0 and (tmp_path / "link").is_symlink()
+    assert (tmp_path / "elsewhere" / "config.json").is_file()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert run(folder, ".", "--quiet") == 2 and "is the working folder" in capsys.readouterr().err
+    monkeypatch.setattr("os.path.ismount", lambda path: path == tmp_path / "here")
+    assert run(folder, tmp_path / "here", "--quiet") == 2 and "is a mount point" in capsys.readouterr().err
+
+
 def test_a_device_that_is_not_there_is_refused_before_anything_is_read(folder, tmp_path, capsys):
     missing = "cuda" if not torch.cuda.is_available() else "cuda:99"
     for device in (missing, "nonsense"):

@@ -366,3 +366,20 @@ def test_headers_that_lie(tmp_path, capsys):
 def test_a_path_without_weights(tmp_path, capsys):
     assert cli.main(["doctor", str(tmp_path / "nowhere")]) == 2 and "nothing is there" in capsys.readouterr().out
     assert cli.main(["doctor", str(tmp_path)]) == 1 and "expected safetensors files" in capsys.readouterr().out
+
+
+def test_scales_in_powers_of_two_beside_a_layer_are_copied_and_what_has_no_code_is_named(tmp_path: Path) -> None:
+    scales = torch.arange(1, 5, dtype=torch.uint8).view(torch.float8_e8m0fnu)
+    tensors = {"a.up.weight": torch.ones(32, 64), "b.e8m0": scales}
+    save_file(tensors, tmp_path / "model.safetensors")
+    quantize_checkpoint(tmp_path / "model.safetensors", tmp_path / "out", "int4")
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["b.e8m0"].view(torch.uint8), scales.view(torch.uint8))
+    model = torch.nn.Sequential(torch.nn.Linear(64, 8))
+    model.register_buffer("turns", torch.ones(3, dtype=torch.complex64))
+    fa.quantize_model_(model, "int4")
+    with pytest.raises(ValueError, match=r"turns \(torch.complex64\); convert or leave them out"):
+        fa.quant.save_pretrained(model, tmp_path / "complex")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model.safetensors", "out"]
+    model.turns = torch._neg_view(torch.full((3,), -2.0))
+    fa.quant.save_pretrained(model, tmp_path / "negated")
+    assert load_file(tmp_path / "negated" / "model.safetensors")["turns"].tolist() == [2.0] * 3

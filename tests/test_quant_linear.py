@@ -257,7 +257,7 @@ def test_loaded_and_compiled_before_anything_has_run(tmp_path: Path) -> None:
 def test_bytes_are_moved_and_not_converted() -> None:
     q = fa.quantize(torch.randn(5, 64), "nf4", double_quant=True)
     assert torch.equal(q.to(device="cpu").dequantize(), q.dequantize()) and q.to("meta").device.type == "meta"
-    for other in (torch.float16, torch.zeros(1, dtype=torch.float16)):
+    for other in (torch.float16, torch.zeros(1, dtype=torch.float16), float, bool, 3.0, True):  # torch takes float and 3.0 for float64
         with pytest.raises(TypeError, match="expected a device; got"):
             q.to(other)  # type: ignore[arg-type]
 

@@ -1,5 +1,5 @@
 // Quantized activations on a CPU (equations: fusedadapt/reference/quant_act.py): codes and scales of x in one pass, and the int8 product
-//   y[t, n] = (sum_k x[t, k] w[n, k]) * x_scale[t] * w_scale[n] + bias[n]
+//   y[t, n] = (sum_k x[t, k] w[n, k]) * w_scale[n] * x_scale[t] + bias[n]
 // with exact int32 sums over at most kChunk columns, added up in fp32 beyond. Both operands are row-major with k innermost: no packing, from one
 // token to thousands.
 #pragma once

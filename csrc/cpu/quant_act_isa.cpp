@@ -259,7 +259,7 @@ void add_columns(const Int8Product& p, int64_t t0, int64_t t1, int64_t n0, int64
 }
 
 void scale_row(const Int8Product& p, int64_t t, int64_t n0, int64_t n, float* row) {
-  for (int64_t i = 0; i < n; ++i) row[i] = (row[i] * p.x_scale[t]) * p.w_scale[n0 + i];
+  for (int64_t i = 0; i < n; ++i) row[i] = (row[i] * p.w_scale[n0 + i]) * p.x_scale[t];
   if (p.bias)
     for (int64_t i = 0; i < n; ++i) row[i] += p.bias[n0 + i];
   with_format(p.dtype, [&](auto format) {

@@ -68,7 +68,7 @@ def library_int8(device_type: str, t: int, n: int, k: int) -> bool:
 def _library_linear(codes: Tensor, x_scale: Tensor, parts: Parts, fmt: QFormat, n: int, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """`reference.quant_act.int8_linear` by way of `torch._int_mm`. K at most CHUNK."""
     y = torch._int_mm(codes.view(torch.int8), parts.qdata.view(torch.int8).view(n, -1).t()).float()
-    y = y.mul_(x_scale.view(-1, 1)).mul_(row_scales(parts, fmt, n))
+    y = y.mul_(row_scales(parts, fmt, n)).mul_(x_scale.view(-1, 1))
     return (y if bias is None else y.add_(bias.float())).to(dtype)
 
 

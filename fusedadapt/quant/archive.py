@@ -21,9 +21,8 @@ from .report import some
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _MAX_HEADER = 100_000_000  # the format's own bound
-#: bits of an element of the format's other dtypes; of these, only scales are read, the rest is checked
-_OTHER_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "C64": 64}
-_READABLE = DTYPES | {"F8_E8M0": torch.float8_e8m0fnu}
+#: bits of an element of the format's other dtypes, which are checked, not read
+_OTHER_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "C64": 64}
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -40,7 +39,7 @@ class Entry:
     @property
     def dtype(self) -> torch.dtype | None:
         """None for a dtype that torch has no plain type for."""
-        return _READABLE.get(self.code)
+        return DTYPES.get(self.code)
 
     @property
     def nbytes(self) -> int:

@@ -114,10 +114,13 @@ def _write(
 
 
 def checked_target(op: str, out: str | Path) -> Path:
-    """A folder to be: FileExistsError if there is something in it."""
-    target = Path(out)
+    """A folder to be, where a link leads: FileExistsError if there is something in it, or no rename can put a folder in its place."""
+    target = Path(out).resolve() if Path(out).is_symlink() else Path(out)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{op}: expected {target} to be a new or empty folder; it is there already; choose another or remove it")
+    if target.is_dir() and (os.path.ismount(target) or target.samefile(Path.cwd())):
+        what = "a mount point" if os.path.ismount(target) else "the working folder"
+        raise FileExistsError(f"{op}: expected a folder that can be replaced by a rename; {target} is {what}; choose a new folder in it")
     return target
 
 

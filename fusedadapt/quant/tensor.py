@@ -78,8 +78,8 @@ class QuantizedTensor:
 
     def to(self, device: torch.device | str | int) -> QuantizedTensor:
         """The same bytes on another device. TypeError for anything else: a dtype would convert codes and scales as if they were numbers."""
-        if isinstance(device, torch.dtype | Tensor):
-            got = device if isinstance(device, torch.dtype) else type(device).__name__
+        if not isinstance(device, torch.device | str | int) or isinstance(device, bool):
+            got = device if isinstance(device, torch.dtype) else getattr(device, "__name__", type(device).__name__)
             raise TypeError(f"QuantizedTensor.to: expected a device; got {got}; bytes have no other dtype: see dequantize")
         return self._map(lambda t: t.to(device))
 

@@ -1,7 +1,8 @@
 """Products with quantized activations, defined. x is coded row by row (fp8 beside 128 x 128 blocks of W: 1 x 128 blocks) as the format of its codes
 says (`fusedadapt.quant.formats`), then
 
-    int8   y = (sum_k qx qw) * s_x * s_w + bias       the sum exact in integers, up to CHUNK columns at a time; in fp32 from there on, in this order
+    int8   y = (sum_k qx qw) * s_w * s_x + bias       the sum exact in integers, up to CHUNK columns at a time; in fp32 from there on, in this order
+                                                  (x may be as large as its dtype is: s_x comes last, so only what is too large itself overflows)
     fp8    y = sum_k (qx s_x) (qw s_w) + bias         summed in fp32, in any order; W in fp8, or in fp4_e2m1
 
 rounded once to x's dtype. A row of zeros gives exactly 0 + bias, a row with a NaN or an infinity gives NaN, a group below 2^-120 counts as zeros.
@@ -44,7 +45,7 @@ def row_scales(parts: Parts, fmt: QFormat, n: int) -> Tensor:
 def int8_linear(codes: Tensor, x_scale: Tensor, parts: Parts, fmt: QFormat, n: int, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """y, T x N, from int8 codes (T x K, bytes) and scales of x. W: int8, one scale per row or for all."""
     y = int8_sums(codes.view(torch.int8), parts.qdata.view(torch.int8).view(n, -1))
-    y = (y * x_scale.view(-1, 1)) * row_scales(parts, fmt, n)
+    y = (y * row_scales(parts, fmt, n)) * x_scale.view(-1, 1)
     return (y if bias is None else y + bias.float()).to(dtype)
 
 

@@ -34,11 +34,11 @@ GROUPS = (32, 64, 128)
 
 
 def layout(tensors: Tensors, name: str) -> str | None:
-    """ "gemm" or "gemv", by the shapes; None if neither fits."""
+    """ "gemm" or "gemv", by the shapes; None if neither fits. As many rows of scales as of codes are outputs: groups of one there are none."""
     qweight, scales = tensors[key(name, "qweight")], tensors[key(name, "scales")]
-    if scales.shape[1] == 8 * qweight.shape[1]:
-        return "gemm"
-    return "gemv" if scales.shape[0] == qweight.shape[0] else None
+    if scales.shape[0] == qweight.shape[0]:
+        return "gemv"
+    return "gemm" if scales.shape[1] == 8 * qweight.shape[1] else None
 
 
 def faults(tensors: Tensors, name: str, group_size: int | None = None) -> Faults:
