@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ..autocast import autocasting
 from ..derivatives import transforming
@@ -93,6 +94,11 @@ def weight_of(base: Any) -> Tensor | QuantizedTensor:
     return weight.t() if is_conv1d(base) else weight
 
 
+def _is_dense(t: Any) -> bool:
+    """A tensor whose memory holds its elements one by one: neither a subclass, nor sparse, nested or in a layout of another library."""
+    return type(t) in _PLAIN and t.layout is torch.strided and not t.is_nested
+
+
 def base_reason(layer: Any) -> str:
     """What keeps this call off the fast path, on the side of the base layer."""
     base = layer.base_layer
@@ -100,9 +106,9 @@ def base_reason(layer: Any) -> str:
         return packed.why_not(base) or _hooked("base layer", base)
     if not (_is_linear(base) or is_conv1d(base)):
         return f"base layer is a {type(base).__name__} or has a forward of its own"
-    if type(base.weight) not in _PLAIN:
+    if not _is_dense(base.weight):
         kind = type(base.weight).__name__
-        return DISTRIBUTED if kind == "DTensor" else f"base weight is a {kind} (quantized?): not yet on the fast path"
+        return DISTRIBUTED if kind == "DTensor" else f"base weight is a {kind} ({base.weight.layout}; quantized?): not yet on the fast path"
     if base.weight.dtype not in DTYPES or base.weight.dim() != 2:
         return f"base weight is {base.weight.dtype} with {base.weight.dim()} dimensions"
     return _hooked("base layer", base)
@@ -122,8 +128,8 @@ def _dropout_reason(dropout: Any) -> str:
 
 
 def _factor_reason(weight: Any, like: Tensor) -> str:
-    if type(weight) not in _PLAIN:
-        return f"adapter weight is a {type(weight).__name__}"
+    if not _is_dense(weight):
+        return f"adapter weight is a {type(weight).__name__} ({weight.layout})"
     if weight.device != like.device:
         return f"adapter weight on {weight.device}, base weight on {like.device}"
     if weight.dtype not in DTYPES or (weight.dtype == torch.float64) != (like.dtype == torch.float64):
@@ -134,12 +140,14 @@ def _factor_reason(weight: Any, like: Tensor) -> str:
 def input_reason(layer: Any, x: Tensor) -> str:
     """What keeps this call off the fast path, on the side of x."""
     weight = packed.anchor(layer.base_layer)
-    if type(x) not in _PLAIN or not x.dtype.is_floating_point or x.dim() < 1:
-        return f"input is a {type(x).__name__} of {x.dtype}"
+    if not _is_dense(x):
+        return f"input is a {type(x).__name__}, not a plain dense tensor"
+    if not x.dtype.is_floating_point or x.dim() < 1:
+        return f"input of {x.dtype} with {x.dim()} dimensions"
     if x.device != weight.device or x.device.type == "meta":
         return f"input on {x.device}, base weight on {weight.device}"
-    if transforming():
-        return "a torch.func transform is active"
+    if transforming() or forward_ad._current_level >= 0:
+        return "a torch.func transform or forward-mode differentiation is active"
     if x.dtype == weight.dtype or autocasting(x.device.type) or packed.is_packed(layer.base_layer):
         return ""
     return f"{x.dtype} input to a {weight.dtype} base layer outside autocast"
