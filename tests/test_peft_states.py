@@ -276,6 +276,19 @@ def test_unpatch_refuses_under_a_foreign_wrapper() -> None:
     assert "forward" in vars(layer_of(model, "1.up"))
 
 
+def test_hooks_of_accelerate_on_a_base_layer_run_and_leave_no_trace() -> None:
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = build(lora())
+    base = layer_of(model).base_layer
+    hooks.add_hook_to_module(base, hooks.ModelHook())
+    reason = fa.patch(model).left[0].reason
+    assert "base layer, a Linear, has a forward of its own" in reason
+    same_as_unpatched(model)
+    hooks.remove_hook_from_module(base)
+    assert not fa.patch(model).left
+    same_as_unpatched(model)
+
+
 @pytest.mark.parametrize("config", [lambda: lora(lora_dropout=1.0), lambda: lora(alora_invocation_tokens=[1])])
 def test_variants_and_corner_values_fall_back_with_a_reason(config: Callable[[], Any]) -> None:
     model = build(config())

@@ -67,6 +67,12 @@ def returns_input_dtype(base: Any) -> bool:
     return _is_linear4bit(base) or bool(_words_kind(base))
 
 
+def is_wrapped(module: Any) -> bool:
+    """Whether the instance's forward is not its class's. accelerate's hooks, once removed, leave the class's own behind on the instance."""
+    forward = vars(module).get("forward")
+    return forward is not None and (getattr(forward, "__func__", None), getattr(forward, "__self__", None)) != (type(module).forward, module)
+
+
 def no_form(base: Any) -> str:
     """Why a quantized layer of another kind than those above is left to its library."""
     name = type(base).__name__
@@ -79,7 +85,7 @@ def no_form(base: Any) -> str:
 
 def why_not(base: Any) -> str:
     """What keeps this layer off the fast path; "" if nothing does."""
-    if "forward" in vars(base):
+    if is_wrapped(base):
         return f"{type(base).__name__} has a forward of its own"
     if type(base) is QuantizedLinear:
         codes = base.activations
@@ -125,7 +131,7 @@ _repacks: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 def _repacked(base: Any) -> Weight:
     """Packed anew once for each qweight, and again if it was written to or moved."""
-    key = (base.qweight._version, base.qweight.data_ptr(), base.scales._version, base.qzeros._version)
+    key = (base.qweight.data_ptr(), *(0 if t.is_inference() else t._version for t in (base.qweight, base.scales, base.qzeros)))
     known = _repacks.get(base.qweight)
     if known is None or known[0] != key:
         tensors = {name: t for name in ("qweight", "qzeros", "scales", "g_idx") if isinstance(t := getattr(base, name, None), Tensor)}

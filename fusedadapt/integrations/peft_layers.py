@@ -65,6 +65,8 @@ def structural(layer: Any) -> str:
         return "the base layer is itself an adapter layer"
     if type(base).__name__ == "NonDynamicallyQuantizableLinear":
         return "nn.MultiheadAttention reads the weight of its out_proj and never calls that layer"
+    if packed.is_wrapped(base):
+        return f"base layer, a {type(base).__name__}, has a forward of its own, set by another library (a device map's or offloading hook?)"
     if not (_is_linear(base) or is_conv1d(base)):
         return f"base layer is a {type(base).__name__}; only nn.Linear and Conv1D have a fused form"
     return ""
@@ -77,13 +79,13 @@ def _is_quantized(base: Any) -> bool:
 
 def _is_linear(module: Any) -> bool:
     """nn.Linear's own forward: a subclass may have another. A parametrized weight is computed at each reading, and may be another then."""
-    own = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and "forward" not in vars(module)
+    own = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and not packed.is_wrapped(module)
     return own and not hasattr(module, "parametrizations")
 
 
 def is_conv1d(module: Any) -> bool:
     """transformers' linear layer with a K x N weight (GPT-2)."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils" and "forward" not in vars(module)
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils" and not packed.is_wrapped(module)
 
 
 def weight_of(base: Any) -> Tensor | QuantizedTensor:
@@ -198,7 +200,7 @@ def _lora_why_not(layer: Any, names: Sequence[str]) -> str:
 
 def _dora_why_not(layer: Any, name: str) -> str:
     magnitude = layer.lora_magnitude_vector[name]
-    if type(magnitude).__name__ != "DoraLinearLayer" or "forward" in vars(magnitude):
+    if type(magnitude).__name__ != "DoraLinearLayer" or packed.is_wrapped(magnitude):
         return f"DoRA magnitude is a {type(magnitude).__name__}"
     if bool(magnitude.fan_in_fan_out) != is_conv1d(layer.base_layer):
         return "fan_in_fan_out does not match the base layer"
