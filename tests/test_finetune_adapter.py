@@ -206,6 +206,7 @@ def test_absent_peft_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ca
         (["--adapter", "vera", "--compare", "peft"], "got --adapter vera"),
         (["--compare", "peft"], "got no adapter"),
         (["--adapter", "ia3", "--init", "pissa"], "drop --init"),
+        (["--adapter", "adalora", "--steps", "1"], "got 1; train longer"),
         (["--adapter", "lora", "--dtype", "bf16", "--master-weights", "split"], "adapters are fp32"),
         (["--adapter", "lora", "--optimizer", "AdaHessian"], "second derivatives"),  # its estimate was 0, and its steps lr / eps
     ],
@@ -215,6 +216,13 @@ def test_bad_input_is_one_line(arguments: list[str], said: str, tmp_path: Path, 
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and re.match(r"finetune: expected .*; .*; ", error) and said in error
     assert not (tmp_path / "run").exists()
+
+
+def test_a_rank_beyond_the_weights_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Known once the model is."""
+    assert main([*SMALL, "--adapter", "lora", "--rank", "1000", "--init", "pissa", "--out", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err.startswith("finetune: expected --rank of at most 48 with --init pissa; got 1000;")
+    assert not list((tmp_path / "run").iterdir())
 
 
 def test_layers_run_through_the_fused_call() -> None:

@@ -18,7 +18,7 @@ from fusedadapt.testing.saved import SavedBytes
 
 peft = pytest.importorskip("peft")
 
-K, N = 64, 128  # whole blocks of 64 a row: of others bitsandbytes' AVX-512 code multiplies some by their neighbour's scale
+K, N = 64, 128  # whole blocks of 64 in both layers' rows: bitsandbytes' AVX-512 kernel reads a wrong scale where one straddles two rows
 
 
 class Net(nn.Module):
@@ -232,6 +232,9 @@ def test_gptq_and_awq_layers(kind: str, act_order: bool) -> None:
     assert [entry.path for entry in fa.patch(model).layers] == ["fused"]
     for old, new in zip(before, run(model, x), strict=True):
         torch.testing.assert_close(new, old, rtol=1e-4, atol=1e-5 * float(old.abs().max()))
+    with torch.inference_mode():  # a model made there has tensors without versions
+        twin = copy.deepcopy(model)
+        assert fa.patch(twin).layers[0].path == "fused" and torch.equal(twin(x), model(x))
     base.scales[0, 0] = torch.nan  # written to: read again, and refused
     report = fa.patch(model).layers[0]
     assert report.path == "peft" and "scales" in report.reason
@@ -292,3 +295,36 @@ def test_layers_that_code_their_input_keep_doing_so(format: str, codes: str) -> 
     assert all(torch.equal(a, b) for a, b in zip(before, run(model, x), strict=True))
     with pytest.raises(ValueError, match=f"got activations='{codes}'; set its activations to None"):
         fa.LoRALinear.from_linear(net.first.base_layer, r=4)
+
+
+@pytest.mark.parametrize(("nested", "use_dora"), [(False, False), (True, True)])
+def test_bitsandbytes_layers_compile_whole(nested: bool, use_dora: bool) -> None:
+    """PEFT's LoRA on them does; the look at their tables must not break the graph (nested, it broke the compiler)."""
+    model = adapted(bitsandbytes(Net(), "nf4", nested), use_dora=use_dora)
+    fa.patch(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    for rows in (9, 5):
+        x = torch.randn(rows, K, generator=torch.Generator().manual_seed(rows))
+        for old, new in zip(run(model, x), run(compiled, x), strict=True):
+            torch.testing.assert_close(new, old)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["lora", "dora", "adalora", "vera"])
+def test_bitsandbytes_layers_return_the_inputs_dtype_under_autocast(kind: str, x_dtype: torch.dtype) -> None:
+    """Linear4bit does, unlike F.linear: a residual stream in fp32 stays so."""
+    targets = ["first", "second"]
+    config = {
+        "lora": peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False),
+        "dora": peft.LoraConfig(r=4, target_modules=targets, init_lora_weights=False, use_dora=True),
+        "adalora": peft.AdaLoraConfig(target_modules=targets, init_r=4, total_step=10),
+        "vera": peft.VeraConfig(r=4, target_modules=["first"], init_weights=False),
+    }[kind]
+    model, x = peft.get_peft_model(bitsandbytes(Net(), "nf4", True), config), torch.randn(9, K).to(x_dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        eager = model(x)
+        fa.patch(model, strict=True)
+        fused = model(x)
+    assert eager.dtype == fused.dtype == x_dtype
+    torch.testing.assert_close(fused, eager, rtol=0.05, atol=0.02 * float(eager.abs().max()))

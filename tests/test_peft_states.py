@@ -23,6 +23,7 @@ from peft_models import (
     tokens,
 )
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import fusedadapt as fa
 
@@ -275,6 +276,19 @@ def test_unpatch_refuses_under_a_foreign_wrapper() -> None:
     assert "forward" in vars(layer_of(model, "1.up"))
 
 
+def test_hooks_of_accelerate_on_a_base_layer_run_and_leave_no_trace() -> None:
+    hooks = pytest.importorskip("accelerate.hooks")
+    model = build(lora())
+    base = layer_of(model).base_layer
+    hooks.add_hook_to_module(base, hooks.ModelHook())
+    reason = fa.patch(model).left[0].reason
+    assert "base layer, a Linear, has a forward of its own" in reason
+    same_as_unpatched(model)
+    hooks.remove_hook_from_module(base)
+    assert not fa.patch(model).left
+    same_as_unpatched(model)
+
+
 @pytest.mark.parametrize("config", [lambda: lora(lora_dropout=1.0), lambda: lora(alora_invocation_tokens=[1])])
 def test_variants_and_corner_values_fall_back_with_a_reason(config: Callable[[], Any]) -> None:
     model = build(config())
@@ -289,6 +303,44 @@ def test_wrong_input_gets_pefts_own_error() -> None:
     fa.patch(model)
     with pytest.raises(RuntimeError, match="dtype"):
         layer_of(model)(tokens(torch.float64))
+
+
+def _nested(x: Tensor) -> Tensor:
+    return torch.nested.nested_tensor([x[0, :2], x[1]])
+
+
+@pytest.mark.parametrize("layout", [_nested, lambda x: x[0].to_sparse()], ids=["nested", "sparse"])
+def test_inputs_that_are_not_dense_run_pefts_forward(layout: Callable[[Tensor], Tensor]) -> None:
+    model, x = build(lora()), layout(tokens())
+    eager = layer_of(model)(x)
+    fa.patch(model)
+    ours = layer_of(model)(x)
+    parts = zip(ours.unbind(), eager.unbind(), strict=True) if x.is_nested else [(ours, eager)]
+    assert all(torch.equal(mine, right) for mine, right in parts)
+    for wrong in (None, [1.0]):
+        with pytest.raises(TypeError, match="must be Tensor"):  # torch's own words
+            layer_of(model)(wrong)
+
+
+def test_a_sparse_weight_runs_pefts_forward() -> None:
+    model, x = build(lora()), tokens()[0]
+    layer = layer_of(model)
+    layer.base_layer.weight = nn.Parameter(layer.base_layer.weight.detach().to_sparse_csr(), requires_grad=False)
+    eager = layer(x)
+    assert "torch.sparse_csr" in fa.patch(model).left[0].reason
+    assert torch.equal(layer(x), eager)
+
+
+def test_forward_mode_runs_pefts_forward() -> None:
+    model, x, direction = build(lora()), tokens(), torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(3))
+
+    def tangent() -> Tensor:
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(layer_of(model)(forward_ad.make_dual(x, direction))).tangent
+
+    eager = tangent()
+    fa.patch(model)
+    assert torch.equal(tangent(), eager)
 
 
 def test_function_transforms_run_pefts_forward() -> None:

@@ -67,6 +67,10 @@ class Adapter:
             self.projection = VeraProjection(options.rank, wide, wide, key=seed).to(encoder.embeddings.word_embeddings.weight.device)
             more["projection"] = self.projection
         places = dict(_places(encoder, options.method))
+        most = min(encoder.config.hidden_size, encoder.config.intermediate_size)
+        if options.init in ("pissa", "olora") and options.rank > most:
+            fix = "lower it or choose another --init"
+            raise FinetuneError(f"finetune: expected --rank of at most {most} with --init {options.init}; got {options.rank}; {fix}")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)  # two lanes start from the same adapter
             for name, method in places.items():

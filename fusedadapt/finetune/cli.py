@@ -129,6 +129,8 @@ def _check_adapter(config: Config, typed: dict[str, Any]) -> None:
         )
     if config.init is not None and config.adapter not in IN_PEFT:
         raise FinetuneError(f"finetune: expected --adapter {'|'.join(IN_PEFT)} with --init; got {config.adapter}, which has its own; drop --init")
+    if config.adapter == "adalora" and config.steps < 2:  # ranks are pruned by the scores of earlier steps
+        raise FinetuneError(f"finetune: expected at least 2 --steps with --adapter adalora; got {config.steps}; train longer or take lora")
 
 
 def _check_sparse(config: Config, typed: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ GPTQ, AWQ                layers that keep the checkpoint's own packing. It runs 
 
 from __future__ import annotations
 
+import operator
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +30,9 @@ _WORDS = {
     "WQLinear_GEMV": "awq",
     "AwqTorchQuantLinear": "awq",
 }
+
+
+_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
 class Weight(NamedTuple):
@@ -58,6 +62,17 @@ def _is_linear4bit(base: Any) -> bool:
     return type(base).__name__ == "Linear4bit" and type(base).__module__ == "bitsandbytes.nn.modules"
 
 
+def returns_input_dtype(base: Any) -> bool:
+    """Whether the layer's result has its input's dtype, under autocast too: with other libraries' layers, unlike ours and F.linear."""
+    return _is_linear4bit(base) or bool(_words_kind(base))
+
+
+def is_wrapped(module: Any) -> bool:
+    """Whether the instance's forward is not its class's. accelerate's hooks, once removed, leave the class's own behind on the instance."""
+    forward = vars(module).get("forward")
+    return forward is not None and (getattr(forward, "__func__", None), getattr(forward, "__self__", None)) != (type(module).forward, module)
+
+
 def no_form(base: Any) -> str:
     """Why a quantized layer of another kind than those above is left to its library."""
     name = type(base).__name__
@@ -70,7 +85,7 @@ def no_form(base: Any) -> str:
 
 def why_not(base: Any) -> str:
     """What keeps this layer off the fast path; "" if nothing does."""
-    if "forward" in vars(base):
+    if is_wrapped(base):
         return f"{type(base).__name__} has a forward of its own"
     if type(base) is QuantizedLinear:
         codes = base.activations
@@ -88,9 +103,9 @@ def why_not(base: Any) -> str:
         return f"Linear4bit in {state.quant_type!r}"
     if getattr(state, "packing_format_for_cpu", False):
         return "Linear4bit was repacked for bitsandbytes' CPU inference"
-    if state.nested and (state.state2.blocksize != NESTED_BLOCK or not _is_dynamic(state.state2.code)):
+    if state.nested and (state.state2.blocksize != NESTED_BLOCK or not _is_table(state.state2.code, "dynamic")):
         return "Linear4bit with a nested map or block size that is not bitsandbytes' own"
-    if not _same(state.code, format_of(state.quant_type).values):
+    if not _is_table(state.code, state.quant_type):
         return f"Linear4bit with a code table that is not {state.quant_type}'s"
     return ""
 
@@ -103,7 +118,8 @@ def weight_of(base: Any) -> Weight:
         return _repacked(base)
     weight, state = base.weight, base.weight.quant_state
     fmt = _format(state.quant_type, state.blocksize, bool(state.nested))
-    qdata = weight.detach().as_subclass(Tensor).view(torch.uint8).view(-1, 1)  # quant_storage may be any dtype
+    with torch._C.DisableTorchFunctionSubclass():  # a plain tensor, which compilers follow where they refuse as_subclass
+        qdata = weight.detach().view(torch.uint8).view(-1, 1)  # quant_storage may be any dtype
     if not state.nested:
         return Weight(QuantizedTensor(qdata, state.absmax, None, None, None, fmt, torch.Size(state.shape), state.dtype))
     inner, offset = state.state2, state.offset.float().reshape(())
@@ -115,7 +131,7 @@ _repacks: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 def _repacked(base: Any) -> Weight:
     """Packed anew once for each qweight, and again if it was written to or moved."""
-    key = (base.qweight._version, base.qweight.data_ptr(), base.scales._version, base.qzeros._version)
+    key = (base.qweight.data_ptr(), *(0 if t.is_inference() else t._version for t in (base.qweight, base.scales, base.qzeros)))
     known = _repacks.get(base.qweight)
     if known is None or known[0] != key:
         tensors = {name: t for name in ("qweight", "qzeros", "scales", "g_idx") if isinstance(t := getattr(base, name, None), Tensor)}
@@ -132,19 +148,25 @@ def _repacked(base: Any) -> Weight:
     return found
 
 
+# bitsandbytes' block sizes. Made here: a compiler follows the attributes of a record that is there, not of one that a graph makes.
+_FORMATS = {
+    (kind, block, nested): format_of(kind, block, double_quant=nested) for kind in ("nf4", "fp4") for block in _BLOCKS for nested in (False, True)
+}
+
+
 def _format(kind: str, block: int, nested: bool) -> QFormat:
-    return format_of(kind, block, double_quant=nested)
+    block = operator.index(block)  # of a compiler's symbol, too
+    return _FORMATS.get((kind, block, nested)) or format_of(kind, block, double_quant=nested)
 
 
 # The tables of a layer are tensors on its device: comparing them in every call would wait for the device. Once for each tensor.
 _compared: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
-def _same(code: Tensor, values: tuple[float, ...]) -> bool:
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_table(code: Tensor, kind: str) -> bool:
+    """Whether a layer's code table is that of ``kind``: nf4, fp4, or "dynamic", the map of nested scales. A compiler asks once and traces nothing."""
     if code not in _compared:
-        _compared[code] = code.detach().float().cpu().tolist() == list(values)
-    return bool(_compared[code])
-
-
-def _is_dynamic(code: Tensor) -> bool:
-    return _same(code, tuple(torch.tensor(dynamic_map(), dtype=torch.float32, device="cpu").tolist()))
+        _compared[code] = code.detach().float().cpu().tolist()
+    values = torch.tensor(dynamic_map(), dtype=torch.float32, device="cpu").tolist() if kind == "dynamic" else list(format_of(kind).values)
+    return bool(_compared[code] == values)

@@ -79,7 +79,8 @@ class FusedForward:
         if reason:
             self._note(reason)
             return type(layer).forward(layer, x, *args, **kwargs)
-        return kind.run(layer, x, names, self._values(names), self.paper_dora)
+        y = kind.run(layer, x, names, self._values(names), self.paper_dora)
+        return y.to(x.dtype) if packed.returns_input_dtype(layer.base_layer) else y
 
     def replicate(self) -> Any:
         """As nn.DataParallel asks for it, which a Trainer on several GPUs takes unasked: a shallow copy would run this layer, not the replica."""

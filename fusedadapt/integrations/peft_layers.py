@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ..autocast import autocasting
 from ..derivatives import transforming
@@ -64,6 +65,8 @@ def structural(layer: Any) -> str:
         return "the base layer is itself an adapter layer"
     if type(base).__name__ == "NonDynamicallyQuantizableLinear":
         return "nn.MultiheadAttention reads the weight of its out_proj and never calls that layer"
+    if packed.is_wrapped(base):
+        return f"base layer, a {type(base).__name__}, has a forward of its own, set by another library (a device map's or offloading hook?)"
     if not (_is_linear(base) or is_conv1d(base)):
         return f"base layer is a {type(base).__name__}; only nn.Linear and Conv1D have a fused form"
     return ""
@@ -76,13 +79,13 @@ def _is_quantized(base: Any) -> bool:
 
 def _is_linear(module: Any) -> bool:
     """nn.Linear's own forward: a subclass may have another. A parametrized weight is computed at each reading, and may be another then."""
-    own = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and "forward" not in vars(module)
+    own = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and not packed.is_wrapped(module)
     return own and not hasattr(module, "parametrizations")
 
 
 def is_conv1d(module: Any) -> bool:
     """transformers' linear layer with a K x N weight (GPT-2)."""
-    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils" and "forward" not in vars(module)
+    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils" and not packed.is_wrapped(module)
 
 
 def weight_of(base: Any) -> Tensor | QuantizedTensor:
@@ -93,6 +96,11 @@ def weight_of(base: Any) -> Tensor | QuantizedTensor:
     return weight.t() if is_conv1d(base) else weight
 
 
+def _is_dense(t: Any) -> bool:
+    """A tensor whose memory holds its elements one by one: neither a subclass, nor sparse, nested or in a layout of another library."""
+    return type(t) in _PLAIN and t.layout is torch.strided and not t.is_nested
+
+
 def base_reason(layer: Any) -> str:
     """What keeps this call off the fast path, on the side of the base layer."""
     base = layer.base_layer
@@ -100,9 +108,9 @@ def base_reason(layer: Any) -> str:
         return packed.why_not(base) or _hooked("base layer", base)
     if not (_is_linear(base) or is_conv1d(base)):
         return f"base layer is a {type(base).__name__} or has a forward of its own"
-    if type(base.weight) not in _PLAIN:
+    if not _is_dense(base.weight):
         kind = type(base.weight).__name__
-        return DISTRIBUTED if kind == "DTensor" else f"base weight is a {kind} (quantized?): not yet on the fast path"
+        return DISTRIBUTED if kind == "DTensor" else f"base weight is a {kind} ({base.weight.layout}; quantized?): not yet on the fast path"
     if base.weight.dtype not in DTYPES or base.weight.dim() != 2:
         return f"base weight is {base.weight.dtype} with {base.weight.dim()} dimensions"
     return _hooked("base layer", base)
@@ -122,8 +130,8 @@ def _dropout_reason(dropout: Any) -> str:
 
 
 def _factor_reason(weight: Any, like: Tensor) -> str:
-    if type(weight) not in _PLAIN:
-        return f"adapter weight is a {type(weight).__name__}"
+    if not _is_dense(weight):
+        return f"adapter weight is a {type(weight).__name__} ({weight.layout})"
     if weight.device != like.device:
         return f"adapter weight on {weight.device}, base weight on {like.device}"
     if weight.dtype not in DTYPES or (weight.dtype == torch.float64) != (like.dtype == torch.float64):
@@ -134,12 +142,14 @@ def _factor_reason(weight: Any, like: Tensor) -> str:
 def input_reason(layer: Any, x: Tensor) -> str:
     """What keeps this call off the fast path, on the side of x."""
     weight = packed.anchor(layer.base_layer)
-    if type(x) not in _PLAIN or not x.dtype.is_floating_point or x.dim() < 1:
-        return f"input is a {type(x).__name__} of {x.dtype}"
+    if not _is_dense(x):
+        return f"input is a {type(x).__name__}, not a plain dense tensor"
+    if not x.dtype.is_floating_point or x.dim() < 1:
+        return f"input of {x.dtype} with {x.dim()} dimensions"
     if x.device != weight.device or x.device.type == "meta":
         return f"input on {x.device}, base weight on {weight.device}"
-    if transforming():
-        return "a torch.func transform is active"
+    if transforming() or forward_ad._current_level >= 0:
+        return "a torch.func transform or forward-mode differentiation is active"
     if x.dtype == weight.dtype or autocasting(x.device.type) or packed.is_packed(layer.base_layer):
         return ""
     return f"{x.dtype} input to a {weight.dtype} base layer outside autocast"
@@ -190,7 +200,7 @@ def _lora_why_not(layer: Any, names: Sequence[str]) -> str:
 
 def _dora_why_not(layer: Any, name: str) -> str:
     magnitude = layer.lora_magnitude_vector[name]
-    if type(magnitude).__name__ != "DoraLinearLayer" or "forward" in vars(magnitude):
+    if type(magnitude).__name__ != "DoraLinearLayer" or packed.is_wrapped(magnitude):
         return f"DoRA magnitude is a {type(magnitude).__name__}"
     if bool(magnitude.fan_in_fan_out) != is_conv1d(layer.base_layer):
         return "fan_in_fan_out does not match the base layer"
