@@ -17,6 +17,7 @@ from ..ops.lowrank import DTYPES, is_direct
 from ..quant.tensor import QuantizedTensor
 from ..reference.lowrank import ACTIVATIONS, wide
 from .function import Entry, LowRankLinear, Numbers, forward_only
+from .plain import PlainPlan, plan_of
 
 
 class Segment(NamedTuple):
@@ -127,6 +128,8 @@ def lora_linear_group(
     Args and errors: as `lora_linear`. Returns one [..., N_i] per output.
     """
     refuse_transforms("fusedadapt.lora_linear")
+    if (short := plan_of(x, outputs, col_scale)) is not None:
+        return list(_run_plain(short, x, outputs[0], training, seed))
     _check_outputs(x, outputs, col_scale)
     _check_seed(seed, x)
     lead, segments = x.shape[:-1], [s for output in outputs for s in output.segments]
@@ -151,6 +154,16 @@ def lora_linear_group(
     run: Any = LowRankLinear.apply if _is_watched(x2) else forward_only
     results = run(tuple(plan), x2, col_scale, _seed(seed, x2) if dropping else None, scalars, *flat)
     return list(results) if flat_x else [y.reshape(*lead, y.shape[-1]) for y in results]
+
+
+def _run_plain(plan: PlainPlan, x: Tensor, output: Output, training: bool, seed: int | Tensor | None) -> tuple[Tensor, ...]:
+    _check_seed(seed, x)
+    (s,) = output.segments
+    p = s.dropout_p if training else 0.0
+    flat = (output.weight, output.bias, None, None, None, None, None, s.A, s.B, None, None, None)
+    run: Any = LowRankLinear.apply if _is_watched(x) else forward_only
+    result: tuple[Tensor, ...] = run(plan, x, None, _seed(seed, x) if p else None, ((s.scaling, p),), *flat)
+    return result
 
 
 def _is_watched(x: Tensor) -> bool:
