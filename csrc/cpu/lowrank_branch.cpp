@@ -36,7 +36,8 @@ void branch_start(const Matrix& x, const Branch& branch, const float* bias, floa
   fill(y, bias, {}, v.get(), transposed(branch.b), {Segment{0, rank, 0, 0, 0}}, 0, threads);
 }
 
-void branch_back(const Matrix& dy, const Matrix& x, const Branch& branch, const float* u, float* da, float* db, const Matrix& dx, int threads) {
+void branch_back(const Matrix& dy, const Matrix& x, const Branch& branch, const float* u, float* da, float* db, const Matrix& dx,
+                 int threads) {
   const int64_t rank = branch.a.rows, count = x.rows * rank;
   const std::unique_ptr<float[]> dv(new float[size_t(count)]);
   {

@@ -177,8 +177,8 @@ def _plain_backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
     """The short way back if it is open, else the general one, whose matrices have two dimensions."""
     if dy is None:
         return (None,) * len(ctx.needs_input_grad)
-    if (found := plain.backward(ctx, dy)) is not None:
-        return found
+    if (short := plain.backward(ctx, dy)) is not None:
+        return short
     x, *saved = ctx.saved_tensors
     none, dx, *found = _backward(ctx, (dy.reshape(-1, dy.shape[-1]),), (None if x is None else x.reshape(-1, x.shape[-1]), *saved))
     return none, None if dx is None else dx.reshape(*dy.shape[:-1], dx.shape[-1]), *found

@@ -159,7 +159,7 @@ def lora_linear_group(
 def _run_plain(plan: PlainPlan, x: Tensor, output: Output, training: bool, seed: int | Tensor | None) -> tuple[Tensor, ...]:
     _check_seed(seed, x)
     (s,) = output.segments
-    p = s.dropout_p if training else 0.0
+    p = _dropping(s, training)
     flat = (output.weight, output.bias, None, None, None, None, None, s.A, s.B, None, None, None)
     run: Any = LowRankLinear.apply if _is_watched(x) else forward_only
     result: tuple[Tensor, ...] = run(plan, x, None, _seed(seed, x) if p else None, ((s.scaling, p),), *flat)
@@ -181,7 +181,7 @@ def _scalars(segments: Sequence[Segment], training: bool) -> tuple[Tensor | Numb
     values: list[tuple[float | Tensor, float | Tensor]] = []
     dropping = False
     for s in segments:
-        p = s.dropout_p if training else 0.0
+        p = _dropping(s, training)
         dropping = dropping or isinstance(p, Tensor) or p > 0
         values.append((1.0 if _is_trained(s.scaling) else s.scaling, p))
     if not torch.compiler.is_compiling() and not any([isinstance(value, Tensor) for pair in values for value in pair]):
@@ -189,6 +189,10 @@ def _scalars(segments: Sequence[Segment], training: bool) -> tuple[Tensor | Numb
     if not values:
         return torch.zeros(0, 2, dtype=torch.float64, device="cpu"), False
     return torch.stack([_scalar(value) for pair in values for value in pair]).view(-1, 2), dropping
+
+
+def _dropping(s: Segment, training: bool) -> float | Tensor:
+    return s.dropout_p if training else 0.0
 
 
 def _scalar(value: float | Tensor) -> Tensor:

@@ -1,9 +1,9 @@
 """The commonest layer the shortest way: fp32 on a CPU, one frozen dense base, one adapter with nothing between A and B.
 
-What lies between the kernels costs 0.16 ms of Python where it is repeated alone, and 1.4 ms after a GEMM has swept the caches, for every line of it is
-fetched from memory again: half of what a branch at 1536 -> 384 costs. So this case has a check, a forward and a backward of a few calls each. They run
-the kernels that `LowRankLinear` runs otherwise, on the same numbers, and save what it saves: who meets such a node with a compiler or a dispatch mode
-in between takes the general way back.
+What lies between the kernels costs 0.16 ms of Python where it is repeated alone, and 1.4 ms after a GEMM has swept the caches, for every line of it
+is fetched from memory again: half of what a branch at 1536 -> 384 costs. So this case has a check, a forward and a backward of a few calls each. They
+run the kernels that `LowRankLinear` runs otherwise, on the same numbers, and save what it saves: who meets such a node with a compiler or a dispatch
+mode in between takes the general way back.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..autocast import autocasting
-from ..ops import lowrank_cpp as cpp
-from ..ops.lowrank import cpp_ops, is_direct, native
+from ..ops.lowrank import cpp, cpp_ops, is_direct, native
 from ..reference.lowrank import threshold_of
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -84,7 +83,7 @@ def forward(ctx: Any, plan: PlainPlan, x: Tensor, seed: Tensor | None, numbers: 
     ((scaling, p),), weight, bias, a, b = numbers, *factors(tensors)
     y, u = x.new_empty(*x.shape[:-1], b.shape[0]), x.new_empty(x.numel() // x.shape[-1], a.shape[0])
     rows, out = _rows(x), _rows(y)
-    cpp.branch_start(rows, a, b, scaling, 0 if seed is None else threshold_of(p), seed, bias, u, out)
+    cpp().branch_start(rows, (a, b, scaling, 0 if seed is None else threshold_of(p)), seed, bias, u, out)
     out.addmm_(rows, weight.t())
     wanted = ctx.needs_input_grad
     ctx.plan, ctx.device_type, ctx.ops, ctx.numbers = plan, "cpu", cpp_ops(), numbers
@@ -104,7 +103,7 @@ def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...] | None:
         return None  # a saved-tensor hook may bring them back in another order
     da, db, dx = torch.empty_like(a), torch.empty_like(b), torch.empty_like(x) if wanted[1] else None
     rows, into = _rows(dy), None if dx is None else _rows(dx)
-    cpp.branch_back(rows, _rows(x), a, b, scaling, 0 if seed is None else threshold_of(p), seed, u, da, db, into)
+    cpp().branch_back(rows, _rows(x), (a, b, scaling, 0 if seed is None else threshold_of(p)), seed, u, da, db, into)
     if into is not None:
         into.addmm_(rows, weight)
     found: list[Tensor | None] = [None] * len(wanted)

@@ -366,8 +366,13 @@ def native(x: Tensor) -> bool:
     return torch._C._len_torch_dispatch_stack() == 0 and _direct("cpu", x.dtype == torch.float64, config.current_backend(), config.is_strict()).native
 
 
+def cpp() -> ModuleType:
+    """The C++ backend, where there is one (`native`)."""
+    return _module("cpp")
+
+
 def cpp_ops() -> Any:
-    """The C++ functions behind the ops."""
+    """Its functions behind the ops."""
     return _direct("cpu", False, "cpp", False)
 
 
