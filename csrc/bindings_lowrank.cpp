@@ -109,6 +109,25 @@ void dropout(const Spec& x, const Spec& out, uint64_t seed, uint32_t threshold, 
   lr::dropout(matrix(x), matrix(out), seed, threshold, threads);
 }
 
+lr::Branch branch(const Spec& a, const Spec& b, double scaling, uint32_t threshold, uint64_t seed) {
+  if (threshold > 65535) throw std::invalid_argument("lowrank: thresholds in 0 .. 65535 expected");
+  return {matrix(a), matrix(b), float(scaling), threshold, seed};
+}
+
+void branch_start(const Spec& x, const Spec& a, const Spec& b, double scaling, uint32_t threshold, uint64_t seed, int64_t bias, int64_t u,
+                  const Spec& y, int threads) {
+  const lr::Branch given = branch(a, b, scaling, threshold, seed);
+  py::gil_scoped_release release;
+  lr::branch_start(matrix(x), given, at<float>(bias), at<float>(u), matrix(y), threads);
+}
+
+void branch_back(const Spec& dy, const Spec& x, const Spec& a, const Spec& b, double scaling, uint32_t threshold, uint64_t seed, int64_t u,
+                 int64_t da, int64_t db, const Spec& dx, int threads) {
+  const lr::Branch given = branch(a, b, scaling, threshold, seed);
+  py::gil_scoped_release release;
+  lr::branch_back(matrix(dy), matrix(x), given, at<float>(u), at<float>(da), at<float>(db), matrix(dx), threads);
+}
+
 }  // namespace
 
 void bind_lowrank(py::module_& m) {
@@ -121,6 +140,8 @@ void bind_lowrank(py::module_& m) {
   m.def("lr_skinny_w", &skinny_w);
   m.def("lr_merge", &merge);
   m.def("lr_dropout", &dropout);
+  m.def("lr_branch_start", &branch_start);
+  m.def("lr_branch_back", &branch_back);
   // For tests: the keep flags (16 bits each) of n elements from `first` on, wherever in the element index that is.
   m.def("lr_mask", [](int64_t keep, uint64_t first, int64_t n, uint64_t seed, uint32_t stream, uint32_t threshold) {
     lr::kernels().mask(at<uint16_t>(keep), first, n, seed, stream, threshold);

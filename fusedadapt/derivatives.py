@@ -42,7 +42,8 @@ def first_order(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
                     "that out, or use the plain operations there (of a patched model: fusedadapt.unpatch)"
                 )
             asked = None if torch.compiler.is_compiling() else getattr(ctx, "asked", None)
-            if asked is None or config.asked() != (None, None):  # who runs backward in a block of their own asks for themselves
+            # who runs backward in a block of their own asks for themselves
+            if asked is None or asked == (None, None) or config.asked() != (None, None):
                 return once(ctx, *grads)
             with config.as_asked(asked):
                 return once(ctx, *grads)

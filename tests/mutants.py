@@ -19,6 +19,8 @@ RULES, ADAM, NUMBERS, DTYPES = "csrc/core/rules.h", "csrc/core/rules_adam.h", "c
 TRUTH, MID, FUNCTION = "fusedadapt/reference/lowrank.py", "fusedadapt/lowrank/mid.py", "fusedadapt/lowrank/function.py"
 FUNCTIONAL, LOWRANK = "fusedadapt/lowrank/functional.py", "fusedadapt/ops/lowrank.py"
 LR_HOST, LR_CPU = "csrc/cpu/lowrank.cpp", "csrc/cpu/lowrank_isa.cpp"
+PLAIN, LR_BRANCH = "fusedadapt/lowrank/plain.py", "csrc/cpu/lowrank_branch.cpp"
+SAVED, SHORT = "test_lowrank_memory.py::test_saved_bytes_without_gradients_of_a", "test_lowrank_plain.py::test_"
 DERIVATIVES, CONTRACT = "test_lowrank_derivatives.py::test_derivatives", "test_lowrank_contract.py::test_"
 SELECT, MASK, DELTA, CODING = (f"fusedadapt/sparse/{name}.py" for name in ("select", "mask", "delta", "coding"))
 LAYERS, SPARSE_TRUTH, SPARSE_OPS = "fusedadapt/sparse/layers.py", "fusedadapt/reference/sparse.py", "fusedadapt/ops/sparse.py"
@@ -137,7 +139,9 @@ MUTANTS = (
     Mutant(MID, "aten.gelu_backward(d, u, approximate=\"tanh\")", "aten.gelu_backward(d, u)", f"{DERIVATIVES}[gelu_tanh]"),
     Mutant(MID, "== 1.0 else v * mid.scaling", "== 1.0 else v", f"{DERIVATIVES}[everything]"),
     # low-rank: the autograd function, its checks, the ops
-    Mutant(FUNCTION, "x if needs_x else None, col_scale", "x, col_scale", "test_lowrank_memory.py::test_saved_bytes_without_gradients_of_a"),
+    Mutant(FUNCTION, "x if needs_x else None, col_scale", "x, col_scale", f"{SAVED}[general]"),
+    Mutant(PLAIN, "x if True in wanted and wanted[FIRST + _A] else None", "x", f"{SAVED}[plain]"),
+    Mutant(PLAIN, "or a.dim() != 2 or weight.requires_grad", "or a.dim() != 2", f"{SHORT}one_gradient_alone[weight]"),
     Mutant(FUNCTION, "is not None and output.scale_bias else db", "is not None else db", f"{DERIVATIVES}[row scale and bias]"),
     Mutant(FUNCTION, "upstream = into_x or any(", "upstream = True or any(", f"{CONTRACT}only_what_is_needed_is_computed"),
     Mutant(FUNCTION, "    @first_order(", "    # (", "test_derivatives.py::test_second_derivatives_are_refused[lora-constant]"),
@@ -146,7 +150,7 @@ MUTANTS = (
         "test_lowrank_derivatives.py::test_partly_frozen_groups[one of two A]",
     ),
     Mutant(FUNCTION, "(dx, None, None, None, x, False)", "(dx, None, None, None, xs, False)", f"{DERIVATIVES}[col scale]"),
-    Mutant(FUNCTIONAL, "p = s.dropout_p if training else 0.0", "p = s.dropout_p", f"{CONTRACT}seeds[reference]"),
+    Mutant(FUNCTIONAL, "return s.dropout_p if training else 0.0", "return s.dropout_p", f"{CONTRACT}seeds[reference]"),
     Mutant(FUNCTIONAL, "gate.to(scale.dtype) * scale", "gate", f"{DERIVATIVES}[trained scaling]"),
     Mutant(LOWRANK, "torch.autograd.graph.increment_version(y)", "pass", f"{CONTRACT}in_place_ops_are_seen_by_autograd[cpp]"),
     Mutant(LOWRANK, "x.stride(1) == 1 and (", "(", "test_lowrank_cpp"),
@@ -154,6 +158,7 @@ MUTANTS = (
     # low-rank: C++ and Triton
     Mutant(LR_HOST, "&& !s.threshold && !out.back().threshold", "&& !s.threshold", "test_lowrank_cpp"),
     Mutant(LR_HOST, "seed != drawn.seed || ", "", "test_lowrank_cpp.py::test_masks_are_drawn_once_for_both_uses[base]"),
+    Mutant(LR_BRANCH, "du(dv.get(), branch.scaling, count)", "du(dv.get(), 1.f, count)", f"{SHORT}bits_are_those_of_the_general_way"),
     Mutant(LR_CPU, "step_p + j * step_n]) * scale; };", "step_p + j * step_n]); };", f"{CONTRACT}masks_are_the_same_bits_everywhere[cpp-5-13]"),
     Mutant(LR_CPU, "sums[i] = add ? sums[i] + total : total;", "sums[i] = total;", f"{CONTRACT}skinny_w[cpp]"),
     Mutant(LR_CPU, "if (w.bias) f += ", "if (w.bias) f -= ", "test_lowrank_cpp"),

@@ -82,11 +82,12 @@ def test_saved_bytes(name: str, base: str) -> None:
     assert times[0] == 1, "x itself, once"
 
 
-def test_saved_bytes_without_gradients_of_a() -> None:
+@pytest.mark.parametrize("gate", [None, torch.ones(R)], ids=["plain", "general"])
+def test_saved_bytes_without_gradients_of_a(gate: Tensor | None) -> None:
     """x is not kept where nothing reads it again."""
     tensors, _, _ = variant("plain", torch.float32)
     tensors[2].requires_grad_(False)
-    extra, times = saved(lambda: lora_linear(*tensors, dropout_p=0.1), tensors)
+    extra, times = saved(lambda: lora_linear(*tensors, dropout_p=0.1, rank_gate=gate), [*tensors, torch.empty(0) if gate is None else gate])
     assert 0 not in times and extra <= 0.01 * size(tensors[0])
     with torch.no_grad():
         assert saved(lambda: lora_linear(*tensors), tensors) == (0, {})

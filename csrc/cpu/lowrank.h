@@ -130,4 +130,16 @@ void skinny_w(const Matrix& w, const Matrix& a, float* c, float* row_squares, in
 void merge(const Matrix& w, const float* v, const Matrix& a, const float* row_scale, double* stats, int threads);
 void dropout(const Matrix& x, const Matrix& out, uint64_t seed, uint32_t threshold, int threads);
 
+// Of s drop(x) A^T B^T. a: R x K; b: N x R; threshold 0: no dropout.
+struct Branch {
+  Matrix a, b;
+  float scaling = 1;
+  uint32_t threshold = 0;
+  uint64_t seed = 0;
+};
+// u = drop(x) A^T (T x R), y = bias + s u B^T: `shrink` and `fill`.
+void branch_start(const Matrix& x, const Branch&, const float* bias, float* u, const Matrix& y, int threads);
+// da (R x K), db (N x R), and dx = drop(s dy B A) if there is a dx: `bwd_dy`, `bwd_x` and `fill`.
+void branch_back(const Matrix& dy, const Matrix& x, const Branch&, const float* u, float* da, float* db, const Matrix& dx, int threads);
+
 }  // namespace fa::cpu::lowrank

@@ -21,7 +21,9 @@ from ..ops.dense import widens
 from ..ops.dense_low import Low
 from ..ops.lowrank import is_direct, ops_for
 from . import mid as middle
+from . import plain
 from .mid import Mid
+from .plain import PlainPlan
 
 #: tensors of an output and of a segment, in the order in which `LowRankLinear` takes them
 OUTPUT = ("weight", "bias", "row_scale", "scale", "zero", "super", "offset")
@@ -129,6 +131,8 @@ class LowRankLinear(torch.autograd.Function):
         ctx: Any, plan: Plan, x: Tensor, col_scale: Tensor | None, seed: Tensor | None, scalars: Tensor | Numbers, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
         remember(ctx)
+        if type(plan) is PlainPlan:
+            return plain.forward(ctx, plan, x, seed, scalars, tensors)
         x, *tensors = resolved((x, *tensors))  # type: ignore[assignment]
         direct, device_type = is_direct(x), x.device.type
         with _no_autocast(device_type):
@@ -164,49 +168,67 @@ class LowRankLinear(torch.autograd.Function):
     @staticmethod
     @first_order("fusedadapt.lora_linear")
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, col_scale, seed, given, u, *rest = ctx.saved_tensors
-        kept, tensors = rest[: len(ctx.plan)], rest[len(ctx.plan) :]
-        _, want_x, want_col, _, _, *wanted = ctx.needs_input_grad
-        scalars = ctx.numbers if given is None else given
-        with _no_autocast(ctx.device_type):
-            sample = next((dy for dy in grads if dy is not None), None)
-            if sample is None:
-                return (None,) * (5 + len(tensors))
-            # Forward's backend, where ops are called directly both times.
-            direct = is_direct(sample)
-            ops = ctx.ops if ctx.ops is not None and direct else ops_for(sample)
-            scales, p = _numbers(direct, scalars)
-            outputs = _outputs(tensors, ctx.plan, scales)
-            xs = x if x is None or col_scale is None else (x * col_scale).to(x.dtype)
-            found: list[Tensor | None] = [None] * len(tensors)
-            into_x, dy0s, dus, column = want_x or want_col, [], [], 0
-            for output, given_dy, y0 in zip(outputs, resolved(grads), kept, strict=True):
-                # the gradient of col_scale gets dx before its rounding
-                dy = _unrounded(given_dy) if want_col and given_dy is not None else given_dy
-                width = sum(output.ranks)
-                dy0 = None
-                if dy is None:
-                    dus.append(None if u is None or not width else torch.zeros_like(_columns(u, column, width)))
-                else:
-                    dy0, du = _through_output(ops, output, dy, y0, u, column, wanted, found, into_x)
-                    dus.append(du)
-                    if wanted[output.start]:
-                        found[output.start] = (dy0.t() @ xs.to(dy0.dtype)).to(output.base.weight.dtype)
-                dy0s.append(dy0)
-                column += width
-            dx = _through_x(ops, outputs, xs, seed, p, dus, wanted, found, dy0s if into_x else ())
-            d_col = None
-            if want_col and dx is not None:
-                d_col = ops.lr_bwd_dy(dx, None, None, None, x, False)[4].to(col_scale.dtype)  # sum over the tokens of dx * x, in fp32
-            if dx is not None and col_scale is not None:
-                dx = (dx * col_scale).to(sample.dtype)
-            return None, dx if want_x else None, d_col, None, None, *found
+        if type(ctx.plan) is PlainPlan:
+            return _plain_backward(ctx, grads[0])
+        return _backward(ctx, grads, ctx.saved_tensors)
+
+
+def _plain_backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The short way back if it is open, else the general one, whose matrices have two dimensions."""
+    if dy is None:
+        return (None,) * len(ctx.needs_input_grad)
+    if (short := plain.backward(ctx, dy)) is not None:
+        return short
+    x, *saved = ctx.saved_tensors
+    none, dx, *found = _backward(ctx, (dy.reshape(-1, dy.shape[-1]),), (None if x is None else x.reshape(-1, x.shape[-1]), *saved))
+    return none, None if dx is None else dx.reshape(*dy.shape[:-1], dx.shape[-1]), *found
+
+
+def _backward(ctx: Any, grads: Sequence[Tensor | None], saved: Sequence[Any]) -> tuple[Tensor | None, ...]:
+    """Gradients of all arguments of `LowRankLinear`. dys: T x N_i."""
+    x, col_scale, seed, given, u, *rest = saved
+    kept, tensors = rest[: len(ctx.plan)], rest[len(ctx.plan) :]
+    _, want_x, want_col, _, _, *wanted = ctx.needs_input_grad
+    scalars = ctx.numbers if given is None else given
+    with _no_autocast(ctx.device_type):
+        sample = next((dy for dy in grads if dy is not None), None)
+        if sample is None:
+            return (None,) * (5 + len(tensors))
+        # Forward's backend, where ops are called directly both times.
+        direct = is_direct(sample)
+        ops = ctx.ops if ctx.ops is not None and direct else ops_for(sample)
+        scales, p = _numbers(direct, scalars)
+        outputs = _outputs(tensors, ctx.plan, scales)
+        xs = x if x is None or col_scale is None else (x * col_scale).to(x.dtype)
+        found: list[Tensor | None] = [None] * len(tensors)
+        into_x, dy0s, dus, column = want_x or want_col, [], [], 0
+        for output, given_dy, y0 in zip(outputs, resolved(grads), kept, strict=True):
+            # the gradient of col_scale gets dx before its rounding
+            dy = _unrounded(given_dy) if want_col and given_dy is not None else given_dy
+            width = sum(output.ranks)
+            dy0 = None
+            if dy is None:
+                dus.append(None if u is None or not width else torch.zeros_like(_columns(u, column, width)))
+            else:
+                dy0, du = _through_output(ops, output, dy, y0, u, column, wanted, found, into_x)
+                dus.append(du)
+                if wanted[output.start]:
+                    found[output.start] = (dy0.t() @ xs.to(dy0.dtype)).to(output.base.weight.dtype)
+            dy0s.append(dy0)
+            column += width
+        dx = _through_x(ops, outputs, xs, seed, p, dus, wanted, found, dy0s if into_x else ())
+        d_col = None
+        if want_col and dx is not None:
+            d_col = ops.lr_bwd_dy(dx, None, None, None, x, False)[4].to(col_scale.dtype)  # sum over the tokens of dx * x, in fp32
+        if dx is not None and col_scale is not None:
+            dx = (dx * col_scale).to(sample.dtype)
+        return None, dx if want_x else None, d_col, None, None, *found
 
 
 class _NoBackward:
     """The context of a forward pass whose backward nobody can ask for."""
 
-    needs_input_grad = (False,) * 5
+    needs_input_grad = (False,) * plain.FIRST
 
     def save_for_backward(self, *_: Tensor | None) -> None:
         pass

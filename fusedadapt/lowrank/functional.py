@@ -17,6 +17,7 @@ from ..ops.lowrank import DTYPES, is_direct
 from ..quant.tensor import QuantizedTensor
 from ..reference.lowrank import ACTIVATIONS, wide
 from .function import Entry, LowRankLinear, Numbers, forward_only
+from .plain import PlainPlan, plan_of
 
 
 class Segment(NamedTuple):
@@ -127,6 +128,8 @@ def lora_linear_group(
     Args and errors: as `lora_linear`. Returns one [..., N_i] per output.
     """
     refuse_transforms("fusedadapt.lora_linear")
+    if (short := plan_of(x, outputs, col_scale)) is not None:
+        return list(_run_plain(short, x, outputs[0], training, seed))
     _check_outputs(x, outputs, col_scale)
     _check_seed(seed, x)
     lead, segments = x.shape[:-1], [s for output in outputs for s in output.segments]
@@ -153,6 +156,16 @@ def lora_linear_group(
     return list(results) if flat_x else [y.reshape(*lead, y.shape[-1]) for y in results]
 
 
+def _run_plain(plan: PlainPlan, x: Tensor, output: Output, training: bool, seed: int | Tensor | None) -> tuple[Tensor, ...]:
+    _check_seed(seed, x)
+    (s,) = output.segments
+    p = _dropping(s, training)
+    flat = (output.weight, output.bias, None, None, None, None, None, s.A, s.B, None, None, None)
+    run: Any = LowRankLinear.apply if _is_watched(x) else forward_only
+    result: tuple[Tensor, ...] = run(plan, x, None, _seed(seed, x) if p else None, ((s.scaling, p),), *flat)
+    return result
+
+
 def _is_watched(x: Tensor) -> bool:
     """Whether anybody but the caller wants to know of a call: autograd (whose forward mode no_grad leaves on), a tracer, who `is_direct` names."""
     return torch.is_grad_enabled() or forward_ad._current_level >= 0 or tracing() or not is_direct(x)
@@ -168,7 +181,7 @@ def _scalars(segments: Sequence[Segment], training: bool) -> tuple[Tensor | Numb
     values: list[tuple[float | Tensor, float | Tensor]] = []
     dropping = False
     for s in segments:
-        p = s.dropout_p if training else 0.0
+        p = _dropping(s, training)
         dropping = dropping or isinstance(p, Tensor) or p > 0
         values.append((1.0 if _is_trained(s.scaling) else s.scaling, p))
     if not torch.compiler.is_compiling() and not any([isinstance(value, Tensor) for pair in values for value in pair]):
@@ -176,6 +189,10 @@ def _scalars(segments: Sequence[Segment], training: bool) -> tuple[Tensor | Numb
     if not values:
         return torch.zeros(0, 2, dtype=torch.float64, device="cpu"), False
     return torch.stack([_scalar(value) for pair in values for value in pair]).view(-1, 2), dropping
+
+
+def _dropping(s: Segment, training: bool) -> float | Tensor:
+    return s.dropout_p if training else 0.0
 
 
 def _scalar(value: float | Tensor) -> Tensor:

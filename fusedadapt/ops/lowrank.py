@@ -330,6 +330,11 @@ class _Direct:
     def __init__(self, *key: Any) -> None:
         self._key = key
 
+    @functools.cached_property
+    def native(self) -> bool:
+        """Whether all of them are C++ functions."""
+        return all(_choose(op, *self._key).backend == "cpp" for _, op in RUNS.values())
+
     def __getattr__(self, name: str) -> Callable[..., Any]:
         function, op = RUNS[name]
         run = functools.partial(function, backend=_module(_choose(op, *self._key).backend))
@@ -354,6 +359,21 @@ def is_direct(x: Tensor) -> bool:
     meta tensor (whose seed has no value)."""
     plain = type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta
     return plain and not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
+
+
+def native(x: Tensor) -> bool:
+    """Whether ops on x, a plain CPU tensor, are calls of C++ functions."""
+    return torch._C._len_torch_dispatch_stack() == 0 and _direct("cpu", x.dtype == torch.float64, config.current_backend(), config.is_strict()).native
+
+
+def cpp() -> ModuleType:
+    """The C++ backend, where there is one (`native`)."""
+    return _module("cpp")
+
+
+def cpp_ops() -> Any:
+    """Its functions behind the ops."""
+    return _direct("cpu", False, "cpp", False)
 
 
 def ops_for(x: Tensor) -> Any:

@@ -270,23 +270,27 @@ def truth(case: LowRankCase, tensors: Tensors, *, magnitude: bool = False) -> Te
 
     ``magnitude``: of all absolute values instead, what rounding errors of the sums are to be measured by. Beside the results, as "rounded <name>":
     what half a unit in the last place does to them where any implementation with a library's GEMM rounds on the way. That is the base products
-    x W^T and dY0 W for y and dx, and y0 and dx' for the gradients of row_scale and col_scale.
+    x W^T and dY0 W for y and dx; y0 for the gradient of row_scale; the products dY0 W and dx' after each of them for that of col_scale.
     """
     leaves = _leaves(case, tensors, (lambda t: t.double().abs()) if magnitude else Tensor.double)
     masks, ys, x = iter(_masks(case)), [], leaves["x"].reshape(case.tokens, case.k)
     rounded: Tensors = {}
     half = torch.finfo(case.dtype).eps / 2
+    products: list[Tensor] = []  # squares of the base products that make dx
     if case.col_scale:
         exact = x * leaves["col_scale"]
         x = exact + (exact.detach().to(reference.wide(case.dtype)).to(case.dtype).double() - exact.detach())
         if x.requires_grad:
             plain = leaves["x"].detach().reshape(x.shape)
-            x.register_hook(lambda dx: rounded.update({"rounded dcol_scale": half * (dx * plain).norm(dim=0)}))
+            x.register_hook(
+                lambda dx: rounded.update({"rounded dcol_scale": half * (sum(products, len(products) * dx**2).sqrt() * plain).norm(dim=0)})
+            )
     for i, o in enumerate(case.outputs):
         g, dy = leaves.get(f"{i}.row_scale"), leaves[f"dy{i}"].reshape(-1, o.columns)
         y = x @ leaves[f"{i}.weight"].T
         rounded[f"rounded y{i}"] = half * y.detach() * (1 if g is None else g)
         base = half * (dy if g is None else dy * g) @ leaves[f"{i}.weight"]
+        products.append(((dy if g is None else dy * g) @ leaves[f"{i}.weight"]).detach() ** 2)
         rounded["rounded dx"] = (rounded.get("rounded dx", torch.zeros(()).double()) + base.abs()).detach()
         for j, s in enumerate(o.segments):
             at = f"{i}.{j}"
