@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import coded, compact
 from .spec import RULES, Rule, is_compact
-from .state import check_hypers, names, reorder_mask, state_dtype
+from .state import check_hypers, distributed, names, pack_mask, reorder_mask, state_dtype, unpack_mask
 from .table import describe, has_order, local
 
 if TYPE_CHECKING:
@@ -43,7 +43,35 @@ def to_save(opt: FusedOptimizer, states: dict[Any, Any]) -> dict[Any, Any]:
     for i, p in enumerate(p for group in opt.param_groups for p in group["params"]):
         if p in opt._orders and "mask" in out.get(i, {}) and not local(p.detach()).is_contiguous():
             out[i] = {"strides": torch.tensor(opt._orders[p], dtype=torch.int64, device="cpu")} | out[i]  # a coded state has them already
+        if hasattr(p, "_local_tensor") and i in out:
+            out[i] = _gatherable(p, out[i])
     return out
+
+
+def _gatherable(p: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """A shard's state as torch.distributed can gather it and cut it anew. A mask is a bool DTensor: it takes plain words for the same in every
+    process, and keeps one process's. A remainder is the bf16 number of the same bits: no collective takes int16."""
+    out = {k: v for k, v in state.items() if k != "strides"}
+    if "mask" in state:
+        out["mask"] = distributed().cut_as(unpack_mask(state["mask"], local(p.detach())), p)
+    if "remainder" in state:
+        out["remainder"] = distributed().cut_as(local(state["remainder"]).view(torch.bfloat16), p)
+    return out
+
+
+def _as_kept(op: str, label: str, p: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
+    """The state with what `_gatherable` wrote, gathered or not, as words and int16 again."""
+    mask, low, here = saved.get("mask"), saved.get("remainder"), local(p.detach())
+    if isinstance(mask, Tensor) and mask.dtype == torch.bool:
+        if local(mask).shape != here.shape:
+            raise ValueError(
+                f"{op}: expected mask of {label} with shape {tuple(here.shape)}; got {tuple(local(mask).shape)}; cut it as the parameter is"
+            )
+        saved = saved | {"mask": pack_mask(local(mask), here), "strides": tuple(here.stride())}
+    if isinstance(low, Tensor) and low.dtype == torch.bfloat16:
+        bits = local(low).view(torch.int16)
+        saved = saved | {"remainder": distributed().cut_as(bits, low) if hasattr(low, "_local_tensor") else bits}
+    return saved
 
 
 def _parts(op: str, saved: Any) -> tuple[list[dict[str, Any]], dict[Any, Any]]:
@@ -103,6 +131,7 @@ def load(opt: FusedOptimizer, state_dict: dict[str, Any]) -> None:
 
 def _convert(opt: FusedOptimizer, label: str, p: Tensor, group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
     rule, op = RULES[opt._rule(group)], f"{type(opt).__name__}.load_state_dict"
+    saved = _as_kept(op, label, p, saved)
     _check_values(op, label, p, rule, saved)
     inputs = rule.states[rule.stored :]
     lacking = [k for k in rule.states if k not in saved and k not in inputs]
