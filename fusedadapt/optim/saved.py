@@ -59,16 +59,16 @@ def _gatherable(p: Any, state: dict[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _as_kept(op: str, label: str, p: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
+def _as_kept(p: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
     """The state with what `_gatherable` wrote, gathered or not, as words and int16 again."""
+
+    def plain(v: Any, dtype: torch.dtype) -> bool:
+        return isinstance(v, Tensor) and v.dtype == dtype and v.layout == torch.strided and not v.is_meta
+
     mask, low, here = saved.get("mask"), saved.get("remainder"), local(p.detach())
-    if isinstance(mask, Tensor) and mask.dtype == torch.bool:
-        if local(mask).shape != here.shape:
-            raise ValueError(
-                f"{op}: expected mask of {label} with shape {tuple(here.shape)}; got {tuple(local(mask).shape)}; cut it as the parameter is"
-            )
+    if mask is not None and plain(mask, torch.bool) and local(mask).shape == here.shape:
         saved = saved | {"mask": pack_mask(local(mask), here), "strides": tuple(here.stride())}
-    if isinstance(low, Tensor) and low.dtype == torch.bfloat16:
+    if low is not None and plain(low, torch.bfloat16):
         bits = local(low).view(torch.int16)
         saved = saved | {"remainder": distributed().cut_as(bits, low) if hasattr(low, "_local_tensor") else bits}
     return saved
@@ -131,7 +131,7 @@ def load(opt: FusedOptimizer, state_dict: dict[str, Any]) -> None:
 
 def _convert(opt: FusedOptimizer, label: str, p: Tensor, group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
     rule, op = RULES[opt._rule(group)], f"{type(opt).__name__}.load_state_dict"
-    saved = _as_kept(op, label, p, saved)
+    saved = _as_kept(p, saved)
     _check_values(op, label, p, rule, saved)
     inputs = rule.states[rule.stored :]
     lacking = [k for k in rule.states if k not in saved and k not in inputs]
@@ -190,7 +190,8 @@ def _check_values(op: str, label: str, p: Tensor, rule: Rule, saved: dict[str, A
         if name == "step" or name in rule.aux:
             require(_finite(v, is_compact(saved), 0.0 if name == "step" else -math.inf), name, "a finite number")
         elif name == "mask":
-            require(plain and v.dtype == torch.int32 and v.numel() == (local(p.detach()).numel() + 31) // 32, name, "int32, a bit per element")
+            fits = plain and v.dtype == torch.int32 and v.numel() == (local(p.detach()).numel() + 31) // 32
+            require(fits, name, "int32, a bit per element, or bool and cut as the parameter is")
         elif name in rule.states and v is not None:  # torch up to 2.7 wrote momentum_buffer None
             require(plain and (v.dtype in _STATES or coded.scale_key(name) in saved), name, "a dense floating-point tensor")
         elif name in ("master", "anchor", "remainder"):
