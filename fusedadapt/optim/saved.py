@@ -154,7 +154,7 @@ def _convert(opt: FusedOptimizer, label: str, p: Tensor, group: dict[str, Any], 
         elif k == "cohorts":
             v = v.cpu().clone()
         elif isinstance(v, Tensor):
-            if k in rule.states and v.shape != p.shape and not packed:
+            if k in (*rule.states, "master", "remainder", "anchor") and v.shape != p.shape and not packed:
                 raise ValueError(f"{op}: expected {k} of {label} with shape {tuple(p.shape)}; got {tuple(v.shape)}; it belongs to other parameters")
             v = _place(v, p, not packed and k in (*rule.states, "master", "remainder", "anchor"))
             if v.is_floating_point() and torch.float64 in (v.dtype, p.dtype) and k in (*rule.states, "anchor"):
@@ -194,6 +194,11 @@ def _check_values(op: str, label: str, p: Tensor, rule: Rule, saved: dict[str, A
             require(fits, name, "int32, a bit per element, or bool and cut as the parameter is")
         elif name in rule.states and v is not None:  # torch up to 2.7 wrote momentum_buffer None
             require(plain and (v.dtype in _STATES or coded.scale_key(name) in saved), name, "a dense floating-point tensor")
+        elif name in ("index", "prefix", "cohorts") or (name.endswith("_scale") and name.removesuffix("_scale") in rule.states):
+            require(plain and v.dim() > 0, name, "a dense tensor of at least one dimension")
+        elif name == "strides":
+            counted = v.tolist() if plain and v.dim() == 1 else v
+            require(isinstance(counted, list | tuple) and len(counted) == p.dim() and all(isinstance(n, int) for n in counted), name, "p.stride()")
         elif name in ("master", "anchor", "remainder"):
             require(plain and (v.dtype == torch.int16 if name == "remainder" else v.dtype in _STATES), name, "a dense tensor of its dtype")
 
