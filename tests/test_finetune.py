@@ -263,6 +263,9 @@ def test_names_in_any_case_and_unknown_ones() -> None:
         optimizers.resolve("torch:nope", **PLAIN)
     with pytest.raises(FinetuneError, match="got 'nope'.*AdaBelief"):
         optimizers.resolve("nope", **PLAIN)
+    for unfit in ("LBFGS", "Muon", "SparseAdam"):  # a closure, matrices only, sparse gradients: tracebacks of torch's, after the model was made
+        with pytest.raises(FinetuneError, match=f"got '{unfit}'.*AdamW"):
+            optimizers.resolve(f"torch:{unfit}", **PLAIN)
     with pytest.raises(FinetuneError, match="master_weights.*drop"):
         optimizers.resolve("torch:AdamW", **(PLAIN | {"extras": {"master_weights": "fp32"}}))
 

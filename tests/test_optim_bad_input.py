@@ -222,3 +222,16 @@ def test_a_tensor_lr_elsewhere_is_refused_in_any_group(backend: str) -> None:
     assert all(torch.equal(a, p) for a, p in zip(before, params, strict=True))
     with pytest.raises(ValueError, match="Tensor lr of group 1"):
         opt.step_one_(params[2])
+
+
+@pytest.mark.parametrize("master", [None, "split"])
+def test_a_model_converted_after_its_optimizer_was_built(master: str | None) -> None:
+    """``model.half()`` goes round the check of the constructor: the first step gave fp16 states, or no master weight, without a word."""
+    layer = torch.nn.Linear(4, 3)
+    opt = AdamW(layer.parameters(), master_weights=master, state_dtype="fp32" if master else None)
+    layer.half()
+    feed(list(layer.parameters()), 0)
+    before = [p.detach().clone() for p in layer.parameters()]
+    with pytest.raises(ValueError, match="master_weights" if master else "state dtype for the fp16 parameter parameter 0 of group 0"):
+        opt.step()
+    assert all(torch.equal(a, p) for a, p in zip(before, layer.parameters(), strict=True)) and not opt.state_dict()["state"]

@@ -295,7 +295,9 @@ def test_options_of_a_wrong_kind_are_named(name: str, option: str, value: object
 @pytest.mark.parametrize("entry", [
     {"step": math.nan}, {"step": -1.0}, {"step": None}, {"step": torch.tensor([1.0, 2.0])}, {"step": "3"}, {"exp_avg": [1.0, 2.0]},
     {"exp_avg": torch.ones(3, 5, dtype=torch.int64)}, {"exp_avg": torch.ones(3, 5, dtype=torch.complex64)}, {"exp_avg": torch.ones(3, 5).to_sparse()},
-    {"exp_avg": torch.ones(3, 5, device="meta")}, {"mask": torch.ones(3, 5, dtype=torch.bool)}, {"mask": torch.zeros(9, dtype=torch.int32)},
+    {"exp_avg": torch.ones(3, 5, device="meta")}, {"mask": torch.ones(5, 3, dtype=torch.bool)}, {"mask": torch.zeros(9, dtype=torch.int32)},
+    {"index": [1]}, {"prefix": None}, {"cohorts": "x"}, {"exp_avg_scale": torch.tensor(1.0)}, {"exp_avg_scale": 2.0},
+    {"strides": 5}, {"strides": (1,)},
 ], ids=str)  # fmt: skip
 def test_a_damaged_state_is_refused_when_it_is_loaded(entry: dict) -> None:
     """Most were taken and refused by the next step, when the good state was gone; a step that is NaN made every parameter NaN."""

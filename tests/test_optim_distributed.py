@@ -193,6 +193,41 @@ def check_state_dict_reshards(rank: int) -> None:
     assert_equal(again, params, "resharded")
 
 
+def check_checkpoints_of_torch(rank: int) -> None:
+    """Through torch.distributed.checkpoint.state_dict, gathered or not. Masks are words of each process's own: it took one process's for all. The low
+    halves of split masters are int16, which no collective takes."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+
+    keep = torch.rand(8, 4, generator=torch.Generator().manual_seed(2)) > 0.5
+    for full, master in ((True, "split"), (True, "fp32"), (False, "split")):
+
+        def build(values: Any, kind: str | None = master) -> tuple[Any, FusedOptimizer]:
+            module = nn.Linear(4, 8, bias=False)
+            module.weight = nn.Parameter(values)
+            mask = shard(keep, 0) if hasattr(values, "_local_tensor") else keep
+            return module, AdamW(module.parameters(), lr=0.05, master_weights=kind, masks={module.weight: mask})
+
+        (module, ours), (plain, truth) = build(shard(tensors(0, B)[2], 0)), build(tensors(0, B)[2])
+        for step in (1, 2):
+            module.weight.grad, plain.weight.grad = shard(tensors(step, B)[2], 0), tensors(step, B)[2]
+            ours.step(), truth.step()
+        options = StateDictOptions(full_state_dict=full)
+        saved = get_optimizer_state_dict(module, ours, options=options)
+        if full:  # it is the state of a run in one process, too
+            state = saved["state"]["weight"]
+            assert torch.equal(state["mask"], keep)
+            alone, one = build(plain.weight.detach().clone())
+            one.load_state_dict({"state": {0: state}, "param_groups": truth.state_dict()["param_groups"]})
+            assert all(torch.equal(one.state[alone.weight][k], v) for k, v in truth.state[plain.weight].items())
+        again, twin = build(module.weight.detach().clone())
+        set_optimizer_state_dict(again, twin, saved, options=options)
+        for m, opt in ((again, twin), (plain, truth)):
+            m.weight.grad = shard(tensors(3, B)[2], 0) if m is again else tensors(3, B)[2]
+            opt.step()
+        assert_equal([again.weight], [plain.weight], f"full={full} master_weights={master}")
+        assert torch.equal(again.weight.detach().full_tensor()[~keep], tensors(0, B)[2][~keep]), "frozen elements moved"
+
+
 def check_reference_backend(rank: int) -> None:
     ours, shards, _, params = run_both(AdamW, 1, B, backend="reference", stochastic_rounding=True, max_grad_norm=None)
     assert_equal(shards, params, "reference backend")

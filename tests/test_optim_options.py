@@ -216,3 +216,60 @@ def test_frozen_packed_weights_are_left_alone(name: str) -> None:
     with pytest.raises(ValueError, match="uint8"):
         opt.step()
     assert torch.equal(p, twin)
+
+
+# --- Hessians under a GradScaler, refused ones; averages that would be lost ------------------------------------------------------------------
+
+
+def test_adahessian_unscales_the_hessian() -> None:
+    """The estimate came from the scaled loss: at a scale of 1,024 the step was that much too small."""
+    after = []
+    for scale in (None, 1024.0):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
+        opt = OPTIMIZERS["AdaHessian"](net.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, enabled=scale is not None)
+        for t in range(3):
+            torch.manual_seed(t)
+            opt.zero_grad()
+            scaler.scale(net(torch.randn(8, 3)).square().mean()).backward(create_graph=True)
+            torch.manual_seed(t)
+            scaler.step(opt)
+            scaler.update()
+        after.append(torch.cat([p.detach().flatten() for p in net.parameters()]))
+    torch.testing.assert_close(after[1], after[0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_refused_step_leaves_no_hessian_behind() -> None:
+    """The next step took it for one the caller had set, though its gradients were others."""
+    p, q = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    opt = OPTIMIZERS["AdaHessian"]([p, q])
+    for t in range(2):
+        opt.zero_grad()
+        (p.square().sum() + q.square().sum()).backward(create_graph=True)
+        if t:
+            opt.state[q]["exp_avg"] = torch.zeros(4)
+            with pytest.raises(ValueError, match="exp_avg of parameter 1"):
+                opt.step()
+        else:
+            opt.step()
+    assert not hasattr(p, "hessian_diag") and not hasattr(q, "hessian_diag") and "hessian_diag" not in opt.state[p]
+
+
+@pytest.mark.parametrize("given", [2.0, torch.ones(4), torch.ones(3, 3), torch.ones(3, dtype=torch.int64), torch.ones(3).to_sparse()])
+def test_a_diagonal_that_does_not_fit_is_named(given: object) -> None:
+    p, q = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    opt = OPTIMIZERS["AdaHessian"]([p, q])
+    p.grad, q.grad, p.hessian_diag, q.hessian_diag = torch.ones(3), torch.ones(3), torch.ones(1), given
+    with pytest.raises(ValueError, match="hessian_diag of parameter 1 of group 0"):
+        opt.step()
+    assert not opt.state_dict()["state"] and torch.equal(p.detach(), torch.ones(3))
+    q.hessian_diag = torch.ones(())
+    opt.step()
+    assert torch.equal(p, q) and not hasattr(p, "hessian_diag")
+
+
+def test_schedule_free_needs_a_momentum() -> None:
+    """At 0 the parameters hold z, from which the average does not come back: eval() divided by zero after the training."""
+    with pytest.raises(ValueError, match=r"betas\[0\] in \(0, 1\)"):
+        OPTIMIZERS["ScheduleFreeAdamW"](model(), betas=(0.0, 0.9))

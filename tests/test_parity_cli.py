@@ -244,6 +244,8 @@ def test_foreign_library_is_shown_not_judged(capsys):
 def test_command_line_faults(capsys):
     assert parity.main(["optim", "--optimizer", "Adamw"]) == 2
     assert parity.main(["optim", "--lib", "no_such_library"]) == 2
+    assert parity.main(["optim", "--lib", "torch", "--optimizer", "Lion"]) == 2  # was: 0 cases, every bound met
+    assert parity.main(["optim", "--optimizer", "SGD", "--backend", "reference", "--cases", "1", "--seed", str(2**63)]) == 2
     if not torch.cuda.is_available():
         assert parity.main(["optim", "--backend", "cuda"]) == 2
         assert parity.main(["optim", "--lib", "torch", "--device", "cuda"]) == 2

@@ -20,6 +20,8 @@ from torch import nn
 from .errors import FinetuneError
 
 FINETUNE_SCALE = 0.05  # AdamW: 1e-3 from scratch -> 5e-5 for fine-tuning; the same share of every other rule's own default
+# Of torch's, what cannot step these models alone: it needs a closure, matrices only, or sparse gradients.
+UNFIT = frozenset({"lbfgs", "muon", "sparseadam"})
 NOT_HYPER = frozenset({"foreach", "fused", "capturable", "differentiable", "maximize"})
 
 
@@ -75,7 +77,7 @@ class Rule:
 
 def _torch_classes() -> dict[str, type[torch.optim.Optimizer]]:
     found = (value for value in vars(torch.optim).values() if isinstance(value, type) and issubclass(value, torch.optim.Optimizer))
-    return {cls.__name__.lower(): cls for cls in found if cls is not torch.optim.Optimizer}
+    return {cls.__name__.lower(): cls for cls in found if cls is not torch.optim.Optimizer and cls.__name__.lower() not in UNFIT}
 
 
 def _our_classes() -> dict[str, type[torch.optim.Optimizer]]:

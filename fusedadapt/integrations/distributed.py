@@ -46,6 +46,11 @@ def index_map(p: DTensor) -> tuple[int, int, int]:
     return offset[d] * below, shape[d] * below, p.shape[d] * below
 
 
+def cut_as(values: Tensor, like: DTensor) -> DTensor:
+    """A DTensor of this process's values, cut as ``like`` is."""
+    return DTensor.from_local(values, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())
+
+
 def sum_squares(plan: Plan, squares: Tensor) -> Tensor:
     """The sum over all shards: copies are counted once."""
     totals: dict[tuple[Any, tuple[int, ...]], Tensor] = {}

@@ -188,7 +188,7 @@ def place(state: dict[str, Any], saved: dict[str, Any], p: Tensor) -> None:
         for name, form in formats(state).items():
             before = torch.empty_strided(p.shape, order, dtype=torch.uint8, device=p.device).copy_(state[name])
             values = decode(state | {name: before}, name)
-            state.update(encode(state, name, torch.empty_strided(p.shape, p.stride(), device=p.device).copy_(values), form))
+            state.update(encode(state, name, torch.empty_strided(p.shape, p.stride(), dtype=values.dtype, device=p.device).copy_(values), form))
     note_order(state, p)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import coded, compact
 from .spec import RULES, Rule, is_compact
-from .state import check_hypers, names, reorder_mask, state_dtype
+from .state import check_hypers, distributed, names, pack_mask, reorder_mask, state_dtype, unpack_mask
 from .table import describe, has_order, local
 
 if TYPE_CHECKING:
@@ -43,7 +43,35 @@ def to_save(opt: FusedOptimizer, states: dict[Any, Any]) -> dict[Any, Any]:
     for i, p in enumerate(p for group in opt.param_groups for p in group["params"]):
         if p in opt._orders and "mask" in out.get(i, {}) and not local(p.detach()).is_contiguous():
             out[i] = {"strides": torch.tensor(opt._orders[p], dtype=torch.int64, device="cpu")} | out[i]  # a coded state has them already
+        if hasattr(p, "_local_tensor") and i in out:
+            out[i] = _gatherable(p, out[i])
     return out
+
+
+def _gatherable(p: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """A shard's state as torch.distributed can gather it and cut it anew. A mask is a bool DTensor: it takes plain words for the same in every
+    process, and keeps one process's. A remainder is the bf16 number of the same bits: no collective takes int16."""
+    out = {k: v for k, v in state.items() if k != "strides"}
+    if "mask" in state:
+        out["mask"] = distributed().cut_as(unpack_mask(state["mask"], local(p.detach())), p)
+    if "remainder" in state:
+        out["remainder"] = distributed().cut_as(local(state["remainder"]).view(torch.bfloat16), p)
+    return out
+
+
+def _as_kept(p: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
+    """The state with what `_gatherable` wrote, gathered or not, as words and int16 again."""
+
+    def plain(v: Any, dtype: torch.dtype) -> bool:
+        return isinstance(v, Tensor) and v.dtype == dtype and v.layout == torch.strided and not v.is_meta
+
+    mask, low, here = saved.get("mask"), saved.get("remainder"), local(p.detach())
+    if mask is not None and plain(mask, torch.bool) and local(mask).shape == here.shape:
+        saved = saved | {"mask": pack_mask(local(mask), here), "strides": tuple(here.stride())}
+    if low is not None and plain(low, torch.bfloat16):
+        bits = local(low).view(torch.int16)
+        saved = saved | {"remainder": distributed().cut_as(bits, low) if hasattr(low, "_local_tensor") else bits}
+    return saved
 
 
 def _parts(op: str, saved: Any) -> tuple[list[dict[str, Any]], dict[Any, Any]]:
@@ -103,6 +131,7 @@ def load(opt: FusedOptimizer, state_dict: dict[str, Any]) -> None:
 
 def _convert(opt: FusedOptimizer, label: str, p: Tensor, group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
     rule, op = RULES[opt._rule(group)], f"{type(opt).__name__}.load_state_dict"
+    saved = _as_kept(p, saved)
     _check_values(op, label, p, rule, saved)
     inputs = rule.states[rule.stored :]
     lacking = [k for k in rule.states if k not in saved and k not in inputs]
@@ -125,7 +154,7 @@ def _convert(opt: FusedOptimizer, label: str, p: Tensor, group: dict[str, Any], 
         elif k == "cohorts":
             v = v.cpu().clone()
         elif isinstance(v, Tensor):
-            if k in rule.states and v.shape != p.shape and not packed:
+            if k in (*rule.states, "master", "remainder", "anchor") and v.shape != p.shape and not packed:
                 raise ValueError(f"{op}: expected {k} of {label} with shape {tuple(p.shape)}; got {tuple(v.shape)}; it belongs to other parameters")
             v = _place(v, p, not packed and k in (*rule.states, "master", "remainder", "anchor"))
             if v.is_floating_point() and torch.float64 in (v.dtype, p.dtype) and k in (*rule.states, "anchor"):
@@ -161,9 +190,15 @@ def _check_values(op: str, label: str, p: Tensor, rule: Rule, saved: dict[str, A
         if name == "step" or name in rule.aux:
             require(_finite(v, is_compact(saved), 0.0 if name == "step" else -math.inf), name, "a finite number")
         elif name == "mask":
-            require(plain and v.dtype == torch.int32 and v.numel() == (local(p.detach()).numel() + 31) // 32, name, "int32, a bit per element")
+            fits = plain and v.dtype == torch.int32 and v.numel() == (local(p.detach()).numel() + 31) // 32
+            require(fits, name, "int32, a bit per element, or bool and cut as the parameter is")
         elif name in rule.states and v is not None:  # torch up to 2.7 wrote momentum_buffer None
             require(plain and (v.dtype in _STATES or coded.scale_key(name) in saved), name, "a dense floating-point tensor")
+        elif name in ("index", "prefix", "cohorts") or (name.endswith("_scale") and name.removesuffix("_scale") in rule.states):
+            require(plain and v.dim() > 0, name, "a dense tensor of at least one dimension")
+        elif name == "strides":
+            counted = v.tolist() if plain and v.dim() == 1 else v
+            require(isinstance(counted, list | tuple) and len(counted) == p.dim() and all(isinstance(n, int) for n in counted), name, "p.stride()")
         elif name in ("master", "anchor", "remainder"):
             require(plain and (v.dtype == torch.int16 if name == "remainder" else v.dtype in _STATES), name, "a dense tensor of its dtype")
 

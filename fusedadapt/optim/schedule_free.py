@@ -12,7 +12,7 @@ from ..reference.optim import join_split, split
 from . import compact
 from .base import FusedOptimizer, Params
 from .options import Extras
-from .state import not_negative, unpack_mask
+from .state import not_negative, number, unpack_mask
 from .table import local
 
 _SCALARS = ("weight_sum", "lr_max")
@@ -39,7 +39,12 @@ class ScheduleFreeAdamW(FusedOptimizer):
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, **options), extras)
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, float]:
-        return super()._hyper(group) | {
+        fields = super()._hyper(group)
+        if not number(fields["beta1"]):
+            raise ValueError(
+                f"ScheduleFreeAdamW: expected betas[0] in (0, 1); got {fields['beta1']!r}; at 0 the parameters hold z, and the average is lost"
+            )
+        return fields | {
             "warmup": not_negative("ScheduleFreeAdamW", "warmup_steps", group["warmup_steps"]),
             "r": group["r"],
             "weight_lr_power": group["weight_lr_power"],

@@ -12,8 +12,8 @@ from typing_extensions import Unpack
 from . import compact
 from .base import FusedOptimizer, Params
 from .options import Extras
-from .state import not_negative
-from .table import local
+from .state import names, not_negative
+from .table import describe, local
 
 
 class SophiaG(FusedOptimizer):
@@ -66,8 +66,9 @@ class AdaHessian(FusedOptimizer):
 
     Backpropagate with ``create_graph=True``; ``step()`` draws a Rademacher vector z, lets autograd compute H z and averages |z H z| over the kernel
     dimensions of 4-D parameters, as the official image code (1-D to 3-D parameters: elementwise; the official code leaves 3-D undefined).
-    To use an estimate of your own, set ``param.hessian_diag`` before the step. States: ``exp_avg``, ``exp_hessian_diag_sq``.
-    Weight decay: decoupled (lr times decay, the ADD form of the official code).
+    To use an estimate of your own, set ``param.hessian_diag`` before the step. With a GradScaler the estimate is unscaled as the gradient is, in the
+    step (leave ``scaler.unscale_`` out: after it nothing says by how much); one of your own comes unscaled. States: ``exp_avg``,
+    ``exp_hessian_diag_sq``. Weight decay: decoupled (lr times decay, the ADD form of the official code).
     """
 
     examples = ({}, {"hessian_power": 0.5})
@@ -84,19 +85,27 @@ class AdaHessian(FusedOptimizer):
         return super()._hyper(group) | {"power": not_negative("AdaHessian", "hessian_power", group["hessian_power"])}
 
     def update_(self) -> None:
-        self._estimate()
-        super().update_()
-        for group in self.param_groups:
-            for p in group["params"]:
+        params = [p for g in self.param_groups for p in g["params"]]
+        labels = dict(zip(map(id, params), names(self.param_groups), strict=True))
+        live = [p for p in params if compact.gradient(p, compact.wanted(self, p))[0] is not None]
+        needed = [p for p in live if not hasattr(p, "hessian_diag")]
+        for p in live:
+            if hasattr(p, "hessian_diag"):
+                _check_diagonal(labels[id(p)], p)
+        try:
+            self._estimate(live, needed)
+            super().update_()
+            needed = params
+        finally:  # after a refused step, too: the next one has a Hessian of its own; what the caller set is still there for it
+            for p in params:
                 self.state.get(p, {}).pop("hessian_diag", None)
+            for p in needed:
                 if hasattr(p, "hessian_diag"):
                     del p.hessian_diag
 
-    def _estimate(self) -> None:
-        params = [p for g in self.param_groups for p in g["params"] if compact.gradient(p, compact.wanted(self, p))[0] is not None]
-        needed = [p for p in params if not hasattr(p, "hessian_diag")]
-        without = next((p for p in needed if p.grad is None or not p.grad.requires_grad), None)
-        if without is not None:
+    def _estimate(self, live: list[Tensor], needed: list[Tensor]) -> None:
+        """Leaves |z H z| in ``hessian_diag`` of the needed parameters, and in the states of all that have a gradient."""
+        if any(p.grad is None or not p.grad.requires_grad for p in needed):
             raise RuntimeError(
                 "AdaHessian.step: expected gradients with a graph; got one without; call loss.backward(create_graph=True), or set param.hessian_diag"
             )
@@ -104,9 +113,11 @@ class AdaHessian(FusedOptimizer):
             z = [torch.randint_like(p, 2) * 2 - 1 for p in needed]
             with torch.enable_grad():
                 products = torch.autograd.grad([p.grad for p in needed], needed, grad_outputs=z, retain_graph=False, allow_unused=True)  # type: ignore[arg-type]
+            scale = getattr(self, "grad_scale", None)  # GradScaler's: a scaled loss has a scaled Hessian
             for p, v, hv in zip(needed, z, products, strict=True):
-                p.hessian_diag = average_diagonal(torch.zeros_like(p) if hv is None else (hv * v).detach())  # type: ignore[attr-defined]
-        for p in params:
+                hz = torch.zeros_like(p) if hv is None else (hv * v).detach()
+                p.hessian_diag = average_diagonal(hz if scale is None else hz / scale.to(hz.device))  # type: ignore[attr-defined]
+        for p in live:
             given = p.hessian_diag.detach()  # type: ignore[attr-defined]
             full = torch.empty_like(p, dtype=given.dtype).copy_(given.expand_as(p))
             index = compact.fresh_index(self, p)
@@ -114,6 +125,17 @@ class AdaHessian(FusedOptimizer):
 
     def _initial(self, name: str, p: Tensor, group: dict[str, Any]) -> Tensor | float:
         return self.state[p]["hessian_diag"] if name == "hessian_diag" else 0.0
+
+
+def _check_diagonal(name: str, p: Tensor) -> None:
+    """Raises ValueError unless the ``hessian_diag`` a caller set fits its parameter."""
+    given: Any = p.hessian_diag  # type: ignore[attr-defined]
+    good = isinstance(given, Tensor) and given.layout == torch.strided and given.is_floating_point() and given.device == p.device
+    if not good or given.dim() > p.dim() or any(n not in (1, m) for n, m in zip(reversed(given.shape), reversed(p.shape), strict=False)):
+        raise ValueError(
+            f"AdaHessian.step: expected hessian_diag of {name} to be a dense floating-point tensor of shape {tuple(p.shape)}, or one that expands to "
+            f"it, on {p.device}; got {describe(given)}; set it anew, or delete it to have it estimated. Nothing was changed."
+        )
 
 
 def average_diagonal(hz: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import coded, compact
 from .plans import Entry
-from .spec import CODED, STATE_DTYPES, Rule
+from .spec import CODED, RULES, STATE_DTYPES, Rule
 from .table import has_order, is_dense, local, memory_order
 
 if TYPE_CHECKING:
@@ -53,13 +53,19 @@ def check_params(opt: FusedOptimizer, group: dict[str, Any]) -> None:
             raise ValueError(f"{op}: expected real parameters; got {name} with {p.dtype}; pass torch.view_as_real of it as the parameter")
         if not p.is_floating_point():
             raise ValueError(f"{op}: expected floating-point parameters; got {name} with {p.dtype}; leave it out of the optimizer")
-        if p.dtype == torch.float16 and opt.state_dtype is None and opt._rule(group) not in ("sgd", "sign_sgd"):
-            raise ValueError(
-                f"{op}: expected a state dtype for the fp16 parameter {name}; fp16 states underflow and give infinite steps; "
-                'pass state_dtype="fp32" (or "fp16" if that is really meant)'
-            )
-        if opt.master_weights == "split" and p.dtype == torch.float16:
-            raise ValueError(f'{op}: expected bf16 parameters with master_weights="split"; got {name} with {p.dtype}; use "fp32"')
+        check_half(opt, p, name, RULES[opt._rule(group)])
+
+
+def check_half(opt: FusedOptimizer, p: Tensor, name: str, rule: Rule) -> None:
+    """Raises ValueError where an fp16 parameter would get states, or lose a master weight, that nobody chose."""
+    op = type(opt).__name__
+    if p.dtype == torch.float16 and opt.state_dtype is None and rule.states:
+        raise ValueError(
+            f"{op}: expected a state dtype for the fp16 parameter {name}; fp16 states underflow and give infinite steps; "
+            'pass state_dtype="fp32" (or "fp16" if that is really meant)'
+        )
+    if p.dtype == torch.float16 and opt.master_weights == "split":
+        raise ValueError(f'{op}: expected bf16 parameters with master_weights="split"; got {name} with {p.dtype}; use "fp32"')
 
 
 def number(value: Any) -> float | None:
@@ -145,6 +151,8 @@ class Arena:
 def fresh_states(opt: FusedOptimizer, entries: list[Entry], rule: Rule) -> list[dict[str, Tensor]]:
     """Start values for parameters that meet their first gradient. 0-d scalars of one call are views of one buffer: thousands of them would
     otherwise be thousands of allocations."""
+    for e in entries:  # again: the model may have been converted since the optimizer was built
+        check_half(opt, e.param, e.name, rule)
     steps: dict[torch.device, Tensor] = {}
     arena, out = Arena([e.param.numel() * state_dtype(opt, e.param).itemsize for e in entries for _ in rule.states]), []
     for device in {local(e.param.detach()).device for e in entries}:

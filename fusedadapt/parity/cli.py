@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         subjects = _subjects(options, console)
     except (ModuleNotFoundError, ValueError) as error:
-        console.print(f"parity: {error}; install it, or choose another --lib or --backend", style="red", markup=False)
+        console.print(f"parity: {error}; install it, or choose another --lib, --optimizer or --backend", style="red", markup=False)
         return 2
     fault = _fault(options)
     if fault:
@@ -81,6 +81,8 @@ def _fault(options: argparse.Namespace) -> str:
 
     from ..files import check_writable
 
+    if abs(options.seed) + options.cases >= 2**63:
+        return f"expected a --seed of 63 bits; got {options.seed}; choose a smaller one"
     if options.device == "cuda" and not torch.cuda.is_available():
         return "expected a CUDA device; torch finds none; use --device cpu"
     try:
@@ -97,7 +99,11 @@ def _subjects(options: argparse.Namespace, console: Any) -> list[Any]:
     from .suite import SLOW, ours
 
     if options.lib is not None:
-        return [Foreign(options.lib)]
+        subject = Foreign(options.lib)
+        if options.optimizer and (lacking := [name for name in options.optimizer if name not in subject.optimizers]):
+            have = ", ".join(subject.optimizers)
+            raise ValueError(f"expected --optimizer from what {options.lib} has here ({have}); got {', '.join(lacking)}")
+        return [subject]
     reasons = dispatch.available_backends(options.device)
     if options.backend != "all":
         if reasons[options.backend]:
