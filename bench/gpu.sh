@@ -71,7 +71,10 @@ export TRITON_INTERPRET=0
 # by name: collecting the others needs what only a developer's machine has, and one error there would run nothing
 mapfile -t files < <(grep -l "mark\.gpu" tests/test_*.py)
 tests=("$PYTHON" -m pytest -v -p no:cacheprovider -m gpu "${files[@]}")  # -v: each verdict as it comes
-"$PYTHON" -c 'import xdist' 2>/dev/null && tests+=(-n "$(($(nproc) > 12 ? 12 : $(nproc)))")
+workers=$(($(nproc) > 12 ? 12 : $(nproc)))
+if "$PYTHON" -c 'import xdist' 2>/dev/null; then  # workers with as many threads as cores each would wait for one another
+  tests=(env "OMP_NUM_THREADS=$((($(nproc) + workers - 1) / workers))" "${tests[@]}" -n "$workers")
+fi
 if [[ $chosen == " sanitizers " ]]; then
   # Without the caching allocator, so that a write past a tensor is one past an allocation.
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1 GPU_CASES=few
