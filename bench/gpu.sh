@@ -87,7 +87,7 @@ if [[ $chosen == " sanitizers " ]]; then
   exit "$worst"
 fi
 part doctor 60 "$PYTHON" -m fusedadapt doctor
-part tests 220 "${tests[@]}"
+part tests 300 "${tests[@]}"
 part bench 150 "$PYTHON" -m fusedadapt bench optim --device cuda --seconds 3 --within SECONDS --json "$OUT/optim.json" --plots "$OUT"
 # 2 s a row; the 200 shapes of the grid take a twentieth of that each
 part lowrank 150 "$PYTHON" -m fusedadapt bench lowrank --device cuda --seconds 2 --within SECONDS --json "$OUT/lowrank.json" --plots "$OUT"
