@@ -102,6 +102,13 @@ def cuda_options() -> list[str]:
     return ["-DFA_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_CUDA_ARCHITECTURES={archs}"]
 
 
+def names_another_compiler(options: list[str], cache: str) -> bool:
+    """Told of another compiler, of C++ or of CUDA, CMake starts over and loses the other -D options: another compiler gets a new folder instead."""
+    known = dict(re.findall(r"^(CMAKE_\w+_COMPILER):\w+=(.*)$", cache, re.M))
+    wanted = dict(re.findall(r"^-D(CMAKE_\w+_COMPILER)=(.*)$", "\n".join(options), re.M))
+    return any(known.get(name, path) != path for name, path in wanted.items())
+
+
 def cmake_build(folder: Path, target: str) -> Path:
     """Configures and builds one target; returns the module built."""
     cmake, ninja = tool("cmake", "cmake", "CMAKE_BIN_DIR"), tool("ninja", "ninja", "BIN_DIR")
@@ -119,12 +126,10 @@ def cmake_build(folder: Path, target: str) -> Path:
         f"-DCMAKE_BUILD_TYPE={os.environ.get('CMAKE_BUILD_TYPE') or 'Release'}",
     ]
     configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-DFA_PYBIND11_INCLUDE={pybind11.get_include()}", f"-DFA_OUT={folder / 'out'}"]
-    configure += cuda_options()
-    # Told of another compiler, CMake starts over and loses the other -D options: another compiler gets a new folder instead.
+    configure += [*cuda_options(), f"-DCMAKE_CXX_COMPILER={cxx()}"]
     cache = folder / "CMakeCache.txt"
-    if cache.exists() and not re.search(rf"^CMAKE_CXX_COMPILER:\w+={re.escape(str(cxx()))}$", cache.read_text(encoding="utf-8"), re.M):
+    if cache.exists() and names_another_compiler(configure, cache.read_text(encoding="utf-8")):
         shutil.rmtree(folder)
-    configure.append(f"-DCMAKE_CXX_COMPILER={cxx()}")
     for command in (configure, [str(cmake), "--build", str(folder), "--target", target]):
         run = subprocess.run(command, check=False)
         if run.returncode != 0:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=positive(int), default=2, help="torch.set_num_threads; ours use as many (default 2)")
     parser.add_argument("--quick", action="store_true", help="smaller mixes and less time: a look, not a measurement")
     parser.add_argument("--seconds", type=positive(float), help="for the rounds of one row (default 6, quick 0.5)")
+    parser.add_argument("--within", type=positive(float), metavar="S", help="begin no row after so many seconds (default: all rows)")
     parser.add_argument("--filter", type=_pattern, default="", metavar="RE", help="only rows whose name matches, e.g. 'adamw.*fp32'")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write machine, rows and goals there")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="write plots there, PNG and SVG")
@@ -79,7 +82,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from fusedadapt.files import check_writable
 
-    from .report import goals_table
     from .runner import Settings
 
     chosen = family(options.family, options.device)
@@ -103,22 +105,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     seconds = options.seconds if options.seconds is not None else 0.5 if options.quick else 6.0
     settings = Settings(options.device, options.threads, seconds, options.quick, (3 if options.quick else 5, 200))
     torch.set_num_threads(options.threads)
-    results = []
+    results: list[Any] = []
+    late: dict[str, str] = {}
+    try:
+        _measure(chosen, rows, settings, options.within, results, late, console)
+    finally:  # whatever ended the run: a minute of measurements is not thrown away
+        _report(chosen, results, late, settings, options, console)
+    return 0
+
+
+def _measure(chosen: Family, rows: list[Any], settings: Any, within: float | None, results: list[Any], late: dict[str, str], console: Any) -> None:
+    """Appends to ``results``; rows without one go to ``late``, each with its reason."""
+    import torch
+
+    end = time.monotonic() + (math.inf if within is None else within)
     with console.status("…") as status:
         for row in rows:
+            if time.monotonic() > end:
+                late[row.name] = "--within was over"
+                continue
             status.update(row.name)
-            results.append(chosen.measure(row, settings))
+            try:
+                results.append(chosen.measure(row, settings))
+            except torch.OutOfMemoryError as error:
+                late[row.name] = str(error).splitlines()[0]
+
+
+def _report(chosen: Family, results: list[Any], late: dict[str, str], settings: Any, options: argparse.Namespace, console: Any) -> None:
+    """Tables and files."""
+    from .report import goals_table
+
     report = chosen.document(results, settings)
     console.print(chosen.table(results))
     if report["goals"]:
         console.print(goals_table(report["goals"]))
     absent = {name: why for r in results for name, why in r.absent.items()}
-    for name, why in sorted(absent.items()):
-        console.print(f"not timed: {name} ({why})", markup=False, highlight=False)
+    for name, why in (*sorted(absent.items()), *late.items()):
+        console.print(f"not timed: {name} ({why})", markup=False, highlight=False, soft_wrap=True)
     if options.quick:
         console.print("a quick run: mixes are smaller than the goals mean", style="yellow")
     if options.json:
         write_text(options.json, json.dumps(report, indent=1) + "\n")
     if options.plots:
         console.print("\n".join(map(str, chosen.plots(report, options.plots))), markup=False, highlight=False)
-    return 0

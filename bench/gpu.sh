@@ -1,16 +1,23 @@
 #!/usr/bin/env bash
-# One command for a machine with an NVIDIA GPU, without a network: build for its architecture, run the GPU tests, a memory check, and the benches.
-# Needs python3 with torch, triton, numpy, pybind11, cmake, ninja and pytest, and nvcc. Done within 9 minutes; every part has its own limit, and a part that
-# fails does not keep the next from running: the exit code is that of the worst, and summary.txt lists them.
+# One command for a machine with an NVIDIA GPU, without a network: build for its architecture, run the GPU tests and the benches.
+# Needs python3 with torch, triton, numpy, pybind11, cmake, ninja, pytest and rich, and nvcc. Done within 9 minutes; every part has its own limit, and a
+# part that fails does not keep the next from running: the exit code is that of the worst, and summary.txt lists them. A part whose time is up is
+# interrupted as by Ctrl-C, so that it still says what it found; benches begin no row that late.
 #
 #   bench/gpu.sh                          results in bench/results/<device>/<date>
-#   bench/gpu.sh sanitizers               instead of the benches: compute-sanitizer's four tools over a few cases of every CUDA kernel
+#   bench/gpu.sh lowrank quant            after the build only these of: doctor tests bench lowrank quant sparse; each may take all the time that is left
+#   bench/gpu.sh sanitizers               instead of all: compute-sanitizer's four tools over a few cases of every CUDA kernel
 #   OUT=/tmp/x PYTHON=python3.12 bench/gpu.sh
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 started=$(date +%s)
-TOTAL=530
+TOTAL=${TOTAL:-530}
+PARTS=" doctor tests bench lowrank quant sparse "
+for name in "$@"; do
+  [[ $PARTS == *" $name "* || $# == 1 && $name == sanitizers ]] || { echo "gpu.sh: expected parts among$PARTS, or sanitizers alone; got $name" >&2; exit 2; }
+done
+chosen=" $* "
 
 device=$(nvidia-smi --query-gpu=name --format=csv,noheader -i 0) || { echo "gpu.sh: expected an NVIDIA GPU; nvidia-smi found none; run it where one is" >&2; exit 2; }
 arch=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader -i 0 | tr -d '. ')
@@ -19,19 +26,22 @@ mkdir -p "$OUT"
 : >"$OUT/summary.txt"
 worst=0
 
-# part <name> <seconds> <command…>: runs it under the smaller of its own limit and what is left of the whole; output to <name>.log and the terminal.
+# part <name> <seconds> <command…>: runs it under the smaller of its own limit and what is left of the whole; output to <name>.log and the terminal. The
+# word SECONDS of the command becomes the time after which nothing should begin.
 part() {
   local name=$1 limit=$2 left code
   shift 2
+  [[ $PARTS == *" $name "* && $chosen != "  " && $chosen != *" $name "* ]] && return 0
   left=$((TOTAL - ($(date +%s) - started)))
-  ((limit > left)) && limit=$left
+  ((limit > left)) || [[ $chosen == *" $name "* ]] && limit=$left
   if ((limit < 5)); then
     echo "$name: not run, the $TOTAL seconds were up" | tee -a "$OUT/summary.txt"
     worst=1
     return 1
   fi
+  set -- "${@/#SECONDS/$((limit > 60 ? limit - 30 : limit / 2))}"
   echo "== $name (at most $limit s): $*"
-  timeout -k 10 "$limit" "$@" 2>&1 | tee "$OUT/$name.log" | tail -n 40
+  timeout -s INT -k 20 "$limit" "$@" 2>&1 | tee "$OUT/$name.log" | tail -n 40
   code=${PIPESTATUS[0]}
   echo "$name: exit $code after $(($(date +%s) - started)) s from the start" | tee -a "$OUT/summary.txt"
   ((code > worst)) && worst=$code
@@ -56,14 +66,16 @@ export PYTHON FUSEDADAPT_CORE=on FUSEDADAPT_CUDA=on FUSEDADAPT_CUDA_ARCHS=$arch 
 } >"$OUT/machine.txt" 2>&1
 
 part build 180 bash -c build || { cat "$OUT/build.log"; exit 1; }
-part doctor 60 "$PYTHON" -m fusedadapt doctor
 # the tests' conftest.py would otherwise choose Triton's interpreter
 export TRITON_INTERPRET=0
 # by name: collecting the others needs what only a developer's machine has, and one error there would run nothing
 mapfile -t files < <(grep -l "mark\.gpu" tests/test_*.py)
-tests=("$PYTHON" -m pytest -q -p no:cacheprovider -m gpu "${files[@]}")
-"$PYTHON" -c 'import xdist' 2>/dev/null && tests+=(-n "$(($(nproc) > 12 ? 12 : $(nproc)))")
-if [[ ${1:-} == sanitizers ]]; then
+tests=("$PYTHON" -m pytest -v -p no:cacheprovider -m gpu "${files[@]}")  # -v: each verdict as it comes
+workers=$(($(nproc) > 12 ? 12 : $(nproc)))
+if "$PYTHON" -c 'import xdist' 2>/dev/null; then  # workers with as many threads as cores each would wait for one another
+  tests=(env "OMP_NUM_THREADS=$((($(nproc) + workers - 1) / workers))" "${tests[@]}" -n "$workers")
+fi
+if [[ $chosen == " sanitizers " ]]; then
   # Without the caching allocator, so that a write past a tensor is one past an allocation.
   export PYTORCH_NO_CUDA_MEMORY_CACHING=1 GPU_CASES=few
   for tool in memcheck racecheck initcheck synccheck; do
@@ -74,12 +86,13 @@ if [[ ${1:-} == sanitizers ]]; then
   cat "$OUT/summary.txt"
   exit "$worst"
 fi
-part tests 220 "${tests[@]}"
-part bench 150 "$PYTHON" -m fusedadapt bench optim --device cuda --seconds 3 --json "$OUT/optim.json" --plots "$OUT"
+part doctor 60 "$PYTHON" -m fusedadapt doctor
+part tests 300 "${tests[@]}"
+part bench 150 "$PYTHON" -m fusedadapt bench optim --device cuda --seconds 3 --within SECONDS --json "$OUT/optim.json" --plots "$OUT"
 # 2 s a row; the 200 shapes of the grid take a twentieth of that each
-part lowrank 150 "$PYTHON" -m fusedadapt bench lowrank --device cuda --seconds 2 --json "$OUT/lowrank.json" --plots "$OUT"
-part quant 120 "$PYTHON" -m fusedadapt bench quant --device cuda --seconds 0.5 --json "$OUT/quant.json" --plots "$OUT"
-part sparse 100 "$PYTHON" -m fusedadapt bench sparse --device cuda --seconds 1 --json "$OUT/sparse.json" --plots "$OUT"
+part lowrank 150 "$PYTHON" -m fusedadapt bench lowrank --device cuda --seconds 2 --within SECONDS --json "$OUT/lowrank.json" --plots "$OUT"
+part quant 120 "$PYTHON" -m fusedadapt bench quant --device cuda --seconds 0.5 --within SECONDS --json "$OUT/quant.json" --plots "$OUT"
+part sparse 100 "$PYTHON" -m fusedadapt bench sparse --device cuda --seconds 1 --within SECONDS --json "$OUT/sparse.json" --plots "$OUT"
 
 cat "$OUT/summary.txt"
 echo "results in $OUT"

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from . import lowrank_parts as parts
 from .common import dot, program, round_like, store_rounded
 from .lowrank_parts import MAX_SEGMENTS, RUN_TIME, drop_case, drop_tile, keep_tile, kept_scale, padded, unit
 from .lowrank_tiles import expand_tile
@@ -22,7 +23,7 @@ from .lowrank_tiles import expand_tile
 # Ranks multiplied at once; larger ones take a loop.
 MAX_RANK = 64
 # What ptxas may use anyway; unless told, it stops at 80 for sm_100 and spills.
-OPTIONS = {"maxnreg": 255}
+OPTIONS = parts.OPTIONS | {"maxnreg": 255}
 
 
 @triton.jit

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from .common import dot, program, store_rounded
-from .lowrank_parts import FOLD_BLOCK, RUN_TIME, Group, drop_case, drop_tile, fold, fold_block, group_segments, kept_scale, padded, unit
+from .lowrank_parts import FOLD_BLOCK, OPTIONS, RUN_TIME, Group, drop_case, drop_tile, fold, fold_block, group_segments, kept_scale, padded, unit
 from .lowrank_shrink import launch_shrink
 from .lowrank_tiles import bwd_dy_tile, bwd_x_tile
 
@@ -91,7 +91,7 @@ def launch_bwd_x(x: torch.Tensor, u: torch.Tensor, seed: torch.Tensor | None, gr
             x, u, seed if drop else None, part,
             T, K // k_unit, R // r_unit, x.stride(0) // x_unit, *group.scalars(r_unit), group.tiles, t.steps,
             len(group.ranks), drop, upright, k_unit, x_unit, r_unit, t.rows, t.cols, group.width,
-            num_warps=t.warps, num_stages=t.stages,
+            num_warps=t.warps, num_stages=t.stages, **OPTIONS,
         )  # fmt: skip
     return part
 
@@ -211,12 +211,12 @@ def launch_bwd_dy(
         dy, y0, row_scale, v, b, scaled, *parts, 0 if b is None else b.stride(0), 0 if b is None else b.stride(1),
         T, N // n_unit, rv // r_unit, rb // r_unit, dy.stride(0) // x_unit, y_stride // y_unit, t.steps,
         n_unit, x_unit, y_unit, r_unit, t.rows, t.cols, width,
-        num_warps=t.warps, num_stages=t.stages,
+        num_warps=t.warps, num_stages=t.stages, **OPTIONS,
     )  # fmt: skip
     programs = triton.cdiv(T * rb, FOLD_BLOCK) + triton.cdiv(N * rv, FOLD_BLOCK) + (triton.cdiv(N, FOLD_BLOCK) if need_bias or y0 is not None else 0)
     if programs:
         fold_all_kernel[(programs,)](
-            parts[0], dv, parts[1], mb, parts[2], db, parts[3], dg, T * rb, N * rv, N, blocks, t.splits, FOLD_BLOCK
+            parts[0], dv, parts[1], mb, parts[2], db, parts[3], dg, T * rb, N * rv, N, blocks, t.splits, FOLD_BLOCK, **OPTIONS
         )  # fmt: skip
     return scaled, dv, mb, db, dg
 

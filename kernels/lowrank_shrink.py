@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .common import dot
-from .lowrank_parts import RUN_TIME, Group, drop_case, drop_tile, fold, group_segments, kept_scale, unit
+from .lowrank_parts import OPTIONS, RUN_TIME, Group, drop_case, drop_tile, fold, group_segments, kept_scale, unit
 from .lowrank_tiles import shrink_tile
 
 
@@ -96,7 +96,7 @@ def launch_shrink(
             x, a, gain, seed if drop else None, u_part, norms_part if number == 0 else None, a.stride(0), a.stride(1),
             T, K // k_unit, R // r_unit, x.stride(0) // x_unit, *group.scalars(r_unit), group.tiles, t.steps,
             len(group.ranks), drop, k_unit, x_unit, r_unit, t.rows, t.cols, group.width,
-            num_warps=t.warps, num_stages=t.stages,
+            num_warps=t.warps, num_stages=t.stages, **OPTIONS,
         )  # fmt: skip
     if t.splits > 1:
         fold(u_part, u)

@@ -9,5 +9,6 @@ anew for another N, K, T of the same parity or another number of groups.
 
 from .quant_codec import dequantize, encode, stats
 from .quant_linear import linear, linear_dx, small
+from .quant_parts import prepare
 
-__all__ = ["dequantize", "encode", "linear", "linear_dx", "small", "stats"]
+__all__ = ["dequantize", "encode", "linear", "linear_dx", "prepare", "small", "stats"]

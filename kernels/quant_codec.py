@@ -197,8 +197,9 @@ def encode_kernel(
         if F.high_first:
             shift = (F.per - 1) * F.bits - shift
         code = tl.sum(tl.reshape(code & ((1 << F.bits) - 1), [ROWS, UNITS, F.per]) << shift[None, None, :], 2)
-    for b in tl.static_range(F.bits * F.per // 8):
-        byte = first // F.per * (F.bits * F.per // 8) + tl.arange(0, UNITS) * (F.bits * F.per // 8) + b
+    BYTES: tl.constexpr = F.bits * F.per // 8  # by name: to Triton 3.6 a field of a record is no constant
+    for b in tl.static_range(BYTES):
+        byte = first // F.per * BYTES + tl.arange(0, UNITS) * BYTES + b
         to = out + row[:, None] * row_bytes + byte[None, :]
         tl.store(to, ((code >> (8 * b)) & 255).to(tl.uint8), here[:, None] & (byte < row_bytes)[None, :])
 

@@ -110,7 +110,8 @@ def linear_kernel(
     K = K * K_UNIT
     if K_UNIT > 1:
         row_bytes = K.to(tl.int64) * F.bits // 8
-    UNITS: tl.constexpr = DEEP // F.per
+    PER: tl.constexpr = F.per  # by name: to Triton 3.6 a field of a record is no constant
+    UNITS: tl.constexpr = DEEP // PER
     top = tl.program_id(0) // blocks * ROWS
     row = top + tl.arange(0, ROWS)
     here = row < N
@@ -123,7 +124,7 @@ def linear_kernel(
         to = x + token.to(tl.int64)[:, None] * (x_stride * X_UNIT) + (first + lane)[None, :]
         xs = planes(tl.load(to, (token < T)[:, None] & (first + lane < K)[None, :], 0.0), F.per)
         part = tl.zeros([ROWS, TOKENS], tl.float32) if PLACE == STEP else acc
-        for p in tl.static_range(F.per):
+        for p in tl.static_range(PER):
             w = weight_plane(word, p, scale, zero, above, offset, values, dynamic, row, top, here, first, K, width, ROWS, UNITS, PLACE == EARLY, F)
             if PLACE != EARLY:
                 w = narrow(w, tl.float16 if x.dtype.element_ty == tl.float16 else tl.bfloat16)
@@ -149,7 +150,8 @@ def few_kernel(
     K = K * K_UNIT
     if K_UNIT > 1:
         row_bytes = K.to(tl.int64) * F.bits // 8
-    UNITS: tl.constexpr = DEEP // F.per
+    PER: tl.constexpr = F.per
+    UNITS: tl.constexpr = DEEP // PER
     top = tl.program_id(0) * ROWS
     row = top + tl.arange(0, ROWS)
     here = row < N
@@ -163,7 +165,7 @@ def few_kernel(
         if PLACE == STEP:
             s = row_scale(scale, above, offset, dynamic, row, top, here, first, K, width, ROWS, UNITS, F)
         w = ()
-        for p in tl.static_range(F.per):
+        for p in tl.static_range(PER):
             w += (
                 weight_plane(word, p, scale, zero, above, offset, values, dynamic, row, top, here, first, K, width, ROWS, UNITS, PLACE == EARLY, F),
             )
@@ -173,7 +175,7 @@ def few_kernel(
             to = x + token.to(tl.int64)[:, None] * (x_stride * X_UNIT) + (first + lane)[None, :]
             xs = planes(tl.load(to, (token < T)[:, None] & (first + lane < K)[None, :], 0.0).to(tl.float32), F.per)
             part = w[0] * xs[0]
-            for p in tl.static_range(1, F.per):
+            for p in tl.static_range(1, PER):
                 part += w[p] * xs[p]
             if PLACE == STEP:
                 part = part * s
@@ -197,12 +199,13 @@ def dx_kernel(
     K, N = K * K_UNIT, N * N_UNIT
     if K_UNIT > 1:
         row_bytes = K.to(tl.int64) * F.bits // 8
-    UNITS: tl.constexpr = DEEP // F.per
+    PER: tl.constexpr = F.per
+    UNITS: tl.constexpr = DEEP // PER
     first = tl.program_id(0) // blocks * DEEP
     token = tl.program_id(0) % blocks * TOKENS + tl.arange(0, TOKENS)
     lane = tl.arange(0, ROWS)
     acc = ()
-    for _ in tl.static_range(F.per):
+    for _ in tl.static_range(PER):
         acc = acc + (tl.zeros([TOKENS, UNITS], tl.float32),)
     begin = tl.program_id(1) * (steps * ROWS)
     for top in range(begin, tl.minimum(begin + steps * ROWS, N), ROWS):
@@ -211,7 +214,7 @@ def dx_kernel(
         word = load_codes(qdata, row, here, first, K, row_bytes, UNITS, F)
         dy = tl.load(x + token.to(tl.int64)[:, None] * (x_stride * X_UNIT) + row[None, :], (token < T)[:, None] & here[None, :], 0.0)
         after = ()
-        for p in tl.static_range(F.per):
+        for p in tl.static_range(PER):
             w = weight_plane(word, p, scale, zero, above, offset, values, dynamic, row, top, here, first, K, width, ROWS, UNITS, True, F)
             after = after + (dot(dy, narrow(w, dy.dtype), acc[p]),)
         acc = after

@@ -76,11 +76,15 @@ def constants(numbers: Sequence[float], device: torch.device, dtype: torch.dtype
     return torch.tensor(numbers, dtype=dtype, device=device)
 
 
+def prepare(fmt: QFormat, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+    """(values of the codes, of the codes of nested scales): what the kernels look up, on the device; None where the format has no use for it."""
+    values = constants(fmt.values, device) if fmt.table and fmt.table not in KINDS else None
+    return values, constants(table("dynamic").values, device) if fmt.scale == "nested" else None
+
+
 def operands(parts: Parts, fmt: QFormat) -> tuple[Tensor | None, ...]:
     """(qdata, scale, zero, super, offset, values, dynamic): what the kernels read; None where the format has no use for it."""
-    q, device = parts.qdata, parts.qdata.device
-    values = constants(fmt.values, device) if fmt.table and fmt.table not in KINDS else None
-    dynamic = constants(table("dynamic").values, device) if fmt.scale == "nested" else None
+    q, (values, dynamic) = parts.qdata, prepare(fmt, parts.qdata.device)
     return q if q.dtype == torch.uint8 else q.view(torch.uint8), parts.scale, parts.zero, parts.super, parts.offset, values, dynamic
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import time
 
 import pytest
 import torch
@@ -159,6 +160,52 @@ def test_arguments_are_checked_before_anything_runs(capsys, arguments, said):
     with pytest.raises(SystemExit, match="2"):
         cli.main(["optim", *arguments])
     assert said in capsys.readouterr().err
+
+
+def run_of_three(monkeypatch, tmp_path, measure, *arguments):
+    """What a run over three rows, the second of which is measured by `measure`, writes and returns, or raises."""
+    whole, calls = runner.measure, []
+
+    def each(row, settings):
+        calls.append(row)
+        return (measure if len(calls) == 2 else whole)(row, settings)
+
+    monkeypatch.setattr(runner, "measure", each)
+    path, code = tmp_path / "out.json", None
+    quick = ["--quick", "--seconds", "0.01", "--threads", "1", "--filter", "^(adamw|clip|mask) 1x33M fp32$"]
+    try:
+        code = cli.main(["optim", *quick, "--json", str(path), *arguments])
+    except (RuntimeError, KeyboardInterrupt) as error:
+        code = error
+    return [row["row"] for row in json.loads(path.read_text())["rows"]], code
+
+
+@pytest.mark.parametrize("fault", [RuntimeError("a kernel failed"), KeyboardInterrupt()], ids=repr)
+def test_what_was_measured_is_written_whatever_ends_the_run(tiny_mixes, tmp_path, monkeypatch, capsys, fault):
+    def fails(row, settings):
+        raise fault
+
+    assert run_of_three(monkeypatch, tmp_path, fails) == (["adamw 1x33M fp32"], fault)
+    assert "ours AdamW" in capsys.readouterr().out
+
+
+def test_a_row_without_memory_leaves_the_others(tiny_mixes, tmp_path, monkeypatch, capsys):
+    def fails(row, settings):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB")
+
+    assert run_of_three(monkeypatch, tmp_path, fails) == (["adamw 1x33M fp32", "clip 1x33M fp32"], 0)
+    assert "not timed: mask 1x33M fp32 (CUDA out of memory" in capsys.readouterr().out
+
+
+def test_no_row_begins_late(tiny_mixes, tmp_path, monkeypatch, capsys):
+    whole = runner.measure
+
+    def slow(row, settings):
+        time.sleep(1.0)
+        return whole(row, settings)
+
+    assert run_of_three(monkeypatch, tmp_path, slow, "--within", "1") == (["adamw 1x33M fp32", "mask 1x33M fp32"], 0)
+    assert "not timed: clip 1x33M fp32 (--within was over)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("option", ["--json", "--plots"])

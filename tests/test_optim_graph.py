@@ -78,6 +78,34 @@ def test_what_a_graph_reads_outlives_the_steps_around_it(backend: str, monkeypat
 
 
 @pytest.mark.parametrize("backend", ["emulated", "triton"])
+def test_tables_stay_for_the_stream_that_reads_them(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uploaded on one stream, read on another, replaced: the allocator must hear of the second one, once for each table."""
+    told: list[tuple[int, str]] = []
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda t, stream: told.append((t.data_ptr(), stream)))
+    p = torch.nn.Parameter(torch.ones(40))
+    opt = OPTIMIZERS["AdamW"]([p], backend=backend, max_grad_norm=1.0)
+
+    def step() -> plans_device.DevicePlan:
+        p.grad = torch.ones_like(p)
+        opt.step()
+        [plan] = opt._plans
+        assert isinstance(plan, plans_device.DevicePlan)
+        return plan
+
+    for stream in ("main", "side"):
+        plan = step()
+        told.clear()
+        plan._keep_for(stream)  # type: ignore[arg-type]
+        assert {(t.data_ptr(), stream) for t in tables(plan)} <= set(told)
+        told.clear()
+        plan._keep_for(stream)  # type: ignore[arg-type]
+        assert not told
+    plan._version += 1
+    plan._keep_for("side")  # type: ignore[arg-type]
+    assert told
+
+
+@pytest.mark.parametrize("backend", ["emulated", "triton"])
 def test_states_do_not_begin_in_a_graph(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each replay would set them to zero again."""
     params = [torch.nn.Parameter(torch.ones(8)) for _ in range(2)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import glob
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -237,3 +238,16 @@ def test_a_misspelt_build_switch_is_an_error(tree: Path):
     code = "import sys, runpy; sys.argv = ['setup.py', '-q', 'build_ext']; runpy.run_path('setup.py', run_name='__main__')"
     done = run(code, cwd=tree, FUSEDADAPT_CORE="yes")
     assert done.returncode != 0 and "FUSEDADAPT_CORE: expected auto, on or off; got 'yes'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "other"), [([], False), (["c++"], False), (["g++"], True), (["c++", "/b/nvcc"], True), (["c++", "/a/nvcc"], False)]
+)
+def test_another_compiler_gets_another_build_folder(options, other):
+    """CMake starts over then, without pybind11's folder and Python's: the build failed at what it had found before."""
+    spec = importlib.util.spec_from_file_location("setup", ROOT / "setup.py")
+    setup = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(setup)
+    cache = "CMAKE_CXX_COMPILER:FILEPATH=c++\nCMAKE_CUDA_COMPILER:UNINITIALIZED=/a/nvcc\nCMAKE_CUDA_COMPILER_AR:FILEPATH=/usr/bin/ar\n"
+    given = [f"-D{name}={path}" for name, path in zip(("CMAKE_CXX_COMPILER", "CMAKE_CUDA_COMPILER"), options)]
+    assert setup.names_another_compiler(["-DFA_CUDA=ON", *given, "-DFA_OUT=x"], cache) is other

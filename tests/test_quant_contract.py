@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from quant_cases import KINDS, SHAPES, SPECS, equal, same, weight
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fusedadapt as fa
+from fusedadapt.ops import quant as quant_ops
 from fusedadapt.quant import FORMATS, QFormat, QuantizedTensor, format_of, quantize
 from fusedadapt.reference import quant as reference
 
@@ -337,3 +340,23 @@ def test_parts_that_do_not_belong_together_are_refused() -> None:
             torch.ops.fusedadapt.q_dequantize(*parts.values(), q.format.spec, 16, 256, *rows, torch.float32)
     with pytest.raises(ValueError, match="dtype"):
         q.dequantize(torch.int32)
+
+
+@pytest.mark.parametrize("op", ["q_linear", "q_linear_dx", "q_dequantize"])
+def test_tables_are_on_a_gpu_when_it_was_traced(op, monkeypatch):
+    """Made at the first run they lay in the memory of a CUDA graph, or were copied inside its capture. The device of the fakes is not here."""
+    qw, made = fa.quantize(torch.randn(24, 64), "nf4", double_quant=True), []
+    spec, parts = qw.format.spec, qw.parts
+    backend = SimpleNamespace(prepare=lambda fmt, device: made.append((fmt.name, device.type, type(torch.zeros(1)))))
+    monkeypatch.setattr(quant_ops.dispatch, "available_backends", lambda device: {"triton": "", "cuda": "not built"})
+    monkeypatch.setattr(quant_ops, "_module", lambda name: backend)
+    with FakeTensorMode():
+        held = [None if t is None else torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in parts]
+        x, dy = torch.empty(3, 64, device="cuda"), torch.empty(3, 24, device="cuda")
+        calls = {
+            "q_linear": lambda: torch.ops.fusedadapt.q_linear(x, *held, None, spec, 24),
+            "q_linear_dx": lambda: torch.ops.fusedadapt.q_linear_dx(dy, *held, spec, 24, 64),
+            "q_dequantize": lambda: torch.ops.fusedadapt.q_dequantize(*held, spec, 24, 64, 0, 24, torch.float32),
+        }
+        assert calls[op]().device.type == "cuda"
+    assert made == [("nf4", "cuda", torch.Tensor)]

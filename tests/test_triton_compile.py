@@ -6,6 +6,7 @@ access widths, spills, registers.
 The compiler runs in child processes: this one may have been told to interpret.
 """
 
+import ast
 import json
 import re
 import sys
@@ -93,6 +94,14 @@ def test_aligned_path_moves_sixteen_bytes(built):
 @pytest.mark.slow
 def test_register_table(built):
     gate.check_table(TABLE, {job: result for job, result in built.items() if not job.split("/")[0].endswith("+fused")}, __file__)
+
+
+def test_static_ranges_are_named_constants():
+    """The oldest Triton we support takes a field of a record for a plain number there, and refuses the kernel."""
+    for path in sorted((ROOT / "kernels").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.static_range":
+                assert all(isinstance(arg, ast.Name | ast.Constant) for arg in node.args), f"{path.name}:{node.lineno}: {ast.unparse(node)}"
 
 
 def main() -> None:

@@ -93,6 +93,11 @@ def run(torch, op, t, k, ranks, h, big, small, extra):
     calls[op]()
 
 
+@pytest.mark.parametrize("call", CALLS)
+def test_fusion_is_chosen_at_every_launch(call):
+    assert all(options.get("enable_fp_fusion") for *_, options in record(call)), [(fn.__name__, options) for fn, *_, options in record(call)]
+
+
 def compile_one(job: str) -> tuple[str, dict]:
     call, arch = job.split("/sm_")
     built = gate.build(record(call)[0], int(arch))

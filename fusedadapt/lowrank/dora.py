@@ -110,13 +110,14 @@ class DoraDropout(torch.autograd.Function):
             z = base_ops.linear(ops.lr_dropout(_unrounded(x), seed, p), base)
             u = ops.lr_shrink(x, A, seed, p, [A.shape[0]])
             # In fp32 until the last rounding: y takes two corrections, and rounding after each would cost more than eager does.
-            total = y.to(wide(y.dtype))
-            total.addcmul_(z.to(total.dtype), (row_scale - 1).to(total.dtype))
+            # Not in place, and no conversion to its own dtype at the end: torch 2.11 compiles a result made so into one whose gradients are zero.
+            kind = wide(y.dtype)
+            total = torch.addcmul(y.to(kind), z.to(kind), (row_scale - 1).to(kind))
             ops.lr_add_(total, u * s, _scaled(B, row_scale).t(), None, None, [A.shape[0]])
             need = ctx.needs_input_grad
             ctx.save_for_backward(x if need[2] or need[7] else None, A, B, row_scale, seed, scalars, u, z if need[4] else None, *base.parts)
             ctx.bias_dtype, ctx.shape = None if bias is None else bias.dtype, (base.spec, base.n, base.k)
-            return total.to(y.dtype)
+            return total if kind == y.dtype else total.to(y.dtype)
 
     @staticmethod
     @first_order("fusedadapt.lowrank.dora_linear_peft")

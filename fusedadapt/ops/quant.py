@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from .. import config, dispatch
 from ..quant.formats import QFormat
@@ -83,6 +84,18 @@ def choose(function: str, device_type: str, dtype: torch.dtype, product: tuple[i
 def run(function: str, t: Tensor) -> Any:
     """The function of the chosen backend for tensors like ``t``."""
     return getattr(_module(choose(function, t.device.type, t.dtype).backend), function)
+
+
+def ready(spec: str, device: torch.device) -> None:
+    """Puts what GPU kernels look up on the device while a compiler traces. At the first run it could be too late: in the memory of a CUDA graph
+    (mode="reduce-overhead"), or inside a capture, which forbids the copy."""
+    if device.type != "cuda":
+        return
+    for name, reason in dispatch.available_backends("cuda").items():
+        prepare = None if reason else getattr(_module(name), "prepare", None)
+        if prepare is not None:
+            with unset_fake_temporarily():
+                prepare(QFormat.parse(spec), device)
 
 
 def _refuse(name: str, expected: str, got: object, fix: str) -> NoReturn:
@@ -165,6 +178,12 @@ def _with_divided_tail(encode: Any, w: Tensor, found: Found, fmt: QFormat) -> Te
     return torch.cat([encode(flat[:, :whole], found.factor[:-1], None, fmt), tail]) if whole else tail
 
 
+def _fake_dequantize(qdata: Tensor, *rest: Any) -> Tensor:
+    *_, spec, _n, k, row0, row1, dtype = rest
+    ready(spec, qdata.device)
+    return qdata.new_empty(row1 - row0, k, dtype=dtype)
+
+
 def _check_dequantize(qdata: Any, scale: Any, zero: Any, sup: Any, offset: Any, spec: str, n: Any, k: Any, row0: Any, row1: Any, dtype: Any) -> None:
     _check_parts("dequantize", qdata, Parts(qdata, scale, zero, sup, offset), spec, n, k)
     if dtype not in DTYPES:
@@ -177,7 +196,7 @@ def _check_dequantize(qdata: Any, scale: Any, zero: Any, sup: Any, offset: Any, 
     "q_dequantize(Tensor qdata, Tensor scale, Tensor? zero, Tensor? super, Tensor? offset, str spec, SymInt n, SymInt k, SymInt row0, SymInt row1, "
     "ScalarType dtype) -> Tensor",
     _check_dequantize,
-    lambda qdata, scale, zero, sup, offset, spec, n, k, row0, row1, dtype: qdata.new_empty(row1 - row0, k, dtype=dtype),
+    _fake_dequantize,
     None,
 )
 def _dequantize(*args: Any) -> Tensor:
@@ -197,6 +216,11 @@ def _check_linear(x: Tensor, *args: Any) -> None:
         _refuse("linear", f"bias of shape ({n},) on {x.device}", f"{tuple(bias.shape)} on {bias.device}", "pass one number per output")
 
 
+def _fake_linear(x: Tensor, *rest: Any) -> Tensor:
+    ready(rest[-2], x.device)
+    return x.new_empty(x.shape[0], rest[-1])
+
+
 def _takes(module: Any, t: int, n: int, k: int, dtype: torch.dtype, fmt: QFormat, transposed: bool) -> bool:
     """Whether the backend's own product is the faster one here; the reference's is the only one it has."""
     return not hasattr(module, "small") or module.small(t, n, k, dtype, fmt, transposed)
@@ -210,7 +234,7 @@ def _pieces(n: int, k: int, x: Tensor, wide: torch.dtype) -> range:
 @op(
     "q_linear(Tensor x, Tensor qdata, Tensor scale, Tensor? zero, Tensor? super, Tensor? offset, Tensor? bias, str spec, SymInt n) -> Tensor",
     _check_linear,
-    lambda x, *rest: x.new_empty(x.shape[0], rest[-1]),
+    _fake_linear,
     lambda x, *rest, **_: 2 * x[0] * x[1] * rest[-1],
 )
 def _linear(x: Tensor, *args: Any) -> Tensor:
@@ -235,6 +259,11 @@ def _linear(x: Tensor, *args: Any) -> Tensor:
     return y
 
 
+def _fake_linear_dx(dy: Tensor, *rest: Any) -> Tensor:
+    ready(rest[-3], dy.device)
+    return dy.new_empty(dy.shape[0], rest[-1])
+
+
 def _check_linear_dx(dy: Tensor, *args: Any) -> None:
     *tensors, spec, n, k = args
     _check_matrix("linear_dx", "dy", dy, n)
@@ -244,7 +273,7 @@ def _check_linear_dx(dy: Tensor, *args: Any) -> None:
 @op(
     "q_linear_dx(Tensor dy, Tensor qdata, Tensor scale, Tensor? zero, Tensor? super, Tensor? offset, str spec, SymInt n, SymInt k) -> Tensor",
     _check_linear_dx,
-    lambda dy, *rest: dy.new_empty(dy.shape[0], rest[-1]),
+    _fake_linear_dx,
     lambda dy, *rest, **_: 2 * dy[0] * dy[1] * rest[-1],
 )
 def _linear_dx(dy: Tensor, *args: Any) -> Tensor:

@@ -40,15 +40,19 @@ def _numbers(values: Sequence[float], device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device)
 
 
+def prepare(fmt: QFormat, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """(values of the codes, of the codes of nested scales or None): what the kernels look up, on the device."""
+    return _numbers(fmt.values, device), _numbers(table("dynamic").values, device) if fmt.scale == "nested" else None
+
+
 def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
 def _weight(parts: Parts, fmt: QFormat, n: int, k: int) -> tuple[int, ...]:
     """Order: csrc/bindings_cuda_quant.cpp, `weight`."""
-    device = parts.qdata.device
-    dynamic = _numbers(table("dynamic").values, device) if fmt.scale == "nested" else None
-    tensors = (parts.qdata, _numbers(fmt.values, device), parts.scale, dynamic, parts.super, parts.offset, parts.zero)
+    values, dynamic = prepare(fmt, parts.qdata.device)
+    tensors = (parts.qdata, values, parts.scale, dynamic, parts.super, parts.offset, parts.zero)
     grid = (1, fmt.block[1], 0) if fmt.flat else (*fmt.sides(n, k), fmt.grid(n, k)[1])
     coding = _SCALES.get(fmt.scale, 0)
     dtypes = (0 if coding else _CODES[parts.scale.dtype], 0 if parts.zero is None else _CODES[parts.zero.dtype])

@@ -50,6 +50,7 @@ class DevicePlan(Plan):
         self._masked: list[tuple[int, Tensor, int]] = []  # descriptor, parameter, elements
         self._captured: list[Tensor] = []  # what graphs read at each replay
         self._late_hypers = False  # only a replay fills them
+        self._kept: tuple[Any, int] = (None, 0)  # the stream that was told of the tensors here, and the table it was told of
         self._chunk = self._gradient_chunk = 0
 
     def _upload(self, data: bytes | Tensor, dtype: torch.dtype, width: int) -> Tensor:
@@ -188,13 +189,26 @@ class DevicePlan(Plan):
         if not len(self._desc):
             return
         if self._capturing():  # a step outside the graph may replace these: their memory must stay
-            self._captured += [t for t in vars(self).values() if isinstance(t, Tensor)] + [share.chunks for share in self._shares]
+            self._captured += self._held()
+        elif self.device.type == "cuda":
+            self._keep_for(torch.cuda.current_stream(self.device))
         self._prologue(scalars)
         lists = self._expand()
         for share in self._shares:
             self._sweep(scalars, share)
         del lists
         self.bump_versions()
+
+    def _held(self) -> list[Tensor]:
+        return [t for t in vars(self).values() if isinstance(t, Tensor)] + [share.chunks for share in self._shares]
+
+    def _keep_for(self, stream: torch.cuda.Stream) -> None:
+        """What was uploaded on one stream and is read on another must not be given away before that one has read it."""
+        if self._kept != (stream, self._version):
+            self._kept = stream, self._version
+            for t in self._held():
+                if t.device == self.device:
+                    t.record_stream(stream)
 
     def _squares(self, partial: Tensor, scalars: Scalars) -> None:
         raise NotImplementedError
