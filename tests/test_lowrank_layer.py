@@ -359,6 +359,9 @@ def test_errors_name_what_was_wrong():
     layer = make()
     with pytest.raises(ValueError, match="lora_dropout"):
         layer.lora_dropout = -0.1
+    with pytest.raises(ValueError, match="finite scaling; got nan"):
+        layer.scaling = float("nan")
+    assert layer.scaling == layer.lora_alpha / layer.r
     with pytest.raises(ValueError, match=f"weight of shape \\({N}, {K + 1}\\)"):
         layer(torch.randn(2, K + 1))
     with pytest.raises(ValueError, match="weight in x's dtype"):

@@ -319,6 +319,8 @@ def test_bad_input() -> None:
         (lambda: MaskedLinear.from_linear(linear, mask(shape=(K, N))), r"mask of shape \(12, 20\); got \(20, 12\)"),
         (lambda: MaskedLinear.from_linear(linear, torch.ones(N, K)), "expected a bool tensor"),
         (lambda: SparseDeltaLinear(K, N, mask=mask(shape=(3, 4))), "SparseDeltaLinear: expected a mask"),
+        (lambda: SparseDeltaLinear(K, N, mask=mask(), alpha=math.nan), "SparseDeltaLinear: expected a finite alpha; got nan"),
+        (lambda: SparseDeltaLinear.from_linear(linear, mask(), alpha=-math.inf), "SparseDeltaLinear: expected a finite alpha; got -inf"),
         (lambda: MaskedLinear.from_linear(sheared, mask()), "contiguous weight"),
         (lambda: masked_wgrad(torch.zeros(3, N), torch.zeros(3, K), Mask.full((K, N), True)), r"mask of shape \(12, 20\)"),
         (lambda: masked_wgrad(torch.zeros(3, N), torch.zeros(4, K), Mask.full((N, K), True)), "expected dy"),

@@ -88,6 +88,13 @@ def test_errors_are_one_line(folders, tmp_path, capsys, arguments, words):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_empty_name_is_no_place_to_write_to(folders, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    assert cli.main(["merge", *folders[1:], "--method", "linear", "--quiet", "--out", ""]) == 2
+    assert "expected --out to name a file or a folder" in capsys.readouterr().err and sorted(tmp_path.rglob("*")) == before
+
+
 def test_a_failing_write_is_one_line(folders, tmp_path, capsys, monkeypatch):
     from fusedadapt.sparse import weights
 

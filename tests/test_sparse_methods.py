@@ -77,6 +77,24 @@ def test_local_magnitude_densities_convolutions_and_n_of_m():
     assert torch.equal(two.to_bool().flatten(1), nm_mask(oracle[0].weight_orig.flatten(1), 2, 4).to_bool())
 
 
+def test_layers_that_keep_inputs_first_are_pruned_or_refused_by_name():
+    transformers = pytest.importorskip("transformers.pytorch_utils")
+    torch.manual_seed(1)
+    model = nn.ModuleDict({"a": transformers.Conv1D(12, 8), "up": nn.ConvTranspose2d(4, 6, 3), "b": nn.Linear(12, 5)})
+    w = torch.cat([p.detach().abs().flatten() for name, p in model.named_parameters() if name.endswith("weight")])
+    for name in ("a", "up"):
+        with pytest.raises(ValueError, match=f"'{name}', whose weight has one input a row"):
+            prune_model_(nn.ModuleDict({name: model[name]}), 0.5, scope="row")
+    with pytest.raises(ValueError, match="Conv1D 'a'"):
+        prune_model_(model, n=2, m=4)
+    for method in ("magnitude", "wanda"):
+        with pytest.raises(ValueError, match="at least one"):
+            prune_model_(nn.LayerNorm(4), 0.5, method=method, stats={})
+    report = prune_model_(model, 0.5)
+    assert set(report.masks) == {"a.weight", "up.weight", "b.weight"} and report.density == 0.5
+    assert all(model.get_parameter(name).detach().abs()[mask.to_bool()].min() >= w.median() for name, mask in report.masks.items())
+
+
 def test_prune_keeps_bits_and_zeroes_nan_outside():
     model = nn.Linear(4, 2)
     with torch.no_grad():

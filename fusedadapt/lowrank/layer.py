@@ -175,11 +175,13 @@ class LoRALinear(PackedWeight):
 
     @property
     def scaling(self) -> float:
-        """s, what the low-rank branch is multiplied by; may be set at any time."""
+        """s, what the low-rank branch is multiplied by; may be set at any time. ValueError if it is not finite."""
         return float(self.lora_scaling)
 
     @scaling.setter
     def scaling(self, value: float) -> None:
+        if not math.isfinite(value):
+            raise ValueError(f"LoRALinear: expected a finite scaling; got {value!r}; set a number, often lora_alpha / r")
         self.lora_scaling.fill_(value)
 
     @property

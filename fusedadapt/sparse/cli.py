@@ -105,6 +105,8 @@ def _one_line(error: Exception) -> str:
 def _merge(options: Any) -> Path:
     from . import merge
 
+    if not options.out:
+        raise ValueError("merge: expected --out to name a file or a folder; got an empty name; pass where the merged model goes")
     density = options.density[0] if options.density is not None and len(options.density) == 1 else options.density
     out = merge(
         options.base,

@@ -218,6 +218,12 @@ class MaskedLinear(nn.Linear):
         return [(what, choice.backend, f"{choice.reason}; products: torch's GEMM, dW in tiles of it")]
 
 
+def _finite(alpha: float) -> float:
+    if not math.isfinite(alpha):
+        raise ValueError(f"SparseDeltaLinear: expected a finite alpha; got {alpha!r}; pass the number the change is multiplied by")
+    return alpha
+
+
 class SparseDeltaLinear(MaskedLinear):
     """y = x (W + alpha S)^T + b with S sparse: ``values`` [nnz] starts at 0 and is the change (SHiRA, arXiv 2406.13175). W's own elements are kept
     beside it, so `disable` brings them back bit for bit."""
@@ -225,12 +231,13 @@ class SparseDeltaLinear(MaskedLinear):
     _base: Tensor
 
     def __init__(self, *args: Any, alpha: float = 1.0, **kwargs: Any) -> None:
-        self.alpha = alpha
+        self.alpha = _finite(alpha)
         super().__init__(*args, **kwargs)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, mask: Mask | Tensor, *, prune: bool = False, alpha: float = 1.0) -> SparseDeltaLinear:
         """Takes over `linear`'s own weight and bias (shared, not copied)."""
+        alpha = _finite(alpha)
         self = super().from_linear(linear, mask, prune=prune)
         assert isinstance(self, SparseDeltaLinear)
         self.alpha = alpha

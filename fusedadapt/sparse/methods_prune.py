@@ -16,6 +16,7 @@ from .wanda import ColumnStats, wanda_mask
 
 _LINEAR = (nn.Linear,)
 _WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_INPUTS_FIRST = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ def prune_model_(
 
     Args:
         density: share to keep, or parameter name -> share (from `densities`), or none with ``n`` and ``m``: n of every m neighbours of a row.
-        method: "magnitude": |w|, of Linear and convolution layers; "wanda": |w| * ||x||, of Linear layers, with ``stats`` from
-            `ColumnStats.collect` (arXiv 2306.11695).
+        method: "magnitude": |w|, of Linear and convolution layers and transformers' Conv1D; "wanda": |w| * ||x||, of Linear layers, with
+            ``stats`` from `ColumnStats.collect` (arXiv 2306.11695).
         scope: magnitude: "global" (the default: one cut through all layers), "tensor" or "row"; wanda: "row" (default) or "tensor".
         skip: names of modules to leave alone, and all inside them, such as "lm_head".
 
@@ -73,12 +74,13 @@ def prune_model_(
             prune_model_(block, 0.5, method="wanda", stats=stats)
 
     Raises:
-        ValueError: unknown names in skip, layers without statistics, a weight that two modules share (wanda), weights that follow other parameters
-            (`MaskedLinear`, parametrizations), what the selection refuses; nothing was changed.
+        ValueError: unknown names in skip, no layer to prune, layers without statistics, rows or groups asked of layers that keep inputs first
+            (Conv1D, transposed convolutions), a weight that two modules share (wanda), weights that follow other parameters (`MaskedLinear`,
+            parametrizations), what the selection refuses; nothing was changed.
     """
     if method not in ("magnitude", "wanda"):
         raise ValueError(f"prune_model_: expected method magnitude or wanda; got {method!r}")
-    layers = _layers(model, _WEIGHTED if method == "magnitude" else _LINEAR, skip)
+    layers = _layers(model, method, skip, rows=scope == "row" or n is not None)
     if method == "wanda":
         refuse_tied("prune_model_", model, layers, "skip those modules")
     names = tied_names(model)
@@ -122,7 +124,7 @@ def distinct(named: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     return dict(found.values())
 
 
-def _layers(model: nn.Module, types: tuple[type[Any], ...], skip: Collection[str]) -> dict[str, Any]:
+def _layers(model: nn.Module, method: str, skip: Collection[str], rows: bool) -> dict[str, Any]:
     every: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
     unknown = sorted(set(skip) - set(every))
     if unknown:
@@ -131,14 +133,29 @@ def _layers(model: nn.Module, types: tuple[type[Any], ...], skip: Collection[str
     within = tuple(f"{name}." for name in skip)
     found: dict[str, Any] = {}
     for name, layer in every.items():
-        if name in skip or name.startswith(within) or not isinstance(layer, types) or id(layer.weight) in done:
+        if name in skip or name.startswith(within) or not _prunable(layer, method) or id(layer.weight) in done:
             continue
+        if rows and _inputs_first(layer):
+            got = f"{type(layer).__name__} {name!r}, whose weight has one input a row"
+            raise ValueError(f'prune_model_: expected layers of one output a row for scope "row", n and m; got {got}; skip it, or take another scope')
         if isinstance(layer, MaskedLinear) or not isinstance(layer.weight, nn.Parameter):
             got = f"{type(layer).__name__} {name!r}, whose weight follows other parameters"
             raise ValueError(f"prune_model_: expected layers with weights of their own; got {got}; make it a plain layer, or skip it")
         done.add(id(layer.weight))
         found[name] = layer
+    if not found and not skip:
+        kinds = "Linear, convolution or Conv1D" if method == "magnitude" else "Linear"
+        raise ValueError(f"prune_model_: expected at least one {kinds} layer; got {type(model).__name__} without; pass a model that has one")
     return found
+
+
+def _inputs_first(layer: nn.Module) -> bool:
+    conv1d = type(layer).__name__ == "Conv1D" and type(layer).__module__ == "transformers.pytorch_utils"  # of GPT-2: K x N
+    return conv1d or isinstance(layer, _INPUTS_FIRST)
+
+
+def _prunable(layer: nn.Module, method: str) -> bool:
+    return isinstance(layer, _LINEAR) if method == "wanda" else isinstance(layer, _WEIGHTED) or _inputs_first(layer)
 
 
 def _magnitude(weights: dict[str, Tensor], density: Any, scope: str, n: int | None, m: int | None) -> dict[str, Mask]:
