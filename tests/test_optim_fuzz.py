@@ -21,6 +21,7 @@ from torch import Tensor  # noqa: E402
 
 from fusedadapt import dispatch  # noqa: E402
 from fusedadapt.optim import OPTIMIZERS, FusedOptimizer, compact  # noqa: E402
+from fusedadapt.testing.ulp import within_a_step  # noqa: E402
 
 F, B, H = torch.float32, torch.bfloat16, torch.float16
 GUARD = 24  # elements on each side of a parameter
@@ -217,16 +218,6 @@ def ordered(t: Tensor) -> Tensor:
     return torch.where(t.isnan(), 2**62, bits)
 
 
-def close(a: Tensor, b: Tensor, old: Tensor) -> Tensor:
-    """Within 2 ulp (of the larger of the new and the old value: a step that cancels keeps the old value's rounding)."""
-    if not a.is_floating_point():
-        return (a.long() - b.long()).abs() <= 2
-    eps, least = torch.finfo(a.dtype).eps, torch.finfo(a.dtype).smallest_normal * torch.finfo(a.dtype).eps
-    wide = [x.double() for x in (a, b, old)]
-    bound = 2 * (torch.maximum(wide[1].abs(), torch.nan_to_num(wide[2].abs())) * eps).clamp(min=least)
-    return ((wide[0] - wide[1]).abs() <= bound) | (a == b) | (a.isnan() & b.isnan())
-
-
 def compare(case: Case, ours: Run, truth: Run, before: list[dict[str, Tensor]], step: int, exact: bool) -> None:
     for k, spec in enumerate(case.specs):
         mine, theirs, old_arrays = ours.arrays(k), ours.like_mine(k, truth.arrays(k)), ours.like_mine(k, before[k])
@@ -235,10 +226,12 @@ def compare(case: Case, ours: Run, truth: Run, before: list[dict[str, Tensor]], 
             mine, theirs = (x | ours.like_mine(k, {"param": x["param"]}, ()) for x in (mine, theirs))
             both = [(x.pop("param").view(torch.int16).int() << 16) + x.pop("remainder").int() for x in (mine, theirs)]
             mine["param"], theirs["param"] = (x.view(F) for x in both)
+        begun = ours.like_mine(k, {"param": before[k]["param"]}, ())["param"]
         for name in mine:
             a, b = mine[name], theirs[name]
-            old = old_arrays[name] if name in old_arrays and old_arrays[name].shape == a.shape else torch.zeros(())
-            same = ordered(a) == ordered(b) if exact else close(a, b, old.to(a.dtype).expand_as(a))
+            candidates = [old_arrays.get(name), begun if name in ("param", "master") else None]  # a master weight begins as the parameter
+            old = next((t for t in candidates if t is not None and t.shape == a.shape), torch.zeros(()))
+            same = ordered(a) == ordered(b) if exact else within_a_step(a, b, old.to(a.dtype).expand_as(a))
             if not bool(same.all()):
                 at = (~same).nonzero()[0].tolist()
                 i = tuple(at)

@@ -84,3 +84,16 @@ def error_vs_truth(result: Tensor, truth64: Tensor, before: Tensor | None = None
         change = (truth64 - before.double()).abs()
         update = torch.where(absolute == 0, 0.0, absolute / change)
     return Error(absolute, absolute / ulp_size(truth64.nan_to_num(), result.dtype), update)
+
+
+def within_a_step(a: Tensor, b: Tensor, old: Tensor) -> Tensor:
+    """Elementwise, whether a is b, which a step made of ``old``: within 2 ulp of the step, which an inexact function scales, and one of the larger of
+    the old and the new value, as their sum is rounded. a, b, old: one shape and dtype; NaN is NaN; whole numbers may differ by 2."""
+    if not a.is_floating_point():
+        return (a.long() - b.long()).abs() <= 2
+    eps, least = torch.finfo(a.dtype).eps, torch.finfo(a.dtype).smallest_normal * torch.finfo(a.dtype).eps
+    wide = [x.double() for x in (a, b, old)]
+    new, before = wide[1], torch.nan_to_num(wide[2])
+    bound = ((2 * (new - before).abs() + torch.maximum(new.abs(), before.abs())) * eps).clamp(min=2 * least)
+    bound = torch.where(bound.isfinite(), bound, 0)
+    return ((wide[0] - wide[1]).abs() <= bound) | (a == b) | (a.isnan() & b.isnan())

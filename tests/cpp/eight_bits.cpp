@@ -45,7 +45,7 @@ void check_int8_product(int64_t t, int64_t n, int64_t k) {
     for (int64_t j = 0; j < n; ++j) {
       int64_t sum = 0;
       for (int64_t c = 0; c < k; ++c) sum += int64_t(x[i * k + c]) * w[j * k + c];
-      require(y[i * n + j] == (float(sum) * x_scale[i]) * w_scale[j] + bias[j], "product " + std::to_string(t));
+      require(y[i * n + j] == (float(sum) * w_scale[j]) * x_scale[i] + bias[j], "product " + std::to_string(t));
     }
 }
 
