@@ -206,6 +206,8 @@ def test_absent_peft_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ca
         (["--adapter", "vera", "--compare", "peft"], "got --adapter vera"),
         (["--compare", "peft"], "got no adapter"),
         (["--adapter", "ia3", "--init", "pissa"], "drop --init"),
+        (["--adapter", "ia3", "--rank", "4"], "got --rank 4; drop --rank"),
+        (["--adapter", "ssf", "--dropout", "0.5"], "which has no rank"),
         (["--adapter", "adalora", "--steps", "1"], "got 1; train longer"),
         (["--adapter", "lora", "--dtype", "bf16", "--master-weights", "split"], "adapters are fp32"),
         (["--adapter", "lora", "--optimizer", "AdaHessian"], "second derivatives"),  # its estimate was 0, and its steps lr / eps

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from ..checkpoint import CheckpointError
 from ..cli import positive
+from ..lowrank.methods import METHODS
 from . import report
 from .adapters import ADAPTERS, IN_PEFT, INITS
 from .errors import FinetuneError
@@ -109,6 +110,9 @@ def _check_adapter(config: Config, typed: dict[str, Any]) -> None:
     own = sorted({"rank", "alpha", "dropout", "init"} & typed.keys())
     if config.adapter is None and own:
         raise FinetuneError(f"finetune: expected --adapter with --{own[0]}; got none; add --adapter lora or drop the option")
+    if own and config.adapter is not None and not METHODS[config.adapter].ranked:
+        got = f"--{own[0]} {typed[own[0]]}"
+        raise FinetuneError(f"finetune: expected no --{own[0]} with --adapter {config.adapter}, which has no rank; got {got}; drop --{own[0]}")
     if config.quant is not None and config.adapter is None:
         raise FinetuneError(
             f"finetune: expected --adapter with --quant; got {config.quant} alone; add --adapter lora: packed weights are not trained"
