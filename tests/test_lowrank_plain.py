@@ -8,6 +8,7 @@ from torch import Tensor
 
 import fusedadapt as fa
 from fusedadapt.lowrank import functional, lora_linear, plain
+from fusedadapt.ops.dense import multiplies
 
 CASES = [
     # leading shape, K, N, r, scaling, p, bias, x wants a gradient
@@ -20,16 +21,22 @@ CASES = [
 ]
 
 
-def tensors(lead: tuple[int, ...], k: int, n: int, r: int, bias: bool, into_x: bool) -> tuple[Tensor, ...]:
+FP32 = torch.float32
+#: data and adapters
+DTYPES = [(FP32, FP32), *((d, a) for d in (torch.bfloat16, torch.float16) for a in (FP32, d) if multiplies(d))]
+
+
+def tensors(lead: tuple[int, ...], k: int, n: int, r: int, bias: bool, into_x: bool, data=FP32, adapters=FP32) -> tuple[Tensor, ...]:
     torch.manual_seed(0)
-    x, a, b = torch.randn(*lead, k).requires_grad_(into_x), torch.randn(r, k).requires_grad_(), torch.randn(n, r).requires_grad_()
-    return x, torch.randn(n, k), a, b, torch.randn(n) if bias else None
+    x, w, own = torch.randn(*lead, k).to(data).requires_grad_(into_x), torch.randn(n, k).to(data), torch.randn(n).to(data)
+    a, b = (torch.randn(shape).to(adapters).requires_grad_() for shape in ((r, k), (n, r)))
+    return x, w, a, b, own if bias else None
 
 
 def results(x, w, a, b, bias, **options) -> list[Tensor]:
     y = lora_linear(x, w, a, b, bias=bias, **options)
     wanted = [t for t in (x, a, b) if t.requires_grad]
-    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
     return [y, *torch.autograd.grad(y, wanted, dy)]
 
 
@@ -41,17 +48,18 @@ def count_short(monkeypatch) -> list[str]:
     return taken
 
 
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_bits_are_those_of_the_general_way(monkeypatch, case):
+def test_bits_are_those_of_the_general_way(monkeypatch, case, dtypes):
     *shape, scaling, p, bias, into_x = case
-    given, options = tensors(*shape, bias, into_x), {"scaling": scaling, "dropout_p": p, "seed": 11}
+    given, options = tensors(*shape, bias, into_x, *dtypes), {"scaling": scaling, "dropout_p": p, "seed": 11}
     taken = count_short(monkeypatch)
     short = results(*given, **options)
     assert taken == ["forward", "backward"]
     monkeypatch.setattr(functional, "plan_of", lambda *_: None)
     names = ("y", "dx", "dA", "dB") if into_x else ("y", "dA", "dB")
     for name, one, other in zip(names, short, results(*given, **options), strict=True):
-        assert torch.equal(one, other), name
+        assert one.dtype == other.dtype and torch.equal(one, other), name
     assert len(taken) == 2
 
 

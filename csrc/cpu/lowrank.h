@@ -137,9 +137,9 @@ struct Branch {
   uint32_t threshold = 0;
   uint64_t seed = 0;
 };
-// u = drop(x) A^T (T x R), y = bias + s u B^T: `shrink` and `fill`.
+// u = drop(x) A^T (T x R); fp32 y = bias + s u B^T, which the product is added to, or 16-bit y += s u B^T: `shrink`, and `fill` or `add`.
 void branch_start(const Matrix& x, const Branch&, const float* bias, float* u, const Matrix& y, int threads);
-// da (R x K), db (N x R), and dx = drop(s dy B A) if there is a dx: `bwd_dy`, `bwd_x` and `fill`.
+// da (R x K), db (N x R), and drop(s dy B A) likewise into dx, if there is one: `bwd_dy`, `bwd_x`, and `fill` or `add`.
 void branch_back(const Matrix& dy, const Matrix& x, const Branch&, const float* u, float* da, float* db, const Matrix& dx, int threads);
 
 }  // namespace fa::cpu::lowrank

@@ -2,6 +2,7 @@
 // fusedadapt/lowrank/function.py calls them, on the same numbers, and so the same bits. For fusedadapt/lowrank/plain.py, which says why.
 #include <memory>
 
+#include "../core/dtypes.h"
 #include "lowrank.h"
 
 namespace fa::cpu::lowrank {
@@ -27,13 +28,22 @@ class Scaled {
   std::unique_ptr<float[]> own_;
 };
 
+// fp32 comes before its product, 16 bits after it.
+void put(const Matrix& y, const float* bias, const float* u, const Matrix& a, const std::vector<Segment>& segments, uint64_t seed,
+         int threads) {
+  if (y.dtype == kF32)
+    fill(y, bias, {}, u, a, segments, seed, threads);
+  else
+    add(y, u, a, segments, seed, threads);
+}
+
 }  // namespace
 
 void branch_start(const Matrix& x, const Branch& branch, const float* bias, float* u, const Matrix& y, int threads) {
   const int64_t rank = branch.a.rows;
   shrink(x, branch.a, u, masked_by(branch), branch.seed, threads);
   const Scaled v(u, branch.scaling, x.rows * rank);
-  fill(y, bias, {}, v.get(), transposed(branch.b), {Segment{0, rank, 0, 0, 0}}, 0, threads);
+  put(y, bias, v.get(), transposed(branch.b), {Segment{0, rank, 0, 0, 0}}, 0, threads);
 }
 
 void branch_back(const Matrix& dy, const Matrix& x, const Branch& branch, const float* u, float* da, float* db, const Matrix& dx,
@@ -54,7 +64,7 @@ void branch_back(const Matrix& dy, const Matrix& x, const Branch& branch, const 
   const Scaled du(dv.get(), branch.scaling, count);
   const std::vector<Segment> segments = masked_by(branch);
   bwd_x(x, du.get(), da, segments, branch.seed, threads);
-  if (dx.dtype) fill(dx, nullptr, {}, du.get(), branch.a, segments, branch.seed, threads);
+  if (dx.dtype) put(dx, nullptr, du.get(), branch.a, segments, branch.seed, threads);
 }
 
 }  // namespace fa::cpu::lowrank

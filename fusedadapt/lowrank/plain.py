@@ -1,4 +1,4 @@
-"""The commonest layer the shortest way: fp32 on a CPU, one frozen dense base, one adapter with nothing between A and B.
+"""The commonest layer the shortest way: on a CPU, in a dtype its library multiplies, one frozen dense base, one adapter with nothing between A and B.
 
 What lies between the kernels costs 0.16 ms of Python where it is repeated alone, and 1.4 ms after a GEMM has swept the caches, for every line of it
 is fetched from memory again: half of what a branch at 1536 -> 384 costs. So this case has a check, a forward and a backward of a few calls each. They
@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from ..autocast import autocasting
+from ..ops.dense import multiplies
 from ..ops.lowrank import cpp, cpp_ops, is_direct, native
 from ..reference.lowrank import threshold_of
 
 _PLAIN = (Tensor, nn.Parameter)
+_HALF = (torch.bfloat16, torch.float16)
 _strided, _fp32 = torch.strided, torch.float32
 #: where `LowRankLinear`'s tensors begin among its arguments, and among them those of such a plan
 FIRST = 5
@@ -31,12 +33,12 @@ class PlainPlan(tuple):  # type: ignore[type-arg]
     __slots__ = ()
 
 
-def _readable(t: Any, *shape: int) -> bool:
-    """Whether kernels may take t by its address: nobody's subclass, fp32, row-major, in memory as its values are."""
+def _readable(t: Any, dtype: torch.dtype, *shape: int) -> bool:
+    """Whether kernels may take t by its address: nobody's subclass, row-major, in memory as its values are."""
     return (
         type(t) in _PLAIN
         and t.is_cpu
-        and t.dtype is _fp32
+        and t.dtype is dtype
         and t.layout is _strided
         and t.shape == shape
         and t.is_contiguous()
@@ -60,9 +62,12 @@ def plan_of(x: Any, outputs: Sequence[Any], col_scale: Any) -> PlainPlan | None:
     if weight.dim() != 2 or a.dim() != 2 or weight.requires_grad or not x.dim() or not x.numel() or not a.shape[0] or not weight.shape[0]:
         return None
     n, k, rank = weight.shape[0], weight.shape[1], a.shape[0]
-    if x.shape[-1] != k or not (_readable(x, *x.shape) and _readable(weight, n, k) and _readable(a, rank, k) and _readable(b, n, rank)):
+    data, adapters = x.dtype, a.dtype
+    if data is not _fp32 and (data not in _HALF or not multiplies(data)) or adapters is not _fp32 and adapters is not data or x.shape[-1] != k:
         return None
-    if bias is not None and (bias.requires_grad or not _readable(bias, n)):
+    if not (_readable(x, data, *x.shape) and _readable(weight, data, n, k) and _readable(a, adapters, rank, k) and _readable(b, adapters, n, rank)):
+        return None
+    if bias is not None and (bias.requires_grad or not _readable(bias, data, n)):
         return None
     if autocasting("cpu") or not native(x):
         return None
@@ -81,10 +86,17 @@ def _rows(t: Tensor) -> Tensor:
 def forward(ctx: Any, plan: PlainPlan, x: Tensor, seed: Tensor | None, numbers: Any, tensors: Sequence[Tensor | None]) -> tuple[Tensor]:
     """`LowRankLinear.forward` of such a plan. x: [..., K], contiguous."""
     ((scaling, p),), weight, bias, a, b = numbers, *factors(tensors)
-    y, u = x.new_empty(*x.shape[:-1], b.shape[0]), x.new_empty(x.numel() // x.shape[-1], a.shape[0])
-    rows, out = _rows(x), _rows(y)
-    cpp().branch_start(rows, (a, b, scaling, 0 if seed is None else threshold_of(p)), seed, bias, u, out)
-    out.addmm_(rows, weight.t())
+    y, u = x.new_empty(*x.shape[:-1], b.shape[0]), x.new_empty(x.numel() // x.shape[-1], a.shape[0], dtype=_fp32)
+    rows, out, adapter = _rows(x), _rows(y), (a, b, scaling, 0 if seed is None else threshold_of(p))
+    if y.dtype is _fp32:
+        cpp().branch_start(rows, adapter, seed, bias, u, out)
+        out.addmm_(rows, weight.t())
+    else:
+        if bias is None:
+            torch.mm(rows, weight.t(), out=out)
+        else:
+            torch.addmm(bias, rows, weight.t(), out=out)
+        cpp().branch_start(rows, adapter, seed, None, u, out)
     wanted = ctx.needs_input_grad
     ctx.plan, ctx.device_type, ctx.ops, ctx.numbers = plan, "cpu", cpp_ops(), numbers
     ctx.save_for_backward(x if True in wanted and wanted[FIRST + _A] else None, None, seed, None, u, None, *tensors)
@@ -95,17 +107,19 @@ def forward(ctx: Any, plan: PlainPlan, x: Tensor, seed: Tensor | None, numbers: 
 def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...] | None:
     """`LowRankLinear.backward`, or None where it must go the general way."""
     wanted = ctx.needs_input_grad
-    if not (wanted[FIRST + _A] and wanted[FIRST + _B]) or not is_direct(dy) or not _readable(dy, *dy.shape):
+    if not (wanted[FIRST + _A] and wanted[FIRST + _B]) or not is_direct(dy) or not _readable(dy, dy.dtype, *dy.shape):
         return None
     x, _, seed, _, u, _, *tensors = ctx.saved_tensors
     ((scaling, p),), weight, _, a, b = ctx.numbers, *factors(tensors)
     if not (x.is_contiguous() and u.is_contiguous() and a.is_contiguous() and b.is_contiguous()):
         return None  # a saved-tensor hook may bring them back in another order
-    da, db, dx = torch.empty_like(a), torch.empty_like(b), torch.empty_like(x) if wanted[1] else None
-    rows, into = _rows(dy), None if dx is None else _rows(dx)
+    da, db, dx = torch.empty_like(a, dtype=_fp32), torch.empty_like(b, dtype=_fp32), torch.empty_like(x) if wanted[1] else None
+    rows, into, before = _rows(dy), None if dx is None else _rows(dx), dy.dtype is not _fp32
+    if into is not None and before:
+        torch.mm(rows, weight, out=into)
     cpp().branch_back(rows, _rows(x), (a, b, scaling, 0 if seed is None else threshold_of(p)), seed, u, da, db, into)
-    if into is not None:
+    if into is not None and not before:
         into.addmm_(rows, weight)
     found: list[Tensor | None] = [None] * len(wanted)
-    found[1], found[FIRST + _A], found[FIRST + _B] = dx, da, db
+    found[1], found[FIRST + _A], found[FIRST + _B] = dx, *(t if a.dtype is _fp32 else t.to(a.dtype) for t in (da, db))
     return tuple(found)

@@ -125,7 +125,7 @@ def bwd_dy(
 
 
 def branch_start(x: Tensor, adapter: Adapter, seed: Tensor | None, bias: Tensor | None, u: Tensor, y: Tensor) -> None:
-    """u = drop(x) A^T; y = bias + scaling * u B^T: `shrink` and `fill_` of one segment. x: T x K; u: T x R and y: T x N, fp32."""
+    """u = drop(x) A^T; fp32 y = bias + scaling * u B^T, 16-bit y += it: `shrink`, and `fill_` or `add_`, of one segment. x: T x K; u: T x R, fp32."""
     a, b, scaling, threshold = adapter
     _core.lr_branch_start(
         _matrix(x), _matrix(a), _matrix(b), scaling, threshold, _key(seed), _address(bias), u.data_ptr(), _matrix(y), torch.get_num_threads()
@@ -133,7 +133,7 @@ def branch_start(x: Tensor, adapter: Adapter, seed: Tensor | None, bias: Tensor 
 
 
 def branch_back(dy: Tensor, x: Tensor, adapter: Adapter, seed: Tensor | None, u: Tensor, da: Tensor, db: Tensor, dx: Tensor | None) -> None:
-    """da, db, and dx = drop(scaling * dy B A): `bwd_dy`, `bwd_x` and `fill_` of one segment; dx None: not wanted. u, results: contiguous fp32."""
+    """da, db, and drop(scaling * dy B A) likewise into dx, if there is one: `bwd_dy`, `bwd_x`, and `fill_` or `add_`. u, da, db: contiguous fp32."""
     a, b, scaling, threshold = adapter
     _core.lr_branch_back(
         _matrix(dy), _matrix(x), _matrix(a), _matrix(b), scaling, threshold, _key(seed), _address(u), da.data_ptr(), db.data_ptr(), _matrix(dx),
