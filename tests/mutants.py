@@ -139,8 +139,8 @@ MUTANTS = (
     Mutant(MID, "aten.gelu_backward(d, u, approximate=\"tanh\")", "aten.gelu_backward(d, u)", f"{DERIVATIVES}[gelu_tanh]"),
     Mutant(MID, "== 1.0 else v * mid.scaling", "== 1.0 else v", f"{DERIVATIVES}[everything]"),
     # low-rank: the autograd function, its checks, the ops
-    Mutant(FUNCTION, "x if needs_x else None, col_scale", "x, col_scale", f"{SAVED}[general]"),
-    Mutant(PLAIN, "x if True in wanted and wanted[FIRST + _A] else None", "x", f"{SAVED}[plain]"),
+    Mutant(FUNCTION, "x if needs_x else None, col_scale", "x, col_scale", f"{SAVED}[reference]"),
+    Mutant(PLAIN, "x if True in wanted and wanted[FIRST + _A] else None", "x", f"{SAVED}[cpp]"),
     Mutant(PLAIN, "or a.dim() != 2 or weight.requires_grad", "or a.dim() != 2", f"{SHORT}one_gradient_alone[weight]"),
     Mutant(FUNCTION, "is not None and output.scale_bias else db", "is not None else db", f"{DERIVATIVES}[row scale and bias]"),
     Mutant(FUNCTION, "upstream = into_x or any(", "upstream = True or any(", f"{CONTRACT}only_what_is_needed_is_computed"),
