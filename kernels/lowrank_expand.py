@@ -208,7 +208,10 @@ def merge_(w: torch.Tensor, v: torch.Tensor, a: torch.Tensor, row_scale: torch.T
 
 def exact_sum(values: list[float]) -> float:
     """Rounded once, so that no order matters; fsum refuses infinities of both signs and sums that overflow."""
-    return math.fsum(values) if all(map(math.isfinite, values)) else sum(values)
+    try:
+        return math.fsum(values)
+    except (OverflowError, ValueError):
+        return sum(values)
 
 
 @triton.jit(do_not_specialize=RUN_TIME)

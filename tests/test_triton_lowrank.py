@@ -299,3 +299,11 @@ def test_tiles_cover_the_sum():
                     assert tile.splits * tile.steps * tile.rows >= t > (tile.splits - 1) * tile.steps * tile.rows
                     tile = lowrank_tiles.bwd_dy_tile(t, k, width, size, False)
                     assert tile.splits * tile.steps * tile.rows >= t > (tile.splits - 1) * tile.steps * tile.rows
+
+
+def test_sums_of_merge_are_exact_and_do_not_raise_where_they_overflow():
+    inf = float("inf")
+    assert lowrank_expand.exact_sum([1e16, 1.0, 1.0]) == 1e16 + 2
+    assert lowrank_expand.exact_sum([1.7e308, 1.7e308]) == inf
+    assert lowrank_expand.exact_sum([inf, 1.0]) == inf
+    assert str(lowrank_expand.exact_sum([inf, -inf])) == "nan"
