@@ -85,6 +85,26 @@ FA_INLINE void store_lanes(uint16_t* to, F f, Format) {
 #endif
 }
 
+#if defined(__AVX512BW__)
+// 32 elements from c on: every 16-bit lane takes the word its code stands in, moves the code down and looks it up. `values`: 16-bit numbers, twice over.
+template <int bits, bool high_first>
+FA_INLINE __m512i look_up_words(__m512i values, const uint8_t* row, int64_t c) {
+  typedef uint16_t Words __attribute__((vector_size(64)));
+  typedef uint8_t Places __attribute__((vector_size(64)));
+  Words shift;
+  Places place;  // within a 128-bit lane
+#pragma GCC unroll 32
+  for (int i = 0; i < 32; ++i) {
+    shift[i] = uint16_t((high_first ? i ^ 1 : i) * bits % 16);
+    place[2 * i] = uint8_t(i * bits / 16 * 2), place[2 * i + 1] = uint8_t(place[2 * i] + 1);
+  }
+  const uint8_t* p = row + c / 8 * bits;
+  const __m512i codes = bits == 4 ? _mm512_maskz_broadcast_i32x4(0xffff, load<__m128i>(p)) : _mm512_maskz_set1_epi64(0xff, load<int64_t>(p));
+  const __m512i words = _mm512_maskz_shuffle_epi8(~0ull, codes, __m512i(place));
+  return _mm512_maskz_permutexvar_epi16(~0u, _mm512_maskz_srlv_epi16(~0u, words, __m512i(shift)), values);
+}
+#endif
+
 // With up to 16 values a group they are rounded in the table, and elements are only looked up. Same bits.
 template <int bits, bool high_first, class Format>
 void decode_groups(const Weight& w, const uint8_t* row, int64_t c0, int64_t c1, const Piece& p, typename Format::E* out) {
@@ -95,6 +115,13 @@ void decode_groups(const Weight& w, const uint8_t* row, int64_t c0, int64_t c1, 
     const int64_t end = least((c / side + 1) * side, c1);
     const F z = splat(p.z[g]), s = splat(p.s[g]);
     const auto rounded = Lookup<bits>::map(values, [&](F v) { return as_lanes((v - z) * s, Format{}); });
+#if defined(__AVX512BW__)
+    if constexpr (sizeof(typename Format::E) == 2 && bits != 3) {
+      const H half = __builtin_convertvector(U(rounded.low), H);
+      const __m512i both = _mm512_maskz_broadcast_i64x4(0xff, __m256i(half));
+      for (; c + 32 <= end; c += 32) store(out + c - c0, look_up_words<bits, high_first>(both, row, c));
+    }
+#endif
     for (; c < end; c += kLanes) store_lanes(out + c - c0, Lookup<bits>::at(rounded, codes_at<bits, high_first, false>(row, c)), Format{});
   }
 }

@@ -11,21 +11,35 @@ namespace {
 
 FA_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Stays in its register: compilers load a word anew for every shift of it, as if memory cost nothing.
+FA_INLINE void keep([[maybe_unused]] U& word) {
 #if defined(__AVX512F__)
-constexpr bool kPlanes = false, kFloats = true;
+  asm("" : "+v"(word));
 #elif defined(__AVX2__)
-constexpr bool kPlanes = true, kFloats = true;
+  asm("" : "+x"(word));
+#endif
+}
+
+#if defined(__AVX512F__)
+constexpr bool kPlanes = false, kFloats = true, kIntegersAsTable = true;
+#elif defined(__AVX2__)
+constexpr bool kPlanes = true, kFloats = true, kIntegersAsTable = false;
 #else
-constexpr bool kPlanes = false, kFloats = false;
+constexpr bool kPlanes = false, kFloats = false, kIntegersAsTable = false;
 #endif
 constexpr int64_t kWidest = 512;  // columns of a unit at most
 
 struct Layout {
   bool direct;  // else rows are decoded into L1, in their own order
   bool wide;  // one scale per unit
+  bool table;  // codes are looked up, integers too where that is one instruction
   bool woven;  // numbers in the order of Planes, ByteRun or FloatLane: lanes of 32 columns must share a scale
   int64_t per, block, unit, units;  // columns; number of units
-  int64_t granule;  // columns of a number in the arrays of scales and zeros
+  int64_t most;  // blocks of a unit
+  int64_t granule;  // columns of a number in the arrays of scales and zeros, unless they hold one a group
+  bool by_group;  // numbers of a block's groups lie side by side, and a shuffle brings them to the lanes: units are blocks of whole groups
+  int64_t step;  // numbers of a block, if not wide
+  I place;  // of a lane's number among them
   int64_t side;  // columns of a group
   bool zeros;
   // Values are codes less one number: with some tokens it is subtracted from each, on a pipe that multiply-adds leave idle, and there are no zeros.
@@ -49,14 +63,19 @@ Layout layout_of(const Weight& w, int64_t tokens = 1) {
   a.wide = a.side % a.block == 0;
   a.unit = a.block;
   while (a.direct && a.wide && a.unit * 2 <= kWidest && a.side % (a.unit * 2) == 0 && a.unit < w.k) a.unit *= 2;
+  a.most = a.unit / a.block;
   a.granule = a.wide ? a.unit : a.per;
   a.units = ceil_div(w.k, a.unit);
   const bool floats = w.kind == Values::kE4M3 || w.kind == Values::kE5M2;
   a.woven = a.direct && a.side % 32 == 0 && ((kPlanes && w.bits != 2 && w.kind == Values::kTable) || (kFloats && floats));
-  const bool off = w.kind == Values::kUnsigned && w.values[0] != 0.f;
-  a.sixteenfold = a.direct && w.bits == 4 && w.kind == Values::kUnsigned;
+  a.table = w.kind == Values::kTable || (kIntegersAsTable && w.bits == 4 && w.kind == Values::kUnsigned);
+  const bool off = !a.table && w.kind == Values::kUnsigned && w.values[0] != 0.f;
+  a.sixteenfold = !a.table && a.direct && w.bits == 4 && w.kind == Values::kUnsigned;
   a.centred = a.sixteenfold && off && !w.zero_dtype && tokens > 2;
   a.zeros = w.zero_dtype || (off && !a.centred);
+  a.by_group = kLanes > 4 && a.direct && !a.wide && a.block % a.side == 0;
+  a.step = a.by_group ? a.block / a.side : kLanes;
+  for (int i = 0; i < kLanes; ++i) a.place[i] = a.by_group ? int32_t(i * a.per / a.side) : i;
   return a;
 }
 
@@ -210,7 +229,8 @@ FA_INLINE void with_lane(const Weight& w, const Layout& a, Function f) {
   if (a.woven) return w.bits == 8 ? f(ByteRun{}) : f(Planes{});
 #endif
   if (a.centred) return f(Lane<Values::kUnsigned, 4, true>{});
-  if (w.bits == 4) return w.kind == Values::kTable ? f(Lane<Values::kTable, 4>{}) : f(Lane<Values::kUnsigned, 4>{});
+  if (w.bits == 4 && a.table) return f(Lane<Values::kTable, 4>{});
+  if (w.bits == 4) return f(Lane<Values::kUnsigned, 4>{});
   if (w.bits == 2) return f(Lane<Values::kUnsigned, 2>{});
   if (w.kind == Values::kSigned) return f(Lane<Values::kSigned, 8>{});
   return w.kind == Values::kUnsigned ? f(Lane<Values::kUnsigned, 8>{}) : f(ByteLane{});
@@ -218,30 +238,61 @@ FA_INLINE void with_lane(const Weight& w, const Layout& a, Function f) {
 
 constexpr int64_t kChunk = 4096;  // columns at most: x stays in L1 while rows of W go by
 
+// Columns [c0, end) of W, a whole number of units before the last: what its rows have in common. Divisions are dear, so that none is left to them.
+struct Span {
+  int64_t c0, end, blocks;
+  int64_t first, count, row_groups;  // groups; of a row in flat formats
+  int64_t start, given, all;  // granules before c0; in a row; with those that fill up the last block
+  int64_t apart;  // granules of a group
+  bool whole, direct;  // ends with a block; scales are read where they lie
+
+  Span(const Weight& w, const Layout& a, int64_t from, int64_t to)
+      : c0(from), end(least(to, w.k)), blocks(ceil_div(end - c0, a.block)), first(c0 / a.side), count((end - 1) / a.side - first + 1),
+        row_groups(w.k / a.side), start(c0 / a.granule), all(blocks * (a.wide ? 1 : a.step)), apart(a.by_group ? 1 : a.side / a.granule),
+        whole((end - c0) % a.block == 0) {
+    // Woven lanes stand for all of its 32 columns, also where the row ends among them.
+    const int64_t granules = a.woven && !a.wide ? ceil_div(end - c0, 32) * (32 / a.per) : ceil_div(end - c0, a.granule);
+    given = a.by_group ? count : granules;
+    direct = apart == 1 && given == all && w.grid.rows == 1 && w.scales.coding == Coding::kPlain && w.scales.dtype == kF32;
+  }
+};
+
 // Some units of a row: codes, scales and zeros (less the first value) by granule.
 struct Chunk {
   const uint8_t* codes;
-  alignas(64) float s[kChunk / 4 + kLanes], z[kChunk / 4 + kLanes];
+  const float *s, *z;
+  alignas(64) float own_s[kChunk / 4 + kLanes], own_z[kChunk / 4 + kLanes];
   alignas(64) uint8_t padded[kChunk + 4 * kLanes];
 
-  __attribute__((noinline)) void read(const Weight& w, const Layout& a, int64_t row, int64_t c0, int64_t c1) {
-    alignas(64) float groups[kChunk / 4 + kLanes];
-    const int64_t end = least(c1, w.k), first = c0 / a.side, count = (end - 1) / a.side - first + 1;
-    const int64_t g = (w.flat ? row * (w.k / a.side) : row / w.grid.rows * w.grid.wide) + first;
-    // Woven lanes stand for all of its 32 columns, also where the row ends among them.
-    const int64_t n = a.woven && !a.wide ? ceil_div(end - c0, 32) * (32 / a.per) : ceil_div(end - c0, a.granule);
-    const int64_t all = ceil_div(end - c0, a.block) * (a.wide ? 1 : kLanes), from = c0 / a.granule;
-    scales_of(w.scales, g, count, groups);
-    spread(groups, from, n, a.side / a.granule, s);
-    if (a.zeros) {
-      zeros_of(w, g, count, groups);
-      for (int64_t i = 0; w.kind == Values::kUnsigned && i < count; ++i) groups[i] -= w.values[0];
-      spread(groups, from, n, a.side / a.granule, z);
+  FA_INLINE void place(const Span& c, const float* groups, float* to) {
+    if (c.apart == 1)
+      memcpy(to, groups, size_t(c.given) * sizeof(float));
+    else
+      spread(groups, c.start, c.given, c.apart, to);
+    for (int64_t i = c.given; i < c.all; ++i) to[i] = 0;
+  }
+
+  __attribute__((noinline)) void read(const Weight& w, const Layout& a, const Span& c, int64_t row) {
+    const int64_t line = w.flat ? row * c.row_groups : (w.grid.rows == 1 ? row : row / w.grid.rows) * w.grid.wide, g = line + c.first;
+    // Vectors of scales may reach beyond their own.
+    if (c.direct && row + kLanes < w.n) {
+      s = static_cast<const float*>(w.scales.data) + g;
+    } else {
+      alignas(64) float groups[kChunk / 4 + kLanes];
+      scales_of(w.scales, g, c.count, groups);
+      place(c, groups, own_s);
+      s = own_s;
     }
-    for (int64_t i = n; i < all; ++i) s[i] = z[i] = 0;
-    codes = row_of(w, row) + c0 * w.bits / 8;
-    if ((end - c0) % a.block) {
-      const int64_t bytes = ceil_div((end - c0) * w.bits, 8);
+    z = own_z;
+    if (a.zeros) {
+      alignas(64) float groups[kChunk / 4 + kLanes];
+      zeros_of(w, g, c.count, groups);
+      for (int64_t i = 0; w.kind == Values::kUnsigned && !a.table && i < c.count; ++i) groups[i] -= w.values[0];
+      place(c, groups, own_z);
+    }
+    codes = row_of(w, row) + c.c0 * w.bits / 8;
+    if (!c.whole) {
+      const int64_t bytes = ceil_div((c.end - c.c0) * w.bits, 8);
       memcpy(padded, codes, size_t(bytes));
       memset(padded + bytes, 0, 4 * kLanes);
       codes = padded;
@@ -251,9 +302,16 @@ struct Chunk {
 
 // One vector of scales or zeros for unit u of a chunk.
 template <bool wide>
-FA_INLINE F granules_at(const float* numbers, int64_t u) {
+FA_INLINE F granules_at(const float* numbers, int64_t u, int64_t step, [[maybe_unused]] I place) {
   if constexpr (wide) return splat(numbers[u]);
-  return load<F>(numbers + u * kLanes);
+  const F f = load<F>(numbers + u * step);
+#if defined(__AVX512F__)
+  return F(_mm512_maskz_permutexvar_ps(0xffff, __m512i(place), __m512(f)));
+#elif defined(__AVX2__)
+  return F(_mm256_permutevar8x32_ps(__m256(f), __m256i(place)));
+#else
+  return f;
+#endif
 }
 
 // W[row, c0:c1], in its own order, zeros up to a whole vector.

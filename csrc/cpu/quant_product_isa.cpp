@@ -77,20 +77,30 @@ FA_INLINE float total(F f) {
 // ---- y = x W^T ----
 
 constexpr int64_t kRows = 16;  // of W that pass by a chunk of x
+constexpr int64_t kAhead = 4096;  // bytes of codes that memory is asked for in advance; the hardware stops where pages end
 
 // to[t] += W[row, chunk] . x[t, chunk] for T rows of x: codes are summed, and scales applied to the sums of a unit.
 template <class D, int T, bool wide>
-__attribute__((noinline)) void dot_codes(const D& d, const Layout& a, const Chunk& chunk, int64_t u0, int64_t columns, const Operand& o,
+__attribute__((noinline)) void dot_codes(const D& reader, const Layout& a, const Chunk& chunk, int64_t u0, int64_t blocks, const Operand& o,
                                          int64_t t0, F* to) {
   constexpr int kChains = T == 1 ? 4 : T <= 4 ? 2 : 1;  // additions in flight for each
-  const int64_t most = a.unit / a.block;
+  const D d = reader;  // and the like: what is read through a reference is read again after every store
+  const int64_t most = wide ? a.most : 1, step = a.step, x_step = o.sums_stride;
+  const I place = a.place;
+  const bool zeros = a.zeros;
+  const float *s_of = chunk.s, *z_of = chunk.z;
   const uint8_t* codes = chunk.codes;
   const float* x = o.x + t0 * o.stride + u0 * a.unit * T;
   const float* x_sums = o.sums + t0 * o.sums_stride + u0 * kLanes;
-  for (int64_t u = 0, left = ceil_div(columns, a.block); left > 0; ++u, left -= most, x_sums += kLanes) {
+  F total[T];
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) total[t] = to[t];
+  for (int64_t u = 0, left = blocks; left > 0; ++u, left -= most, x_sums += kLanes) {
     F sum[T][kChains] = {};
     for (int64_t b = wide ? least(most, left) : 1; b > 0; --b, codes += 4 * kLanes, x += D::kPer * kLanes * T) {
-      const U word = load<U>(codes);
+      prefetch_line(codes + kAhead);
+      U word = load<U>(codes);
+      keep(word);
 #pragma GCC unroll 16
       for (int part = 0; part < D::kPer / D::kStep; ++part) {
         F v[D::kStep];
@@ -103,7 +113,7 @@ __attribute__((noinline)) void dot_codes(const D& d, const Layout& a, const Chun
         }
       }
     }
-    const F s = granules_at<wide>(chunk.s, u), z = a.zeros ? granules_at<wide>(chunk.z, u) : F{};
+    const F s = granules_at<wide>(s_of, u, step, place), z = zeros ? granules_at<wide>(z_of, u, step, place) : F{};
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
       F all = sum[t][0];
@@ -112,46 +122,47 @@ __attribute__((noinline)) void dot_codes(const D& d, const Layout& a, const Chun
         const F odd = kChains == 4 ? sum[t][1] + sum[t][3 % kChains] : sum[t][1];
         all = even + odd;
       }
-      if (a.zeros) all = fma(-z, load<F>(x_sums + t * o.sums_stride), all);
-      to[t] = fma(s, all, to[t]);
+      if (zeros) all = fma(-z, load<F>(x_sums + t * x_step), all);
+      total[t] = fma(s, all, total[t]);
     }
   }
+#pragma GCC unroll 8
+  for (int t = 0; t < T; ++t) to[t] = total[t];
 }
 
 template <class D, bool wide>
-void dot_rows(int64_t count, const D& d, const Layout& a, const Chunk& row, int64_t u0, int64_t columns, const Operand& o, int64_t t0,
+void dot_rows(int64_t count, const D& d, const Layout& a, const Chunk& row, int64_t u0, int64_t blocks, const Operand& o, int64_t t0,
               F* to) {
   constexpr void (*kOf[kTokens])(const D&, const Layout&, const Chunk&, int64_t, int64_t, const Operand&, int64_t, F*) = {
       dot_codes<D, 1, wide>, dot_codes<D, 2, wide>, dot_codes<D, 3, wide>, dot_codes<D, 4, wide>,
       dot_codes<D, 5, wide>, dot_codes<D, 6, wide>, dot_codes<D, 7, wide>, dot_codes<D, 8, wide>};
-  kOf[count - 1](d, a, row, u0, columns, o, t0, to);
+  kOf[count - 1](d, a, row, u0, blocks, o, t0, to);
 }
 
-// Rows [n0, n1), at most kRows.
+// Rows [n0, n1), at most kRows; p.t sums each.
 template <class D>
-void linear_direct(const Weight& w, const Layout& a, const Product& p, const Operand& o, int64_t n0, int64_t n1, F (*to)[kMostRows]) {
+void linear_direct(const Weight& w, const Layout& a, const Product& p, const Operand& o, int64_t n0, int64_t n1, F* to) {
   D d;
   D::set(d, w);
   Chunk row;
   const Turns turns(p);
   const int64_t step = turns.tokens <= 2 ? kChunk : turns.tokens <= 4 ? kChunk / 4 : kChunk / 8;
   for (int64_t c = 0; c < w.k; c += step) {
-    const int64_t end = least(c + step, w.k);
+    const Span span(w, a, c, c + step);
+    const int64_t unit = c / a.unit;
     for (int64_t t = 0; t < p.t; t += turns.tokens)
       for (int64_t n = n0; n < n1; ++n) {
-        if (step < kChunk && n + 2 < w.n)  // too short a run for the hardware to see
-          for (int64_t i = c * w.bits / 8; i < end * w.bits / 8; i += 64) prefetch_line(row_of(w, n + 2) + i);
-        row.read(w, a, n, c, end);
+        row.read(w, a, span, n);
         const int64_t count = turns.count(p, t);
         if (a.wide)
-          dot_rows<D, true>(count, d, a, row, c / a.unit, end - c, o, t, to[n - n0] + t);
+          dot_rows<D, true>(count, d, a, row, unit, span.blocks, o, t, to + (n - n0) * p.t + t);
         else
-          dot_rows<D, false>(count, d, a, row, c / a.unit, end - c, o, t, to[n - n0] + t);
+          dot_rows<D, false>(count, d, a, row, unit, span.blocks, o, t, to + (n - n0) * p.t + t);
       }
   }
 }
 
-void linear_decoded(const Weight& w, const Product& p, const Operand& o, int64_t n0, int64_t n1, F (*to)[kMostRows]) {
+void linear_decoded(const Weight& w, const Product& p, const Operand& o, int64_t n0, int64_t n1, F* to) {
   alignas(64) float row[kPiece + kLanes];
   const Turns turns(p);
   for (int64_t c = 0; c < w.k; c += kPiece) {
@@ -161,14 +172,14 @@ void linear_decoded(const Weight& w, const Product& p, const Operand& o, int64_t
       for (int64_t t = 0; t < p.t; ++t) {
         const int64_t first = t / turns.tokens * turns.tokens, count = turns.count(p, first);
         const float* x = o.x + first * o.stride + c * count + (t - first) * kLanes;
-        F even = to[n - n0][t], odd = {};
+        F &sum = to[(n - n0) * p.t + t], even = sum, odd = {};
         int64_t i = 0;
         for (; i + kLanes < end - c; i += 2 * kLanes) {
           even = fma(load<F>(row + i), load<F>(x + i * count), even);
           odd = fma(load<F>(row + i + kLanes), load<F>(x + (i + kLanes) * count), odd);
         }
         if (i < end - c) even = fma(load<F>(row + i), load<F>(x + i * count), even);
-        to[n - n0][t] = even + odd;
+        sum = even + odd;
       }
     }
   }
@@ -178,7 +189,8 @@ void linear(const Weight& w, const Product& p, const Operand& o, int64_t n0, int
   const Layout a = layout_of(w, Turns(p).tokens);
   for (int64_t n = n0; n < n1; n += kRows) {
     const int64_t end = least(n + kRows, n1);
-    F sums[kRows][kMostRows] = {};
+    F sums[kRows * kMostRows];  // of the rows of x one after another, for every row of W
+    for (int64_t i = 0; i < (end - n) * p.t; ++i) sums[i] = F{};
     if (a.direct)
       with_lane(w, a, [&](auto lane) { linear_direct<decltype(lane)>(w, a, p, o, n, end, sums); });
     else
@@ -187,7 +199,7 @@ void linear(const Weight& w, const Product& p, const Operand& o, int64_t n0, int
       using Format = decltype(format);
       for (int64_t t = 0; t < p.t; ++t)
         for (int64_t i = n; i < end; ++i) {
-          const float y = total(sums[i - n][t]) / (a.sixteenfold ? 16.f * o.factor[t] : o.factor[t]) + (p.bias ? p.bias[i] : 0.f);
+          const float y = total(sums[(i - n) * p.t + t]) / (a.sixteenfold ? 16.f * o.factor[t] : o.factor[t]) + (p.bias ? p.bias[i] : 0.f);
           static_cast<typename Format::E*>(p.y)[t * w.n + i] = Format::narrow_one(y);
         }
     });
@@ -211,15 +223,15 @@ float dy_at(const Product& p, int64_t t, int64_t n) {
 
 // to += sum over kHigh rows of dy * S * (code - zero), for T rows of dy.
 template <class D, int T, bool wide>
-__attribute__((noinline)) void add_chunk(const D& d, const Layout& a, const Chunk* rows, const float (*dy)[kMostRows], int64_t columns,
+__attribute__((noinline)) void add_chunk(const D& d, const Layout& a, const Chunk* rows, const float (*dy)[kMostRows], int64_t blocks,
                                          float* to, int64_t stride) {
-  const int64_t blocks = ceil_div(columns, a.block), most = a.unit / a.block;
+  const int64_t most = a.most;
   for (int64_t u = 0; u * most < blocks; ++u) {
     F factor[T][kHigh], zero[kHigh];
 #pragma GCC unroll 4
     for (int r = 0; r < kHigh; ++r) {
-      zero[r] = a.zeros ? granules_at<wide>(rows[r].z, u) : F{};
-      const F s = granules_at<wide>(rows[r].s, u);
+      zero[r] = a.zeros ? granules_at<wide>(rows[r].z, u, a.step, a.place) : F{};
+      const F s = granules_at<wide>(rows[r].s, u, a.step, a.place);
 #pragma GCC unroll 4
       for (int t = 0; t < T; ++t) factor[t][r] = s * splat(dy[r][t]);
     }
@@ -256,12 +268,12 @@ __attribute__((noinline)) void add_chunk(const D& d, const Layout& a, const Chun
 }
 
 template <class D, bool wide>
-FA_INLINE void add_rows(int64_t count, const D& d, const Layout& a, const Chunk* rows, const float (*dy)[kMostRows], int64_t columns,
+FA_INLINE void add_rows(int64_t count, const D& d, const Layout& a, const Chunk* rows, const float (*dy)[kMostRows], int64_t blocks,
                         float* to, int64_t stride) {
-  if (count == 1) return add_chunk<D, 1, wide>(d, a, rows, dy, columns, to, stride);
-  if (count == 2) return add_chunk<D, 2, wide>(d, a, rows, dy, columns, to, stride);
-  if (count == 3) return add_chunk<D, 3, wide>(d, a, rows, dy, columns, to, stride);
-  add_chunk<D, 4, wide>(d, a, rows, dy, columns, to, stride);
+  if (count == 1) return add_chunk<D, 1, wide>(d, a, rows, dy, blocks, to, stride);
+  if (count == 2) return add_chunk<D, 2, wide>(d, a, rows, dy, blocks, to, stride);
+  if (count == 3) return add_chunk<D, 3, wide>(d, a, rows, dy, blocks, to, stride);
+  add_chunk<D, 4, wide>(d, a, rows, dy, blocks, to, stride);
 }
 
 template <class D>
@@ -271,21 +283,21 @@ void dx_direct(const Weight& w, const Layout& a, const Product& p, int64_t n0, i
   Chunk rows[kHigh];
   for (int64_t n = n0; n < n1; n += kHigh)
     for (int64_t c = 0; c < w.k; c += kChunk) {
-      const int64_t end = least(c + kChunk, w.k);
+      const Span span(w, a, c, c + kChunk);
       float dy[kHigh][kMostRows];
       for (int64_t r = 0; r < kHigh; ++r) {
         const int64_t row = least(n + r, n1 - 1);  // what is too much counts zero times
-        rows[r].read(w, a, row, c, end);
-        if (n + r >= n1) memset(rows[r].s, 0, sizeof rows[r].s);
+        rows[r].read(w, a, span, row);
+        if (n + r >= n1) rows[r].s = static_cast<const float*>(memset(rows[r].own_s, 0, sizeof rows[r].own_s));
         for (int64_t t = 0; t < p.t; ++t) dy[r][t] = n + r < n1 ? dy_at(p, t, row) * o.factor[t] : 0.f;
       }
       for (int64_t t = 0; t < p.t; t += 4) {
         float* to = o.x + t * o.stride + c;
         const auto* some = reinterpret_cast<const float (*)[kMostRows]>(dy[0] + t);
         if (a.wide)
-          add_rows<D, true>(least(4, p.t - t), d, a, rows, some, end - c, to, o.stride);
+          add_rows<D, true>(least(4, p.t - t), d, a, rows, some, span.blocks, to, o.stride);
         else
-          add_rows<D, false>(least(4, p.t - t), d, a, rows, some, end - c, to, o.stride);
+          add_rows<D, false>(least(4, p.t - t), d, a, rows, some, span.blocks, to, o.stride);
       }
     }
 }
