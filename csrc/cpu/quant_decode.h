@@ -99,7 +99,8 @@ FA_INLINE __m512i look_up_words(__m512i values, const uint8_t* row, int64_t c) {
     place[2 * i] = uint8_t(i * bits / 16 * 2), place[2 * i + 1] = uint8_t(place[2 * i] + 1);
   }
   const uint8_t* p = row + c / 8 * bits;
-  const __m512i codes = bits == 4 ? _mm512_maskz_broadcast_i32x4(0xffff, load<__m128i>(p)) : _mm512_maskz_set1_epi64(0xff, load<int64_t>(p));
+  const __m512i codes =
+      bits == 4 ? _mm512_maskz_broadcast_i32x4(0xffff, load<__m128i>(p)) : _mm512_maskz_set1_epi64(0xff, load<int64_t>(p));
   const __m512i words = _mm512_maskz_shuffle_epi8(~0ull, codes, __m512i(place));
   return _mm512_maskz_permutexvar_epi16(~0u, _mm512_maskz_srlv_epi16(~0u, words, __m512i(shift)), values);
 }

@@ -247,8 +247,15 @@ struct Span {
   bool whole, direct;  // ends with a block; scales are read where they lie
 
   Span(const Weight& w, const Layout& a, int64_t from, int64_t to)
-      : c0(from), end(least(to, w.k)), blocks(ceil_div(end - c0, a.block)), first(c0 / a.side), count((end - 1) / a.side - first + 1),
-        row_groups(w.k / a.side), start(c0 / a.granule), all(blocks * (a.wide ? 1 : a.step)), apart(a.by_group ? 1 : a.side / a.granule),
+      : c0(from),
+        end(least(to, w.k)),
+        blocks(ceil_div(end - c0, a.block)),
+        first(c0 / a.side),
+        count((end - 1) / a.side - first + 1),
+        row_groups(w.k / a.side),
+        start(c0 / a.granule),
+        all(blocks * (a.wide ? 1 : a.step)),
+        apart(a.by_group ? 1 : a.side / a.granule),
         whole((end - c0) % a.block == 0) {
     // Woven lanes stand for all of its 32 columns, also where the row ends among them.
     const int64_t granules = a.woven && !a.wide ? ceil_div(end - c0, 32) * (32 / a.per) : ceil_div(end - c0, a.granule);

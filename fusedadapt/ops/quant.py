@@ -226,9 +226,11 @@ def _takes(module: Any, t: int, n: int, k: int, dtype: torch.dtype, fmt: QFormat
     return not hasattr(module, "small") or module.small(t, n, k, dtype, fmt, transposed)
 
 
-def _pieces(n: int, k: int, x: Tensor, wide: torch.dtype) -> range:
+def _pieces(x: Tensor, n: int, k: int, wide: torch.dtype) -> tuple[Any, range]:
+    """The function that dequantizes rows for a product with x and at once, and where its pieces begin."""
+    module = _module(choose("dequantize", x.device.type, x.dtype).backend)
     rows = max(16, _SCRATCH.get(x.device.type, _SCRATCH_GPU) // max(1, k * wide.itemsize))
-    return range(0, n, rows)
+    return getattr(module, "piece", None) or module.dequantize, range(0, n, rows)  # type: ignore[union-attr]
 
 
 @op(
@@ -249,9 +251,9 @@ def _linear(x: Tensor, *args: Any) -> Tensor:
     if _takes(module, t, n, k, x.dtype, fmt, False):
         out: Tensor = module.linear(x, parts, fmt, n, bias)  # type: ignore[union-attr]
         return out
-    dequantize = run("dequantize", x)
     wide = torch.float32 if dense.widens(x) else x.dtype
-    xs, y, pieces = x.to(wide), x.new_empty(t, n), _pieces(n, k, x, wide)
+    dequantize, pieces = _pieces(x, n, k, wide)
+    xs, y = x.to(wide), x.new_empty(t, n)
     for row in pieces:
         end = min(n, row + pieces.step)
         w = dequantize(parts, fmt, n, k, row, end, wide).t()
@@ -286,9 +288,9 @@ def _linear_dx(dy: Tensor, *args: Any) -> Tensor:
     if _takes(module, t, n, k, dy.dtype, fmt, True):
         out: Tensor = module.linear_dx(dy, parts, fmt, n, k)  # type: ignore[union-attr]
         return out
-    dequantize = run("dequantize", dy)
     wide = torch.float32 if dense.widens(dy) else dy.dtype
-    dys, pieces = dy.to(wide), _pieces(n, k, dy, wide)
+    dequantize, pieces = _pieces(dy, n, k, wide)
+    dys = dy.to(wide)
     total: Tensor | None = None  # fp32 over several pieces: a 16-bit sum would be rounded at each
     for row in pieces:
         end = min(n, row + pieces.step)

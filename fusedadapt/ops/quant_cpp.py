@@ -6,6 +6,7 @@ Inputs are checked by `ops.quant`: fp32, bf16 or fp16, nothing empty. Results re
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -21,6 +22,7 @@ _CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.uint8: 6}
 _PLAIN, _POWERS, _TABLE = 0, 1, 2
 _SCALE_TABLES = {"e4m3": "e4m3", "nested": "dynamic"}
 _NO_BLOCKS = 1 << 62
+_SCRATCH = 2 << 20
 
 
 def _fp32(numbers: Sequence[float]) -> Tensor:
@@ -96,9 +98,36 @@ def encode(w: Tensor, factor: Tensor, zero: Tensor | None, fmt: QFormat) -> Tens
 
 def dequantize(parts: Parts, fmt: QFormat, n: int, k: int, row0: int, row1: int, dtype: torch.dtype) -> Tensor:
     """Rows row0..row1 of the n x k weight: (value - zero) * S in fp32, rounded once to ``dtype``."""
-    out = torch.empty(row1 - row0, k, dtype=dtype, device="cpu")
-    _core.q_dequantize(_weight(parts, fmt, n, k), row0, row1, _CODES[dtype], out.data_ptr(), torch.get_num_threads())
+    return _dequantized(parts, fmt, n, k, row0, row1, torch.empty(row1 - row0, k, dtype=dtype, device="cpu"))
+
+
+def _dequantized(parts: Parts, fmt: QFormat, n: int, k: int, row0: int, row1: int, out: Tensor) -> Tensor:
+    _core.q_dequantize(_weight(parts, fmt, n, k), row0, row1, _CODES[out.dtype], out.data_ptr(), torch.get_num_threads())
     return out
+
+
+class _Scratch(threading.local):
+    """Bytes that a thread keeps: memory that is allocated for every piece may be given back after each, and its pages then cost 10 times what is
+    written to them."""
+
+    held = torch.empty(0, dtype=torch.uint8, device="cpu")
+
+    def __call__(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        size = rows * columns * dtype.itemsize
+        if size > _SCRATCH:
+            return torch.empty(rows, columns, dtype=dtype, device="cpu")
+        if not self.held.numel():
+            with torch.inference_mode(False):
+                self.held = torch.empty(_SCRATCH, dtype=torch.uint8, device="cpu")
+        return self.held[:size].view(dtype).view(rows, columns)
+
+
+_scratch = _Scratch()
+
+
+def piece(parts: Parts, fmt: QFormat, n: int, k: int, row0: int, row1: int, dtype: torch.dtype) -> Tensor:
+    """`dequantize`, in memory that the thread's next piece overwrites."""
+    return _dequantized(parts, fmt, n, k, row0, row1, _scratch(row1 - row0, k, dtype))
 
 
 def _matrix(x: Tensor) -> tuple[int, int, int, int]:
@@ -122,7 +151,7 @@ def linear_dx(dy: Tensor, parts: Parts, fmt: QFormat, n: int, k: int) -> Tensor:
 
 #: rows of x up to which the own product is the faster one, at 4096 x 4096 on AVX2: x W^T; dY W of integers and of tables; x W^T with bytes looked
 #: up in memory; what is decoded first; and where the processor multiplies in 16 bits
-_FEW, _FEW_DX_INTEGERS, _FEW_DX_LOOKUPS, _FEW_BYTES, _FEW_DECODED, _FEW_16_BIT = 48, 48, 20, 24, 12, 12
+_FEW, _FEW_DX_INTEGERS, _FEW_DX_LOOKUPS, _FEW_BYTES, _FEW_DECODED, _FEW_16_BIT = 48, 48, 20, 24, 12, 16
 
 
 def small(t: int, n: int, k: int, dtype: torch.dtype, fmt: QFormat, transposed: bool) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..derivatives import first_order, refuse_transforms
 from ..ops import quant as _quant  # noqa: F401 - defines torch.ops.fusedadapt.q_*
-from . import product
+from . import plain, product
 from .activations import quantized_linear_act
 from .tensor import QuantizedTensor
 
@@ -52,6 +52,8 @@ def quantized_linear(x: Tensor, qw: QuantizedTensor, bias: Tensor | None = None,
     """
     if activations is not None:
         return quantized_linear_act(x, qw, bias, activations)
+    if (few := plain.product(x, qw, bias)) is not None:
+        return few
     refuse_transforms("fusedadapt.quantized_linear")
     y: Tensor = _apply(product.checked_input(x, qw, bias), bias, qw.format.spec, qw.rows, *qw.parts)
     return y.view(*x.shape[:-1], qw.rows)
