@@ -62,8 +62,8 @@ void decode_each(const D& d, const uint8_t* row, int64_t c0, int64_t c1, const P
 // The same by groups of whole vectors.
 template <class D, class Format>
 void decode_runs(const D& d, int64_t side, const uint8_t* row, int64_t c0, int64_t c1, const Piece& p, typename Format::E* out) {
-  for (int64_t c = c0, g = 0; c < c1; ++g) {
-    const int64_t end = least((c / side + 1) * side, c1);
+  for (int64_t c = c0, g = 0, next = (c0 / side + 1) * side; c < c1; ++g, next += side) {
+    const int64_t end = least(next, c1);
     const F z = splat(p.z[g]), s = splat(p.s[g]);
     for (; c < end; c += kLanes) store(out + c - c0, Format::narrow((D::at(d, row, c) - z) * s));
   }
@@ -112,8 +112,8 @@ void decode_groups(const Weight& w, const uint8_t* row, int64_t c0, int64_t c1, 
   Lookup<bits> values;
   Lookup<bits>::set(values, w.values);
   const int64_t side = w.grid.columns;
-  for (int64_t c = c0, g = 0; c < c1; ++g) {
-    const int64_t end = least((c / side + 1) * side, c1);
+  for (int64_t c = c0, g = 0, next = (c0 / side + 1) * side; c < c1; ++g, next += side) {
+    const int64_t end = least(next, c1);
     const F z = splat(p.z[g]), s = splat(p.s[g]);
     const auto rounded = Lookup<bits>::map(values, [&](F v) { return as_lanes((v - z) * s, Format{}); });
 #if defined(__AVX512BW__)
