@@ -32,7 +32,7 @@ void gather(void* p_to, const void* p_from, void* g_to, const void* g_from, cons
     const int ahead = int(std::max<int64_t>(std::min<int64_t>(n, left - kAhead), 0));
     for (int i = 0; i < n; ++i) {
       if (i < ahead) {
-        prefetch_line<0, 3>(p + at[i + kAhead]);
+        prefetch_line(p + at[i + kAhead]);
         if constexpr (with_g.value) prefetch_line(g + at[i + kAhead]);
       }
       p_out[i] = p[at[i]];
