@@ -244,6 +244,19 @@ MUTANTS = (
         "csrc/cpu/quant_product.cpp", "numbers.decoded = true;", "return;",
         "test_quant_cpp.py::test_infinities_are_where_the_reference_has_them[base-int4]",
     ),
+    # few tokens the short way: whose gradients it must leave alone, and what it must not read
+    Mutant(
+        "fusedadapt/quant/plain.py", "(x.requires_grad or (bias", "((bias",
+        "test_quant_plain.py::test_who_looks_on_or_wants_gradients_gets_the_general_way",
+    ),
+    Mutant(
+        "fusedadapt/quant/plain.py", "or t.numel() != size[0]", "",
+        "test_quant_plain.py::test_parts_that_do_not_fit_are_refused_as_before",
+    ),
+    Mutant(
+        "fusedadapt/ops/quant_cpp.py", "class _Scratch(threading.local):", "class _Scratch:",
+        "test_quant_plain.py::test_pieces_live_in_one_piece_of_memory_a_thread",
+    ),
     # low-bit weights in C++
     Mutant(Q_CODEC, "count -= I(m > cuts[k]);", "count -= I(m >= cuts[k]);", f"{Q_SAME}[base-mxfp4]"),
     Mutant(Q_CODEC, "if (e.round_last) v += z;", "", f"{Q_SAME}[base-hqq4]"),

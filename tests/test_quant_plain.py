@@ -108,12 +108,18 @@ def test_layers_and_compiled_layers(ways: list[bool]) -> None:
 
 
 def test_pieces_live_in_one_piece_of_memory_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    quant_cpp = ops._module("cpp")
+    assert quant_cpp is not None
     monkeypatch.setitem(ops._SCRATCH, "cpu", 16 * 96 * 4)
     q, x = fa.quantize(new(150, 96, seed=1), "nf4"), new(70, 96, seed=2)
     want = x.double() @ q.dequantize(torch.float64).t()
     faults: list[float] = []
+    places: set[int] = set()
+    together = threading.Barrier(3, timeout=60)
 
     def run() -> None:
+        places.add(quant_cpp._scratch(1, 1, torch.float32).data_ptr())
+        together.wait()
         for _ in range(30):
             y = fa.quantized_linear(x, q)
             faults.append(float((y.double() - want).abs().max()))
@@ -123,4 +129,4 @@ def test_pieces_live_in_one_piece_of_memory_a_thread(monkeypatch: pytest.MonkeyP
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(faults) == 90 and max(faults) < 1e-4
+    assert len(places) == 3 and len(faults) == 90 and max(faults) < 1e-4
