@@ -70,8 +70,8 @@ MUTANTS = (
     Mutant(TABLE, 'if (!e.compact_grad && !same_shape(e.p, e.g)) fail("shape:grad");', "", "test_a_wrong_gradient_is_refused"),
     Mutant("csrc/table_warm.cpp", "!(p == w.p)", "p.signature != w.p.signature", "test_a_moved_parameter_is_found"),
     # the mask as the index
-    Mutant(POSITIONS, "drop(int(skip));", "", BY_MASK),
-    Mutant(POSITIONS, "64 * word_, ring_", "32 * word_, ring_", BY_MASK),
+    Mutant(POSITIONS, "passed_ = 0;", "", BY_MASK),
+    Mutant(POSITIONS, "const int64_t base = 64 *", "const int64_t base = 32 *", BY_MASK),
     Mutant("csrc/cpu/positions_isa.cpp", "base += 8)", "base += 4)", BY_MASK),
     # coded states
     Mutant(LOWBIT, "const int32_t m = a > 0.f ? int32_t(y) : 0;", "const int32_t m = a > 0.f ? int32_t(y + 0.5f) : 0;", f"{CODED}[AdamW-0-int8]"),

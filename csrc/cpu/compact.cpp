@@ -68,53 +68,102 @@ struct List {
   const Index* at(int64_t offset, int) const { return index + offset; }
 };
 
+// The words of a mask, 64 bits at a time, from a piece's first entry on.
+class Words {
+ public:
+  explicit Words(const Piece& w) : mask_(w.tensor->mask), words_((w.tensor->index_inner + 31) / 32) {
+    const auto* before = static_cast<const int64_t*>(w.tensor->index);
+    const int64_t group = std::upper_bound(before, before + (words_ + 31) / 32, w.begin) - before - 1;
+    next_ = 16 * group;
+    int64_t skip = w.begin - before[group];
+    for (int n; (n = __builtin_popcountll(word(next_))) <= skip; ++next_) skip -= n;
+    uint64_t rest = word(next_);
+    for (; skip > 0; --skip) rest &= rest - 1;
+    passed_ = word(next_) & ~rest;
+  }
+  int64_t next() const { return next_; }
+  uint64_t take() {
+    const uint64_t bits = word(next_++) & ~passed_;
+    passed_ = 0;
+    return bits;
+  }
+
+ private:
+  uint64_t word(int64_t i) const {
+    if (2 * i >= words_)
+      throw std::runtime_error("step: expected as many bits in the mask as it had; it was changed in place; use grow_prune");
+    const uint64_t high = 2 * i + 1 < words_ ? mask_[2 * i + 1] : 0;
+    return high << 32 | mask_[2 * i];
+  }
+
+  const uint32_t* mask_;
+  const int64_t words_;
+  int64_t next_;
+  uint64_t passed_;  // bits of the next word that lie before the piece
+};
+
 // Likewise out of a mask, decoded a word at a time into L1: the positions of a block, and those to prefetch.
 struct Bits {
   static constexpr DType kType = kI64;
   const int64_t end;
 
-  Bits(const Kernels& kernels, const Piece& w)
-      : end(w.end), positions_(*kernels.positions), mask_(w.tensor->mask), words_((w.tensor->index_inner + 31) / 32), first_(w.begin) {
-    const auto* before = static_cast<const int64_t*>(w.tensor->index);
-    const int64_t group = std::upper_bound(before, before + (words_ + 31) / 32, w.begin) - before - 1;
-    word_ = 16 * group;
-    int64_t skip = w.begin - before[group];
-    while (have_ <= skip) {
-      skip -= have_;
-      have_ = 0;
-      take();
-    }
-    drop(int(skip));
-  }
+  Bits(const Kernels& kernels, const Piece& w) : end(w.end), positions_(*kernels.positions), words_(w), first_(w.begin) {}
 
   const int64_t* at(int64_t offset, int n) {
     if (offset - first_ + std::min<int64_t>(n + kAhead, end - offset) > have_) {
       drop(int(offset - first_));
       first_ = offset;
-      while (have_ < kDecoded && first_ + have_ < end) take();
+      while (have_ < kDecoded && first_ + have_ < end) {
+        const int64_t base = 64 * words_.next();
+        have_ += positions_(words_.take(), base, ring_ + have_);
+      }
     }
     return ring_ + (offset - first_);
   }
 
  private:
-  void take() {
-    if (2 * word_ >= words_)
-      throw std::runtime_error("step: expected as many bits in the mask as it had; it was changed in place; use grow_prune");
-    const uint64_t high = 2 * word_ + 1 < words_ ? mask_[2 * word_ + 1] : 0;
-    have_ += positions_(high << 32 | mask_[2 * word_], 64 * word_, ring_ + have_);
-    ++word_;
-  }
   void drop(int n) {
     have_ -= n;
     memmove(ring_, ring_ + n, size_t(have_) * sizeof *ring_);
   }
 
   const PositionsFn positions_;
-  const uint32_t* mask_;
-  const int64_t words_;
-  int64_t word_ = 0, first_;  // the next word of 64; the entry whose position is ring_[0]
+  Words words_;
+  int64_t first_;  // the entry whose position is ring_[0]
   int have_ = 0;
   int64_t ring_[kDecoded + 72];
+};
+
+// A piece's block: its parameter is in scratch, and what lies one an entry is moved along.
+class Block {
+ public:
+  Block(const Piece& w, void* p) : entry(*w.tensor), part_(w), all_(*w.tensor) {
+    entry.param = p;
+    entry.mask = nullptr;
+    part_.tensor = &entry;
+    part_.begin = 0;
+  }
+  Block(const Block&) = delete;
+
+  // n entries from `offset` on; `index`: their positions, which only random bits ask for; `g`: their gradients, unless these are compact, too.
+  void update(UpdateFn function, int64_t offset, int n, const void* index, void* g) {
+    const auto shifted = [&](auto* base, int dtype) {
+      return base ? reinterpret_cast<decltype(base)>(uintptr_t(base) + uintptr_t(offset * dtype_size(dtype))) : base;
+    };
+    for (int k = 0; k < kMaxStates; ++k) entry.state[k] = shifted(all_.state[k], all_.state_dtype[k]);
+    entry.extra = shifted(all_.extra, all_.extra_dtype);
+    entry.anchor = shifted(all_.anchor, all_.anchor_dtype);
+    entry.index = index;
+    entry.grad = all_.compact_grad ? shifted(all_.grad, all_.grad_dtype) : g;
+    entry.numel = part_.end = n;
+    function(part_);
+  }
+
+  TensorDesc entry;
+
+ private:
+  Piece part_;
+  const TensorDesc& all_;
 };
 
 template <class Positions>
@@ -123,28 +172,43 @@ void run(const Kernels& kernels, UpdateFn update, const Piece& w) {
   alignas(64) uint32_t p[kBlock], g[kBlock];
   const bool wide = dtype_size(t.param_dtype) == 4;
   Positions positions(kernels, w);
-  TensorDesc block = t;
-  block.param = p;
-  block.mask = nullptr;
-  block.index_dtype = Positions::kType;
-  Piece part = w;
-  part.tensor = &block;
-  part.begin = 0;
+  Block block(w, p);
+  block.entry.index_dtype = Positions::kType;
   for (int64_t offset = w.begin; offset < w.end; offset += kBlock) {
     const int n = int(std::min<int64_t>(kBlock, w.end - offset));
     const auto* at = positions.at(offset, n);
-    const auto shifted = [&](auto* base, int dtype) {
-      return base ? reinterpret_cast<decltype(base)>(uintptr_t(base) + uintptr_t(offset * dtype_size(dtype))) : base;
-    };
-    for (int k = 0; k < kMaxStates; ++k) block.state[k] = shifted(t.state[k], t.state_dtype[k]);
-    block.extra = shifted(t.extra, t.extra_dtype);
-    block.anchor = shifted(t.anchor, t.anchor_dtype);
-    block.index = at;
-    block.grad = t.compact_grad ? shifted(t.grad, t.grad_dtype) : g;
-    block.numel = part.end = n;
     gather(p, t, g, at, n, positions.end - offset);
-    update(part);
+    block.update(update, offset, n, at, g);
     wide ? scatter<uint32_t>(t.param, p, at, n) : scatter<uint16_t>(t.param, p, at, n);
+  }
+}
+
+// A mask whose words move the elements themselves, for updates that do not ask where these are: 0.76 of the time at 10 % (Zen 5).
+void run_words(const Kernels& kernels, UpdateFn update, const Piece& w) {
+  constexpr int kMost = 256, kWords = 64;
+  const TensorDesc& t = *w.tensor;
+  alignas(64) uint32_t p[kMost + kPackedSlack], g[kMost + kPackedSlack];
+  const int p_size = int(dtype_size(t.param_dtype)), g_size = int(dtype_size(t.grad_dtype));
+  Words words(w);
+  Block block(w, p);
+  uint64_t bits[kWords];
+  for (int64_t offset = w.begin; offset < w.end;) {
+    const int64_t first = 64 * words.next();
+    int n = 0, count = 0;
+    for (; count < kWords && n + 64 <= kMost && offset + n < w.end; ++count) {
+      uint64_t word = words.take();
+      n += __builtin_popcountll(word);
+      for (; offset + n > w.end; --n) word &= ~(uint64_t(1) << (63 - __builtin_clzll(word)));
+      bits[count] = word;
+    }
+    if (n == 0) continue;
+    char* const at = static_cast<char*>(t.param) + first * p_size;
+    const int whole = int(std::min<int64_t>(count, (t.index_inner - first) / 64));
+    kernels.words->pick(bits, count, whole, at, p_size, p);
+    if (!t.compact_grad) kernels.words->pick(bits, count, whole, static_cast<const char*>(t.grad) + first * g_size, g_size, g);
+    block.update(update, offset, n, nullptr, g);
+    kernels.words->put(bits, count, at, p_size, p);
+    offset += n;
   }
 }
 
@@ -152,6 +216,7 @@ void run(const Kernels& kernels, UpdateFn update, const Piece& w) {
 
 void update_compact(const Kernels& kernels, UpdateFn update, const Piece& piece) {
   const int type = piece.tensor->index_dtype;
+  if (type == kBits && kernels.words->pick && !piece.stochastic) return run_words(kernels, update, piece);
   const auto function = type == kBits ? run<Bits> : type == kI64 ? run<List<int64_t>> : run<List<int32_t>>;
   function(kernels, update, piece);
 }

@@ -28,6 +28,14 @@ using SquaresFn = void (*)(const GradSpan* spans, const GradSpan* following, int
 
 // Positions of the set bits of a word that starts at `base`, in order; returns how many. `out` has room for 72.
 using PositionsFn = int (*)(uint64_t word, int64_t base, int64_t* out);
+// The elements of `from` (2 or 4 bytes each) whose bits are set in `count` words of a mask, side by side, and back to their places, where nothing else is
+// written. The first `whole` words stand for 64 elements that exist. `packed` has room for kPackedSlack elements more. Null where a loop over positions
+// does as well.
+struct WordsFns {
+  void (*pick)(const uint64_t* words, int count, int whole, const void* from, int size, void* packed);
+  void (*put)(const uint64_t* words, int count, void* to, int size, const void* packed);
+};
+constexpr int kPackedSlack = 16;
 
 struct Codec;
 
@@ -37,6 +45,7 @@ struct Kernels {
   SquaresFn squares;
   const Codec* codec;
   const PositionsFn* positions;
+  const WordsFns* words;
 };
 
 extern const Kernels kernels_base;

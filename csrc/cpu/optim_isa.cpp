@@ -391,7 +391,9 @@ const UpdateFn table[] = {
 
 extern const Codec FA_CAT(codec_, FA_ISA);            // lowbit_isa.cpp
 extern const PositionsFn FA_CAT(positions_, FA_ISA);  // positions_isa.cpp
+extern const WordsFns FA_CAT(words_, FA_ISA);         // likewise
 extern const Kernels FA_CAT(kernels_, FA_ISA);
-const Kernels FA_CAT(kernels_, FA_ISA) = {FA_STR(FA_ISA), table, squares, &FA_CAT(codec_, FA_ISA), &FA_CAT(positions_, FA_ISA)};
+const Kernels FA_CAT(kernels_, FA_ISA) = {FA_STR(FA_ISA),         table, squares, &FA_CAT(codec_, FA_ISA), &FA_CAT(positions_, FA_ISA),
+                                          &FA_CAT(words_, FA_ISA)};
 
 }  // namespace fa::cpu
