@@ -7,6 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -77,6 +80,49 @@ def test_who_looks_on_or_wants_gradients_gets_the_general_way(ways: list[bool]) 
         assert torch.equal(fa.quantized_linear(x, q), want) and ways[-1]
     with torch.inference_mode():
         assert torch.equal(fa.quantized_linear(x.detach(), q), want) and ways[-1]
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_tracers_write_the_product_down(ways: list[bool]) -> None:
+    """Without it their graph would be an allocation, and its results whatever lies there."""
+    q, x = fa.quantize(new(24, 64, seed=1), "nf4"), new(2, 64, seed=2)
+    other = new(2, 64, seed=3)
+    want = fa.quantized_linear(other, q)
+    for pre_dispatch in (False, True):
+        graph = make_fx(lambda t: fa.quantized_linear(t, q), pre_dispatch=pre_dispatch)(x)
+        assert torch.equal(graph(other), want)
+    seen: list[str] = []
+
+    class Listener(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Listener():
+        assert fa.quantized_linear(x, q).shape == (2, 24)
+    assert "fusedadapt.q_linear" in seen
+    with pytest.raises(RuntimeError):  # torch.jit has no view as bytes
+        torch.jit.trace(lambda t: fa.quantized_linear(t, q), x, check_trace=False)
+    assert ways == [True, False, False, False, False]
+
+
+def test_forward_mode_is_refused_as_before(ways: list[bool]) -> None:
+    """Its derivative would be lost without a word, under no_grad, too."""
+    q, x = fa.quantize(new(24, 64, seed=1), "nf4"), new(2, 64, seed=2)
+    for block in (torch.enable_grad(), torch.no_grad()):
+        with forward_ad.dual_level(), block, pytest.raises(NotImplementedError, match="jvp"):
+            fa.quantized_linear(forward_ad.make_dual(x, torch.ones_like(x)), q)
+    assert not any(ways)
+
+
+def test_tensors_that_only_stand_for_others_go_the_general_way(ways: list[bool]) -> None:
+    """They look plain and have no address: zeros that autograd makes up, tensors of torch's functionalization."""
+    q, x = fa.quantize(new(24, 64, seed=1), "nf4"), new(2, 64, seed=2)
+    assert not fa.quantized_linear(torch._efficientzerotensor(2, 64), q).any()
+    assert torch.equal(fa.quantized_linear(x, q, torch._efficientzerotensor(24)), fa.quantized_linear(x, q))
+    wrapped = fa.quantized_linear(torch._to_functional_tensor(x), q)
+    assert torch.equal(torch._from_functional_tensor(wrapped), fa.quantized_linear(x, q))
+    assert ways == [False, False, True, False, True]
 
 
 def test_many_tokens_and_odd_memory_are_left_to_the_general_way(ways: list[bool]) -> None:
