@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import fusedadapt as fa
 from fusedadapt import config
 from fusedadapt.ops import quant as ops
+from fusedadapt.ops import quant_cpp
 from fusedadapt.quant import plain
 
 FORMATS = {"nf4": {}, "int4": {}, "int8": {}, "fp8_e4m3": {}, "mxfp4": {}, "nvfp4": {}, "fp4_e2m1": {}, "ternary": {}, "hqq4": {}, "int3": {}}
@@ -170,3 +172,26 @@ def test_pieces_live_in_one_piece_of_memory_a_thread(monkeypatch: pytest.MonkeyP
     for thread in threads:
         thread.join()
     assert len(faults) == 90 and max(faults) < 1e-4
+
+
+def test_a_product_within_another_has_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal handler, a finalizer or a debugger may multiply while a piece waits for its product."""
+    monkeypatch.setitem(ops._SCRATCH, "cpu", 16 * 96 * 4)
+    q, other = (fa.quantize(new(150, 96, seed=seed), "nf4") for seed in (1, 2))
+    x = new(70, 96, seed=3)
+    inside: list[bool] = []
+    dequantized = quant_cpp._dequantized
+
+    def interrupted(*args: Any) -> torch.Tensor:
+        w = dequantized(*args)
+        if not inside:
+            inside.append(True)
+            fa.quantized_linear(x, other)
+            inside.clear()
+        return w
+
+    want = fa.quantized_linear(x.requires_grad_(), q)
+    (want_dx,) = torch.autograd.grad(want.sum(), x)
+    monkeypatch.setattr(quant_cpp, "_dequantized", interrupted)
+    y = fa.quantized_linear(x, q)
+    assert torch.equal(y, want) and torch.equal(torch.autograd.grad(y.sum(), x)[0], want_dx)

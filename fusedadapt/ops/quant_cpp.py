@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -104,28 +104,34 @@ def _dequantized(parts: Parts, fmt: QFormat, n: int, k: int, row0: int, row1: in
     return out
 
 
-class _Scratch(threading.local):
-    """Bytes that a thread keeps: memory that is allocated for every piece may be given back after each, and its pages then cost 10 times what is
-    written to them."""
+class _Kept(threading.local):
+    """Bytes that a thread keeps for its next product: memory that is allocated for every piece may be given back after each, and its pages then cost
+    10 times what is written to them."""
 
-    held = torch.empty(0, dtype=torch.uint8, device="cpu")
-
-    def __call__(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-        size = rows * columns * dtype.itemsize
-        if size > _SCRATCH:
-            return torch.empty(rows, columns, dtype=dtype, device="cpu")
-        if not self.held.numel():
-            with torch.inference_mode(False):
-                self.held = torch.empty(_SCRATCH, dtype=torch.uint8, device="cpu")
-        return self.held[:size].view(dtype).view(rows, columns)
+    def __init__(self) -> None:
+        self.free: list[Tensor] = []
 
 
-_scratch = _Scratch()
+_kept = _Kept()
 
 
-def piece(parts: Parts, fmt: QFormat, n: int, k: int, row0: int, row1: int, dtype: torch.dtype) -> Tensor:
-    """`dequantize`, in memory that the thread's next piece overwrites."""
-    return _dequantized(parts, fmt, n, k, row0, row1, _scratch(row1 - row0, k, dtype))
+def _memory(size: int) -> Tensor:
+    """Nobody else's until it is put back: a signal handler or a finalizer may multiply within a product."""
+    if size <= _SCRATCH and _kept.free:
+        return _kept.free.pop()
+    with torch.inference_mode(False):
+        return torch.empty(max(size, _SCRATCH), dtype=torch.uint8, device="cpu")
+
+
+def pieces(parts: Parts, fmt: QFormat, n: int, k: int, rows: int, dtype: torch.dtype) -> Iterator[Tensor]:
+    """`dequantize` of so many rows after so many, each in the memory of the one before."""
+    memory = _memory(min(rows, n) * k * dtype.itemsize)
+    for row in range(0, n, rows):
+        end = min(n, row + rows)
+        out = memory[: (end - row) * k * dtype.itemsize].view(dtype).view(end - row, k)
+        yield _dequantized(parts, fmt, n, k, row, end, out)
+    if memory.numel() == _SCRATCH:
+        _kept.free[:] = [memory]
 
 
 def _matrix(x: Tensor) -> tuple[int, int, int, int]:
