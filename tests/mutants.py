@@ -254,8 +254,8 @@ MUTANTS = (
         "test_quant_plain.py::test_parts_that_do_not_fit_are_refused_as_before",
     ),
     Mutant(
-        "fusedadapt/ops/quant_cpp.py", "class _Scratch(threading.local):", "class _Scratch:",
-        "test_quant_plain.py::test_pieces_live_in_one_piece_of_memory_a_thread",
+        "fusedadapt/ops/quant_cpp.py", "return _kept.free.pop()", "return _kept.free[-1]",
+        "test_quant_plain.py::test_a_product_within_another_has_memory_of_its_own",
     ),
     # low-bit weights in C++
     Mutant(Q_CODEC, "count -= I(m > cuts[k]);", "count -= I(m >= cuts[k]);", f"{Q_SAME}[base-mxfp4]"),

@@ -123,3 +123,12 @@ def test_the_op_refuses_what_does_not_fit() -> None:
     for dy, ste, match in ((x.half(), "clamp", "dy like x"), (x, "none", "ste among")):
         with pytest.raises(ValueError, match=match):
             torch.ops.fusedadapt.q_fake_backward(dy, x, s, *rest, ste, True)
+
+
+@pytest.mark.parametrize("lost", range(3), ids=["x", "scale", "zero"])
+def test_tensors_without_memory_are_refused(lost: int) -> None:
+    """What FSDP has given back; a zero point without an address is none to the kernel."""
+    tensors = new(4, 8), torch.tensor([0.1]), torch.tensor([2.0])
+    tensors[lost].untyped_storage().resize_(0)
+    with fa.backend("cpp"), pytest.raises(ValueError, match="expected tensors with memory; got"):
+        fake_quantize(*tensors, **FOUR)

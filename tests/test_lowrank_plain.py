@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fusedadapt as fa
 from fusedadapt.lowrank import functional, lora_linear, plain
@@ -133,6 +134,15 @@ def test_backward_under_a_dispatch_mode_takes_the_ops(monkeypatch):
     assert taken == ["forward", "backward"] and counter.get_total_flops() == 2 * 18 * (16 * 12 + 4 * (2 * 16 + 2 * 12))
     for one, other in zip(found, expected[1:], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_tracers_before_autograd_write_the_adapter_down(monkeypatch):
+    """make_fx with pre_dispatch=True: the kernels, called by address, would be missing from its graph."""
+    x, w, a, b, _ = tensors((9,), 16, 12, 4, False, False)
+    taken = count_short(monkeypatch)
+    graph = make_fx(lambda t: lora_linear(t, w, a.detach(), b.detach()), pre_dispatch=True)(torch.zeros_like(x))
+    torch.testing.assert_close(graph(x), x @ w.T + (x @ a.T.detach()) @ b.T.detach(), rtol=1e-5, atol=1e-5)
+    assert not taken
 
 
 def test_a_second_derivative_is_refused():

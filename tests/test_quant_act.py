@@ -317,3 +317,13 @@ def test_numbers_near_the_largest_give_what_is_finite(dtype: torch.dtype, backen
     with fa.backend(backend):
         y = quantized_linear_act(x, qw)
     torch.testing.assert_close(y.double(), x.double() @ qw.dequantize(torch.float64).T, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("lost", ["x", "qdata", "bias"])
+def test_tensors_without_memory_are_refused(lost: str) -> None:
+    """A bias that FSDP has given back is none to the kernel."""
+    qw = fa.quantize(torch.randn(24, 64), "int8").clone()
+    tensors = {"x": torch.randn(2, 64), "qdata": qw.qdata, "bias": torch.randn(24)}
+    tensors[lost].untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="expected tensors with memory; got"):
+        fa.quantized_linear(tensors["x"], qw, tensors["bias"], activations="int8")

@@ -222,3 +222,23 @@ def test_infinities_are_where_the_reference_has_them(name: str, isa: str) -> Non
             assert same(got[broken], want[broken]) and bool(got[~broken].isfinite().all()), (t, transposed)
             untouched = (x == clean).all(1)
             assert torch.equal(got[untouched], before[untouched]), (t, transposed)
+
+
+@pytest.mark.parametrize(("lost", "tokens"), [("x", 2), ("bias", 2), *((part, tokens) for part in ("qdata", "scale", "zero") for tokens in (2, 200))])
+def test_tensors_without_memory_are_refused(lost: str, tokens: int) -> None:
+    """What FSDP has given back has a shape and no address, which for the kernels means that there is no such part, or is read all the same."""
+    q = fa.quantize(torch.randn(24, 64), "int4").clone()
+    tensors = {"x": torch.randn(tokens, 64), "bias": torch.randn(24)} | q.parts._asdict()
+    tensors[lost].untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="expected tensors with memory; got"):
+        fa.quantized_linear(tensors["x"], q, tensors["bias"])
+
+
+def test_an_infinite_weight_is_counted_once(isa: str) -> None:
+    """fp8_e5m2 files may hold infinities. Rows are taken by fours, and what stands in for rows beyond the last must not multiply them by zero."""
+    for name, k in (("fp8_e5m2", 70), ("mxfp8_e5m2", 96)):
+        for n in (1, 2, 3, 5):
+            parts = fa.quantize(torch.randn(n, k, generator=torch.Generator().manual_seed(n)), name).parts
+            parts.qdata.view(-1)[-3:] = torch.tensor([0x7C, 0xFC, 0x7C], dtype=torch.uint8)
+            dx = cpp.linear_dx(torch.ones(2, n), parts, CASES[name], n, k)
+            assert dx[0, -3:].tolist() == [torch.inf, -torch.inf, torch.inf] and bool(dx[:, :-3].isfinite().all()), (name, n)

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import fusedadapt as fa
 from fusedadapt import config
 from fusedadapt.ops import quant as ops
+from fusedadapt.ops import quant_cpp
 from fusedadapt.quant import plain
 
 FORMATS = {"nf4": {}, "int4": {}, "int8": {}, "fp8_e4m3": {}, "mxfp4": {}, "nvfp4": {}, "fp4_e2m1": {}, "ternary": {}, "hqq4": {}, "int3": {}}
@@ -79,6 +84,49 @@ def test_who_looks_on_or_wants_gradients_gets_the_general_way(ways: list[bool]) 
         assert torch.equal(fa.quantized_linear(x.detach(), q), want) and ways[-1]
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_tracers_write_the_product_down(ways: list[bool]) -> None:
+    """Without it their graph would be an allocation, and its results whatever lies there."""
+    q, x = fa.quantize(new(24, 64, seed=1), "nf4"), new(2, 64, seed=2)
+    other = new(2, 64, seed=3)
+    want = fa.quantized_linear(other, q)
+    for pre_dispatch in (False, True):
+        graph = make_fx(lambda t: fa.quantized_linear(t, q), pre_dispatch=pre_dispatch)(x)
+        assert torch.equal(graph(other), want)
+    seen: list[str] = []
+
+    class Listener(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Listener():
+        assert fa.quantized_linear(x, q).shape == (2, 24)
+    assert "fusedadapt.q_linear" in seen
+    with pytest.raises(RuntimeError):  # torch.jit has no view as bytes
+        torch.jit.trace(lambda t: fa.quantized_linear(t, q), x, check_trace=False)
+    assert ways == [True, False, False, False, False]
+
+
+def test_forward_mode_is_refused_as_before(ways: list[bool]) -> None:
+    """Its derivative would be lost without a word, under no_grad, too."""
+    q, x = fa.quantize(new(24, 64, seed=1), "nf4"), new(2, 64, seed=2)
+    for block in (torch.enable_grad(), torch.no_grad()):
+        with forward_ad.dual_level(), block, pytest.raises(NotImplementedError, match="jvp"):
+            fa.quantized_linear(forward_ad.make_dual(x, torch.ones_like(x)), q)
+    assert not any(ways)
+
+
+def test_tensors_that_only_stand_for_others_go_the_general_way(ways: list[bool]) -> None:
+    """They look plain and have no address: zeros that autograd makes up, tensors of torch's functionalization."""
+    q, x = fa.quantize(new(24, 64, seed=1), "nf4"), new(2, 64, seed=2)
+    assert not fa.quantized_linear(torch._efficientzerotensor(2, 64), q).any()
+    assert torch.equal(fa.quantized_linear(x, q, torch._efficientzerotensor(24)), fa.quantized_linear(x, q))
+    wrapped = fa.quantized_linear(torch._to_functional_tensor(x), q)
+    assert torch.equal(torch._from_functional_tensor(wrapped), fa.quantized_linear(x, q))
+    assert ways == [False, False, True, False, True]
+
+
 def test_many_tokens_and_odd_memory_are_left_to_the_general_way(ways: list[bool]) -> None:
     q = fa.quantize(new(24, 64, seed=1), "nf4")
     for x in (new(100, 64, seed=2), new(4, 128, seed=2)[:, ::2], new(64, 4, seed=2).t(), new(0, 64, seed=2), new(3, 64, seed=2).double()):
@@ -108,18 +156,12 @@ def test_layers_and_compiled_layers(ways: list[bool]) -> None:
 
 
 def test_pieces_live_in_one_piece_of_memory_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    quant_cpp = ops._module("cpp")
-    assert quant_cpp is not None
     monkeypatch.setitem(ops._SCRATCH, "cpu", 16 * 96 * 4)
     q, x = fa.quantize(new(150, 96, seed=1), "nf4"), new(70, 96, seed=2)
     want = x.double() @ q.dequantize(torch.float64).t()
     faults: list[float] = []
-    places: set[int] = set()
-    together = threading.Barrier(3, timeout=60)
 
     def run() -> None:
-        places.add(quant_cpp._scratch(1, 1, torch.float32).data_ptr())
-        together.wait()
         for _ in range(30):
             y = fa.quantized_linear(x, q)
             faults.append(float((y.double() - want).abs().max()))
@@ -129,4 +171,27 @@ def test_pieces_live_in_one_piece_of_memory_a_thread(monkeypatch: pytest.MonkeyP
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(places) == 3 and len(faults) == 90 and max(faults) < 1e-4
+    assert len(faults) == 90 and max(faults) < 1e-4
+
+
+def test_a_product_within_another_has_memory_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal handler, a finalizer or a debugger may multiply while a piece waits for its product."""
+    monkeypatch.setitem(ops._SCRATCH, "cpu", 16 * 96 * 4)
+    q, other = (fa.quantize(new(150, 96, seed=seed), "nf4") for seed in (1, 2))
+    x = new(70, 96, seed=3)
+    inside: list[bool] = []
+    dequantized = quant_cpp._dequantized
+
+    def interrupted(*args: Any) -> torch.Tensor:
+        w = dequantized(*args)
+        if not inside:
+            inside.append(True)
+            fa.quantized_linear(x, other)
+            inside.clear()
+        return w
+
+    want = fa.quantized_linear(x.requires_grad_(), q)
+    (want_dx,) = torch.autograd.grad(want.sum(), x)
+    monkeypatch.setattr(quant_cpp, "_dequantized", interrupted)
+    y = fa.quantized_linear(x, q)
+    assert torch.equal(y, want) and torch.equal(torch.autograd.grad(y.sum(), x)[0], want_dx)

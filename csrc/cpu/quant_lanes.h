@@ -305,6 +305,12 @@ struct Chunk {
       codes = padded;
     }
   }
+
+  // A row that adds nothing to a sum, whatever stands in W.
+  void clear() {
+    memset(own_s, 0, sizeof own_s), memset(own_z, 0, sizeof own_z), memset(padded, 0, sizeof padded);
+    s = own_s, z = own_z, codes = padded;
+  }
 };
 
 // One vector of scales or zeros for unit u of a chunk.

@@ -286,10 +286,12 @@ void dx_direct(const Weight& w, const Layout& a, const Product& p, int64_t n0, i
       const Span span(w, a, c, c + kChunk);
       float dy[kHigh][kMostRows];
       for (int64_t r = 0; r < kHigh; ++r) {
-        const int64_t row = least(n + r, n1 - 1);  // what is too much counts zero times
-        rows[r].read(w, a, span, row);
-        if (n + r >= n1) rows[r].s = static_cast<const float*>(memset(rows[r].own_s, 0, sizeof rows[r].own_s));
-        for (int64_t t = 0; t < p.t; ++t) dy[r][t] = n + r < n1 ? dy_at(p, t, row) * o.factor[t] : 0.f;
+        const bool given = n + r < n1;
+        if (given)
+          rows[r].read(w, a, span, n + r);
+        else
+          rows[r].clear();
+        for (int64_t t = 0; t < p.t; ++t) dy[r][t] = given ? dy_at(p, t, n + r) * o.factor[t] : 0.f;
       }
       for (int64_t t = 0; t < p.t; t += 4) {
         float* to = o.x + t * o.stride + c;

@@ -17,10 +17,11 @@ from ..derivatives import first_order, refuse_transforms, remember
 from ..ops import base as base_ops
 from ..ops.base import Base
 from ..ops.lowrank import ops_for
+from ..ops.onlookers import tracing
 from ..quant.tensor import QuantizedTensor
 from ..reference.lowrank import wide
 from .function import _no_autocast, _unrounded, as_tensor, resolved
-from .functional import Output, Segment, _cast, _check_dtypes, _check_outputs, _scalars, _seed, lora_linear, tracing
+from .functional import Output, Segment, _cast, _check_dtypes, _check_outputs, _scalars, _seed, lora_linear
 
 ops = torch.ops.fusedadapt
 

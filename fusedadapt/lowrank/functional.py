@@ -14,6 +14,7 @@ from ..autocast import autocasting
 from ..derivatives import refuse_transforms
 from ..ops.base import Base
 from ..ops.lowrank import DTYPES, is_direct
+from ..ops.onlookers import tracing
 from ..quant.tensor import QuantizedTensor
 from ..reference.lowrank import ACTIVATIONS, wide
 from .function import Entry, LowRankLinear, Numbers, forward_only
@@ -169,11 +170,6 @@ def _run_plain(plan: PlainPlan, x: Tensor, output: Output, training: bool, seed:
 def _is_watched(x: Tensor) -> bool:
     """Whether anybody but the caller wants to know of a call: autograd (whose forward mode no_grad leaves on), a tracer, who `is_direct` names."""
     return torch.is_grad_enabled() or forward_ad._current_level >= 0 or tracing() or not is_direct(x)
-
-
-def tracing() -> bool:
-    """Inside torch.jit.trace."""
-    return torch._C._get_tracing_state() is not None
 
 
 def _scalars(segments: Sequence[Segment], training: bool) -> tuple[Tensor | Numbers, bool]:

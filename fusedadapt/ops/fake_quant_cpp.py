@@ -5,19 +5,23 @@ Inputs are checked by `ops.fake_quant`. Sums are taken in fp32 over 512 elements
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
 from .. import _core
 from ..reference.fake_quant import INSIDE, Rule
+from .address import address
 
 _CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _INSIDE = {name: code for code, name in enumerate(INSIDE)}
+_address = functools.partial(address, "q_fake*")
 
 
 def _numbers(t: Tensor | None) -> tuple[int, int]:
     """(address, step from group to group)."""
-    return (0, 0) if t is None else (t.data_ptr(), int(t.shape[-1] > 1))
+    return (0, 0) if t is None else (_address(t), int(t.shape[-1] > 1))
 
 
 def _job(x: Tensor, rule: Rule) -> tuple[int, ...]:
@@ -25,7 +29,7 @@ def _job(x: Tensor, rule: Rule) -> tuple[int, ...]:
     low, step = _numbers(bounds)
     high = 0 if bounds is None else low + bounds.shape[-1] * bounds.element_size()
     parts = (*_numbers(rule.zero), *_numbers(rule.offset), low, high, step, rule.quant_min, rule.quant_max, int(rule.divide))
-    return (x.data_ptr(), _CODES[x.dtype], x.numel(), rule.line, rule.run, groups, rule.scale.data_ptr(), *parts)
+    return (_address(x), _CODES[x.dtype], x.numel(), rule.line, rule.run, groups, _address(rule.scale), *parts)
 
 
 def fake(x: Tensor, rule: Rule) -> Tensor:
@@ -43,5 +47,5 @@ def fake_backward(dy: Tensor, x: Tensor, rule: Rule, ste: str, sums: bool) -> tu
     dx = torch.empty_like(x)
     d_scale, d_offset = (torch.empty(rule.scale.numel() if sums else 0, dtype=torch.float32, device="cpu") for _ in range(2))
     out = (d_scale.data_ptr(), d_offset.data_ptr()) if sums else (0, 0)
-    _core.fake_quant_backward(_job(x, rule), _INSIDE[ste], dy.data_ptr(), dx.data_ptr(), *out, torch.get_num_threads())
+    _core.fake_quant_backward(_job(x, rule), _INSIDE[ste], _address(dy), dx.data_ptr(), *out, torch.get_num_threads())
     return dx, d_scale, d_offset

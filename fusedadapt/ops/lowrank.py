@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .. import config, dispatch
 from ..reference import lowrank as reference
+from .onlookers import modes
 from .register import op
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -358,12 +359,12 @@ def is_direct(x: Tensor) -> bool:
     """Whether nothing but the kernels wants to see an op on `x`: no compiler, no dispatch mode (FLOP counters, fakes), no tensor subclass, no
     meta tensor (whose seed has no value)."""
     plain = type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta
-    return plain and not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
+    return plain and not torch.compiler.is_compiling() and not modes()
 
 
 def native(x: Tensor) -> bool:
     """Whether ops on x, a plain CPU tensor, are calls of C++ functions."""
-    return torch._C._len_torch_dispatch_stack() == 0 and _direct("cpu", x.dtype == torch.float64, config.current_backend(), config.is_strict()).native
+    return not modes() and _direct("cpu", x.dtype == torch.float64, config.current_backend(), config.is_strict()).native
 
 
 def cpp() -> ModuleType:

@@ -6,32 +6,21 @@ Results repeat bit for bit, for any number of threads.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .. import _core
+from .address import address
 
 _CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _ABSENT = (0, 0, 0, 0, 0, 1)
 _Matrix = tuple[int, int, int, int, int, int]
 #: (A: R x K, B: N x R, scaling, threshold of its dropout)
 Adapter = tuple[Tensor, Tensor, float, int]
-
-
-def _address(t: Tensor | None) -> int:
-    """0 for None. ValueError for a tensor that has lost its memory (a parameter that FSDP has given back, a zero tensor of autograd's): it would pass
-    for None."""
-    if t is None:
-        return 0
-    address = t.data_ptr()
-    if not address and t.numel():
-        raise ValueError(
-            f"fusedadapt.lr_*: expected tensors with memory; got {t.dtype} {tuple(t.shape)} without; use it where its storage is there (of a sharded "
-            "parameter: inside the forward that gathers it)"
-        )
-    return address
+_address = functools.partial(address, "lr_*")
 
 
 def _matrix(t: Tensor | None) -> _Matrix:

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import importlib.util
 import math
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -226,11 +227,15 @@ def _takes(module: Any, t: int, n: int, k: int, dtype: torch.dtype, fmt: QFormat
     return not hasattr(module, "small") or module.small(t, n, k, dtype, fmt, transposed)
 
 
-def _pieces(x: Tensor, n: int, k: int, wide: torch.dtype) -> tuple[Any, range]:
-    """The function that dequantizes rows for a product with x and at once, and where its pieces begin."""
-    module = _module(choose("dequantize", x.device.type, x.dtype).backend)
+def _pieces(x: Tensor, parts: Parts, fmt: QFormat, n: int, k: int, wide: torch.dtype) -> Iterator[tuple[Tensor, int, int]]:
+    """(rows of W in ``wide``, their first, the one after their last) for a product with x. The next piece may overwrite one."""
+    module: Any = _module(choose("dequantize", x.device.type, x.dtype).backend)
     rows = max(16, _SCRATCH.get(x.device.type, _SCRATCH_GPU) // max(1, k * wide.itemsize))
-    return getattr(module, "piece", None) or module.dequantize, range(0, n, rows)  # type: ignore[union-attr]
+    starts = range(0, n, rows)
+    ends = [min(n, row + rows) for row in starts]
+    if hasattr(module, "pieces"):
+        return zip(module.pieces(parts, fmt, n, k, rows, wide), starts, ends)
+    return ((module.dequantize(parts, fmt, n, k, row, end, wide), row, end) for row, end in zip(starts, ends, strict=True))
 
 
 @op(
@@ -252,12 +257,9 @@ def _linear(x: Tensor, *args: Any) -> Tensor:
         out: Tensor = module.linear(x, parts, fmt, n, bias)  # type: ignore[union-attr]
         return out
     wide = torch.float32 if dense.widens(x) else x.dtype
-    dequantize, pieces = _pieces(x, n, k, wide)
     xs, y = x.to(wide), x.new_empty(t, n)
-    for row in pieces:
-        end = min(n, row + pieces.step)
-        w = dequantize(parts, fmt, n, k, row, end, wide).t()
-        y[:, row:end] = xs @ w if bias is None else torch.addmm(bias[row:end].to(wide), xs, w)
+    for w, row, end in _pieces(x, parts, fmt, n, k, wide):
+        y[:, row:end] = xs @ w.t() if bias is None else torch.addmm(bias[row:end].to(wide), xs, w.t())
     return y
 
 
@@ -289,15 +291,12 @@ def _linear_dx(dy: Tensor, *args: Any) -> Tensor:
         out: Tensor = module.linear_dx(dy, parts, fmt, n, k)  # type: ignore[union-attr]
         return out
     wide = torch.float32 if dense.widens(dy) else dy.dtype
-    dequantize, pieces = _pieces(dy, n, k, wide)
     dys = dy.to(wide)
     total: Tensor | None = None  # fp32 over several pieces: a 16-bit sum would be rounded at each
-    for row in pieces:
-        end = min(n, row + pieces.step)
-        w = dequantize(parts, fmt, n, k, row, end, wide)
+    for w, row, end in _pieces(dy, parts, fmt, n, k, wide):
         if total is None:
             total = dys[:, row:end] @ w
-            total = total.float() if len(pieces) > 1 else total
+            total = total.float() if end < n else total
         elif wide == total.dtype:
             total.addmm_(dys[:, row:end], w)
         else:

@@ -6,6 +6,8 @@ instruction for them.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -13,18 +15,20 @@ from .. import _core
 from ..quant.formats import QFormat
 from ..reference.quant import Parts
 from ..reference.quant_act import row_scales
+from .address import address
 from .quant_act import widened_fp8_linear as fp8_linear
 
 __all__ = ["act_quant", "fp8_linear", "int8_linear"]
 _CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _KINDS = {"int8": 0, "fp8_e4m3": 1}
+_address = functools.partial(address, "q_*")
 
 
 def act_quant(x: Tensor, fmt: QFormat) -> tuple[Tensor, Tensor]:
     """(codes, uint8 of x's shape; scales, fp32 of `fmt.grid`) from one pass over x. x: T x K, unit stride inside a row."""
     t, k = x.shape
     q, scale = torch.empty(t, k, dtype=torch.uint8, device="cpu"), torch.empty(fmt.grid(t, k), dtype=torch.float32, device="cpu")
-    spec = (x.data_ptr(), _CODES[x.dtype], t, k, x.stride(0))
+    spec = (_address(x), _CODES[x.dtype], t, k, x.stride(0))
     _core.qa_quantize(spec, fmt.sides(t, k)[1], _KINDS[fmt.name], q.data_ptr(), scale.data_ptr(), torch.get_num_threads())
     return q, scale
 
@@ -35,7 +39,7 @@ def int8_linear(codes: Tensor, x_scale: Tensor, parts: Parts, fmt: QFormat, n: i
     y, w_scale = torch.empty(t, n, dtype=dtype, device="cpu"), row_scales(parts, fmt, n).contiguous()
     bias_ = None if bias is None else bias.float().contiguous()
     _core.qa_int8_product(
-        (codes.data_ptr(), parts.qdata.data_ptr()), (x_scale.data_ptr(), w_scale.data_ptr()), 0 if bias_ is None else bias_.data_ptr(),
+        (_address(codes), _address(parts.qdata)), (_address(x_scale), _address(w_scale)), _address(bias_),
         (y.data_ptr(), _CODES[dtype]), (t, n, k), torch.get_num_threads(),
     )  # fmt: skip
     return y

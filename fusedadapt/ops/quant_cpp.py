@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,12 +17,14 @@ from ..quant.formats import NESTED_BLOCK, QFormat
 from ..quant.tables import Table, table
 from ..reference.quant import Parts, zero_code
 from . import dense
+from .address import address
 
 _CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3, torch.uint8: 6}
 _PLAIN, _POWERS, _TABLE = 0, 1, 2
 _SCALE_TABLES = {"e4m3": "e4m3", "nested": "dynamic"}
 _NO_BLOCKS = 1 << 62
 _SCRATCH = 2 << 20
+_address = functools.partial(address, "q_*")
 
 
 def _fp32(numbers: Sequence[float]) -> Tensor:
@@ -53,21 +55,17 @@ def _grid(fmt: QFormat, n: int, k: int) -> tuple[int, int, int]:
     return *fmt.sides(n, k), fmt.grid(n, k)[1]
 
 
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
 def _scales(parts: Parts, fmt: QFormat, wide: int) -> tuple[int, ...]:
     if parts.super is not None:
         block = {"nested": NESTED_BLOCK, "e4m3": _NO_BLOCKS, "e8m0_row": wide}[fmt.scale]
-        return _TABLE, parts.scale.data_ptr(), 0, _scale_numbers(fmt.scale).data_ptr(), _address(parts.super), _address(parts.offset), block
+        return _TABLE, _address(parts.scale), 0, _scale_numbers(fmt.scale).data_ptr(), _address(parts.super), _address(parts.offset), block
     coding = _POWERS if fmt.scale == "e8m0" else _PLAIN
-    return coding, parts.scale.data_ptr(), _CODES[parts.scale.dtype], 0, 0, 0, 1
+    return coding, _address(parts.scale), _CODES[parts.scale.dtype], 0, 0, 0, 1
 
 
 def _weight(parts: Parts, fmt: QFormat, n: int, k: int) -> tuple[int, ...]:
-    zero = (0, 0) if parts.zero is None else (parts.zero.data_ptr(), _CODES[parts.zero.dtype])
-    codes = (parts.qdata.data_ptr(), n, k, fmt.row_bytes(k), fmt.bits, fmt.flat)
+    zero = (0, 0) if parts.zero is None else (_address(parts.zero), _CODES[parts.zero.dtype])
+    codes = (_address(parts.qdata), n, k, fmt.row_bytes(k), fmt.bits, fmt.flat)
     grid = _grid(fmt, n, k)
     return *codes, *grid, _numbers(fmt).data_ptr(), *zero, *_scales(parts, fmt, grid[2])
 
@@ -77,7 +75,7 @@ def stats(w: Tensor, fmt: QFormat) -> tuple[Tensor, Tensor]:
     n, k = w.shape
     lo, hi = (torch.empty(fmt.grid(n, k), dtype=torch.float32, device="cpu") for _ in range(2))
     rows, columns = (1, n * k) if fmt.flat else (n, k)
-    _core.q_stats(w.data_ptr(), _CODES[w.dtype], rows, columns, _grid(fmt, n, k), lo.data_ptr(), hi.data_ptr(), torch.get_num_threads())
+    _core.q_stats(_address(w), _CODES[w.dtype], rows, columns, _grid(fmt, n, k), lo.data_ptr(), hi.data_ptr(), torch.get_num_threads())
     return lo, hi
 
 
@@ -90,8 +88,8 @@ def encode(w: Tensor, factor: Tensor, zero: Tensor | None, fmt: QFormat) -> Tens
     cuts, order = (None, None) if codes is None else _cuts(codes)
     flags = fmt.divide, fmt.zero == "fp32", codes is not None and codes.magnitude, codes is not None and codes.sign_bit
     integers, found = (fmt.low, fmt.high, fmt.bias), (0 if cuts is None else cuts.numel(), _address(cuts), _address(order))
-    shape, factors = (n, k, fmt.row_bytes(k), fmt.bits, fmt.flat, *_grid(fmt, n, k)), (factor.data_ptr(), _address(zero))
-    spec = (w.data_ptr(), _CODES[w.dtype], *shape, *factors, *flags, *integers, *found, zero_code(fmt) if fmt.flat else 0, out.data_ptr())
+    shape, factors = (n, k, fmt.row_bytes(k), fmt.bits, fmt.flat, *_grid(fmt, n, k)), (_address(factor), _address(zero))
+    spec = (_address(w), _CODES[w.dtype], *shape, *factors, *flags, *integers, *found, zero_code(fmt) if fmt.flat else 0, out.data_ptr())
     _core.q_encode(spec, torch.get_num_threads())
     return out
 
@@ -106,32 +104,38 @@ def _dequantized(parts: Parts, fmt: QFormat, n: int, k: int, row0: int, row1: in
     return out
 
 
-class _Scratch(threading.local):
-    """Bytes that a thread keeps: memory that is allocated for every piece may be given back after each, and its pages then cost 10 times what is
-    written to them."""
+class _Kept(threading.local):
+    """Bytes that a thread keeps for its next product: memory that is allocated for every piece may be given back after each, and its pages then cost
+    10 times what is written to them."""
 
-    held = torch.empty(0, dtype=torch.uint8, device="cpu")
-
-    def __call__(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-        size = rows * columns * dtype.itemsize
-        if size > _SCRATCH:
-            return torch.empty(rows, columns, dtype=dtype, device="cpu")
-        if not self.held.numel():
-            with torch.inference_mode(False):
-                self.held = torch.empty(_SCRATCH, dtype=torch.uint8, device="cpu")
-        return self.held[:size].view(dtype).view(rows, columns)
+    def __init__(self) -> None:
+        self.free: list[Tensor] = []
 
 
-_scratch = _Scratch()
+_kept = _Kept()
 
 
-def piece(parts: Parts, fmt: QFormat, n: int, k: int, row0: int, row1: int, dtype: torch.dtype) -> Tensor:
-    """`dequantize`, in memory that the thread's next piece overwrites."""
-    return _dequantized(parts, fmt, n, k, row0, row1, _scratch(row1 - row0, k, dtype))
+def _memory(size: int) -> Tensor:
+    """Nobody else's until it is put back: a signal handler or a finalizer may multiply within a product."""
+    if size <= _SCRATCH and _kept.free:
+        return _kept.free.pop()
+    with torch.inference_mode(False):
+        return torch.empty(max(size, _SCRATCH), dtype=torch.uint8, device="cpu")
+
+
+def pieces(parts: Parts, fmt: QFormat, n: int, k: int, rows: int, dtype: torch.dtype) -> Iterator[Tensor]:
+    """`dequantize` of so many rows after so many, each in the memory of the one before."""
+    memory = _memory(min(rows, n) * k * dtype.itemsize)
+    for row in range(0, n, rows):
+        end = min(n, row + rows)
+        out = memory[: (end - row) * k * dtype.itemsize].view(dtype).view(end - row, k)
+        yield _dequantized(parts, fmt, n, k, row, end, out)
+    if memory.numel() == _SCRATCH:
+        _kept.free[:] = [memory]
 
 
 def _matrix(x: Tensor) -> tuple[int, int, int, int]:
-    return x.data_ptr(), _CODES[x.dtype], x.shape[0], x.stride(0)
+    return _address(x), _CODES[x.dtype], x.shape[0], x.stride(0)
 
 
 def linear(x: Tensor, parts: Parts, fmt: QFormat, n: int, bias: Tensor | None) -> Tensor:

@@ -12,9 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from ..autocast import autocasting
 from ..ops import quant as ops
+from ..ops.onlookers import modes, tracing
 from ..reference.quant import Parts
 from .formats import QFormat
 from .tensor import QuantizedTensor
@@ -46,14 +48,20 @@ def _small(t: int, n: int, k: int, dtype: torch.dtype, spec: str) -> bool:
 
 
 def _readable(t: Any) -> bool:
-    """Whether kernels may take t by its address: nobody's subclass, row-major, in memory as its values are."""
-    return type(t) in _PLAIN and t.is_cpu and t.layout is _strided and t.is_contiguous() and not t.is_neg() and not t.is_nested
+    """Whether kernels may take t by its address: nobody's subclass, row-major, in memory as its values are. (Zeros that autograd makes up and
+    tensors of torch's functionalization have no address.)"""
+    plain = type(t) in _PLAIN and t.is_cpu and t.layout is _strided and t.is_contiguous() and not t.is_neg() and not t.is_nested
+    return plain and t.data_ptr() != 0
 
 
 def _watched() -> bool:
-    """Whether somebody wants to see an op: a dispatch mode (FLOP counters, fakes), a transform, a profiler; or autocast changes its input."""
+    """Whether somebody wants to see an op: a mode (FLOP counters, fakes, tracers), a transform, autograd's forward mode, which no_grad leaves on, a
+    profiler; or autocast changes its input."""
     return bool(
-        torch._C._len_torch_dispatch_stack()
+        modes()
+        or torch._C._is_torch_function_mode_enabled()
+        or tracing()
+        or forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
         or torch._C._autograd._profiler_enabled()
         or autocasting("cpu")
@@ -62,13 +70,13 @@ def _watched() -> bool:
 
 def product(x: Any, qw: Any, bias: Any) -> Tensor | None:
     """x W^T + bias, if the call is such a one; None leaves it, and what may be wrong with it, to the general way. x: [..., K]."""
-    if torch.compiler.is_compiling() or type(qw) is not QuantizedTensor or not _readable(x) or x.dtype not in _DTYPES:
+    if torch.compiler.is_compiling() or _watched() or type(qw) is not QuantizedTensor or not _readable(x) or x.dtype not in _DTYPES:
         return None
     if bias is not None and (not _readable(bias) or bias.dtype not in _BIASES):
         return None
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return None
-    if not x.dim() or not x.numel() or len(qw.shape) != 2 or x.shape[-1] != qw.shape[1] or not qw.shape[0] or _watched():
+    if not x.dim() or not x.numel() or len(qw.shape) != 2 or x.shape[-1] != qw.shape[1] or not qw.shape[0]:
         return None
     fmt, (n, k) = qw.format, qw.shape
     parts: Any = Parts(qw.qdata, qw.scale, qw.zero, qw.super, qw.offset)
