@@ -197,6 +197,22 @@ def test_resume_takes_the_stored_configuration_and_refuses_another(tmp_path: Pat
     assert re.search(r"tensor \S+ .* does not match its hash", refused(capsys, "--resume", "--out", out))
 
 
+def test_a_refused_run_leaves_a_finished_one_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Once a new run replaces it, its checkpoint is gone too: --resume would go on with the old settings."""
+    out, small = tmp_path / "run", [*SMALL, "--optimizer", "torch:SGD"]
+    assert main([*small, "--out", str(out)]) == 0
+    before = {file.name: file.read_bytes() for file in out.iterdir() if file.is_file()}
+    refused(capsys, *small, "--optimizer", "nope", "--out", str(out))
+    refused(capsys, *small, "--batch", "100000", "--out", str(out))
+    refused(capsys, "--resume", str(out), "--out", str(tmp_path / "other"))
+    assert {file.name: file.read_bytes() for file in out.iterdir() if file.is_file()} == before
+    assert not (tmp_path / "other").exists()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lane.Lane, "step", lambda *_: signal.raise_signal(signal.SIGINT))
+        assert main([*small, "--seed", "5", "--out", str(out)]) == 130
+    assert "before the first checkpoint" in capsys.readouterr().err and not (out / train.CHECKPOINT).exists()
+
+
 def test_other_data_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert main([*SMALL, "--optimizer", "torch:SGD", "--out", str(tmp_path)]) == 0
     monkeypatch.setattr(train, "QUICK_FILES", 19)

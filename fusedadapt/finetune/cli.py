@@ -156,10 +156,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     try:
         config, out, resume = configure(typed)
-        out.mkdir(parents=True, exist_ok=True)
         if resume and typed.get("resume") and typed["resume"] != out:
             raise FinetuneError(f"finetune: expected one folder; got --resume {typed['resume']} and --out {out}; drop --out")
-        (out / REPORT).unlink(missing_ok=True)  # its presence marks a finished run
+        out.mkdir(parents=True, exist_ok=True)
         result = run(config, out, report.Screen(console), save_every=typed.get("save_every", SAVE_EVERY), resume=resume)
         paths = report.write(result, out)
     except (FinetuneError, CheckpointError) as error:
