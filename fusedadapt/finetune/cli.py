@@ -34,6 +34,13 @@ def _share(text: str) -> float:
     return value
 
 
+def _seed(text: str) -> int:
+    value = int(text)
+    if not -(2**63) <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"expected an integer of 64 bits; got {text}")
+    return value
+
+
 def parser() -> argparse.ArgumentParser:
     """Every default is SUPPRESS, so that what was typed can be told from what was not: a resumed run takes the rest from its checkpoint."""
     p = argparse.ArgumentParser(
@@ -59,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--lr", type=positive(float), help="peak learning rate (default: per rule, AdamW 5e-5)")
     p.add_argument("--weight-decay", type=positive(float, zero=True), help="of matrices and embeddings (default: the rule's)")
     p.add_argument("--max-grad-norm", type=positive(float), help="clip the global gradient norm")
-    p.add_argument("--seed", type=int, help=f"order of the data and all randomness (default {d.seed})")
+    p.add_argument("--seed", type=_seed, metavar="N", help=f"order of the data and all randomness (default {d.seed})")
     p.add_argument("--device", choices=["cpu", "cuda"], help=f"default {d.device}")
     p.add_argument("--dtype", choices=list(DTYPES), help=f"of weights and gradients (default {d.dtype})")
     p.add_argument("--master-weights", choices=["fp32", "split"], help="keep exact weights beside bf16 ones")
