@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from . import __version__
+from . import __version__, config
 
 # command -> (module with main(argv) -> exit code, one line of help)
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -50,8 +50,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0 fine, 1 the command found a fault, 2 the command line or installation has one, 130
-    interrupted."""
+    """Runs one command and returns its exit code: 0 fine, 1 the command found a fault, 2 the command line, a setting or the installation has
+    one, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] not in COMMANDS:
         parser = _parser()
@@ -60,17 +60,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     command, rest = arguments[0], arguments[1:]
     target = COMMANDS[command][0]
-    try:
-        module = importlib.import_module(target)
-    except ModuleNotFoundError as error:
-        if error.name is not None and target.startswith(error.name):
-            fix = "this installation does not carry it; reinstall fusedadapt or run from a checkout"
-        else:
-            fix = "pip install 'fusedadapt[demo]'"
-        print(f"fusedadapt {command}: expected module {error.name}; it is not installed; {fix}", file=sys.stderr)
+    faults = [text for name, text in config.from_environment().items() if text.startswith(f"{name}: ")]
+    if faults and command != "doctor":  # which reports them among the rest
+        print(f"fusedadapt {command}: {faults[0]}", file=sys.stderr)
         return 2
     try:
+        try:
+            module = importlib.import_module(target)
+        except ModuleNotFoundError as error:
+            if error.name is not None and target.startswith(error.name):
+                fix = "this installation does not carry it; reinstall fusedadapt or run from a checkout"
+            else:
+                fix = "pip install 'fusedadapt[demo]'"
+            print(f"fusedadapt {command}: expected module {error.name}; it is not installed; {fix}", file=sys.stderr)
+            return 2
         return int(module.main(rest) or 0)
-    except KeyboardInterrupt:  # of the commands that have nothing to say about what is left
+    except KeyboardInterrupt:  # of the commands that have nothing to say about what is left, and while one is imported, which takes seconds
         print(f"fusedadapt {command}: interrupted", file=sys.stderr)
         return 130

@@ -53,6 +53,19 @@ def is_strict() -> bool:
     return value == "1"
 
 
+def from_environment() -> dict[str, str]:
+    """The variables that are set -> their value, or, where that is none, what is wrong with it."""
+    found = {}
+    for name, read in (("FUSEDADAPT_BACKEND", current_backend), ("FUSEDADAPT_STRICT", is_strict)):
+        if value := os.environ.get(name):
+            try:
+                read()
+            except ValueError as error:
+                value = str(error)
+            found[name] = value
+    return found
+
+
 def asked() -> tuple[str | None, bool | None]:
     """What the innermost `backend(...)` and `strict(...)` say: for who keeps a choice, to see that it must be made anew."""
     return _backend.get(), _strict.get()

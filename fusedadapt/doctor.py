@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from importlib import metadata
 from typing import Any
 
-from . import __version__, dispatch
+from . import __version__, config, dispatch
 
 RULES = ("AdamW", "AdaBelief", "Lion")
 # A backend's own device, and the reference on every device.
@@ -41,6 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.checkpoint is not None:
         return _checkpoint(options.checkpoint)
     _section("versions", versions())
+    settings = config.from_environment()
+    if settings:
+        _section("settings", list(settings.items()))
     _section("compiled core", compiled_core())
     _section("devices", devices())
     for device_type, names in BACKENDS.items():
@@ -51,10 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = list(self_test(options.seconds))
     _section(f"self-test: {STEPS} steps against the float64 reference", results)
     bad = [what for what, verdict in results if not verdict.startswith(("ok", "not run"))]
+    wrong = [name for name, text in settings.items() if text.startswith(f"{name}: ")]
     left = sum(verdict.startswith("not run") for _, verdict in results)
     rest = f" ({left} not run: --seconds)" if left else ""
     print("\nverdict: " + (f"FAULT in {len(bad)} of {len(results)}: {', '.join(bad)}" if bad else f"everything run here works{rest}"))
-    return 1 if bad else 0
+    if wrong:
+        print(f"but nothing else runs with this value of {' and '.join(wrong)}")
+    return 1 if bad or wrong else 0
 
 
 def _checkpoint(path: str) -> int:

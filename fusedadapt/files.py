@@ -7,6 +7,7 @@ import json
 import math
 import os
 import struct
+import sys
 import tempfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,6 +38,8 @@ CODES = {
     torch.float8_e8m0fnu: "F8_E8M0",
 }
 DTYPES = {code: dtype for dtype, code in CODES.items()}
+#: names for what this process has open, an ordinary file if the shell sent it there
+_OPEN = {"/dev/stdout": 1, "/dev/stderr": 2}
 
 
 @contextmanager
@@ -58,7 +61,12 @@ def atomic_open(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """A report, atomically; into a device or a pipe (/dev/stdout) as it is."""
+    """A report, atomically; into a device, a pipe or what is open already (/dev/stdout) as it is."""
+    if str(path) in _OPEN:
+        sys.stdout.flush()
+        with open(os.dup(_OPEN[str(path)]), "w", encoding="utf-8") as file:  # goes on where that one stands
+            file.write(text)
+        return
     if _is_special(path):
         path.write_text(text, encoding="utf-8")
         return
@@ -77,8 +85,8 @@ def check_writable(path: Path) -> None:
 
 
 def _is_special(path: Path) -> bool:
-    """A device or a pipe, which a rename would turn into a file."""
-    return path.exists() and not path.is_file() and not path.is_dir()
+    """A device, a pipe or a name of what is open, which a rename would turn into a file."""
+    return str(path) in _OPEN or (path.exists() and not path.is_file() and not path.is_dir())
 
 
 def _check_replaceable(path: Path) -> None:

@@ -54,6 +54,34 @@ def test_ctrl_c_ends_any_command_with_one_line(monkeypatch, capsys):
     assert capsys.readouterr().err == "fusedadapt doctor: interrupted\n"
 
 
+def test_ctrl_c_while_a_command_is_imported_is_one_line_too(monkeypatch, tmp_path, capsys):
+    """That takes two seconds: torch comes with it."""
+    (tmp_path / "slow.py").write_text("raise KeyboardInterrupt\n")
+    monkeypatch.setattr(fusedadapt, "__path__", [*fusedadapt.__path__, str(tmp_path)])
+    monkeypatch.setitem(cli.COMMANDS, "doctor", ("fusedadapt.slow", ""))
+    assert cli.main(["doctor"]) == 130
+    assert capsys.readouterr().err == "fusedadapt doctor: interrupted\n"
+
+
+def test_a_setting_that_is_none_ends_commands_in_one_line_and_the_doctor_names_it(monkeypatch, capsys):
+    monkeypatch.setenv("FUSEDADAPT_BACKEND", "cdua")
+    monkeypatch.setitem(cli.COMMANDS, "bench", ("fusedadapt.nowhere", ""))
+    assert cli.main(["bench", "optim"]) == 2
+    expected = "FUSEDADAPT_BACKEND: expected one of reference, cpp, triton, cuda; got 'cdua'; correct the name or leave it out"
+    assert capsys.readouterr().err == f"fusedadapt bench: {expected}\n"
+    monkeypatch.setattr(doctor, "self_test", lambda seconds: [("AdamW on cpu/reference", "ok")])
+    assert cli.main(["doctor"]) == 1
+    said = capsys.readouterr().out
+    assert expected in said and said.endswith("but nothing else runs with this value of FUSEDADAPT_BACKEND\n")
+    monkeypatch.setenv("FUSEDADAPT_BACKEND", "cpp")
+    monkeypatch.setenv("FUSEDADAPT_STRICT", "1")
+    assert cli.main(["doctor"]) == 0
+    assert re.search(r"settings\n  FUSEDADAPT_BACKEND  cpp\n  FUSEDADAPT_STRICT   1\n", capsys.readouterr().out)
+    monkeypatch.delenv("FUSEDADAPT_BACKEND")
+    monkeypatch.delenv("FUSEDADAPT_STRICT")
+    assert doctor.main(["--no-self-test"]) == 0 and "FUSEDADAPT_" not in capsys.readouterr().out
+
+
 def test_every_command_has_a_module():
     # In a process of its own: importing all of them here would hide what one of them forgets to import.
     code = "import importlib, fusedadapt.cli as c; [getattr(importlib.import_module(m), 'main') for m, _ in c.COMMANDS.values()]"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
+from fusedadapt import files
 from fusedadapt.files import atomic_open, check_writable, write_text
 
 
@@ -21,6 +23,23 @@ def test_a_device_or_pipe_is_written_not_replaced(tmp_path: Path):
     check_writable(tmp_path / "pipe")
     reader.join(10)
     assert got == ["words"] and (tmp_path / "pipe").is_fifo() and len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_name_of_an_open_file_is_written_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """`--json /dev/stdout > log`: what the name leads to is an ordinary file then. What was said before and is said after stays, in order."""
+    with open(tmp_path / "log", "w") as log:
+        (tmp_path / "stdout").symlink_to(tmp_path / "log")
+        assert files._OPEN == {"/dev/stdout": 1, "/dev/stderr": 2}
+        monkeypatch.setattr(files, "_OPEN", {str(tmp_path / "stdout"): log.fileno()})
+        monkeypatch.setattr(sys, "stdout", log)
+        print("before")
+        check_writable(tmp_path / "stdout")
+        write_text(tmp_path / "stdout", "words\n")
+        print("after")
+        with pytest.raises(FileExistsError), atomic_open(tmp_path / "stdout"):
+            pass
+    assert (tmp_path / "log").read_text() == "before\nwords\nafter\n"
+    assert (tmp_path / "stdout").is_symlink() and len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path):

@@ -148,6 +148,13 @@ def test_seed_decides(tmp_path: Path) -> None:
     assert a == b != c
 
 
+@pytest.mark.parametrize("seed", ["20261122123456", str(2**63 - 1), str(-(2**63))])
+def test_any_seed_that_torch_takes_lasts_the_whole_run(seed: str, tmp_path: Path) -> None:
+    """A step's seed is made of it and the step's number, and must fit, too."""
+    options = ["--quick", "--steps", "2", "--batch", "8", "--threads", "1", "--adapter", "lora", "--optimizer", "sophiag"]
+    assert main([*options, "--seed", seed, "--out", str(tmp_path)]) == 0
+
+
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert main(list(arguments)) == 2
     error = capsys.readouterr().err
@@ -165,8 +172,9 @@ def test_bad_input_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "lower --lr" in refused(capsys, *SMALL, "--optimizer", "torch:SGD", "--lr", "1e30", "--out", out)
     if not torch.cuda.is_available():
         assert "--device cpu" in refused(capsys, "--quick", "--device", "cuda", "--out", out)
-    with pytest.raises(SystemExit):
-        main(["--steps", "0"])
+    for option, value in (("--steps", "0"), ("--seed", str(2**63)), ("--seed", "1.5")):
+        with pytest.raises(SystemExit):
+            main(["--quick", option, value, "--out", out])
 
 
 def test_where_it_cannot_write_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,6 +203,22 @@ def test_resume_takes_the_stored_configuration_and_refuses_another(tmp_path: Pat
     damaged[-5] ^= 4
     kept.write_bytes(damaged)
     assert re.search(r"tensor \S+ .* does not match its hash", refused(capsys, "--resume", "--out", out))
+
+
+def test_a_refused_run_leaves_a_finished_one_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Once a new run replaces it, its checkpoint is gone too: --resume would go on with the old settings."""
+    out, small = tmp_path / "run", [*SMALL, "--optimizer", "torch:SGD"]
+    assert main([*small, "--out", str(out)]) == 0
+    before = {file.name: file.read_bytes() for file in out.iterdir() if file.is_file()}
+    refused(capsys, *small, "--optimizer", "nope", "--out", str(out))
+    refused(capsys, *small, "--batch", "100000", "--out", str(out))
+    refused(capsys, "--resume", str(out), "--out", str(tmp_path / "other"))
+    assert {file.name: file.read_bytes() for file in out.iterdir() if file.is_file()} == before
+    assert not (tmp_path / "other").exists()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lane.Lane, "step", lambda *_: signal.raise_signal(signal.SIGINT))
+        assert main([*small, "--seed", "5", "--out", str(out)]) == 130
+    assert "before the first checkpoint" in capsys.readouterr().err and not (out / train.CHECKPOINT).exists()
 
 
 def test_other_data_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,10 +27,17 @@ SAVE_EVERY = 20
 QUICK = {"steps": 30, "batch": 16, "lr": 2e-3}  # of --quick, unless given: a random model learns at a pretraining rate
 
 
-def _share(text: str) -> float:
+def share(text: str) -> float:
     value = float(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"expected a share above 0, at most 1; got {text}")
+    return value
+
+
+def seed(text: str) -> int:
+    value = int(text)
+    if not -(2**63) <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"expected an integer of 64 bits; got {text}")
     return value
 
 
@@ -52,14 +59,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--quant", choices=list(CHOICES), metavar="FORMAT", help="the linear layers in few bits, under an adapter: nf4, int4, fp8_e4m3, ..."
     )
-    p.add_argument("--sparse", type=_share, metavar="DENSITY", help="train that share of the weights and leave the rest's bits alone")
+    p.add_argument("--sparse", type=share, metavar="DENSITY", help="train that share of the weights and leave the rest's bits alone")
     p.add_argument("--select", choices=list(SELECT), help=f"which, with --sparse (default {d.select}: {SELECT[d.select]})")
     p.add_argument("--steps", type=positive(int), help=f"default {d.steps}")
     p.add_argument("--batch", type=positive(int), help=f"pairs per step (default {d.batch})")
     p.add_argument("--lr", type=positive(float), help="peak learning rate (default: per rule, AdamW 5e-5)")
     p.add_argument("--weight-decay", type=positive(float, zero=True), help="of matrices and embeddings (default: the rule's)")
     p.add_argument("--max-grad-norm", type=positive(float), help="clip the global gradient norm")
-    p.add_argument("--seed", type=int, help=f"order of the data and all randomness (default {d.seed})")
+    p.add_argument("--seed", type=seed, metavar="N", help=f"order of the data and all randomness (default {d.seed})")
     p.add_argument("--device", choices=["cpu", "cuda"], help=f"default {d.device}")
     p.add_argument("--dtype", choices=list(DTYPES), help=f"of weights and gradients (default {d.dtype})")
     p.add_argument("--master-weights", choices=["fp32", "split"], help="keep exact weights beside bf16 ones")
@@ -156,10 +163,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     try:
         config, out, resume = configure(typed)
-        out.mkdir(parents=True, exist_ok=True)
         if resume and typed.get("resume") and typed["resume"] != out:
             raise FinetuneError(f"finetune: expected one folder; got --resume {typed['resume']} and --out {out}; drop --out")
-        (out / REPORT).unlink(missing_ok=True)  # its presence marks a finished run
+        out.mkdir(parents=True, exist_ok=True)
         result = run(config, out, report.Screen(console), save_every=typed.get("save_every", SAVE_EVERY), resume=resume)
         paths = report.write(result, out)
     except (FinetuneError, CheckpointError) as error:

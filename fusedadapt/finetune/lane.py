@@ -109,7 +109,7 @@ class Lane:
         return seconds
 
     def _seed_of(self, index: int) -> int:
-        return self.seed * 1_000_003 + index
+        return (self.seed * 1_000_003 + index) % 2**63  # what a generator takes
 
     def kept_for_backward(self, pairs: list[Pair]) -> int:
         """Bytes that autograd keeps between the forward and the backward pass of this batch, weights not counted."""

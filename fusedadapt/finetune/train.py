@@ -95,7 +95,7 @@ class Result:
 
 def run(config: Config, out: Path, watcher: Watcher, *, save_every: int, resume: bool) -> Result:
     """The whole job; leaves ``checkpoint.safetensors`` and ``model/`` in ``out``. Killed and resumed equals uninterrupted, bit for bit, on
-    a CPU."""
+    a CPU. What ``out`` holds of a finished run stays until everything that can be refused has been looked at."""
     began = time.perf_counter()
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
@@ -110,6 +110,8 @@ def run(config: Config, out: Path, watcher: Watcher, *, save_every: int, resume:
     else:
         watcher.say("judging the model before training")
         before, packed, done = *judge_start(config, lanes[0], held_out, batch), 0
+        (out / CHECKPOINT).unlink(missing_ok=True)  # a finished run's: what is resumed from now on is this one
+    (out / REPORT).unlink(missing_ok=True)  # its presence marks a finished run
 
     def keep(step: int) -> None:
         store(out / CHECKPOINT, config, lanes, (before, packed), digest, step)

@@ -65,21 +65,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not options.quiet and importlib.util.find_spec("rich") is None:
         print("quantize: expected the package rich for bar and table; it is not installed; pip install rich, or --quiet", file=sys.stderr)
         return 2
+    if options.json and (fault := _no_place(Path(options.json))):
+        print(f"quantize: expected to write the report to {options.json}; {fault}; nothing was written", file=sys.stderr)
+        return 1
     try:
         report = _quantize(options)
     except KeyboardInterrupt:
         print("quantize: interrupted; nothing was written", file=sys.stderr)
         return 130
-    except (ValueError, FileNotFoundError, FileExistsError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the system's; ours have words alone
+            at = f" ({error.filename})" if error.filename else ""
+            text = f"expected to read {options.model} and write {options.out}; {error.strerror}{at}; nothing was written"
+            print(f"quantize: {text}", file=sys.stderr)
+            return 1
         text = " ".join(str(error).split())
         print(text if text.startswith(("quantize:", "checkpoint:")) else f"quantize: {text}", file=sys.stderr)
         return 2
-    except OSError as error:
-        at = f" ({error.filename})" if error.filename else ""
-        print(
-            f"quantize: expected to read {options.model} and write {options.out}; {error.strerror or error}{at}; nothing was written", file=sys.stderr
-        )
-        return 1
     if not options.quiet:
         _show(report)
     total, peak = report.total, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -158,12 +160,23 @@ def _table(report: QuantizationReport, width: int) -> Table:
     return table
 
 
+def _no_place(path: Path) -> str | None:
+    """Why no file can be written there, before the work whose report it is; makes no folder: this may be the one that the model gets."""
+    from ..files import check_writable
+
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    try:
+        check_writable(path if path.parent.exists() else there / f".{path.name}.tmp")
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
 def _write_json(path: Path, report: QuantizationReport) -> int:
-    from ..files import atomic_open
+    from ..files import write_text
 
     try:
-        with atomic_open(path) as file:
-            file.write(json.dumps(report.as_dict(), indent=2, allow_nan=False).encode() + b"\n")
+        write_text(path, json.dumps(report.as_dict(), indent=2, allow_nan=False) + "\n")
     except OSError as error:
         print(f"quantize: expected to write the report to {path}; {error.strerror or error}; the model itself is complete", file=sys.stderr)
         return 1
