@@ -215,8 +215,12 @@ def test_a_refused_run_leaves_a_finished_one_alone(tmp_path: Path, capsys: pytes
     refused(capsys, "--resume", str(out), "--out", str(tmp_path / "other"))
     assert {file.name: file.read_bytes() for file in out.iterdir() if file.is_file()} == before
     assert not (tmp_path / "other").exists()
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt  # as the signal does, which a test runner's workers may ignore
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lane.Lane, "step", lambda *_: signal.raise_signal(signal.SIGINT))
+        patch.setattr(lane.Lane, "step", stopped)
         assert main([*small, "--seed", "5", "--out", str(out)]) == 130
     assert "before the first checkpoint" in capsys.readouterr().err and not (out / train.CHECKPOINT).exists()
 
