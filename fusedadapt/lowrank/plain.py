@@ -12,16 +12,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..autocast import autocasting
+from ..ops.address import PLAIN, readable
 from ..ops.dense import multiplies
 from ..ops.lowrank import cpp, cpp_ops, is_direct, native
 from ..reference.lowrank import threshold_of
 
-_PLAIN = (Tensor, nn.Parameter)
 _HALF = (torch.bfloat16, torch.float16)
-_strided, _fp32 = torch.strided, torch.float32
+_fp32 = torch.float32
 #: where `LowRankLinear`'s tensors begin among its arguments, and among them those of such a plan
 FIRST = 5
 _WEIGHT, _BIAS, _A, _B = 0, 1, 7, 8
@@ -34,17 +34,7 @@ class PlainPlan(tuple):  # type: ignore[type-arg]
 
 
 def _readable(t: Any, dtype: torch.dtype, *shape: int) -> bool:
-    """Whether kernels may take t by its address: nobody's subclass, row-major, in memory as its values are."""
-    return (
-        type(t) in _PLAIN
-        and t.is_cpu
-        and t.dtype is dtype
-        and t.layout is _strided
-        and t.shape == shape
-        and t.is_contiguous()
-        and not t.is_neg()
-        and not t.is_nested
-    )
+    return readable(t) and t.dtype is dtype and t.shape == shape
 
 
 def plan_of(x: Any, outputs: Sequence[Any], col_scale: Any) -> PlainPlan | None:
@@ -52,12 +42,12 @@ def plan_of(x: Any, outputs: Sequence[Any], col_scale: Any) -> PlainPlan | None:
     if torch.compiler.is_compiling() or len(outputs) != 1 or col_scale is not None:
         return None
     weight, bias, segments, row_scale, _ = outputs[0]
-    if len(segments) != 1 or row_scale is not None or type(weight) not in _PLAIN:
+    if len(segments) != 1 or row_scale is not None or type(weight) not in PLAIN:
         return None
     a, b, scaling, p, rank_gate, token_gate, core, activation = segments[0]
     if rank_gate is not None or token_gate is not None or core is not None or activation is not None:
         return None
-    if type(scaling) is not float or type(p) is not float or not 0.0 <= p < 1.0 or type(a) not in _PLAIN or type(x) not in _PLAIN:
+    if type(scaling) is not float or type(p) is not float or not 0.0 <= p < 1.0 or type(a) not in PLAIN or type(x) not in PLAIN:
         return None
     if weight.dim() != 2 or a.dim() != 2 or weight.requires_grad or not x.dim() or not x.numel() or not a.shape[0] or not weight.shape[0]:
         return None

@@ -1,8 +1,21 @@
-"""Where a tensor lies, for the backends in C++."""
+"""Where a tensor lies, for the backends in C++, and whether it may be read there."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+PLAIN = (Tensor, nn.Parameter)
+_strided = torch.strided
+
+
+def readable(t: Any) -> bool:
+    """Whether kernels may take t by its address: on a CPU, nobody's subclass, row-major, in memory as its values are. (Zeros that autograd makes up
+    and tensors of torch's functionalization have no address.)"""
+    plain = type(t) in PLAIN and t.is_cpu and t.layout is _strided and t.is_contiguous() and not t.is_neg() and not t.is_nested
+    return plain and t.data_ptr() != 0
 
 
 def address(op: str, t: Tensor | None) -> int:

@@ -110,27 +110,40 @@ def _check_matrix(name: str, what: str, t: Tensor, columns: Any = None) -> None:
         _refuse(name, f"{what} in float32, bfloat16, float16 or float64", t.dtype, "convert it")
 
 
+def sizes_of(fmt: QFormat, n: Any, k: Any) -> Parts:
+    """(elements, dtype) of every part of a weight in this format, None of those it has not; the codes are counted in bytes."""
+    above, zero = fmt.above(n, k), {"uint8": torch.uint8, "fp32": torch.float32}.get(fmt.zero)
+    groups = math.prod(fmt.grid(n, k))
+    found: Any = (
+        (math.prod(fmt.packed(n, k)), fmt.storage_dtype),
+        (groups, fmt.scale_dtype),
+        None if zero is None else (groups, zero),
+        None if above is None else (math.prod(above), torch.float32),
+        (1, torch.float32) if fmt.scale == "nested" else None,
+    )
+    return Parts(*found)
+
+
 def _check_parts(name: str, like: Tensor | None, parts: Parts, spec: str, n: Any, k: Any) -> None:
     fmt = QFormat.parse(spec)
-    if parts.qdata.numel() * parts.qdata.element_size() != fmt.packed(n, k)[0] * fmt.packed(n, k)[1]:
+    sizes: Any = sizes_of(fmt, n, k)
+    if parts.qdata.numel() * parts.qdata.element_size() != sizes.qdata[0]:
         _refuse(name, f"qdata of {fmt.packed(n, k)} bytes for a weight of {n} x {k} in {fmt.name}", tuple(parts.qdata.shape), "pass matching shapes")
-    groups, above = math.prod(fmt.grid(n, k)), fmt.above(n, k)
-    sizes = {"scale": groups, "zero": groups if fmt.zero else None}
-    sizes |= {"super": None if above is None else math.prod(above), "offset": 1 if fmt.scale == "nested" else None}
-    for part, size in sizes.items():
-        t = getattr(parts, part)
-        if (t is None) != (size is None) or (t is not None and t.numel() != size):
+    for part in Parts._fields[1:]:
+        t, size = getattr(parts, part), getattr(sizes, part)
+        if (t is None) != (size is None) or (t is not None and t.numel() != size[0]):
             got = None if t is None else tuple(t.shape)
-            _refuse(name, f"{part}: {'none' if size is None else f'{size} elements'} for {fmt.spec}, {n} x {k}", got, "pass the parts of one weight")
-    dtypes = {"scale": fmt.scale_dtype, "zero": {"uint8": torch.uint8, "fp32": torch.float32}.get(fmt.zero)}
+            _refuse(
+                name, f"{part}: {'none' if size is None else f'{size[0]} elements'} for {fmt.spec}, {n} x {k}", got, "pass the parts of one weight"
+            )
     for part in Parts._fields:
         t = getattr(parts, part)
         if t is None:
             continue
         if not t.is_contiguous():
             _refuse(name, f"{part}: contiguous", t.stride(), "call .contiguous()")
-        if part != "qdata" and t.dtype != dtypes.get(part, torch.float32):
-            _refuse(name, f"{part} in {dtypes.get(part, torch.float32)}", t.dtype, "pass the parts of one weight")
+        if part != "qdata" and t.dtype != getattr(sizes, part)[1]:
+            _refuse(name, f"{part} in {getattr(sizes, part)[1]}", t.dtype, "pass the parts of one weight")
         if like is not None and t.device != like.device:
             _refuse(name, f"{part} on {like.device}", t.device, "move it there")
 

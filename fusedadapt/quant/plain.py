@@ -7,51 +7,32 @@ where other weights have swept the caches since. Here they are one check and one
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..autocast import autocasting
 from ..ops import quant as ops
+from ..ops.address import readable
 from ..ops.onlookers import modes, tracing
 from ..reference.quant import Parts
 from .formats import QFormat
 from .tensor import QuantizedTensor
 
-_PLAIN = (Tensor, nn.Parameter)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _BIASES = frozenset(ops.DTYPES)
-_strided = torch.strided
 
 
 @functools.lru_cache(maxsize=1024)
-def _sizes(spec: str, n: int, k: int) -> tuple[tuple[int, torch.dtype] | None, ...]:
-    """(elements, dtype) of every part of such a weight; the codes' are bytes of the storage dtype."""
-    fmt = QFormat.parse(spec)
-    groups, above = math.prod(fmt.grid(n, k)), fmt.above(n, k)
-    zero = {"uint8": torch.uint8, "fp32": torch.float32}.get(fmt.zero)
-    return (
-        (math.prod(fmt.packed(n, k)), fmt.storage_dtype),
-        (groups, fmt.scale_dtype),
-        None if zero is None else (groups, zero),
-        None if above is None else (math.prod(above), torch.float32),
-        (1, torch.float32) if fmt.scale == "nested" else None,
-    )
+def _sizes(spec: str, n: int, k: int) -> Parts:
+    return ops.sizes_of(QFormat.parse(spec), n, k)
 
 
 @functools.lru_cache(maxsize=1024)
 def _small(t: int, n: int, k: int, dtype: torch.dtype, spec: str) -> bool:
     return ops._takes(ops._module("cpp"), t, n, k, dtype, QFormat.parse(spec), False)
-
-
-def _readable(t: Any) -> bool:
-    """Whether kernels may take t by its address: nobody's subclass, row-major, in memory as its values are. (Zeros that autograd makes up and
-    tensors of torch's functionalization have no address.)"""
-    plain = type(t) in _PLAIN and t.is_cpu and t.layout is _strided and t.is_contiguous() and not t.is_neg() and not t.is_nested
-    return plain and t.data_ptr() != 0
 
 
 def _watched() -> bool:
@@ -70,9 +51,9 @@ def _watched() -> bool:
 
 def product(x: Any, qw: Any, bias: Any) -> Tensor | None:
     """x W^T + bias, if the call is such a one; None leaves it, and what may be wrong with it, to the general way. x: [..., K]."""
-    if torch.compiler.is_compiling() or _watched() or type(qw) is not QuantizedTensor or not _readable(x) or x.dtype not in _DTYPES:
+    if torch.compiler.is_compiling() or _watched() or type(qw) is not QuantizedTensor or not readable(x) or x.dtype not in _DTYPES:
         return None
-    if bias is not None and (not _readable(bias) or bias.dtype not in _BIASES):
+    if bias is not None and (not readable(bias) or bias.dtype not in _BIASES):
         return None
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return None
@@ -80,10 +61,11 @@ def product(x: Any, qw: Any, bias: Any) -> Tensor | None:
         return None
     fmt, (n, k) = qw.format, qw.shape
     parts: Any = Parts(qw.qdata, qw.scale, qw.zero, qw.super, qw.offset)
-    for t, size in zip(parts, _sizes(fmt.spec, n, k), strict=True):
+    sizes: Any = _sizes(fmt.spec, n, k)
+    for t, size in zip(parts, sizes, strict=True):
         if t is None and size is None:
             continue
-        if size is None or not _readable(t) or t.numel() != size[0] or t.dtype is not size[1]:
+        if size is None or not readable(t) or t.numel() != size[0] or t.dtype is not size[1]:
             return None
     if bias is not None and bias.shape != (n,):
         return None
