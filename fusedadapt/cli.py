@@ -60,9 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     command, rest = arguments[0], arguments[1:]
     target = COMMANDS[command][0]
-    faults = [text for name, text in config.from_environment().items() if text.startswith(f"{name}: ")]
+    faults = config.faults()
     if faults and command != "doctor":  # which reports them among the rest
-        print(f"fusedadapt {command}: {faults[0]}", file=sys.stderr)
+        print(f"fusedadapt {command}: {next(iter(faults.values()))}", file=sys.stderr)
         return 2
     try:
         try:

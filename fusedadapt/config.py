@@ -53,16 +53,22 @@ def is_strict() -> bool:
     return value == "1"
 
 
+_VARIABLES = {"FUSEDADAPT_BACKEND": current_backend, "FUSEDADAPT_STRICT": is_strict}
+
+
 def from_environment() -> dict[str, str]:
-    """The variables that are set -> their value, or, where that is none, what is wrong with it."""
+    """The variables that are set -> their value."""
+    return {name: value for name in _VARIABLES if (value := os.environ.get(name))}
+
+
+def faults() -> dict[str, str]:
+    """Those whose value is none -> what is wrong with it."""
     found = {}
-    for name, read in (("FUSEDADAPT_BACKEND", current_backend), ("FUSEDADAPT_STRICT", is_strict)):
-        if value := os.environ.get(name):
-            try:
-                read()
-            except ValueError as error:
-                value = str(error)
-            found[name] = value
+    for name in from_environment():
+        try:
+            _VARIABLES[name]()
+        except ValueError as error:
+            found[name] = str(error)
     return found
 
 

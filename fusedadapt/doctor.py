@@ -41,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.checkpoint is not None:
         return _checkpoint(options.checkpoint)
     _section("versions", versions())
-    settings = config.from_environment()
+    wrong = config.faults()
+    settings = config.from_environment() | wrong
     if settings:
         _section("settings", list(settings.items()))
     _section("compiled core", compiled_core())
@@ -54,7 +55,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = list(self_test(options.seconds))
     _section(f"self-test: {STEPS} steps against the float64 reference", results)
     bad = [what for what, verdict in results if not verdict.startswith(("ok", "not run"))]
-    wrong = [name for name, text in settings.items() if text.startswith(f"{name}: ")]
     left = sum(verdict.startswith("not run") for _, verdict in results)
     rest = f" ({left} not run: --seconds)" if left else ""
     print("\nverdict: " + (f"FAULT in {len(bad)} of {len(results)}: {', '.join(bad)}" if bad else f"everything run here works{rest}"))
