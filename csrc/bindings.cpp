@@ -178,6 +178,7 @@ void bind_table(py::module_& m) {
   });
   py::class_<Shim>(m, "Shim", py::module_local())
       .def(py::init<const std::vector<uintptr_t>&, const py::object&>())
+      .def_static("soil", &Shim::soil)
       .def("learn", &Shim::learn);
   m.attr("SHIM_NAMES") = py::tuple(py::cast(Shim::kNames));
   py::class_<BoundTable>(m, "Table")
@@ -240,6 +241,7 @@ PYBIND11_MODULE(FA_MODULE_NAME, m) {
   m.def("isa", [] { return cpu::kernels().name; });
   m.def("use_isa", &cpu::use_isa);
   bind_table(m);
+  bind_looks(m);
   bind_elements(m);
   bind_sparse(m);
   bind_merge(m);

@@ -3,6 +3,7 @@
 
 namespace fa {
 void bind_cuda(pybind11::module_& m);  // csrc/bindings_cuda.cpp: only in builds with CUDA kernels, real or emulated
+void bind_looks(pybind11::module_& m);  // csrc/looks.cpp; after the table's, which knows the shim
 void bind_sparse(pybind11::module_& m);  // csrc/bindings_sparse.cpp
 void bind_merge(pybind11::module_& m);  // csrc/bindings_merge.cpp
 void bind_lowrank(pybind11::module_& m);  // csrc/bindings_lowrank.cpp

@@ -4,10 +4,12 @@
 
 #include <array>
 #include <cmath>
+#include <memory>
 
 #include "bindings.h"
 #include "core/dtypes.h"
 #include "cpu/quant.h"
+#include "looks.h"
 
 namespace py = pybind11;
 
@@ -158,6 +160,59 @@ void linear_dx(const MatrixSpec& dy, const WeightSpec& spec, int64_t dx, int thr
   qt::linear_dx(w, p, threads);
 }
 
+// A product that has been checked. It is run for tensors that look as those did.
+struct Checked {
+  qt::Weight w;
+  std::vector<Kept> parts;
+  Look x, bias;
+  int64_t t = 0;
+  int32_t dtype = 0, bias_dtype = 0;
+};
+
+constexpr char kChecked[] = "fusedadapt.q_checked";
+
+// b as fp32, widened into `own` if it is narrower.
+const float* fp32(const void* b, int32_t dtype, int64_t count, std::vector<float>* own) {
+  if (dtype == kNone || dtype == kF32) return static_cast<const float*>(b);
+  own->resize(size_t(count));
+  for (int64_t i = 0; i < count; ++i) {
+    const uint16_t half = static_cast<const uint16_t*>(b)[i];
+    (*own)[size_t(i)] = dtype == kBF16 ? bf16_to_float(half) : half_to_float(half);
+  }
+  return own->data();
+}
+
+// (x, bias, y, threads) -> whether y was written: everything looks as it did.
+PyObject* run_checked(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+  return guarded([&]() -> PyObject* {
+    const auto& c = *static_cast<const Checked*>(PyCapsule_GetPointer(self, kChecked));
+    Look x, bias, y;
+    if (count != 4 || !Looks::at(args[0], &x) || !Looks::at(args[1], &bias) || !Looks::at(args[2], &y)) Py_RETURN_FALSE;
+    if (x.signature != c.x.signature || bias.signature != c.bias.signature || !y.data) Py_RETURN_FALSE;
+    for (const Kept& part : c.parts)
+      if (!part.unchanged()) Py_RETURN_FALSE;
+    const int threads = int(PyLong_AsLong(args[3]));
+    {
+      py::gil_scoped_release release;
+      std::vector<float> wide;
+      qt::linear(c.w, {x.data, c.t, c.w.k, c.dtype, fp32(bias.data, c.bias_dtype, c.w.n, &wide), y.data}, threads);
+    }
+    Py_RETURN_TRUE;
+  });
+}
+
+// x: t x K, contiguous; `parts`: what spec's addresses are of.
+py::object checked(const WeightSpec& spec, const py::tuple& parts, const py::object& x, int64_t dtype, int64_t t, const py::object& bias,
+                   int64_t bias_dtype) {
+  auto c = std::make_unique<Checked>();
+  c->w = weight(spec);
+  for (const py::handle part : parts) c->parts.emplace_back(py::reinterpret_borrow<py::object>(part));
+  if (!Looks::at(x.ptr(), &c->x) || !c->x.data || !Looks::at(bias.ptr(), &c->bias))
+    throw std::invalid_argument("q_checked: plain tensors with memory expected");
+  c->t = t, c->dtype = float_type(dtype), c->bias_dtype = bias.is_none() ? kNone : float_type(bias_dtype);
+  return bound<Checked, &run_checked>(std::move(c), kChecked);
+}
+
 }  // namespace
 
 void bind_quant(py::module_& m) {
@@ -165,6 +220,7 @@ void bind_quant(py::module_& m) {
   m.def("q_encode", &encode);
   m.def("q_dequantize", &dequantize);
   m.def("q_linear", &linear);
+  m.def("q_checked", &checked);
   m.def("q_linear_dx", &linear_dx);
   m.def("q_isa", [] { return qt::products().name; });
 }

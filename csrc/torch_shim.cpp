@@ -120,6 +120,12 @@ bool Shim::find(const py::list& same, Sketch* sketch) const {
   return true;
 }
 
+void Shim::soil(int byte) {
+  std::vector<std::vector<unsigned char>> blocks;
+  for (size_t size = 8 * (kWords + 1); size <= 512; size += 8)
+    for (int i = 0; i < 8; ++i) blocks.emplace_back(size, static_cast<unsigned char>(byte));
+}
+
 bool Shim::learn(const py::list& same, const py::list& other) {
   Sketch sketch;
   if (!find(same, &sketch)) return false;

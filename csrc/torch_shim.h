@@ -31,6 +31,8 @@ class Shim {
   // False for what has no plain memory (sparse, opaque, freed lazily, ...). The signature stands for dtype, device, shape and strides.
   bool read(const void* tensor, void** data, uint64_t* signature) const;
   void bump_version(const void* tensor) const { bump_(tensor); }
+  // Leaves this byte in memory that has been freed, for tensors made next to lie in: what of them nobody writes then differs between examples.
+  static void soil(int byte);
   // Learns from examples where the words of a tensor are. `same`: tensors of one shape, strides, dtype and device with five dimensions, in every
   // state of bookkeeping (with and without gradient, version, graph, ...); `other`: tensors that differ from them in one of these, or in memory order.
   // False where the words cannot be found or do not tell `other` from `same`: nothing but `of` may then be asked.

@@ -129,6 +129,11 @@ def pick(op: str, device_type: str, requested: str | None = None, *, unfit: Mapp
     return choice
 
 
+def listening() -> bool:
+    """Whether an `explain` wants to hear what is picked: who keeps a choice makes it anew then."""
+    return _heard.get() is not None
+
+
 def _pick(op: str, device_type: str, requested: str | None, unfit: Mapping[str, str] | None) -> Choice:
     """The backend for `op` on tensors of `device_type`.
 

@@ -246,13 +246,16 @@ MUTANTS = (
     ),
     # few tokens the short way: whose gradients it must leave alone, and what it must not read
     Mutant(
-        "fusedadapt/quant/plain.py", "(x.requires_grad or (bias", "((bias",
+        "fusedadapt/quant/plain.py", 'return getattr(x, "requires_grad", False) or', "return",
         "test_quant_plain.py::test_who_looks_on_or_wants_gradients_gets_the_general_way",
     ),
     Mutant(
         "fusedadapt/quant/plain.py", "or t.numel() != size[0]", "",
         "test_quant_plain.py::test_parts_that_do_not_fit_are_refused_as_before",
     ),
+    Mutant("csrc/looks.cpp", "now.data == look_.data && ", "", "test_quant_known.py::test_a_weight_that_moves_or_changes[scale]"),
+    Mutant("csrc/bindings_quant.cpp", "x.signature != c.x.signature || ", "", "test_quant_known.py::test_another_x[columns apart]"),
+    Mutant("fusedadapt/quant/plain.py", "and asked() == known.asked", "", "test_quant_known.py::test_who_asks_for_a_backend_gets_it"),
     Mutant(
         "fusedadapt/ops/quant_cpp.py", "return _kept.free.pop()", "return _kept.free[-1]",
         "test_quant_plain.py::test_a_product_within_another_has_memory_of_its_own",

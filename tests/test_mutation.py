@@ -51,7 +51,7 @@ extern const ProductKernels product_avx2 = product_base, product_avx512 = produc
 UNITS = (
     "csrc/cpu/optim_isa.cpp", "csrc/cpu/optim.cpp", "csrc/cpu/compact.cpp", "csrc/cpu/positions_isa.cpp", "csrc/cpu/pool.cpp",
     "csrc/table_host.cpp", "csrc/table_warm.cpp", "csrc/table_compact.cpp",
-    "csrc/table_coded.cpp", "csrc/torch_shim.cpp", "csrc/cpu/lowbit.cpp", "csrc/cpu/lowbit_isa.cpp",
+    "csrc/table_coded.cpp", "csrc/torch_shim.cpp", "csrc/looks.cpp", "csrc/cpu/lowbit.cpp", "csrc/cpu/lowbit_isa.cpp",
     "csrc/bindings.cpp", "csrc/bindings_cuda.cpp",
     "csrc/cpu/lowrank.cpp", "csrc/cpu/lowrank_branch.cpp", "csrc/cpu/lowrank_isa.cpp", "csrc/bindings_lowrank.cpp",
     "csrc/cpu/sparse.cpp", "csrc/cpu/sparse_mask.cpp", "csrc/cpu/sparse_move.cpp", "csrc/cpu/sparse_isa.cpp", "csrc/bindings_sparse.cpp",

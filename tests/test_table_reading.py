@@ -15,7 +15,8 @@ from test_optim_process import in_fork
 from torch import Tensor, nn
 
 from fusedadapt import _core, dispatch
-from fusedadapt.optim import SGD, AdamW, shim
+from fusedadapt.ops import shim
+from fusedadapt.optim import SGD, AdamW
 
 PATHS = ("shim", "dlpack")
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -144,6 +145,18 @@ def linear(x: Tensor, parts: Parts, fmt: QFormat, n: int, bias: Tensor | None) -
     y = torch.empty(x.shape[0], n, dtype=x.dtype, device="cpu")
     _core.q_linear(_matrix(x), _weight(parts, fmt, n, x.shape[1]), _address(bias), y.data_ptr(), torch.get_num_threads())
     return y
+
+
+def checked(x: Tensor, parts: Parts, fmt: QFormat, n: int, bias: Tensor | None) -> Callable[[Any, Any, Tensor, int], bool]:
+    """`linear` of what has been checked, as run(x, bias, y, threads) -> whether all of it looks as it did; if not, nothing is written.
+
+    x: contiguous.
+    """
+    k = x.shape[-1]
+    found: Callable[[Any, Any, Tensor, int], bool] = _core.q_checked(
+        _weight(parts, fmt, n, k), tuple(parts), x, _CODES[x.dtype], x.numel() // k, bias, 0 if bias is None else _CODES[bias.dtype]
+    )
+    return found
 
 
 def linear_dx(dy: Tensor, parts: Parts, fmt: QFormat, n: int, k: int) -> Tensor:

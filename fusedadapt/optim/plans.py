@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
+from ..ops import shim as shims
 from ..reference import optim as reference
 from . import coded, compact
-from . import shim as shims
 from . import table as tables
 from .spec import CODED_CODES, HYPER_FIELDS, RULES, UNCODED, UNSIGNED, is_compact
 

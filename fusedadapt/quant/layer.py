@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 from collections.abc import Callable, Mapping
@@ -10,13 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops import looks, quant_act
 from ..ops import quant as ops
-from ..ops import quant_act
+from ..ops.address import readable
 from .formats import QFormat
 from .linear import quantized_linear
 from .tensor import QuantizedTensor, quantize
 
 _BUFFERS = ("scale", "zero", "super", "offset")
+_KNOWN = "_known_quantized"  # in a layer's __dict__: whether its tensors are as they were, and the `QuantizedTensor` of them
 
 
 def check_plain(op: str, linear: object) -> None:
@@ -33,6 +36,7 @@ class PackedWeight(nn.Linear):
     weight_dtype: torch.dtype
 
     def _hold(self, qw: QuantizedTensor) -> None:
+        self.__dict__.pop(_KNOWN, None)
         self.format, self.weight_dtype = qw.format, qw.dtype
         self.weight = nn.Parameter(qw.parts.qdata, requires_grad=False)
         for name in _BUFFERS:
@@ -43,10 +47,26 @@ class PackedWeight(nn.Linear):
         """The weight; shares memory with the layer. A layer with a dense one does not have the attribute, which torch.jit asks all of them for."""
         if self.format is None:
             raise AttributeError(f"{type(self).__name__}.quantized: expected a packed weight; got a dense one; see QuantizedLinear.from_linear")
-        shape = torch.Size((self.out_features, self.in_features))
-        qdata = self.weight.detach().view(self.format.storage_dtype)
-        scale, zero, above, offset = (getattr(self, f"weight_{name}") for name in _BUFFERS)
-        return QuantizedTensor(qdata, scale, zero, above, offset, self.format, shape, self.weight_dtype)
+        # The same object for as long as the layer's tensors stay where they are: `quant.plain` keeps with it what it has checked.
+        given = self.weight, self.weight_scale, self.weight_zero, self.weight_super, self.weight_offset
+        known = None if torch.compiler.is_compiling() else self.__dict__.get(_KNOWN)
+        if known is not None and known[0](*given):
+            found: QuantizedTensor = known[1]
+            return found
+        return self._quantized(*given)
+
+    def _quantized(self, weight: Tensor, *others: Any) -> QuantizedTensor:
+        assert self.format is not None
+        shape, compiling = torch.Size((self.out_features, self.in_features)), torch.compiler.is_compiling()
+        with contextlib.nullcontext() if compiling else torch.inference_mode(False):  # what is kept may be used outside of it
+            qw = QuantizedTensor(weight.detach().view(self.format.storage_dtype), *others, self.format, shape, self.weight_dtype)  # type: ignore[call-arg]
+        if not compiling and (core := looks.core()) is not None and all([readable(t) for t in (weight, *others) if t is not None]):
+            self.__dict__[_KNOWN] = core.keep(weight, *others), qw
+        return qw
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is only true of this very object."""
+        return {name: value for name, value in self.__dict__.items() if name != _KNOWN}
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight in ``dtype`` (default: the one it was quantized from)."""
@@ -178,6 +198,7 @@ class QuantizedLinear(PackedWeight):
         if found is None:
             raise RuntimeError(f"QuantizedLinear: expected the dtype of a weight in _extra_state; got {dtype!r}; the state is damaged: save it again")
         self.weight_dtype = found
+        self.__dict__.pop(_KNOWN, None)
 
     def _misfits(self, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
         faults, extra = super()._misfits(state_dict, prefix), state_dict.get(f"{prefix}_extra_state")

@@ -1,28 +1,42 @@
 """The commonest call of decoding the shortest way: few tokens on a CPU, no gradient asked for, nobody looking on.
 
 One such product of 4096 x 4096 takes the kernel 0.2 ms. Autograd's node, the dispatcher and the checks of the op cost 0.015 ms more, and 0.1 ms
-where other weights have swept the caches since. Here they are one check and one call, with the same kernel on the same numbers.
+where other weights have swept the caches since. Here they are one check and one call, with the same kernel on the same numbers; and a call whose
+tensors look and lie as they did the last time needs no second check (cold, 0.12 ms before, 0.05 with that).
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from ..autocast import autocasting
+from ..config import asked
+from ..dispatch import listening
+from ..ops import looks
 from ..ops import quant as ops
 from ..ops.address import readable
-from ..ops.onlookers import modes, tracing
+from ..ops.onlookers import watched
 from ..reference.quant import Parts
 from .formats import QFormat
-from .tensor import QuantizedTensor
+from .tensor import CHECKED, QuantizedTensor
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _BIASES = frozenset(ops.DTYPES)
+# Bound once, as in `onlookers`.
+_empty_like, _threads, _is_grad_enabled, _is_compiling = torch.empty_like, torch.get_num_threads, torch.is_grad_enabled, torch.compiler.is_compiling
+
+
+class _Known(NamedTuple):
+    """A call that was found in order: (x, bias, y, threads) -> whether it still is, and y then is written; a tensor
+    like y, without memory; `config.asked` then."""
+
+    run: Callable[[Any, Any, Tensor, int], bool]
+    like: Tensor
+    asked: tuple[str | None, bool | None]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -35,27 +49,25 @@ def _small(t: int, n: int, k: int, dtype: torch.dtype, spec: str) -> bool:
     return ops._takes(ops._module("cpp"), t, n, k, dtype, QFormat.parse(spec), False)
 
 
-def _watched() -> bool:
-    """Whether somebody wants to see an op: a mode (FLOP counters, fakes, tracers), a transform, autograd's forward mode, which no_grad leaves on, a
-    profiler; or autocast changes its input."""
-    return bool(
-        modes()
-        or torch._C._is_torch_function_mode_enabled()
-        or tracing()
-        or forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()  # type: ignore[attr-defined]
-        or torch._C._autograd._profiler_enabled()
-        or autocasting("cpu")
-    )
-
-
 def product(x: Any, qw: Any, bias: Any) -> Tensor | None:
     """x W^T + bias, if the call is such a one; None leaves it, and what may be wrong with it, to the general way. x: [..., K]."""
-    if torch.compiler.is_compiling() or _watched() or type(qw) is not QuantizedTensor or not readable(x) or x.dtype not in _DTYPES:
+    if _is_compiling() or watched() or type(qw) is not QuantizedTensor or _is_grad_enabled() and _wants_gradient(x, bias):
         return None
-    if bias is not None and (not readable(bias) or bias.dtype not in _BIASES):
-        return None
-    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+    known: _Known | None = qw.__dict__.get(CHECKED)
+    if known is not None and not listening() and asked() == known.asked:
+        y = _empty_like(known.like)
+        if known.run(x, bias, y, _threads()):
+            return y
+    return _first(x, qw, bias)
+
+
+def _wants_gradient(x: Any, bias: Any) -> bool:
+    return getattr(x, "requires_grad", False) or getattr(bias, "requires_grad", False)
+
+
+def _first(x: Any, qw: QuantizedTensor, bias: Any) -> Tensor | None:
+    """Checks everything, and leaves with the weight what may be run again for tensors like these."""
+    if not readable(x) or x.dtype not in _DTYPES or (bias is not None and (not readable(bias) or bias.dtype not in _BIASES)):
         return None
     if not x.dim() or not x.numel() or len(qw.shape) != 2 or x.shape[-1] != qw.shape[1] or not qw.shape[0]:
         return None
@@ -72,5 +84,13 @@ def product(x: Any, qw: Any, bias: Any) -> Tensor | None:
     if ops.choose("linear", "cpu", x.dtype).backend != "cpp" or not _small(x.numel() // k, n, k, x.dtype, fmt.spec):
         return None
     cpp: Any = ops._module("cpp")
-    y: Tensor = cpp.linear(x if x.dim() == 2 else x.view(-1, k), parts, fmt, n, bias)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], n)
+    if looks.core() is not None and (bias is None or bias.dtype in _DTYPES):
+        like = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device="cpu")
+        like.untyped_storage().resize_(0)
+        known = _Known(cpp.checked(x, parts, fmt, n, bias), like, asked())
+        y = _empty_like(like)
+        if known.run(x, bias, y, _threads()):
+            qw.__dict__[CHECKED] = known
+            return y
+    out: Tensor = cpp.linear(x if x.dim() == 2 else x.view(-1, k), parts, fmt, n, bias)
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], n)

@@ -14,6 +14,9 @@ from ..ops import quant as ops
 from ..reference.quant import Parts
 from .formats import LAYERED, QFormat, format_of
 
+#: where `quant.plain` leaves what it has checked of a weight: addresses, which no copy may take along
+CHECKED = "_checked"
+
 
 @dataclass(frozen=True, eq=False)  # equal is what is the same object, as for modules: == of tensors has no truth value
 class QuantizedTensor:
@@ -66,7 +69,7 @@ class QuantizedTensor:
 
     def __getstate__(self) -> dict[str, Any]:
         """The codes as plain bytes: torch writes fp8 tensors into ordinary pickles that it cannot read."""
-        return self.__dict__ | {"qdata": self.parts.qdata}
+        return {name: value for name, value in self.__dict__.items() if name != CHECKED} | {"qdata": self.parts.qdata}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         fmt: QFormat = state["format"]

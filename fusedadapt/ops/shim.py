@@ -48,6 +48,10 @@ def _examples() -> tuple[list[Tensor], list[Tensor]]:
         assert leaf.grad is not None
         # (a version counter, a graph, a gradient, a shared counter, an in-place write, a gradient of its own)
         same = [new(*shape), leaf, leaf.grad, leaf.detach(), leaf.data, graph.detach(), new(*shape).add_(1), new(*shape).requires_grad_()]
+        core: Any = dispatch.core()
+        for byte in () if core is None else (0, 255):  # between the members of a tensor lies what was there before
+            core.Shim.soil(byte)
+            same += [new(*shape) for _ in range(4)]
     dtypes = [torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool]
     other = [new(*shape, dtype=dtype) for dtype in dtypes]
     other += [new(*sizes) for sizes in ((6, 3, 4, 5, 2), (2, 3, 4, 30), (720,), (), (0,), (2, 3, 4, 5, 7))]

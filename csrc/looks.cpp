@@ -1,0 +1,72 @@
+#include "looks.h"
+
+#include <algorithm>
+#include <memory>
+#include <stdexcept>
+
+#include "bindings.h"
+
+namespace py = pybind11;
+
+namespace fa {
+namespace {
+
+const Shim* shim_in_use = nullptr;
+std::vector<PyTypeObject*> plain_types;
+
+}  // namespace
+
+void Looks::use(const Shim* shim, std::vector<PyTypeObject*> types) {
+  shim_in_use = shim;
+  plain_types = std::move(types);
+}
+
+bool Looks::at(PyObject* object, Look* look) {
+  *look = Look{};
+  if (object == Py_None) return true;
+  if (std::find(plain_types.begin(), plain_types.end(), Py_TYPE(object)) == plain_types.end()) return false;
+  return shim_in_use->read(shim_in_use->of(object), &look->data, &look->signature) && look->data;
+}
+
+Kept::Kept(py::object tensor) : tensor_(std::move(tensor)) {
+  if (!Looks::at(tensor_.ptr(), &look_)) throw std::invalid_argument("Kept: a plain tensor with memory, or None, expected");
+}
+
+bool Kept::is(PyObject* object) const { return object == tensor_.ptr() && unchanged(); }
+
+bool Kept::unchanged() const {
+  Look now;
+  return Looks::at(tensor_.ptr(), &now) && now.data == look_.data && now.signature == look_.signature;
+}
+
+namespace {
+
+constexpr char kAll[] = "fusedadapt.kept";
+
+PyObject* all_are(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+  const auto& kept = *static_cast<const std::vector<Kept>*>(PyCapsule_GetPointer(self, kAll));
+  bool same = size_t(count) == kept.size();
+  for (size_t i = 0; same && i < kept.size(); ++i) same = kept[i].is(args[i]);
+  return PyBool_FromLong(same);
+}
+
+// all_are for these tensors
+py::object keep(const py::args& tensors) {
+  auto kept = std::make_unique<std::vector<Kept>>();
+  for (const py::handle tensor : tensors) kept->emplace_back(py::reinterpret_borrow<py::object>(tensor));
+  return bound<std::vector<Kept>, &all_are>(std::move(kept), kAll);
+}
+
+}  // namespace
+
+void bind_looks(py::module_& m) {
+  // The shim must live as long as the module does.
+  m.def("look_through", [](const Shim* shim, const py::args& types) {
+    std::vector<PyTypeObject*> found;
+    for (const py::handle type : types) found.push_back(reinterpret_cast<PyTypeObject*>(type.ptr()));
+    Looks::use(shim, std::move(found));
+  });
+  m.def("keep", &keep);
+}
+
+}  // namespace fa
