@@ -4,10 +4,12 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <memory>
 
 #include "bindings.h"
 #include "core/dtypes.h"
 #include "cpu/lowrank.h"
+#include "looks.h"
 
 namespace py = pybind11;
 
@@ -109,23 +111,97 @@ void dropout(const Spec& x, const Spec& out, uint64_t seed, uint32_t threshold, 
   lr::dropout(matrix(x), matrix(out), seed, threshold, threads);
 }
 
-lr::Branch branch(const Spec& a, const Spec& b, double scaling, uint32_t threshold, uint64_t seed) {
-  if (threshold > 65535) throw std::invalid_argument("lowrank: thresholds in 0 .. 65535 expected");
-  return {matrix(a), matrix(b), float(scaling), threshold, seed};
+// A branch that has been checked. It runs for tensors that look as those did; a gradient of y looks as y does. One that is not asked for is None.
+// Results are the caller's own, made a moment ago: in inference mode they look otherwise.
+struct Checked {
+  enum Tensor { kX, kA, kB, kBias, kU, kY, kDa, kDb, kDx, kTensors };
+  uint64_t signature[kTensors] = {};
+  int64_t t = 0, k = 0, n = 0, rank = 0;
+  int data = 0, adapters = 0;
+
+  lr::Matrix matrix(Tensor which, void* at) const {
+    const bool small = which == kA || which == kB;
+    const int64_t rows = which == kA ? rank : which == kB ? n : t, columns = which == kB ? rank : which == kY ? n : k;
+    return at ? lr::Matrix{at, small ? adapters : data, rows, columns, columns, 1} : lr::Matrix{};
+  }
+};
+
+constexpr char kChecked[] = "fusedadapt.lr_checked";
+
+// What the arguments hold, if they are what a checked call takes: tensors in this order, a seed or None, scaling, threshold, threads.
+struct Given {
+  const Checked* call = nullptr;
+  void* at[Checked::kTensors] = {};
+  lr::Branch branch;
+  int threads = 1;
+
+  // The last `results` of the tensors are written.
+  template <size_t count>
+  bool read(PyObject* self, PyObject* const* args, Py_ssize_t given, const Checked::Tensor (&order)[count], size_t results) {
+    call = static_cast<const Checked*>(PyCapsule_GetPointer(self, kChecked));
+    if (given != Py_ssize_t(count) + 4) return false;
+    Look look;
+    for (size_t i = 0; i < count; ++i) {
+      const Checked::Tensor which = order[i];
+      if (!Looks::at(args[i], &look)) return false;
+      const bool absent = args[i] == Py_None, read = i + results < count;
+      if (absent && which != Checked::kDx && which != Checked::kBias) return false;
+      if (!absent && read && look.signature != call->signature[which]) return false;
+      at[which] = look.data;
+    }
+    if (!Looks::at(args[count], &look)) return false;
+    branch = {call->matrix(Checked::kA, at[Checked::kA]), call->matrix(Checked::kB, at[Checked::kB]),
+              float(PyFloat_AsDouble(args[count + 1])), uint32_t(PyLong_AsLong(args[count + 2])),
+              look.data ? *static_cast<const uint64_t*>(look.data) : 0};
+    threads = int(PyLong_AsLong(args[count + 3]));
+    return branch.threshold <= 65535;
+  }
+  lr::Matrix matrix(Checked::Tensor which) const { return call->matrix(which, at[which]); }
+  float* floats(Checked::Tensor which) const { return static_cast<float*>(at[which]); }
+};
+
+// (x, a, b, bias, u, y, ...) -> whether u and y were written
+PyObject* checked_start(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+  return guarded([&]() -> PyObject* {
+    using C = Checked;
+    Given g;
+    if (!g.read(self, args, count, {C::kX, C::kA, C::kB, C::kBias, C::kU, C::kY}, 2)) Py_RETURN_FALSE;
+    {
+      py::gil_scoped_release release;
+      lr::branch_start(g.matrix(C::kX), g.branch, g.floats(C::kBias), g.floats(C::kU), g.matrix(C::kY), g.threads);
+    }
+    Py_RETURN_TRUE;
+  });
 }
 
-void branch_start(const Spec& x, const Spec& a, const Spec& b, double scaling, uint32_t threshold, uint64_t seed, int64_t bias, int64_t u,
-                  const Spec& y, int threads) {
-  const lr::Branch given = branch(a, b, scaling, threshold, seed);
-  py::gil_scoped_release release;
-  lr::branch_start(matrix(x), given, at<float>(bias), at<float>(u), matrix(y), threads);
+// (dy, x, a, b, u, da, db, dx, ...) -> whether da, db and dx were written
+PyObject* checked_back(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+  return guarded([&]() -> PyObject* {
+    using C = Checked;
+    Given g;
+    if (!g.read(self, args, count, {C::kY, C::kX, C::kA, C::kB, C::kU, C::kDa, C::kDb, C::kDx}, 3)) Py_RETURN_FALSE;
+    {
+      py::gil_scoped_release release;
+      lr::branch_back(g.matrix(C::kY), g.matrix(C::kX), g.branch, g.floats(C::kU), g.floats(C::kDa), g.floats(C::kDb), g.matrix(C::kDx),
+                      g.threads);
+    }
+    Py_RETURN_TRUE;
+  });
 }
 
-void branch_back(const Spec& dy, const Spec& x, const Spec& a, const Spec& b, double scaling, uint32_t threshold, uint64_t seed, int64_t u,
-                 int64_t da, int64_t db, const Spec& dx, int threads) {
-  const lr::Branch given = branch(a, b, scaling, threshold, seed);
-  py::gil_scoped_release release;
-  lr::branch_back(matrix(dy), matrix(x), given, at<float>(u), at<float>(da), at<float>(db), matrix(dx), threads);
+// (start, back) for (x, a, b, bias, u, y, da, db, dx); (T, K, N, rank), dtype codes of data and adapters.
+py::tuple checked(const py::args& tensors, const std::array<int64_t, 4>& sizes, int data, int adapters) {
+  Checked c;
+  if (tensors.size() != Checked::kTensors) throw std::invalid_argument("lr_checked: nine tensors expected");
+  for (size_t i = 0; i < Checked::kTensors; ++i) {
+    Look look;
+    if (!Looks::at(py::handle(tensors[i]).ptr(), &look)) throw std::invalid_argument("lr_checked: plain tensors with memory expected");
+    c.signature[i] = look.signature;
+  }
+  c.t = sizes[0], c.k = sizes[1], c.n = sizes[2], c.rank = sizes[3];
+  c.data = data, c.adapters = adapters;
+  return py::make_tuple(bound<Checked, &checked_start>(std::make_unique<Checked>(c), kChecked),
+                        bound<Checked, &checked_back>(std::make_unique<Checked>(c), kChecked));
 }
 
 }  // namespace
@@ -140,8 +216,7 @@ void bind_lowrank(py::module_& m) {
   m.def("lr_skinny_w", &skinny_w);
   m.def("lr_merge", &merge);
   m.def("lr_dropout", &dropout);
-  m.def("lr_branch_start", &branch_start);
-  m.def("lr_branch_back", &branch_back);
+  m.def("lr_checked", &checked, py::kw_only(), py::arg("sizes"), py::arg("data"), py::arg("adapters"));
   // For tests: the keep flags (16 bits each) of n elements from `first` on, wherever in the element index that is.
   m.def("lr_mask", [](int64_t keep, uint64_t first, int64_t n, uint64_t seed, uint32_t stream, uint32_t threshold) {
     lr::kernels().mask(at<uint16_t>(keep), first, n, seed, stream, threshold);

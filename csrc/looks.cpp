@@ -57,6 +57,21 @@ py::object keep(const py::args& tensors) {
   return bound<std::vector<Kept>, &all_are>(std::move(kept), kAll);
 }
 
+// One number for what all of them look like, None included; 0 if one cannot be looked at.
+PyObject* look(PyObject*, PyObject* const* args, Py_ssize_t count) {
+  return guarded([&]() -> PyObject* {
+    uint64_t h = uint64_t(count);
+    for (Py_ssize_t i = 0; i < count; ++i) {
+      Look one;
+      if (!Looks::at(args[i], &one)) return PyLong_FromLong(0);
+      h = mix(h, int64_t(one.signature), i);
+    }
+    return PyLong_FromUnsignedLongLong(h | 1);
+  });
+}
+
+struct None {};
+
 }  // namespace
 
 void bind_looks(py::module_& m) {
@@ -67,6 +82,7 @@ void bind_looks(py::module_& m) {
     Looks::use(shim, std::move(found));
   });
   m.def("keep", &keep);
+  m.attr("look") = bound<None, &look>(std::make_unique<None>(), "fusedadapt.look");
 }
 
 }  // namespace fa

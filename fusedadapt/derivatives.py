@@ -11,6 +11,9 @@ from torch.autograd.function import once_differentiable
 
 from . import config
 
+# Bound once: see `ops.onlookers`.
+_transforming: Any = torch._C._are_functorch_transforms_active  # type: ignore[attr-defined]
+_is_grad_enabled, _is_compiling = torch.is_grad_enabled, torch.compiler.is_compiling
 _is_batch: Any = torch._C._functorch.is_legacy_batchedtensor  # what stands for one of many gradients: it has no memory to read
 
 
@@ -31,22 +34,24 @@ def first_order(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
         @functools.wraps(backward)
         def checked(ctx: Any, *grads: Any) -> Any:
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # a compiled backward refuses by itself
+            if _is_compiling():  # a compiled backward refuses by itself
+                return once(ctx, *grads)
+            if _is_grad_enabled():
                 raise RuntimeError(
                     f"{op}: expected a backward pass without create_graph=True; got one with it; the fused backward cannot be differentiated again: "
                     "use the plain operations there (of a patched model: fusedadapt.unpatch)"
                 )
-            if not torch.compiler.is_compiling() and any([isinstance(g, torch.Tensor) and _is_batch(g) for g in grads]):
+            if any([isinstance(g, torch.Tensor) and _is_batch(g) for g in grads]):
                 raise RuntimeError(
                     f"{op}: expected one gradient at a time; got a batch of them (is_grads_batched=True, or vectorize=True of a Jacobian); leave "
                     "that out, or use the plain operations there (of a patched model: fusedadapt.unpatch)"
                 )
-            asked = None if torch.compiler.is_compiling() else getattr(ctx, "asked", None)
+            asked = getattr(ctx, "asked", None)
             # who runs backward in a block of their own asks for themselves
             if asked is None or asked == (None, None) or config.asked() != (None, None):
-                return once(ctx, *grads)
+                return backward(ctx, *grads)
             with config.as_asked(asked):
-                return once(ctx, *grads)
+                return backward(ctx, *grads)
 
         return checked
 
@@ -55,7 +60,7 @@ def first_order(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 def transforming() -> bool:
     """Whether a torch.func transform (vmap, grad, jvp, ...) is active: our autograd functions have no rules for these."""
-    return not torch.compiler.is_compiling() and bool(torch._C._are_functorch_transforms_active())  # type: ignore[attr-defined]
+    return not _is_compiling() and bool(_transforming())
 
 
 def refuse_transforms(op: str) -> None:

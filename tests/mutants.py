@@ -140,8 +140,13 @@ MUTANTS = (
     Mutant(MID, "== 1.0 else v * mid.scaling", "== 1.0 else v", f"{DERIVATIVES}[everything]"),
     # low-rank: the autograd function, its checks, the ops
     Mutant(FUNCTION, "x if needs_x else None, col_scale", "x, col_scale", f"{SAVED}[reference]"),
-    Mutant(PLAIN, "x if True in wanted and wanted[FIRST + _A] else None", "x", f"{SAVED}[cpp]"),
-    Mutant(PLAIN, "or a.dim() != 2 or weight.requires_grad", "or a.dim() != 2", f"{SHORT}one_gradient_alone[weight]"),
+    Mutant(PLAIN, "x if ctx.needs_input_grad[1] else None", "x", f"{SAVED}[cpp]"),
+    Mutant(PLAIN, "not key or weight.requires_grad", "not key", f"{SHORT}one_gradient_alone[weight]"),
+    Mutant(PLAIN, "found is None or found.asked != asked()", "found is None", "test_lowrank_known.py::test_who_asks_for_a_backend_gets_it"),
+    Mutant(
+        "csrc/bindings_lowrank.cpp", "read && look.signature", "false && look.signature",
+        "test_lowrank_known.py::test_saved_tensor_hooks_may_bring_back_other_memory",
+    ),
     Mutant(FUNCTION, "is not None and output.scale_bias else db", "is not None else db", f"{DERIVATIVES}[row scale and bias]"),
     Mutant(FUNCTION, "upstream = into_x or any(", "upstream = True or any(", f"{CONTRACT}only_what_is_needed_is_computed"),
     Mutant(FUNCTION, "    @first_order(", "    # (", "test_derivatives.py::test_second_derivatives_are_refused[lora-constant]"),
@@ -158,7 +163,7 @@ MUTANTS = (
     # low-rank: C++ and Triton
     Mutant(LR_HOST, "&& !s.threshold && !out.back().threshold", "&& !s.threshold", "test_lowrank_cpp"),
     Mutant(LR_HOST, "seed != drawn.seed || ", "", "test_lowrank_cpp.py::test_masks_are_drawn_once_for_both_uses[base]"),
-    Mutant(LR_BRANCH, "du(dv.get(), branch.scaling, count)", "du(dv.get(), 1.f, count)", f"{SHORT}bits_are_those_of_the_general_way"),
+    Mutant(LR_BRANCH, "scaled(g.dv, branch.scaling, count)", "scaled(g.dv, 1.f, count)", f"{SHORT}bits_are_those_of_the_general_way"),
     Mutant(LR_CPU, "step_p + j * step_n]) * scale; };", "step_p + j * step_n]); };", f"{CONTRACT}masks_are_the_same_bits_everywhere[cpp-5-13]"),
     Mutant(LR_CPU, "sums[i] = add ? sums[i] + total : total;", "sums[i] = total;", f"{CONTRACT}skinny_w[cpp]"),
     Mutant(LR_CPU, "if (w.bias) f += ", "if (w.bias) f -= ", "test_lowrank_cpp"),

@@ -43,9 +43,9 @@ def results(x, w, a, b, bias, **options) -> list[Tensor]:
 
 def count_short(monkeypatch) -> list[str]:
     taken = []
-    for name in ("forward", "backward"):
-        whole = getattr(plain, name)
-        monkeypatch.setattr(plain, name, lambda *args, whole=whole, name=name: taken.append(name) or whole(*args))
+    for name, function in (("forward", "_run"), ("backward", "_short_back")):
+        whole = getattr(plain, function)
+        monkeypatch.setattr(plain, function, lambda *args, whole=whole, name=name: taken.append(name) or whole(*args))
     return taken
 
 
@@ -57,7 +57,7 @@ def test_bits_are_those_of_the_general_way(monkeypatch, case, dtypes):
     taken = count_short(monkeypatch)
     short = results(*given, **options)
     assert taken == ["forward", "backward"]
-    monkeypatch.setattr(functional, "plan_of", lambda *_: None)
+    monkeypatch.setattr(functional, "known", lambda *_: None)
     names = ("y", "dx", "dA", "dB") if into_x else ("y", "dA", "dB")
     for name, one, other in zip(names, short, results(*given, **options), strict=True):
         assert one.dtype == other.dtype and torch.equal(one, other), name

@@ -3,48 +3,19 @@
 #include "lowrank.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <iterator>
-#include <memory>
-#include <new>
 #include <utility>
 
 #include "../core/dtypes.h"
 #include "optim.h"
 #include "pool.h"
+#include "scratch.h"
 #include "sweep.h"
 
 namespace fa::cpu::lowrank {
 namespace {
-
-struct Free {
-  void operator()(float* p) const { std::free(p); }
-};
-
-// Memory that stays with its thread between calls: fresh pages fault, one by one. What is larger than kKept goes back.
-class Scratch {
- public:
-  float* get(int64_t floats) {
-    if (floats > size_) {
-      memory_.reset();
-      size_ = 0;
-      memory_.reset(static_cast<float*>(std::aligned_alloc(64, (size_t(floats) * sizeof(float) + 63) / 64 * 64)));
-      if (!memory_) throw std::bad_alloc();
-      size_ = floats;
-    }
-    return memory_.get();
-  }
-  void trim() {
-    if (size_ > kKept) memory_.reset(), size_ = 0;
-  }
-  static constexpr int64_t kKept = 4 << 20;
-
- private:
-  std::unique_ptr<float, Free> memory_;
-  int64_t size_ = 0;
-};
 
 // `panels`, `sums`, `masks`: of the caller, read by all threads. `rows`: of the thread that works.
 struct Memory {
@@ -157,8 +128,9 @@ void pack_expand(const Kernels& k, Writing& w, Matrix a, int threads) {
 
 float* rows_scratch(const Kernels& k, const Reading& r) { return memory.rows.get(kBlockRows * r.panel_count * k.width); }
 
-// Blocks of rows that a thread takes at a time: a few, because what lies ahead is fetched within them only.
-int64_t grain_of(int64_t blocks, int threads) { return std::clamp<int64_t>(blocks / (4 * std::max(threads, 1)), 1, 4); }
+// Blocks of rows that a thread takes at a time: more than one, because what lies ahead is fetched within them only; few, because the last one is
+// waited for.
+int64_t grain_of(int64_t blocks, int threads) { return std::clamp<int64_t>(blocks / (4 * std::max(threads, 1)), 1, 2); }
 
 void read_rows(const Kernels& k, const Reading& r, int threads) {
   const int64_t blocks = ceil_div(r.x.rows, kBlockRows);
@@ -167,20 +139,21 @@ void read_rows(const Kernels& k, const Reading& r, int threads) {
   });
 }
 
-// Rows are cut into at most 16 slots, each with sums of its own.
+// Rows are cut into at most 16 slots, each with sums of its own; the blocks of one are at most one more than another's.
 struct Slots {
-  int64_t count = 0, rows = 0, size = 0, stride = 0, rank = 0;
+  int64_t count = 0, blocks = 0, rows = 0, size = 0, stride = 0, rank = 0;
   bool sums = false;
   float* base = nullptr;
 
-  Slots(const Kernels& k, const Reading& r) : rank(r.left ? r.left_rank : 0), sums(r.column_sums || r.y0.dtype) {
-    const int64_t blocks = ceil_div(r.x.rows, kBlockRows);
-    rows = ceil_div(blocks, std::min<int64_t>(16, ceil_div(blocks, 2))) * kBlockRows;
-    count = ceil_div(r.x.rows, rows);
+  Slots(const Kernels& k, const Reading& r) : rows(r.x.rows), rank(r.left ? r.left_rank : 0), sums(r.column_sums || r.y0.dtype) {
+    blocks = ceil_div(rows, kBlockRows);
+    count = std::min<int64_t>(16, ceil_div(blocks, 2));
     stride = ceil_div(r.x.columns, k.width) * k.width;
     size = (rank + (sums ? 2 : 0)) * stride;
     base = memory.sums.get(count * size);
   }
+  // The first row of a slot; of the one behind the last, the number of rows.
+  int64_t start(int64_t slot) const { return std::min(blocks * slot / count * kBlockRows, rows); }
   Partial at(int64_t slot) const {
     float* m = base + slot * size;
     return {m, m + rank * stride, m + (rank + 1) * stride, stride};
@@ -200,8 +173,7 @@ struct Slots {
 
 void read_slots(const Kernels& k, const Reading& r, const Slots& slots, int threads) {
   parallel_for(slots.count, 1, threads, [&](int64_t first, int64_t last) {
-    for (int64_t s = first; s < last; ++s)
-      k.read(r, s * slots.rows, std::min((s + 1) * slots.rows, r.x.rows), slots.at(s), rows_scratch(k, r));
+    for (int64_t s = first; s < last; ++s) k.read(r, slots.start(s), slots.start(s + 1), slots.at(s), rows_scratch(k, r));
   });
 }
 

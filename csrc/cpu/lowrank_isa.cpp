@@ -16,24 +16,28 @@ namespace {
 // ---- reading ----
 
 // x[t.., k..] as fp32 in L1, dropped elements zero (their scale is in the adapters or the sums), zeros up to the next multiple of kLanes columns.
-template <class Format>
+template <class Format, bool drops>
 FA_INLINE void fill_row(const Matrix& x, int64_t t, int64_t k, int64_t columns, const uint16_t* keep, float* to) {
   using E = typename Format::E;
   const E* row = static_cast<const E*>(x.data) + t * x.stride + k;
-  const auto put = [&](int64_t j, F f) { store(to + j, keep ? masked(f, load<S>(keep + j)) : f); };
+  const auto put = [&](int64_t j, F f) { store(to + j, drops ? masked(f, load<S>(keep + j)) : f); };
   int64_t j = 0;
-  for (; j + kLanes <= columns; j += kLanes) put(j, Format::widen(load<typename Format::V>(row + j)));
-  if (j < columns) put(j, widen_at<Format>(row + j, columns - j));
+  for (; j + 2 * kLanes <= columns; j += 2 * kLanes) {
+    F left, right;
+    Format::load_pair(row + j, &left, &right);
+    put(j, left), put(j + kLanes, right);
+  }
+  for (; j < columns; j += kLanes) put(j, widen_at<Format>(row + j, columns - j));
 }
 
 void fill(const Matrix& x, int64_t t, int64_t k, int64_t rows, int64_t columns, uint64_t seed, const Segment& s, float* block) {
   with_format(x.dtype, [&](auto format) {
     using Format = decltype(format);
     if (!s.threshold)
-      for (int64_t i = 0; i < rows; ++i) fill_row<Format>(x, t + i, k, columns, nullptr, block + i * kStride);
+      for (int64_t i = 0; i < rows; ++i) fill_row<Format, false>(x, t + i, k, columns, nullptr, block + i * kStride);
     else
       for_masked_rows(t, k, rows, columns, x.columns, seed, s,
-                      [&](int64_t i, const uint16_t* keep) { fill_row<Format>(x, t + i, k, columns, keep, block + i * kStride); });
+                      [&](int64_t i, const uint16_t* keep) { fill_row<Format, true>(x, t + i, k, columns, keep, block + i * kStride); });
   });
 }
 
@@ -166,6 +170,21 @@ FA_INLINE void add_row(const Matrix& y, const float* sum, int64_t t, int64_t k, 
   for (; j < columns; j += kLanes) narrow_at<Format>(at + j, added(j), columns - j);
 }
 
+// y += u a for a block of one segment without a mask, whole panels: each sum meets its element in a register.
+template <class Format>
+FA_INLINE void add_block(const Writing& w, int64_t t, int64_t k, int64_t rows, int64_t columns, Ahead ahead) {
+  const Segment& g = w.segments.list[0];
+  for (int64_t i = 0; i < rows; i += kTall) {
+    auto* y = static_cast<typename Format::E*>(w.y.data) + (t + i) * w.y.stride + k;
+    ahead.fetch(kTall);
+    for (int64_t j = 0; j < columns; j += kWidth) {
+      const float* panel = w.panels + ((k + j) / kWidth * w.rank + g.first) * kWidth;
+      product_onto<Format>({w.u + (t + i) * w.rank + g.first, w.rank, 1, panel, kWidth, g.rank, w.y.stride, false}, least(kTall, rows - i),
+                           y + j);
+    }
+  }
+}
+
 template <class Format>
 FA_INLINE void scale_add_row(const Writing& w, const float* sum, int64_t t, int64_t k, int64_t columns) {
   using E = typename Format::E;
@@ -260,7 +279,7 @@ void fill_block(const Writing& w, int64_t t, int64_t k, int64_t rows, int64_t co
 
 void write(const Writing& w, int64_t t0, int64_t t1, int64_t k0, int64_t k1, double* stats) {
   alignas(64) float sum[kBlockRows * kStride];
-  const bool direct = w.kind == Write::kAdd && w.y.dtype == kF32 && w.segments.count == 1 && !w.segments.list[0].threshold;
+  const bool alone = w.kind == Write::kAdd && w.segments.count == 1 && !w.segments.list[0].threshold, direct = alone && w.y.dtype == kF32;
   for (int64_t t = t0; t < t1; t += kBlockRows) {
     const int64_t rows = least(kBlockRows, t1 - t);
     for (int64_t k = k0; k < k1; k += kBlockCols) {
@@ -273,6 +292,10 @@ void write(const Writing& w, int64_t t0, int64_t t1, int64_t k0, int64_t k1, dou
         float* y = static_cast<float*>(w.y.data) + t * w.y.stride;
         Ahead ahead(w.y, t, k, t1, k0, k1);
         expand_segment(w, w.segments.list[0], t, k, rows, columns, true, nullptr, y + k, w.y.stride, ahead);
+        continue;
+      }
+      if (alone && !direct && columns % kWidth == 0) {
+        with_format(w.y.dtype, [&](auto format) { add_block<decltype(format)>(w, t, k, rows, columns, Ahead(w.y, t, k, t1, k0, k1)); });
         continue;
       }
       if (w.u) expand(w, t, k, rows, columns, nullptr, sum, kStride, Ahead(w.y, t, k, t1, k0, k1));

@@ -27,15 +27,13 @@ struct Product {
 };
 
 template <int M, int V>
-void tile(const Product& g, const float* a, float* c) {
-  F sum[M][V];
+FA_INLINE void multiply(const Product& g, const float* a, F (&sum)[M][V]) {
 #pragma GCC unroll 32
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) sum[m][v] = g.start ? load<F>(g.start + v * kLanes) : F{};
   const float* b = g.b;
-  const int64_t a_m = g.a_m, a_p = g.a_p, b_p = g.b_p, c_m = g.c_m;
-  const bool add = g.add;
+  const int64_t a_m = g.a_m, a_p = g.a_p, b_p = g.b_p;
 #pragma GCC unroll 2
   for (int64_t p = g.depth; p > 0; --p, a += a_p, b += b_p) {
     F right[V];
@@ -48,6 +46,14 @@ void tile(const Product& g, const float* a, float* c) {
       for (int v = 0; v < V; ++v) sum[m][v] = fma(left, right[v], sum[m][v]);
     }
   }
+}
+
+template <int M, int V>
+void tile(const Product& g, const float* a, float* c) {
+  F sum[M][V];
+  const int64_t c_m = g.c_m;
+  const bool add = g.add;
+  multiply<M, V>(g, a, sum);
   if (add) {
 #pragma GCC unroll 32
     for (int m = 0; m < M; ++m)
@@ -58,6 +64,20 @@ void tile(const Product& g, const float* a, float* c) {
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) store(c + m * c_m + v * kLanes, sum[m][v]);
+}
+
+// y += the tile, rounded once: kWidth columns of a matrix in 16 bits, rows `c_m` elements apart.
+template <class Format, int M>
+void tile_onto(const Product& g, const float* a, typename Format::E* y) {
+  F sum[M][2];
+  const int64_t c_m = g.c_m;
+  multiply<M, 2>(g, a, sum);
+#pragma GCC unroll 32
+  for (int m = 0; m < M; ++m) {
+    F left, right;
+    Format::load_pair(y + m * c_m, &left, &right);
+    Format::store_pair(y + m * c_m, left + sum[m][0], right + sum[m][1]);
+  }
 }
 
 // Twelve sums hide the latency of the multiply-add: 6 x 2 vectors, 12 x 1 where one vector is all there is.
@@ -86,12 +106,18 @@ const Tile kWide[] = {nullptr,
                       tile<12, 2>
 #endif
 };
-
 // Rows [first, first + rows) of a. `columns` <= kWidth of c; up to the next multiple of kLanes are written.
 void product(const Product& g, int64_t rows, int64_t columns, float* c, int64_t first = 0) {
   const bool wide = columns > kLanes;
   const int64_t tall = wide ? kTall : 12;
   for (int64_t m = 0; m < rows; m += tall) (wide ? kWide : kNarrow)[least(tall, rows - m)](g, g.a + (first + m) * g.a_m, c + m * g.c_m);
+}
+
+// kWidth columns of y, `rows` of them.
+template <class Format>
+FA_INLINE void product_onto(const Product& g, int64_t rows, typename Format::E* y) {
+  if (rows == kTall) return tile_onto<Format, kTall>(g, g.a, y);
+  for (int64_t m = 0; m < rows; ++m) tile_onto<Format, 1>(g, g.a + m * g.a_m, y + m * g.c_m);
 }
 
 // ---- dropout ----

@@ -74,6 +74,7 @@ struct F32 {
   using E = float;
   using V = F;
   FA_INLINE F widen(V v) { return v; }
+  FA_INLINE void load_pair(const E* p, F* a, F* b) { *a = load<F>(p), *b = load<F>(p + kLanes); }
   FA_INLINE V narrow(F f) { return f; }
   FA_INLINE void store_pair(E* p, F a, F b) {
     store(p, a);
@@ -83,14 +84,38 @@ struct F32 {
   FA_INLINE E narrow_one(float f) { return f; }
 };
 
+#if defined(__AVX512BW__)
+// Which 16-bit half goes where: each of a word's halves twice, the lower and the upper 16 of them; the upper halves of the lanes of two vectors.
+struct alignas(64) Halves16 {
+  uint16_t twice[64], upper[32];
+  constexpr Halves16() : twice(), upper() {
+    for (int i = 0; i < 64; ++i) twice[i] = uint16_t(i / 2);
+    for (int i = 0; i < 32; ++i) upper[i] = uint16_t(2 * i + 1);
+  }
+};
+constexpr Halves16 kHalves;
+#endif
+
 struct BF16 {
   using E = uint16_t;
   using V = H;
   FA_INLINE F widen(V v) { return F(__builtin_convertvector(v, U) << 16); }
-  FA_INLINE U round(F f) {
-    const U u = U(f);
-    return (f != f ? u | 0x400000u : u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  // Two neighbours; from one word where a shuffle puts its halves in place.
+  FA_INLINE void load_pair(const E* p, F* a, F* b) {
+#if defined(__AVX512BW__)
+    const __m512i pair = load<__m512i>(p);
+    *a = F(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, load<__m512i>(kHalves.twice), pair));
+    *b = F(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, load<__m512i>(kHalves.twice + 32), pair));
+#else
+    *a = widen(load<V>(p)), *b = widen(load<V>(p + kLanes));
+#endif
   }
+  // In the upper half of every lane.
+  FA_INLINE U rounded(F f) {
+    const U u = U(f);
+    return f != f ? u | 0x400000u : u + 0x7fffu + ((u >> 16) & 1u);
+  }
+  FA_INLINE U round(F f) { return rounded(f) >> 16; }
   FA_INLINE V narrow(F f) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
     const __m256i packed = _mm256_packus_epi32(__m256i(round(f)), __m256i(round(f)));
@@ -103,6 +128,8 @@ struct BF16 {
   FA_INLINE void store_pair(E* p, F a, F b) {
 #if defined(__AVX2__) && !defined(__AVX512F__)
     store(p, _mm256_permute4x64_epi64(_mm256_packus_epi32(__m256i(round(a)), __m256i(round(b))), 0xd8));
+#elif defined(__AVX512BW__)
+    store(p, _mm512_maskz_permutex2var_epi16(~__mmask32{0}, __m512i(rounded(a)), load<__m512i>(kHalves.upper), __m512i(rounded(b))));
 #else
     store(p, narrow(a));
     store(p + kLanes, narrow(b));
@@ -133,6 +160,7 @@ struct F16 {
     return v;
   }
 #endif
+  FA_INLINE void load_pair(const E* p, F* a, F* b) { *a = widen(load<V>(p)), *b = widen(load<V>(p + kLanes)); }
   FA_INLINE void store_pair(E* p, F a, F b) {
     store(p, narrow(a));
     store(p + kLanes, narrow(b));

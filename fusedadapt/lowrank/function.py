@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,9 +21,7 @@ from ..ops.dense import widens
 from ..ops.dense_low import Low
 from ..ops.lowrank import is_direct, ops_for
 from . import mid as middle
-from . import plain
 from .mid import Mid
-from .plain import PlainPlan
 
 #: tensors of an output and of a segment, in the order in which `LowRankLinear` takes them
 OUTPUT = ("weight", "bias", "row_scale", "scale", "zero", "super", "offset")
@@ -85,10 +83,10 @@ class _Output:
 
 def resolved(tensors: Sequence[Tensor | None]) -> list[Any]:
     """Memory that holds the tensors' values: of the imaginary part of a conjugate, say, it holds the negatives, which only torch's own ops know (and
-    its dispatcher, through which compiled graphs go)."""
+    its dispatcher, through which compiled graphs go); of zeros that autograd makes up there is none."""
     if torch.compiler.is_compiling():
         return list(tensors)
-    return [t.resolve_neg() if t is not None and t.is_neg() else t for t in tensors]
+    return [t if t is None else t.resolve_neg() if t.is_neg() else t.clone() if t._is_zerotensor() else t for t in tensors]
 
 
 def _in(dtype: torch.dtype, t: Tensor) -> Tensor:
@@ -131,8 +129,6 @@ class LowRankLinear(torch.autograd.Function):
         ctx: Any, plan: Plan, x: Tensor, col_scale: Tensor | None, seed: Tensor | None, scalars: Tensor | Numbers, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
         remember(ctx)
-        if type(plan) is PlainPlan:
-            return plain.forward(ctx, plan, x, seed, scalars, tensors)
         x, *tensors = resolved((x, *tensors))  # type: ignore[assignment]
         direct, device_type = is_direct(x), x.device.type
         with _no_autocast(device_type):
@@ -160,7 +156,7 @@ class LowRankLinear(torch.autograd.Function):
                 results.append(y)
             ctx.plan, ctx.device_type, ctx.ops = plan, device_type, ops if direct else None
             ctx.numbers, given = (None, scalars) if isinstance(scalars, Tensor) else (scalars, None)
-            needs_x = _needs_x(ctx.needs_input_grad[5:], outputs) or ctx.needs_input_grad[2]
+            needs_x = _needs_x(ctx.needs_input_grad[_FIRST:], outputs) or ctx.needs_input_grad[2]
             ctx.save_for_backward(x if needs_x else None, col_scale, seed, given, u, *kept, *tensors)
             ctx.set_materialize_grads(False)
             return tuple(results)
@@ -168,20 +164,7 @@ class LowRankLinear(torch.autograd.Function):
     @staticmethod
     @first_order("fusedadapt.lora_linear")
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        if type(ctx.plan) is PlainPlan:
-            return _plain_backward(ctx, grads[0])
         return _backward(ctx, grads, ctx.saved_tensors)
-
-
-def _plain_backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The short way back if it is open, else the general one, whose matrices have two dimensions."""
-    if dy is None:
-        return (None,) * len(ctx.needs_input_grad)
-    if (short := plain.backward(ctx, dy)) is not None:
-        return short
-    x, *saved = ctx.saved_tensors
-    none, dx, *found = _backward(ctx, (dy.reshape(-1, dy.shape[-1]),), (None if x is None else x.reshape(-1, x.shape[-1]), *saved))
-    return none, None if dx is None else dx.reshape(*dy.shape[:-1], dx.shape[-1]), *found
 
 
 def _backward(ctx: Any, grads: Sequence[Tensor | None], saved: Sequence[Any]) -> tuple[Tensor | None, ...]:
@@ -193,7 +176,7 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None], saved: Sequence[Any]) ->
     with _no_autocast(ctx.device_type):
         sample = next((dy for dy in grads if dy is not None), None)
         if sample is None:
-            return (None,) * (5 + len(tensors))
+            return (None,) * (_FIRST + len(tensors))
         # Forward's backend, where ops are called directly both times.
         direct = is_direct(sample)
         ops = ctx.ops if ctx.ops is not None and direct else ops_for(sample)
@@ -225,10 +208,14 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None], saved: Sequence[Any]) ->
         return None, dx if want_x else None, d_col, None, None, *found
 
 
+#: where `LowRankLinear`'s tensors begin among its arguments
+_FIRST = 5
+
+
 class _NoBackward:
     """The context of a forward pass whose backward nobody can ask for."""
 
-    needs_input_grad = (False,) * plain.FIRST
+    needs_input_grad = (False,) * _FIRST
 
     def save_for_backward(self, *_: Tensor | None) -> None:
         pass
@@ -240,6 +227,28 @@ class _NoBackward:
 def forward_only(*args: Any) -> tuple[Tensor, ...]:
     """`LowRankLinear` without autograd's share of the time, where it is off (8 x 64 -> 64, EPYC: 90 us for 132)."""
     return LowRankLinear.forward(_NoBackward(), *args)
+
+
+class _Given(NamedTuple):
+    """The context of a forward pass that another function made."""
+
+    plan: Plan
+    ops: Any
+    numbers: Numbers
+    needs_input_grad: tuple[bool, ...]
+    device_type: str
+
+
+def general_gradients(
+    plan: Plan, ops: Any, numbers: Numbers, wanted: Sequence[bool], dy: Tensor, saved: Sequence[Any]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, A and B of one output with one segment, of what `LowRankLinear` would have saved. ``wanted``: which of the three."""
+    x, a, b = wanted
+    at_a, at_b = (_FIRST + len(OUTPUT) + which for which in (_A, _B))
+    needed = [False] * (_FIRST + len(OUTPUT) + len(SEGMENT))
+    needed[1], needed[at_a], needed[at_b] = x, a, b
+    found = _backward(_Given(plan, ops, numbers, tuple(needed), dy.device.type), (dy,), saved)
+    return found[1], found[at_a], found[at_b]
 
 
 def _values(u: Tensor, output: _Output, column: int) -> Tensor:

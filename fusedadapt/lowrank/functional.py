@@ -18,7 +18,10 @@ from ..ops.onlookers import tracing
 from ..quant.tensor import QuantizedTensor
 from ..reference.lowrank import ACTIVATIONS, wide
 from .function import Entry, LowRankLinear, Numbers, forward_only
-from .plain import PlainPlan, plan_of
+from .plain import Known, known
+from .plain import run as run_known
+
+_is_grad_enabled = torch.is_grad_enabled  # bound once, as in `onlookers`
 
 
 class Segment(NamedTuple):
@@ -128,9 +131,9 @@ def lora_linear_group(
 
     Args and errors: as `lora_linear`. Returns one [..., N_i] per output.
     """
+    if (of := known(x, outputs, col_scale)) is not None:
+        return [_run_known(of, x, outputs[0], training, seed)]
     refuse_transforms("fusedadapt.lora_linear")
-    if (short := plan_of(x, outputs, col_scale)) is not None:
-        return list(_run_plain(short, x, outputs[0], training, seed))
     _check_outputs(x, outputs, col_scale)
     _check_seed(seed, x)
     lead, segments = x.shape[:-1], [s for output in outputs for s in output.segments]
@@ -157,19 +160,17 @@ def lora_linear_group(
     return list(results) if flat_x else [y.reshape(*lead, y.shape[-1]) for y in results]
 
 
-def _run_plain(plan: PlainPlan, x: Tensor, output: Output, training: bool, seed: int | Tensor | None) -> tuple[Tensor, ...]:
-    _check_seed(seed, x)
+def _run_known(of: Known, x: Tensor, output: Output, training: bool, seed: int | Tensor | None) -> Tensor:
+    if seed is not None:
+        _check_seed(seed, x)
     (s,) = output.segments
-    p = _dropping(s, training)
-    flat = (output.weight, output.bias, None, None, None, None, None, s.A, s.B, None, None, None)
-    run: Any = LowRankLinear.apply if _is_watched(x) else forward_only
-    result: tuple[Tensor, ...] = run(plan, x, None, _seed(seed, x) if p else None, ((s.scaling, p),), *flat)
-    return result
+    p: Any = s.dropout_p if training else 0.0
+    return run_known(of, x, output, _seed(seed, x) if p else None, s.scaling, p, _is_watched(x))
 
 
 def _is_watched(x: Tensor) -> bool:
     """Whether anybody but the caller wants to know of a call: autograd (whose forward mode no_grad leaves on), a tracer, who `is_direct` names."""
-    return torch.is_grad_enabled() or forward_ad._current_level >= 0 or tracing() or not is_direct(x)
+    return _is_grad_enabled() or forward_ad._current_level >= 0 or tracing() or not is_direct(x)
 
 
 def _scalars(segments: Sequence[Segment], training: bool) -> tuple[Tensor | Numbers, bool]:

@@ -1,55 +1,93 @@
 """The commonest layer the shortest way: on a CPU, in a dtype its library multiplies, one frozen dense base, one adapter with nothing between A and B.
 
 What lies between the kernels costs 0.16 ms of Python where it is repeated alone, and 1.4 ms after a GEMM has swept the caches, for every line of it
-is fetched from memory again: half of what a branch at 1536 -> 384 costs. So this case has a check, a forward and a backward of a few calls each. They
-run the kernels that `LowRankLinear` runs otherwise, on the same numbers, and save what it saves: who meets such a node with a compiler or a dispatch
-mode in between takes the general way back.
+is fetched from memory again: half of what a branch at 1536 -> 384 costs. So this case has a check, a forward and a backward of a few calls each, and
+tensors that look as others did that were checked (csrc/looks.h) are not checked again. They run the kernels that `LowRankLinear` runs otherwise, on
+the same numbers, and save what it saves: who meets such a node with a compiler or a dispatch mode in between takes the general way back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..autocast import autocasting
-from ..ops.address import PLAIN, readable
+from ..config import asked
+from ..derivatives import first_order
+from ..dispatch import listening
+from ..ops import looks
+from ..ops.address import PLAIN, readable, shaped
 from ..ops.dense import multiplies
-from ..ops.lowrank import cpp, cpp_ops, is_direct, native
+from ..ops.lowrank import cpp_ops, is_direct, native
+from ..ops.onlookers import changed
 from ..reference.lowrank import threshold_of
+from .function import Plan, general_gradients
 
 _HALF = (torch.bfloat16, torch.float16)
 _fp32 = torch.float32
-#: where `LowRankLinear`'s tensors begin among its arguments, and among them those of such a plan
-FIRST = 5
-_WEIGHT, _BIAS, _A, _B = 0, 1, 7, 8
+_CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+_MOST = 512  # calls that are remembered
+# Bound once, as in `onlookers`.
+_empty_like, _threads, _linear, _matmul = torch.empty_like, torch.get_num_threads, torch.nn.functional.linear, torch.matmul
+_is_compiling = torch.compiler.is_compiling
 
 
-class PlainPlan(tuple):  # type: ignore[type-arg]
-    """A `Plan` of one such output. x and dy then keep their leading dimensions: views cost autograd a node each."""
+class Known(NamedTuple):
+    """What is known of calls whose tensors look like these. ``start``, ``back``: the kernels, which see for themselves that they do; ``y`` to ``dx``:
+    what results are made like; ``plan``: the general way's; ``asked``: `config.asked` when it was checked."""
 
-    __slots__ = ()
+    start: Callable[..., bool]
+    back: Callable[..., bool]
+    y: Tensor
+    u: Tensor
+    da: Tensor
+    db: Tensor
+    dx: Tensor
+    half: bool
+    plan: Plan
+    asked: tuple[str | None, bool | None]
+
+
+_known: dict[int, Known] = {}
 
 
 def _readable(t: Any, dtype: torch.dtype, *shape: int) -> bool:
     return readable(t) and t.dtype is dtype and t.shape == shape
 
 
-def plan_of(x: Any, outputs: Sequence[Any], col_scale: Any) -> PlainPlan | None:
-    """The plan, if the call is such a one; None leaves it, and what may be wrong with it, to the general way."""
-    if torch.compiler.is_compiling() or len(outputs) != 1 or col_scale is not None:
+def known(x: Any, outputs: Sequence[Any], col_scale: Any) -> Known | None:
+    """What is known of the call, if it is such a one; None leaves it, and what may be wrong with it, to the general way."""
+    if _is_compiling() or len(outputs) != 1 or col_scale is not None:
         return None
     weight, bias, segments, row_scale, _ = outputs[0]
-    if len(segments) != 1 or row_scale is not None or type(weight) not in PLAIN:
+    if len(segments) != 1 or row_scale is not None:
         return None
     a, b, scaling, p, rank_gate, token_gate, core, activation = segments[0]
     if rank_gate is not None or token_gate is not None or core is not None or activation is not None:
         return None
-    if type(scaling) is not float or type(p) is not float or not 0.0 <= p < 1.0 or type(a) not in PLAIN or type(x) not in PLAIN:
+    if type(scaling) is not float or type(p) is not float or not 0.0 <= p < 1.0 or changed():
         return None
-    if weight.dim() != 2 or a.dim() != 2 or weight.requires_grad or not x.dim() or not x.numel() or not a.shape[0] or not weight.shape[0]:
+    module = looks.core()
+    key = 0 if module is None else module.look(x, weight, a, b, bias)
+    if not key or weight.requires_grad or (bias is not None and bias.requires_grad):
+        return None
+    found = _known.get(key)
+    if found is None or found.asked != asked() or listening():
+        found = _first(module, x, weight, a, b, bias)
+        if found is not None:
+            if len(_known) >= _MOST:
+                _known.clear()
+            _known[module.look(x, weight, a, b, bias)] = found  # a lazy copy has become a real one by now
+    return found
+
+
+def _first(module: Any, x: Any, weight: Any, a: Any, b: Any, bias: Any) -> Known | None:
+    """Checks everything."""
+    if type(weight) not in PLAIN or type(a) not in PLAIN or type(x) not in PLAIN:
+        return None
+    if weight.dim() != 2 or a.dim() != 2 or not x.dim() or not x.numel() or not a.shape[0] or not weight.shape[0]:
         return None
     n, k, rank = weight.shape[0], weight.shape[1], a.shape[0]
     data, adapters = x.dtype, a.dtype
@@ -57,59 +95,95 @@ def plan_of(x: Any, outputs: Sequence[Any], col_scale: Any) -> PlainPlan | None:
         return None
     if not (_readable(x, data, *x.shape) and _readable(weight, data, n, k) and _readable(a, adapters, rank, k) and _readable(b, adapters, n, rank)):
         return None
-    if bias is not None and (bias.requires_grad or not _readable(bias, data, n)):
+    if bias is not None and not _readable(bias, data, n) or not native(x):
         return None
-    if autocasting("cpu") or not native(x):
-        return None
-    return PlainPlan((((None,), False, "", n, k),))
-
-
-def factors(tensors: Sequence[Any]) -> tuple[Any, Any, Any, Any]:
-    """weight, bias, A, B."""
-    return tensors[_WEIGHT], tensors[_BIAS], tensors[_A], tensors[_B]
+    tokens = x.numel() // k
+    shapes = {"y": (*x.shape[:-1], n), "u": (tokens, rank), "da": (rank, k), "db": (n, rank), "dx": x.shape}
+    with torch.inference_mode(False):
+        like = {name: shaped(shape, data if name in ("y", "dx") else _fp32) for name, shape in shapes.items()}
+    results = [_empty_like(like[name]) for name in ("u", "y", "da", "db", "dx")]
+    start, back = module.lr_checked(x, a, b, bias, *results, sizes=(tokens, k, n, rank), data=_CODES[data], adapters=_CODES[adapters])
+    return Known(start, back, **like, half=data is not _fp32, plan=(((None,), False, "", n, k),), asked=asked())
 
 
 def _rows(t: Tensor) -> Tensor:
     return t if t.dim() == 2 else t.view(-1, t.shape[-1])
 
 
-def forward(ctx: Any, plan: PlainPlan, x: Tensor, seed: Tensor | None, numbers: Any, tensors: Sequence[Tensor | None]) -> tuple[Tensor]:
-    """`LowRankLinear.forward` of such a plan. x: [..., K], contiguous."""
-    ((scaling, p),), weight, bias, a, b = numbers, *factors(tensors)
-    y, u = x.new_empty(*x.shape[:-1], b.shape[0]), x.new_empty(x.numel() // x.shape[-1], a.shape[0], dtype=_fp32)
-    rows, out, adapter = _rows(x), _rows(y), (a, b, scaling, 0 if seed is None else threshold_of(p))
-    if y.dtype is _fp32:
-        cpp().branch_start(rows, adapter, seed, bias, u, out)
-        out.addmm_(rows, weight.t())
+def _run(
+    of: Known, x: Tensor, a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, s: float, p: float
+) -> tuple[Tensor, Tensor]:
+    """y and u. fp32 comes before its product, 16 bits after it."""
+    threshold = 0 if seed is None else threshold_of(p)
+    u = _empty_like(of.u)
+    if of.half:
+        y = _linear(x, weight, bias)
+        ran = of.start(x, a, b, None, u, y, seed, s, threshold, _threads())
     else:
-        if bias is None:
-            torch.mm(rows, weight.t(), out=out)
-        else:
-            torch.addmm(bias, rows, weight.t(), out=out)
-        cpp().branch_start(rows, adapter, seed, None, u, out)
-    wanted = ctx.needs_input_grad
-    ctx.plan, ctx.device_type, ctx.ops, ctx.numbers = plan, "cpu", cpp_ops(), numbers
-    ctx.save_for_backward(x if True in wanted and wanted[FIRST + _A] else None, None, seed, None, u, None, *tensors)
-    ctx.set_materialize_grads(False)
-    return (y,)
+        y = _empty_like(of.y)
+        ran = of.start(x, a, b, bias, u, y, seed, s, threshold, _threads())
+        _rows(y).addmm_(_rows(x), weight.t())
+    if not ran:
+        raise RuntimeError(
+            "fusedadapt.lora_linear: expected its tensors to stay as they are during a call; one changed; let no other thread resize it"
+        )
+    return y, u
 
 
-def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...] | None:
-    """`LowRankLinear.backward`, or None where it must go the general way."""
-    wanted = ctx.needs_input_grad
-    if not (wanted[FIRST + _A] and wanted[FIRST + _B]) or not is_direct(dy) or not _readable(dy, dy.dtype, *dy.shape):
+class PlainLinear(torch.autograd.Function):
+    """(x [..., K], A, B, weight, bias | None, seed int64 [1] | None, known, scaling, p) -> y [..., N]; x, A, B and weight contiguous."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, of: Known, s: float, p: float
+    ) -> Tensor:
+        y, u = _run(of, x, a, b, weight, bias, seed, s, p)
+        ctx.call, ctx.asked = (of, s, p), of.asked
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, a, b, weight, seed, u)
+        ctx.set_materialize_grads(False)
+        return y
+
+    @staticmethod
+    @first_order("fusedadapt.lora_linear")
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:
+            return (None,) * 9
+        saved, wanted, (of, s, p) = ctx.saved_tensors, ctx.needs_input_grad, ctx.call
+        if (short := _short_back(of, s, p, saved, wanted, dy)) is not None:
+            return short
+        x, a, b, weight, seed, u = saved
+        rows = None if x is None else x.reshape(-1, x.shape[-1])
+        general = (rows, None, seed, None, u, None, weight, None, None, None, None, None, None, a, b, None, None, None)
+        dx, da, db = general_gradients(of.plan, cpp_ops(), ((s, p),), wanted[:3], dy.reshape(-1, dy.shape[-1]), general)
+        return None if dx is None else dx.reshape(*dy.shape[:-1], dx.shape[-1]), da, db, None, None, None, None, None, None
+
+
+def _short_back(of: Known, s: float, p: float, saved: Sequence[Any], wanted: Sequence[bool], dy: Tensor) -> tuple[Tensor | None, ...] | None:
+    """None where it must go the general way: not both factors are trained, somebody looks on, or a tensor lies otherwise than forward's (dy; what
+    saved-tensor hooks bring back)."""
+    if not (wanted[1] and wanted[2]) or not is_direct(dy) or not dy.is_contiguous():
         return None
-    x, _, seed, _, u, _, *tensors = ctx.saved_tensors
-    ((scaling, p),), weight, _, a, b = ctx.numbers, *factors(tensors)
-    if not (x.is_contiguous() and u.is_contiguous() and a.is_contiguous() and b.is_contiguous()):
-        return None  # a saved-tensor hook may bring them back in another order
-    da, db, dx = torch.empty_like(a, dtype=_fp32), torch.empty_like(b, dtype=_fp32), torch.empty_like(x) if wanted[1] else None
-    rows, into, before = _rows(dy), None if dx is None else _rows(dx), dy.dtype is not _fp32
-    if into is not None and before:
-        torch.mm(rows, weight, out=into)
-    cpp().branch_back(rows, _rows(x), (a, b, scaling, 0 if seed is None else threshold_of(p)), seed, u, da, db, into)
-    if into is not None and not before:
-        into.addmm_(rows, weight)
-    found: list[Tensor | None] = [None] * len(wanted)
-    found[1], found[FIRST + _A], found[FIRST + _B] = dx, *(t if a.dtype is _fp32 else t.to(a.dtype) for t in (da, db))
-    return tuple(found)
+    x, a, b, weight, seed, u = saved
+    threshold = 0 if seed is None else threshold_of(p)
+    da, db, dx = _empty_like(of.da), _empty_like(of.db), None
+    if wanted[0]:
+        dx = _matmul(dy, weight) if of.half else _empty_like(of.dx)
+    if not of.back(dy, x, a, b, u, da, db, dx, seed, s, threshold, _threads()):
+        return None
+    if dx is not None and not of.half:
+        _rows(dx).addmm_(_rows(dy), weight)
+    if a.dtype is not _fp32:
+        da, db = da.to(a.dtype), db.to(b.dtype)
+    return dx, da, db, None, None, None, None, None, None
+
+
+_apply: Any = PlainLinear.apply
+
+
+def run(of: Known, x: Tensor, output: Any, seed: Tensor | None, s: Any, p: float, watched: bool) -> Tensor:
+    """y [..., N]. ``watched``: through autograd."""
+    a, b = output.segments[0][:2]
+    if watched:
+        y: Tensor = _apply(x, a, b, output.weight, output.bias, seed, of, s, p)
+        return y
+    return _run(of, x, a, b, output.weight, output.bias, seed, s, p)[0]

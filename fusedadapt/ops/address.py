@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,11 @@ def readable(t: Any) -> bool:
     and tensors of torch's functionalization have no address.)"""
     plain = type(t) in PLAIN and t.is_cpu and t.layout is _strided and t.is_contiguous() and not t.is_neg() and not t.is_nested
     return plain and t.data_ptr() != 0
+
+
+def shaped(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """What torch.empty_like makes row-major tensors of this shape from, which takes half the time of torch.empty. One element of memory."""
+    return torch.empty(1, dtype=dtype, device="cpu").expand(shape)
 
 
 def address(op: str, t: Tensor | None) -> int:

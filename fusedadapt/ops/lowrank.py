@@ -17,9 +17,11 @@ from torch import Tensor
 
 from .. import config, dispatch
 from ..reference import lowrank as reference
+from .address import PLAIN
 from .onlookers import modes
 from .register import op
 
+_is_compiling = torch.compiler.is_compiling  # bound once, as in `onlookers`
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FP64 = {"cpp": "float64 tensors", "triton": "float64 tensors"}
 _NO_KERNEL = {"cuda": "this op's GPU kernels are Triton's", "emulated": "this op's GPU kernels are Triton's"}
@@ -358,8 +360,7 @@ _direct = functools.lru_cache(maxsize=64)(_Direct)
 def is_direct(x: Tensor) -> bool:
     """Whether nothing but the kernels wants to see an op on `x`: no compiler, no dispatch mode (FLOP counters, fakes), no tensor subclass, no
     meta tensor (whose seed has no value)."""
-    plain = type(x) in (Tensor, torch.nn.Parameter) and not x.is_meta
-    return plain and not torch.compiler.is_compiling() and not modes()
+    return type(x) in PLAIN and not x.is_meta and not _is_compiling() and not modes()
 
 
 def native(x: Tensor) -> bool:
@@ -367,13 +368,8 @@ def native(x: Tensor) -> bool:
     return not modes() and _direct("cpu", x.dtype == torch.float64, config.current_backend(), config.is_strict()).native
 
 
-def cpp() -> ModuleType:
-    """The C++ backend, where there is one (`native`)."""
-    return _module("cpp")
-
-
 def cpp_ops() -> Any:
-    """Its functions behind the ops."""
+    """The C++ functions behind the ops, where they are (`native`)."""
     return _direct("cpu", False, "cpp", False)
 
 

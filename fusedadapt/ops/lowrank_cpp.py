@@ -18,8 +18,6 @@ from .address import address
 _CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _ABSENT = (0, 0, 0, 0, 0, 1)
 _Matrix = tuple[int, int, int, int, int, int]
-#: (A: R x K, B: N x R, scaling, threshold of its dropout)
-Adapter = tuple[Tensor, Tensor, float, int]
 _address = functools.partial(address, "lr_*")
 
 
@@ -111,23 +109,6 @@ def bwd_dy(
     scaled_ = _ABSENT if row_scale is None else _matrix(scaled)
     _core.lr_bwd_dy(_matrix(dy), _address(v), rank, _matrix(b), _address(row_scale), _matrix(y0), scaled_, out, torch.get_num_threads())
     return scaled, dv, mb, db, dg
-
-
-def branch_start(x: Tensor, adapter: Adapter, seed: Tensor | None, bias: Tensor | None, u: Tensor, y: Tensor) -> None:
-    """u = drop(x) A^T; fp32 y = bias + scaling * u B^T, 16-bit y += it: `shrink`, and `fill_` or `add_`, of one segment. x: T x K; u: T x R, fp32."""
-    a, b, scaling, threshold = adapter
-    _core.lr_branch_start(
-        _matrix(x), _matrix(a), _matrix(b), scaling, threshold, _key(seed), _address(bias), u.data_ptr(), _matrix(y), torch.get_num_threads()
-    )
-
-
-def branch_back(dy: Tensor, x: Tensor, adapter: Adapter, seed: Tensor | None, u: Tensor, da: Tensor, db: Tensor, dx: Tensor | None) -> None:
-    """da, db, and drop(scaling * dy B A) likewise into dx, if there is one: `bwd_dy`, `bwd_x`, and `fill_` or `add_`. u, da, db: contiguous fp32."""
-    a, b, scaling, threshold = adapter
-    _core.lr_branch_back(
-        _matrix(dy), _matrix(x), _matrix(a), _matrix(b), scaling, threshold, _key(seed), _address(u), da.data_ptr(), db.data_ptr(), _matrix(dx),
-        torch.get_num_threads(),
-    )  # fmt: skip
 
 
 def dropout(x: Tensor, seed: Tensor, threshold: int) -> Tensor:

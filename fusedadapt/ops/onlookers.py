@@ -20,6 +20,12 @@ def modes() -> bool:
     return _dispatch_modes() > 0 or _includes(_PRE_DISPATCH)
 
 
+def changed() -> bool:
+    """Whether a call on a CPU means another one than it says: under a mode, inside a transform, under autocast, for torch.jit.trace, which runs it again
+    for other tensors."""
+    return _dispatch_modes() > 0 or _includes(_PRE_DISPATCH) or _transforming() or _autocasting("cpu") or _tracing_state() is not None
+
+
 def tracing() -> bool:
     """Inside torch.jit.trace."""
     return _tracing_state() is not None

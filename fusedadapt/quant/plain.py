@@ -18,7 +18,7 @@ from ..config import asked
 from ..dispatch import listening
 from ..ops import looks
 from ..ops import quant as ops
-from ..ops.address import readable
+from ..ops.address import readable, shaped
 from ..ops.onlookers import watched
 from ..reference.quant import Parts
 from .formats import QFormat
@@ -31,8 +31,8 @@ _empty_like, _threads, _is_grad_enabled, _is_compiling = torch.empty_like, torch
 
 
 class _Known(NamedTuple):
-    """A call that was found in order: (x, bias, y, threads) -> whether it still is, and y then is written; a tensor
-    like y, without memory; `config.asked` then."""
+    """A call that was found in order: (x, bias, y, threads) -> whether it still is, and y then is written; what y is
+    made like; `config.asked` then."""
 
     run: Callable[[Any, Any, Tensor, int], bool]
     like: Tensor
@@ -85,8 +85,7 @@ def _first(x: Any, qw: QuantizedTensor, bias: Any) -> Tensor | None:
         return None
     cpp: Any = ops._module("cpp")
     if looks.core() is not None and (bias is None or bias.dtype in _DTYPES):
-        like = torch.empty(*x.shape[:-1], n, dtype=x.dtype, device="cpu")
-        like.untyped_storage().resize_(0)
+        like = shaped((*x.shape[:-1], n), x.dtype)
         known = _Known(cpp.checked(x, parts, fmt, n, bias), like, asked())
         y = _empty_like(like)
         if known.run(x, bias, y, _threads()):

@@ -1,0 +1,186 @@
+"""A call whose tensors look as others did is not checked again: whatever else a tensor may be must be seen all the same, in forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import fusedadapt as fa
+from fusedadapt import config
+from fusedadapt.lowrank import lora_linear, plain
+from fusedadapt.ops import looks
+
+T, K, N, R = 6, 24, 20, 4
+
+
+@pytest.fixture(autouse=True)
+def checks(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """An element for each call that was checked from the start."""
+    if looks.core() is None:
+        pytest.skip("this torch has no functions to read with")
+    found: list[None] = []
+    first = plain._first
+    monkeypatch.setattr(plain, "_known", {})
+    monkeypatch.setattr(plain, "_first", lambda *args: found.append(None) or first(*args))
+    return found
+
+
+def tensors(seed: int = 0, bias: bool = True) -> dict[str, Tensor | None]:
+    gen = torch.Generator().manual_seed(seed)
+    made: dict[str, Tensor | None] = {name: torch.randn(shape, generator=gen) for name, shape in {"x": (T, K), "weight": (N, K)}.items()}
+    made |= {name: torch.randn(shape, generator=gen).requires_grad_() for name, shape in {"lora_A": (R, K), "lora_B": (N, R)}.items()}
+    made["x"].requires_grad_()
+    return made | {"bias": torch.randn(N, generator=gen) if bias else None}
+
+
+def compare(given: dict[str, Tensor | None], dy: Tensor | None = None) -> None:
+    """y and all gradients against fp64."""
+    y = lora_linear(**given, scaling=2.0)
+    trained = [name for name, t in given.items() if t is not None and t.requires_grad]
+    exact = {name: None if t is None else t.detach().double().requires_grad_(name in trained) for name, t in given.items()}
+    true = exact["x"] @ exact["weight"].T + 2.0 * (exact["x"] @ exact["lora_A"].T) @ exact["lora_B"].T
+    true = true if exact["bias"] is None else true + exact["bias"]
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(9)).to(y.dtype) if dy is None else dy
+    near = {"rtol": 1e-4, "atol": 1e-4} if y.dtype == torch.float32 else {"rtol": 3e-2, "atol": 3e-1}
+    torch.testing.assert_close(y.double(), true, **near)
+    if not y.requires_grad:
+        return
+    found = torch.autograd.grad(y, [given[name] for name in trained], dy)
+    for name, one, other in zip(trained, found, torch.autograd.grad(true, [exact[name] for name in trained], dy.double()), strict=True):
+        torch.testing.assert_close(one.double(), other, **near, msg=f"gradient of {name}")
+
+
+def test_one_check_serves_all_tensors_that_look_alike(checks: list[None]) -> None:
+    for seed in range(4):
+        compare(tensors(seed))
+    assert len(checks) == 1
+    compare(tensors(4, bias=False))
+    assert len(checks) == 2
+
+
+CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "columns first": lambda t: t.t().contiguous().t() if t.dim() == 2 else t.flip(0),
+    "columns apart": lambda t: torch.stack([t, t], -1)[..., 0],
+    "the negative of what is there": lambda t: torch._neg_view(-t),
+    "a lazy copy": lambda t: torch._lazy_clone(t),
+    "an offset into larger memory": lambda t: torch.cat([t, t])[t.shape[0] :],
+    "zeros without memory": lambda t: torch._efficientzerotensor(*t.shape),
+    "made in inference mode": lambda t: in_inference(t),
+    "a parameter": lambda t: torch.nn.Parameter(t, requires_grad=False),
+}
+
+
+def in_inference(t: Tensor) -> Tensor:
+    with torch.inference_mode():
+        return t.clone()
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("which", ["x", "weight", "lora_A", "lora_B", "bias"])
+def test_one_tensor_is_something_else(which: str, change: str) -> None:
+    given = tensors()
+    compare(given)
+    other = CHANGES[change](given[which].detach())
+    if not other.is_inference() and change != "zeros without memory":
+        other.requires_grad_(given[which].requires_grad)
+    if change == "made in inference mode" and which != "bias":
+        with torch.no_grad():  # autograd takes none of them
+            compare(given | {which: other})
+    else:
+        compare(given | {which: other})
+    compare(given)
+
+
+def test_other_shapes_and_dtypes_are_checked_for_themselves(checks: list[None]) -> None:
+    given = tensors()
+    compare(given)
+    compare(given | {"x": given["x"].detach().view(2, 3, K).requires_grad_()})
+    compare(given | {"x": given["x"].detach()[:3].requires_grad_()})
+    compare({name: t.detach().double().requires_grad_(t.requires_grad) for name, t in given.items()})
+    compare({name: t.detach().bfloat16().requires_grad_(t.requires_grad) for name, t in given.items()})
+    for wrong in ({"x": given["x"][:, :8]}, {"lora_B": given["lora_B"][:5]}, {"bias": given["bias"][:3]}, {"lora_A": given["lora_A"].to("meta")}):
+        with pytest.raises(ValueError, match=r"fusedadapt.lora_linear: expected"):
+            lora_linear(**(given | wrong))
+    for wrong in (None, [1.0], "x"):
+        with pytest.raises(ValueError, match=r"fusedadapt.lora_linear: expected x as a tensor"):
+            lora_linear(**(given | {"x": wrong}))
+
+
+DYS: dict[str, Callable[[Tensor], Tensor]] = {
+    "of a sum": lambda dy: torch.ones(()).expand(T, N),
+    "columns first": lambda dy: dy.t().contiguous().t(),
+    "the negative of what is there": lambda dy: torch._neg_view(-dy),
+    "zeros without memory": lambda dy: torch._efficientzerotensor(T, N),
+    "a lazy copy": lambda dy: torch._lazy_clone(dy),
+    "columns apart": lambda dy: torch.stack([dy, dy], -1)[..., 0],
+}
+
+
+@pytest.mark.parametrize("dy", DYS)
+def test_gradients_that_lie_otherwise(dy: str) -> None:
+    compare(tensors(), DYS[dy](torch.randn(T, N, generator=torch.Generator().manual_seed(3))))
+
+
+@pytest.mark.parametrize("frozen", [["lora_A"], ["lora_B"], ["x"], ["x", "lora_A"], ["x", "lora_A", "lora_B"]], ids="-".join)
+def test_some_gradients(frozen: list[str]) -> None:
+    given = tensors()
+    compare(given)
+    compare({name: t.detach() if name in frozen else t for name, t in given.items()})
+
+
+@pytest.mark.parametrize("trained", ["weight", "bias"])
+def test_what_begins_to_be_trained_gets_its_gradient(trained: str) -> None:
+    given = tensors()
+    compare(given)
+    given[trained].requires_grad_()
+    compare(given)
+
+
+def test_saved_tensor_hooks_may_bring_back_other_memory() -> None:
+    def back(t: Tensor) -> Tensor:
+        return t.t().contiguous().t() if t.dim() == 2 else t
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, back):
+        compare(tensors())
+
+
+def test_who_asks_for_a_backend_gets_it(checks: list[None]) -> None:
+    given = tensors()
+    compare(given)
+    with config.backend("reference"):
+        rows = fa.explain(lambda: lora_linear(**given))
+        before = len(checks)
+        compare(given)
+        assert len(checks) > before, "it runs on what it was not asked for"
+    assert {row[1] for row in rows} == {"reference"}
+    assert {row[1] for row in fa.explain(lambda: lora_linear(**given))} == {"cpp"}
+    compare(given)
+
+
+def test_no_more_calls_are_remembered_than_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plain, "_MOST", 3)
+    given = tensors()
+    for tokens in (1, 2, 3, 4, 5, 6, 1):
+        compare(given | {"x": given["x"].detach()[:tokens].requires_grad_()})
+        assert len(plain._known) <= 3
+
+
+def test_results_own_their_memory() -> None:
+    """They are made like tensors of one element."""
+    given = tensors()
+    first = lora_linear(**given)
+    kept = first.detach().clone()
+    for seed in range(1, 5):
+        lora_linear(**tensors(seed))
+    assert torch.equal(first, kept) and first.untyped_storage().nbytes() == first.nbytes
+
+
+def test_without_a_way_to_look_the_general_way_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = tensors()
+    want = lora_linear(**given)
+    monkeypatch.setattr(looks, "core", lambda: None)
+    assert plain.known is not None and torch.equal(lora_linear(**given), want)
+    compare(given)
