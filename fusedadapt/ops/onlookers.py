@@ -21,8 +21,8 @@ def modes() -> bool:
 
 
 def changed() -> bool:
-    """Whether a call on a CPU means another one than it says: under a mode, inside a transform, under autocast, for torch.jit.trace, which runs it again
-    for other tensors."""
+    """Whether a call on a CPU means another one than it says: under a mode, inside a transform, under autocast, for torch.jit.trace, which runs it
+    again for other tensors."""
     return _dispatch_modes() > 0 or _includes(_PRE_DISPATCH) or _transforming() or _autocasting("cpu") or _tracing_state() is not None
 
 
