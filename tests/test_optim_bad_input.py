@@ -104,6 +104,8 @@ def test_errors_name_the_tensor() -> None:
         (lambda p: AdamW([p], betas=(0.9, 0.99, 0.999)), "betas as a tuple of 2"),
         (lambda p: AdamW([p], betas=None), "betas as a tuple of 2"),
         (lambda p: OPTIMIZERS["AdEMAMix"]([p], betas=(0.9, 0.99)), "betas as a tuple of 3"),
+        (lambda p: OPTIMIZERS["AdEMAMix"]([p], betas=(-0.5, 0.9, 0.99)), "beta1 in"),  # half-lives were taken of what was not checked yet
+        (lambda p: OPTIMIZERS["AdEMAMix"]([p], betas=(0.5, 0.9, "x")), "beta3 to be a finite number"),
         (lambda p: AdamW([p], eps=float("nan")), "eps"),
         (lambda p: AdamW([p], weight_decay=-0.1), "weight_decay"),
         (lambda p: AdamW([p], weight_decay="0.1"), "weight_decay to be a finite number"),

@@ -282,7 +282,7 @@ def test_a_refused_number_of_tokens_changes_nothing() -> None:
     ("AdamW", "max_grad_norm", "1.0"), ("AdamW", "max_grad_norm", [1.0]), ("SophiaG", "rho", None), ("SophiaG", "bs", "x"), ("SophiaG", "bs", -1),
     ("NAdam", "momentum_decay", "x"), ("Adagrad", "initial_accumulator_value", None), ("AdEMAMix", "alpha", -1.0), ("AdEMAMix", "alpha_warmup", "x"),
     ("AdEMAMix", "beta3_warmup", -1), ("ScheduleFreeAdamW", "warmup_steps", None), ("ADOPT", "clip_lambda", 0.5),
-    ("AdaHessian", "hessian_power", -1.0),
+    ("AdaHessian", "hessian_power", -1.0), ("AdEMAMix", "betas", None), ("SGD", "momentum", torch.ones(2)), ("RMSprop", "momentum", torch.ones(2)),
 ])  # fmt: skip
 def test_options_of_a_wrong_kind_are_named(name: str, option: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{name}: expected {option} .*got"):
