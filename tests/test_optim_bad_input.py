@@ -112,6 +112,11 @@ def test_errors_name_the_tensor() -> None:
         (lambda p: AdamW([p], lr="1e-3"), "lr to be a finite number"),  # a YAML file's; it was read as a number, and schedulers then failed on it
         (lambda p: AdamW([p], betas=(torch.tensor([0.9, 0.9]), 0.99)), "beta1 to be a finite number"),
         (lambda p: AdamW([p], differentiable=True), "differentiable"),
+        (lambda p: AdamW([p], backend="typo"), "AdamW backend: expected one of reference, cpp, triton, cuda; got 'typo'"),  # the first step said so
+        (lambda p: AdamW([p], backend=3), "AdamW backend"),
+        (lambda p: AdamW([p], seed=-1), "seed to be an integer from 0"),  # the first step failed in C++
+        (lambda p: AdamW([p], seed=2**64), "seed to be an integer from 0"),
+        (lambda p: AdamW([{"params": [p], "seed": 1.0}]), "seed to be an integer from 0"),
         (lambda p: AdamW([p], max_grad_norm=0.0), "max_grad_norm"),
         (lambda p: AdamW([p], state_dtype="int3"), "state_dtype"),
         (lambda p: AdamW([p], masks={p: torch.ones(3, dtype=torch.bool)}), "mask"),

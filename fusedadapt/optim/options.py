@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypedDict
 import torch
 from torch import Tensor
 
+from .. import config
 from . import coded
 from .spec import CODED, STATE_DTYPES
 from .state import number, one_of
@@ -51,6 +52,8 @@ def take(opt: FusedOptimizer, extras: Extras) -> None:
     if opt.max_grad_norm is not None and not (number(opt.max_grad_norm) or 0.0) > 0:
         raise ValueError(f"{name}: expected max_grad_norm > 0; got {opt.max_grad_norm!r}; None turns clipping off")
     opt.backend = extras.get("backend")
+    if opt.backend is not None:
+        config.checked_backend(opt.backend, f"{name} backend")
 
 
 def clip_factor(total: Tensor, limit: float) -> tuple[Tensor, Tensor]:

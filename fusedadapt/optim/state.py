@@ -100,6 +100,9 @@ def check_hypers(opt: FusedOptimizer, group: dict[str, Any], fields: dict[str, f
 
     if group.get("differentiable"):
         raise ValueError(f"{op}: expected differentiable=False; a fused step has no autograd graph; use torch.optim for that")
+    seed = group.get("seed", 0)
+    if not isinstance(seed, numbers.Integral) or not 0 <= int(seed) < 2**64:
+        refuse("seed", seed, "to be an integer from 0 to 2^64 - 1")
     lr = group["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         refuse("a Tensor lr", tuple(lr.shape), "with one element")
