@@ -132,6 +132,8 @@ def test_errors_name_the_tensor() -> None:
         (lambda p: OPTIMIZERS["RMSprop"]([p], alpha=1.5), r"alpha in \[0, 1\]"),  # it was called beta2
         (lambda p: OPTIMIZERS["Adadelta"]([p], rho=-0.5), r"rho in \[0, 1\]"),
         (lambda p: AdamW([{"params": [p], "differentiable": True}]), "differentiable=False"),  # of a group, or a loaded one: was ignored
+        (lambda p: AdamW([{"params": [p], "max_grad_norm": 1.0}]), "max_grad_norm for the whole optimizer"),  # was ignored
+        (lambda p: AdamW([{"params": [p], "state_dtype": "int8"}]), "state_dtype for the whole optimizer"),
         (lambda p: fa.optim.from_torch(torch.optim.Adam([p], differentiable=True)), "differentiable=False"),
     ],
 )

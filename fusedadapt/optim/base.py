@@ -303,6 +303,7 @@ class FusedOptimizer(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
+            options.check_group(self, group)
             states.check_hypers(self, group, self._hyper(group))  # before a parameter is asked for its rule, which the options decide
             states.check_params(self, group)
         except (ValueError, TypeError):

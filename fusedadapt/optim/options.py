@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -54,6 +54,17 @@ def take(opt: FusedOptimizer, extras: Extras) -> None:
     opt.backend = extras.get("backend")
     if opt.backend is not None:
         config.checked_backend(opt.backend, f"{name} backend")
+
+
+#: options that a group may have for itself, as in torch
+_OF_A_GROUP = {"maximize", "capturable", "seed", "foreach", "fused", "differentiable"}
+
+
+def check_group(opt: FusedOptimizer, group: dict[str, Any]) -> None:
+    """Raises ValueError on an option of the whole optimizer, which would be ignored in a group. (Other keys in a group are its owner's.)"""
+    for k in sorted(set(Extras.__annotations__) - _OF_A_GROUP):
+        if group.get(k) is not None:
+            raise ValueError(f"{type(opt).__name__}: expected {k} for the whole optimizer; got {group[k]!r} in a group; pass it beside params")
 
 
 def clip_factor(total: Tensor, limit: float) -> tuple[Tensor, Tensor]:
