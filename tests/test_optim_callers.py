@@ -180,13 +180,17 @@ def test_lists_and_arrays_may_change_in_place(kind: str) -> None:
     ("adabelief_pytorch", "AdaBelief", {"weight_decouple": False, "rectify": False, "print_change_log": False}),
     ("adabelief_pytorch", "AdaBelief", {"fixed_decay": True, "degenerated_to_sgd": False, "print_change_log": False}),
     ("lion_pytorch", "Lion", {"decoupled_weight_decay": True}),
+    ("schedulefree", "ScheduleFreeAdamW", {"warmup_steps": 4, "r": 0.5}),  # it was refused for its name there
 ])  # fmt: skip
 def test_from_torch_takes_what_official_packages_keep_outside_their_groups(package: str, name: str, options: dict) -> None:
     """Their options are attributes: ours took its defaults for them."""
     params, alone = (torch.nn.ParameterList(p.detach().double() for p in model()) for _ in range(2))
-    theirs, reference = (getattr(pytest.importorskip(package), name)(ps, lr=0.01, weight_decay=0.1, **options) for ps in (params, alone))
+    official = getattr(pytest.importorskip(package), {"ScheduleFreeAdamW": "AdamWScheduleFree"}.get(name, name))
+    theirs, reference = (official(ps, lr=0.01, weight_decay=0.1, **options) for ps in (params, alone))
     for opt in (theirs, reference):
         opt.param_groups[0]["lr"] = 0.02
+        if hasattr(opt, "train"):
+            opt.train()
     for t in range(12):
         feed(params, t), feed(alone, t)
         theirs.step(), reference.step()
@@ -255,6 +259,19 @@ def test_released_gradients_wait_for_train_mode() -> None:
     with pytest.raises(RuntimeError, match=r"train\(\)"):
         p.square().sum().backward()
     assert torch.equal(p, torch.ones(3)) and not opt.state
+
+
+def test_release_leaves_frozen_parameters_alone() -> None:
+    """As with a frozen base among model.parameters(): torch refuses a hook on what needs no gradient. Thawed later, it waits for step()."""
+    net = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    net[0].requires_grad_(False)
+    opt = AdamW(net.parameters())
+    release_gradients(opt)
+    for steps in ([0, 1], [1, 2]):
+        net(torch.ones(1, 3)).sum().backward()
+        opt.step()
+        assert [int(opt.state[layer.weight].get("step", 0)) for layer in net] == steps
+        net.requires_grad_(True)
 
 
 def test_lions_decoupled_decay_divides_by_the_lr_it_was_given() -> None:
