@@ -108,6 +108,7 @@ def test_errors_name_the_tensor() -> None:
         (lambda p: OPTIMIZERS["AdEMAMix"]([p], betas=(0.5, 0.9, "x")), "beta3 to be a finite number"),
         (lambda p: AdamW([p], eps=float("nan")), "eps"),
         (lambda p: AdamW([p], weight_decay=-0.1), "weight_decay"),
+        (lambda p: OPTIMIZERS["ScheduleFreeAdamW"]([p], weight_decay=-0.1), "weight_decay >= 0"),  # it alone took it
         (lambda p: AdamW([p], weight_decay="0.1"), "weight_decay to be a finite number"),
         (lambda p: AdamW([p], lr="1e-3"), "lr to be a finite number"),  # a YAML file's; it was read as a number, and schedulers then failed on it
         (lambda p: AdamW([p], betas=(torch.tensor([0.9, 0.9]), 0.99)), "beta1 to be a finite number"),
