@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from samples import feed, model, snapshot, unchanged
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import fusedadapt as fa
 from fusedadapt.optim import OPTIMIZERS, SGD, AdaBelief, Adam, AdamW, Lion, from_torch, release_gradients
@@ -304,6 +305,34 @@ def test_a_refused_number_of_tokens_changes_nothing() -> None:
 def test_options_of_a_wrong_kind_are_named(name: str, option: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{name}: expected {option} .*got"):
         OPTIMIZERS[name](model(), **{option: value})
+
+
+@pytest.mark.parametrize(("name", "options"), [("AdaBelief", {}), ("AdamW", {"state_dtype": "int8"}), ("ADOPT", {})])
+def test_zero_redundancy_puts_states_and_options_in_place_itself(name: str, options: dict, tmp_path) -> None:
+    """It passes load_state_dict by: AdaBelief's step count, saved in fp64 for the official package, was refused by the next step."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        params, twin = model(), model()
+        sharded = ZeroRedundancyOptimizer(params, OPTIMIZERS[name], lr=0.01, **options)
+        alone = OPTIMIZERS[name](twin, lr=0.01, **options)
+        for t in range(4):
+            feed(params, t), feed(twin, t)
+            sharded.step(), alone.step()
+            sharded.consolidate_state_dict()
+            sharded.load_state_dict(copy.deepcopy(sharded.state_dict()))
+        assert all(torch.equal(p, q) for p, q in zip(params, twin, strict=True))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference", "emulated"])
+def test_a_step_count_put_in_place_by_hand_may_be_a_number(backend: str) -> None:
+    opt = Adam(params := model()[:1], backend=backend)
+    feed(params, 0)
+    opt.step()
+    opt.state[params[0]] = opt.state[params[0]] | {"step": 7}
+    opt.step()
+    assert opt.state[params[0]]["step"] == 8
 
 
 # --- damaged states -----------------------------------------------------------------------------------------------------------------------

@@ -247,6 +247,7 @@ class FusedOptimizer(Optimizer):
             for p in group["params"]:
                 self._sharded |= hasattr(p, "_local_tensor")
                 device = local(p.detach()).device
+                states.own_step(p, self.state.get(p, {}))
                 choice = self._choose(device, p.dtype)
                 key = (rule, device, choice.backend)
                 choices[key] = choice

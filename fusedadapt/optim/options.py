@@ -61,9 +61,9 @@ _OF_A_GROUP = {"maximize", "capturable", "seed", "foreach", "fused", "differenti
 
 
 def check_group(opt: FusedOptimizer, group: dict[str, Any]) -> None:
-    """Raises ValueError on an option of the whole optimizer, which would be ignored in a group. (Other keys in a group are its owner's.)"""
+    """Raises ValueError on an option of the whole optimizer that a group wants otherwise: it would be ignored. (Other keys are their owner's.)"""
     for k in sorted(set(Extras.__annotations__) - _OF_A_GROUP):
-        if group.get(k) is not None:
+        if group.get(k) is not None and group[k] != getattr(opt, k, None):  # ZeroRedundancyOptimizer writes its options into every group
             raise ValueError(f"{type(opt).__name__}: expected {k} for the whole optimizer; got {group[k]!r} in a group; pass it beside params")
 
 

@@ -197,6 +197,13 @@ def fresh_states(opt: FusedOptimizer, entries: list[Entry], rule: Rule) -> list[
     return out
 
 
+def own_step(p: Tensor, state: dict[str, Any]) -> None:
+    """Of a state that somebody put in place without `load_state_dict` (torch's ZeroRedundancyOptimizer does), the step count as we keep it."""
+    step = state.get("step")
+    if isinstance(step, numbers.Real) or (isinstance(step, Tensor) and step.dtype == torch.float64):
+        state["step"] = torch.as_tensor(step, dtype=torch.float32, device=local(p.detach()).device)
+
+
 def state_dtype(opt: FusedOptimizer, p: Tensor) -> torch.dtype:
     if p.dtype == torch.float64:
         return torch.float64
