@@ -298,6 +298,21 @@ def test_a_diagonal_that_does_not_fit_is_named(given: object) -> None:
     assert torch.equal(p, q) and not hasattr(p, "hessian_diag")
 
 
+def test_the_hessian_of_frozen_elements_stands_still() -> None:
+    """``update_hessian`` forgot masks: dense states were not what compact ones are."""
+    p, q = (torch.nn.Parameter(model()[0].detach().T.contiguous().T) for _ in range(2))
+    keep = torch.arange(p.numel()).view(p.shape) % 3 > 0
+    dense, compact = (OPTIMIZERS["SophiaG"]([x], masks={x: keep}, mask_state=form) for x, form in ((p, "dense"), (q, "compact")))
+    for t in range(3):
+        for opt, x in ((dense, p), (compact, q)):
+            feed([x], t)
+            opt.update_hessian()
+            opt.step()
+    h = dense.state[p]["hessian"]
+    assert (h[~keep] == 0).all() and (h[keep] > 0).all() and torch.equal(p, q)
+    assert torch.equal(h.T.flatten()[keep.T.flatten()], compact.state[q]["hessian"])
+
+
 def test_schedule_free_needs_a_momentum() -> None:
     """At 0 the parameters hold z, from which the average does not come back: eval() divided by zero after the training."""
     with pytest.raises(ValueError, match=r"betas\[0\] in \(0, 1\)"):
