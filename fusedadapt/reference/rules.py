@@ -74,7 +74,7 @@ def exp2_neg(y: Tensor) -> Tensor:
     for k in range(1, 23):
         term = term * (x / k)
         total = total + term
-    return ipow(0.5, whole, 7) * total
+    return ipow(torch.full_like(y, 0.5), whole, 7) * total
 
 
 def max_nan(a: Tensor, b: Tensor) -> Tensor:
