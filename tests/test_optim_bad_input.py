@@ -104,12 +104,20 @@ def test_errors_name_the_tensor() -> None:
         (lambda p: AdamW([p], betas=(0.9, 0.99, 0.999)), "betas as a tuple of 2"),
         (lambda p: AdamW([p], betas=None), "betas as a tuple of 2"),
         (lambda p: OPTIMIZERS["AdEMAMix"]([p], betas=(0.9, 0.99)), "betas as a tuple of 3"),
+        (lambda p: OPTIMIZERS["AdEMAMix"]([p], betas=(-0.5, 0.9, 0.99)), "beta1 in"),  # half-lives were taken of what was not checked yet
+        (lambda p: OPTIMIZERS["AdEMAMix"]([p], betas=(0.5, 0.9, "x")), "beta3 to be a finite number"),
         (lambda p: AdamW([p], eps=float("nan")), "eps"),
         (lambda p: AdamW([p], weight_decay=-0.1), "weight_decay"),
+        (lambda p: OPTIMIZERS["ScheduleFreeAdamW"]([p], weight_decay=-0.1), "weight_decay >= 0"),  # it alone took it
         (lambda p: AdamW([p], weight_decay="0.1"), "weight_decay to be a finite number"),
         (lambda p: AdamW([p], lr="1e-3"), "lr to be a finite number"),  # a YAML file's; it was read as a number, and schedulers then failed on it
         (lambda p: AdamW([p], betas=(torch.tensor([0.9, 0.9]), 0.99)), "beta1 to be a finite number"),
         (lambda p: AdamW([p], differentiable=True), "differentiable"),
+        (lambda p: AdamW([p], backend="typo"), "AdamW backend: expected one of reference, cpp, triton, cuda; got 'typo'"),  # the first step said so
+        (lambda p: AdamW([p], backend=3), "AdamW backend"),
+        (lambda p: AdamW([p], seed=-1), "seed to be an integer from 0"),  # the first step failed in C++
+        (lambda p: AdamW([p], seed=2**64), "seed to be an integer from 0"),
+        (lambda p: AdamW([{"params": [p], "seed": 1.0}]), "seed to be an integer from 0"),
         (lambda p: AdamW([p], max_grad_norm=0.0), "max_grad_norm"),
         (lambda p: AdamW([p], state_dtype="int3"), "state_dtype"),
         (lambda p: AdamW([p], masks={p: torch.ones(3, dtype=torch.bool)}), "mask"),
@@ -125,6 +133,8 @@ def test_errors_name_the_tensor() -> None:
         (lambda p: OPTIMIZERS["RMSprop"]([p], alpha=1.5), r"alpha in \[0, 1\]"),  # it was called beta2
         (lambda p: OPTIMIZERS["Adadelta"]([p], rho=-0.5), r"rho in \[0, 1\]"),
         (lambda p: AdamW([{"params": [p], "differentiable": True}]), "differentiable=False"),  # of a group, or a loaded one: was ignored
+        (lambda p: AdamW([{"params": [p], "max_grad_norm": 1.0}]), "max_grad_norm for the whole optimizer"),  # was ignored
+        (lambda p: AdamW([{"params": [p], "state_dtype": "int8"}]), "state_dtype for the whole optimizer"),
         (lambda p: fa.optim.from_torch(torch.optim.Adam([p], differentiable=True)), "differentiable=False"),
     ],
 )

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from samples import feed, model, snapshot, unchanged
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 import fusedadapt as fa
 from fusedadapt.optim import OPTIMIZERS, SGD, AdaBelief, Adam, AdamW, Lion, from_torch, release_gradients
@@ -180,13 +181,17 @@ def test_lists_and_arrays_may_change_in_place(kind: str) -> None:
     ("adabelief_pytorch", "AdaBelief", {"weight_decouple": False, "rectify": False, "print_change_log": False}),
     ("adabelief_pytorch", "AdaBelief", {"fixed_decay": True, "degenerated_to_sgd": False, "print_change_log": False}),
     ("lion_pytorch", "Lion", {"decoupled_weight_decay": True}),
+    ("schedulefree", "ScheduleFreeAdamW", {"warmup_steps": 4, "r": 0.5}),  # it was refused for its name there
 ])  # fmt: skip
 def test_from_torch_takes_what_official_packages_keep_outside_their_groups(package: str, name: str, options: dict) -> None:
     """Their options are attributes: ours took its defaults for them."""
     params, alone = (torch.nn.ParameterList(p.detach().double() for p in model()) for _ in range(2))
-    theirs, reference = (getattr(pytest.importorskip(package), name)(ps, lr=0.01, weight_decay=0.1, **options) for ps in (params, alone))
+    official = getattr(pytest.importorskip(package), {"ScheduleFreeAdamW": "AdamWScheduleFree"}.get(name, name))
+    theirs, reference = (official(ps, lr=0.01, weight_decay=0.1, **options) for ps in (params, alone))
     for opt in (theirs, reference):
         opt.param_groups[0]["lr"] = 0.02
+        if hasattr(opt, "train"):
+            opt.train()
     for t in range(12):
         feed(params, t), feed(alone, t)
         theirs.step(), reference.step()
@@ -257,6 +262,19 @@ def test_released_gradients_wait_for_train_mode() -> None:
     assert torch.equal(p, torch.ones(3)) and not opt.state
 
 
+def test_release_leaves_frozen_parameters_alone() -> None:
+    """As with a frozen base among model.parameters(): torch refuses a hook on what needs no gradient. Thawed later, it waits for step()."""
+    net = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    net[0].requires_grad_(False)
+    opt = AdamW(net.parameters())
+    release_gradients(opt)
+    for steps in ([0, 1], [1, 2]):
+        net(torch.ones(1, 3)).sum().backward()
+        opt.step()
+        assert [int(opt.state[layer.weight].get("step", 0)) for layer in net] == steps
+        net.requires_grad_(True)
+
+
 def test_lions_decoupled_decay_divides_by_the_lr_it_was_given() -> None:
     """Not by what a scheduler has made of that tensor since."""
     params, twin = model(), model()
@@ -282,11 +300,39 @@ def test_a_refused_number_of_tokens_changes_nothing() -> None:
     ("AdamW", "max_grad_norm", "1.0"), ("AdamW", "max_grad_norm", [1.0]), ("SophiaG", "rho", None), ("SophiaG", "bs", "x"), ("SophiaG", "bs", -1),
     ("NAdam", "momentum_decay", "x"), ("Adagrad", "initial_accumulator_value", None), ("AdEMAMix", "alpha", -1.0), ("AdEMAMix", "alpha_warmup", "x"),
     ("AdEMAMix", "beta3_warmup", -1), ("ScheduleFreeAdamW", "warmup_steps", None), ("ADOPT", "clip_lambda", 0.5),
-    ("AdaHessian", "hessian_power", -1.0),
+    ("AdaHessian", "hessian_power", -1.0), ("AdEMAMix", "betas", None), ("SGD", "momentum", torch.ones(2)), ("RMSprop", "momentum", torch.ones(2)),
 ])  # fmt: skip
 def test_options_of_a_wrong_kind_are_named(name: str, option: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"{name}: expected {option} .*got"):
         OPTIMIZERS[name](model(), **{option: value})
+
+
+@pytest.mark.parametrize(("name", "options"), [("AdaBelief", {}), ("AdamW", {"state_dtype": "int8"}), ("ADOPT", {})])
+def test_zero_redundancy_puts_states_and_options_in_place_itself(name: str, options: dict, tmp_path) -> None:
+    """It passes load_state_dict by: AdaBelief's step count, saved in fp64 for the official package, was refused by the next step."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        params, twin = model(), model()
+        sharded = ZeroRedundancyOptimizer(params, OPTIMIZERS[name], lr=0.01, **options)
+        alone = OPTIMIZERS[name](twin, lr=0.01, **options)
+        for t in range(4):
+            feed(params, t), feed(twin, t)
+            sharded.step(), alone.step()
+            sharded.consolidate_state_dict()
+            sharded.load_state_dict(copy.deepcopy(sharded.state_dict()))
+        assert all(torch.equal(p, q) for p, q in zip(params, twin, strict=True))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference", "emulated"])
+def test_a_step_count_put_in_place_by_hand_may_be_a_number(backend: str) -> None:
+    opt = Adam(params := model()[:1], backend=backend)
+    feed(params, 0)
+    opt.step()
+    opt.state[params[0]] = opt.state[params[0]] | {"step": 7}
+    opt.step()
+    assert opt.state[params[0]]["step"] == 8
 
 
 # --- damaged states -----------------------------------------------------------------------------------------------------------------------

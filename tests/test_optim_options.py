@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import oracles
 import pytest
 import torch
 from samples import feed, model
@@ -136,6 +137,34 @@ def test_averages_may_stand_still(name: str, options: dict) -> None:
     Lion(model(), betas=(1.0, 1.0))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "backend"), [(torch.float64, None), (torch.float32, "reference"), (torch.float32, "cpp"), (torch.float32, "emulated")]
+)
+@pytest.mark.parametrize("betas", [(0.0, 0.99, 0.5), (1e-4, 0.99, 0.0), (0.03, 0.99, 0.01), (0.3, 0.99, 0.9999)], ids=str)
+def test_ademamix_warms_beta3_up_from_any_beta(betas: tuple, dtype: torch.dtype, backend: str | None) -> None:
+    """Half-lives are inverted by a series, which was right for betas from a half on: below 0.05 the slow momentum exploded."""
+    p = torch.nn.Parameter(model()[0].detach().to(dtype))
+    start = p.detach().to(torch.float64, copy=True)
+    opt = OPTIMIZERS["AdEMAMix"]([p], lr=0.01, betas=betas, beta3_warmup=20, backend=backend)
+    grads = []
+    for t in range(24):
+        feed([p], t)
+        grads.append(p.grad.double())
+        opt.step()
+    truth = oracles.ademamix(start, grads, lr=0.01, betas=betas, eps=1e-8, weight_decay=0, beta3_warmup=20)
+    torch.testing.assert_close(p.detach().double(), truth, rtol=0, atol=1e-12 if dtype == torch.float64 else 2e-6)
+
+
+@pytest.mark.parametrize("beta3", [1 - 1e-8, 1 - 1e-12])
+def test_ademamix_takes_a_beta3_next_to_one(beta3: float) -> None:
+    """A logarithm of 1 was divided by."""
+    opt = OPTIMIZERS["AdEMAMix"](params := model(), betas=(0.9, 0.999, beta3), beta3_warmup=10)
+    for t in range(12):
+        feed(params, t)
+        opt.step()
+    assert all(p.isfinite().all() for p in params)
+
+
 def test_adagrad_has_all_its_states_as_torchs() -> None:
     """torch starts a state it does not find at the value its constructor was given, not at the group's."""
     params, twin = model(), model()
@@ -267,6 +296,21 @@ def test_a_diagonal_that_does_not_fit_is_named(given: object) -> None:
     q.hessian_diag = torch.ones(())
     opt.step()
     assert torch.equal(p, q) and not hasattr(p, "hessian_diag")
+
+
+def test_the_hessian_of_frozen_elements_stands_still() -> None:
+    """``update_hessian`` forgot masks: dense states were not what compact ones are."""
+    p, q = (torch.nn.Parameter(model()[0].detach().T.contiguous().T) for _ in range(2))
+    keep = torch.arange(p.numel()).view(p.shape) % 3 > 0
+    dense, compact = (OPTIMIZERS["SophiaG"]([x], masks={x: keep}, mask_state=form) for x, form in ((p, "dense"), (q, "compact")))
+    for t in range(3):
+        for opt, x in ((dense, p), (compact, q)):
+            feed([x], t)
+            opt.update_hessian()
+            opt.step()
+    h = dense.state[p]["hessian"]
+    assert (h[~keep] == 0).all() and (h[keep] > 0).all() and torch.equal(p, q)
+    assert torch.equal(h.T.flatten()[keep.T.flatten()], compact.state[q]["hessian"])
 
 
 def test_schedule_free_needs_a_momentum() -> None:

@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 from .base import FusedOptimizer, Params
 from .first_order import coupling
 from .options import Extras
-from .state import not_negative
+from .state import not_negative, number
 
 Betas = tuple[float, float]
 
@@ -184,8 +184,11 @@ class AdEMAMix(FusedOptimizer):
         return "ademamix" if group["betas"][0] else "ademamix_slow"
 
     def _hyper(self, group: dict[str, Any]) -> dict[str, float]:
-        def half_life(beta: float) -> float:
-            return math.log(0.5) / math.log(beta + 1e-8) - 1.0
+        def half_life(given: Any) -> float:
+            beta = number(given)
+            if beta is None or not 0.0 <= beta < 1.0:
+                return 0.0  # of a beta that is refused, by its name, later
+            return math.log(0.5) / math.log(min(beta + 1e-8, math.nextafter(1.0, 0.0))) - 1.0
 
         fields = super()._hyper(group)  # checks the betas, too
         beta1, _, beta3 = group["betas"]

@@ -247,6 +247,7 @@ class FusedOptimizer(Optimizer):
             for p in group["params"]:
                 self._sharded |= hasattr(p, "_local_tensor")
                 device = local(p.detach()).device
+                states.own_step(p, self.state.get(p, {}))
                 choice = self._choose(device, p.dtype)
                 key = (rule, device, choice.backend)
                 choices[key] = choice
@@ -303,8 +304,9 @@ class FusedOptimizer(Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
+            options.check_group(self, group)
+            states.check_hypers(self, group, self._hyper(group))  # before a parameter is asked for its rule, which the options decide
             states.check_params(self, group)
-            states.check_hypers(self, group, self._hyper(group))
         except (ValueError, TypeError):
             self.param_groups.pop()
             raise

@@ -12,21 +12,23 @@ from .base import FusedOptimizer
 
 # Options that official optimizers keep as attributes under another name.
 _KEPT_ASIDE = {"decoupled_weight_decay": "decoupled_wd"}
+# Ours that have another name there.
+_NAMED = {"AdamWScheduleFree": "ScheduleFreeAdamW"}
 
 
 def from_torch(optimizer: torch.optim.Optimizer, **extras: Any) -> FusedOptimizer:
     """Our optimizer of the same name on the same parameters, with the hyper-parameters and the state of a running torch optimizer, or an official
-    one (adabelief-pytorch, lion-pytorch), with the options it keeps outside its groups.
+    one (adabelief-pytorch, lion-pytorch, schedulefree), with the options it keeps outside its groups.
 
     ``extras``: our keyword-only options; the state that comes over takes ``state_dtype``, if one is given. Raises TypeError if we have no
     optimizer of that name.
     """
     from . import OPTIMIZERS
 
-    name = type(optimizer).__name__
+    name = _NAMED.get(given := type(optimizer).__name__, given)
     cls = OPTIMIZERS.get(name)
     if cls is None or isinstance(optimizer, FusedOptimizer):
-        raise TypeError(f"from_torch: expected a torch optimizer we have ({', '.join(OPTIMIZERS)}); got {name}")
+        raise TypeError(f"from_torch: expected a torch optimizer we have ({', '.join(OPTIMIZERS)}); got {given}")
     known = inspect.signature(cls.__init__).parameters
     groups = []
     for group in optimizer.param_groups:

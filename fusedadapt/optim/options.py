@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
 
+from .. import config
 from . import coded
 from .spec import CODED, STATE_DTYPES
 from .state import number, one_of
@@ -51,6 +52,19 @@ def take(opt: FusedOptimizer, extras: Extras) -> None:
     if opt.max_grad_norm is not None and not (number(opt.max_grad_norm) or 0.0) > 0:
         raise ValueError(f"{name}: expected max_grad_norm > 0; got {opt.max_grad_norm!r}; None turns clipping off")
     opt.backend = extras.get("backend")
+    if opt.backend is not None:
+        config.checked_backend(opt.backend, f"{name} backend")
+
+
+#: options that a group may have for itself, as in torch
+_OF_A_GROUP = {"maximize", "capturable", "seed", "foreach", "fused", "differentiable"}
+
+
+def check_group(opt: FusedOptimizer, group: dict[str, Any]) -> None:
+    """Raises ValueError on an option of the whole optimizer that a group wants otherwise: it would be ignored. (Other keys are their owner's.)"""
+    for k in sorted(set(Extras.__annotations__) - _OF_A_GROUP):
+        if group.get(k) is not None and group[k] != getattr(opt, k, None):  # ZeroRedundancyOptimizer writes its options into every group
+            raise ValueError(f"{type(opt).__name__}: expected {k} for the whole optimizer; got {group[k]!r} in a group; pass it beside params")
 
 
 def clip_factor(total: Tensor, limit: float) -> tuple[Tensor, Tensor]:

@@ -24,9 +24,10 @@ class GradientRelease:
 def release_gradients(optimizer: FusedOptimizer) -> GradientRelease:
     """Makes ``loss.backward()`` step every parameter of ``optimizer`` the moment its gradient is complete, and set the gradient to None.
 
-    Peak memory then holds one gradient instead of all. ``optimizer.step()`` finds nothing left to do and may stay where it is. Gradients must not be
-    accumulated over several backward calls. Scaled losses (GradScaler) are not for this: the scale is removed in ``step``. Raises ValueError with
-    ``max_grad_norm``: the global norm is not known before the last gradient, with AdaHessian, and with a function as ADOPT's ``clip_lambda``.
+    Peak memory then holds one gradient instead of all. ``optimizer.step()`` finds nothing left to do and may stay where it is: parameters that are
+    frozen now, or join later, are left to it. Gradients must not be accumulated over several backward calls. Scaled losses (GradScaler) are not for
+    this: the scale is removed in ``step``. Raises ValueError with ``max_grad_norm``: the global norm is not known before the last gradient, with
+    AdaHessian, and with a function as ADOPT's ``clip_lambda``.
     """
     if optimizer.max_grad_norm is not None:
         raise ValueError("release_gradients: expected max_grad_norm=None; the global norm is known only when every gradient is there; turn one off")
@@ -41,5 +42,5 @@ def release_gradients(optimizer: FusedOptimizer) -> GradientRelease:
         raise ValueError("release_gradients: expected a rule that needs its own gradient only; AdaHessian estimates the Hessian from all of them")
     if any(callable(g.get("clip_lambda")) for g in optimizer.param_groups):
         raise ValueError('release_gradients: expected clip_lambda="k**0.25" or None; a function is asked once per group and step; use step() with it')
-    params = [p for g in optimizer.param_groups for p in g["params"]]
+    params = [p for g in optimizer.param_groups for p in g["params"] if p.requires_grad]
     return GradientRelease([p.register_post_accumulate_grad_hook(hook) for p in params])

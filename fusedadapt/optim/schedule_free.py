@@ -44,6 +44,7 @@ class ScheduleFreeAdamW(FusedOptimizer):
             raise ValueError(
                 f"ScheduleFreeAdamW: expected betas[0] in (0, 1); got {fields['beta1']!r}; at 0 the parameters hold z, and the average is lost"
             )
+        not_negative("ScheduleFreeAdamW", "weight_decay", group["weight_decay"])
         return fields | {
             "warmup": not_negative("ScheduleFreeAdamW", "warmup_steps", group["warmup_steps"]),
             "r": group["r"],

@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 from . import compact
 from .base import FusedOptimizer, Params
 from .options import Extras
-from .state import names, not_negative
+from .state import names, not_negative, unpack_mask
 from .table import describe, local
 
 
@@ -39,7 +39,7 @@ class SophiaG(FusedOptimizer):
 
     @torch.no_grad()
     def update_hessian(self) -> None:
-        """h = beta2 h + (1 - beta2) g² for every parameter that has a gradient."""
+        """h = beta2 h + (1 - beta2) g² for every parameter that has a gradient, and every trainable element of it."""
         plans = self._current_plans()
         for plan in plans:
             plan.prepare()
@@ -50,7 +50,9 @@ class SophiaG(FusedOptimizer):
                 assert g is not None
                 g = local(g) if packed else compact.take(local(g), e.param, index)
                 wide = h.dtype if h.dtype == torch.float64 else torch.float32
-                h.copy_(h.to(wide) * beta2 + (1 - beta2) * g.to(wide).square())
+                new = (h.to(wide) * beta2 + (1 - beta2) * g.to(wide).square()).to(h.dtype)
+                mask = self.state[e.param].get("mask") if index is None else None
+                h.copy_(new if mask is None else torch.where(unpack_mask(mask, local(e.param.detach())), new, h))
 
     def step(self, closure: Callable[[], Any] | None = None, bs: float | None = None) -> Any:  # type: ignore[override]
         """One step; ``bs``: tokens per batch (kept until changed)."""

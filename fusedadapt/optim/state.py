@@ -100,6 +100,9 @@ def check_hypers(opt: FusedOptimizer, group: dict[str, Any], fields: dict[str, f
 
     if group.get("differentiable"):
         raise ValueError(f"{op}: expected differentiable=False; a fused step has no autograd graph; use torch.optim for that")
+    seed = group.get("seed", 0)
+    if not isinstance(seed, numbers.Integral) or not 0 <= int(seed) < 2**64:
+        refuse("seed", seed, "to be an integer from 0 to 2^64 - 1")
     lr = group["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         refuse("a Tensor lr", tuple(lr.shape), "with one element")
@@ -192,6 +195,13 @@ def fresh_states(opt: FusedOptimizer, entries: list[Entry], rule: Rule) -> list[
         coded.note_order(new, local(p))
         out.append(new)
     return out
+
+
+def own_step(p: Tensor, state: dict[str, Any]) -> None:
+    """Of a state that somebody put in place without `load_state_dict` (torch's ZeroRedundancyOptimizer does), the step count as we keep it."""
+    step = state.get("step")
+    if isinstance(step, numbers.Real) or (isinstance(step, Tensor) and step.dtype == torch.float64):
+        state["step"] = torch.as_tensor(step, dtype=torch.float32, device=local(p.detach()).device)
 
 
 def state_dtype(opt: FusedOptimizer, p: Tensor) -> torch.dtype:

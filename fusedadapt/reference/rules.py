@@ -68,12 +68,13 @@ def power(x: Tensor, y: Tensor) -> Tensor:
 
 
 def exp2_neg(y: Tensor) -> Tensor:
-    x = -y * math.log(2.0)
+    whole = where(y < 1.0, 0.0, torch.floor(y))
+    x = -(y - whole) * math.log(2.0)
     term, total = torch.ones_like(x), torch.ones_like(x)
     for k in range(1, 23):
         term = term * (x / k)
         total = total + term
-    return total
+    return ipow(torch.full_like(y, 0.5), whole, 7) * total
 
 
 def max_nan(a: Tensor, b: Tensor) -> Tensor:
