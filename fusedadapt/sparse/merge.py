@@ -63,7 +63,8 @@ def merge(
         normalize: divide by the sum of weights. t: slerp's position. gamma: share of outliers that breadcrumbs removes. epsilon: della's spread.
             q: darex's divisor (the density by default). fishers: diagonal Fisher information, one per model, in any floating dtype; with normalize
             (the default) each is divided by its L2 norm over all tensors first.
-        out: write there (a .safetensors file, or a folder sharded as the base is), out of core and atomically, instead of returning tensors.
+        out: write there, out of core and atomically, instead of returning tensors: a new .safetensors file, or a new or empty folder, sharded as the
+            base is, with the configuration and tokenizer of its folder.
         device: compute there, one tensor at a time; by default where the base's tensor is. progress: show a bar.
 
     Returns:
@@ -71,7 +72,8 @@ def merge(
 
     Raises:
         ValueError: unknown method or compat, arguments that do not fit it, models that differ in names, shapes or dtypes (all listed), files that
-            are no models, an `out` that is one of the inputs. FileNotFoundError. OSError while writing; `out` is as before then.
+            are no models, an `out` that is one of the inputs. FileNotFoundError. FileExistsError: `out` is a file that is there, or a folder with
+            something in it. OSError while writing; `out` is as before then.
     """
     _check_words(method, compat, dtype, device)
     _check_numbers(lambda_=lambda_, seed=seed, gamma=gamma, epsilon=epsilon, q=q, t=t, weights=weights, density=density)
