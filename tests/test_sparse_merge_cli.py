@@ -26,7 +26,13 @@ def folders(tmp_path: Path) -> list[str]:
     for name in ("base", "m0", "m1"):
         (tmp_path / name).mkdir()
         save_file({"w": torch.randn(20, 30).bfloat16(), "b": torch.randn(30)}, tmp_path / name / "model.safetensors")
-    for file, text in {"config.json": "{}", "tokenizer.json": "[]", "README.md": "of the base", "1_Pooling/config.json": "[1]"}.items():
+    for file, text in {
+        "config.json": "{}",
+        "tokenizer.json": "[]",
+        "README.md": "of the base",
+        "1_Pooling/config.json": "[1]",
+        "modeling_own.py": "#",
+    }.items():
         (tmp_path / "base" / file).parent.mkdir(exist_ok=True)
         (tmp_path / "base" / file).write_text(text)
     return [str(tmp_path / name) for name in ("base", "m0", "m1")]
@@ -44,7 +50,7 @@ def test_merges_and_brings_the_companions(folders, tmp_path, capsys):
     written = load_file(out / "model.safetensors")
     assert all(torch.equal(written[name], expected[name]) for name in expected)
     there = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
-    assert there == {"model.safetensors", "config.json", "tokenizer.json", "1_Pooling/config.json"}
+    assert there == {"model.safetensors", "config.json", "tokenizer.json", "1_Pooling/config.json", "modeling_own.py"}
 
 
 def test_every_option_arrives(folders, tmp_path, capsys):

@@ -18,12 +18,14 @@ from ..files import DTYPES, atomic_open, checked_target, header, new_folder, ten
 
 _INDEX = "model.safetensors.index.json"
 Source = str | Path | Mapping[str, Tensor]
-#: what a model's folder holds beside its weights
+#: what a model's folder holds beside its weights: configurations, tokenizer, the model's own code (which is not run here)
 COMPANIONS = (
     "config.json",
     "generation_config.json",
-    "preprocessor_config.json",
+    "*processor_config.json",
+    "*.py",
     "tokenizer*",
+    "*.tiktoken",
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template*",
