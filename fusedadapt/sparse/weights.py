@@ -34,6 +34,7 @@ COMPANIONS = (
     "*.model",
     "modules.json",
     "sentence_bert_config.json",
+    "config_sentence_transformers.json",
     "?_*/config.json",
 )
 
@@ -98,6 +99,22 @@ class Model:
         if self.device is not None:
             return self.device
         return torch.device("cpu") if self._tensors is None else self._tensors[name].device
+
+
+def open_all(sources: Sequence[Source], device: torch.device | str | None) -> list[Model]:
+    """The models of all sources, or one error that says what is wrong with each that is none."""
+    opened, faults = list[Model](), list[OSError | ValueError]()
+    for source in sources:
+        try:
+            opened.append(Model(source, device))
+        except (FileNotFoundError, ValueError) as error:
+            faults.append(error)
+    if len(faults) == 1:
+        raise faults[0]
+    if faults:
+        kind = FileNotFoundError if all(isinstance(fault, FileNotFoundError) for fault in faults) else ValueError
+        raise kind("merge: " + "; ".join(str(fault).removeprefix("merge: ") for fault in faults))
+    return opened
 
 
 #: dtypes that are merged, and those that are copied from the first model
