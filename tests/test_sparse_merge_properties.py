@@ -187,6 +187,10 @@ def test_all_that_cannot_be_opened_is_listed_at_once(base, tmp_path):
     assert all(name in str(error.value) for name in ("no-base", "torn.safetensors", "gone")) and str(error.value).count("merge:") == 1
     with pytest.raises(FileNotFoundError, match=r"one; .*two;"):
         merge(base, [tmp_path / "one", tmp_path / "two"], density=0.5)
+    for n in (1, 2):
+        save_file({"x": torch.ones(3).to(torch.float8_e5m2)}, tmp_path / f"eight-{n}.safetensors")
+    with pytest.raises(ValueError, match=r"float8_e5m2 in .*eight-1.*float8_e5m2 in .*eight-2"):
+        merge(tmp_path / "eight-1.safetensors", [tmp_path / "eight-2.safetensors"], "task_arithmetic")
     with pytest.raises(FileNotFoundError, match=r"one; .*two;"):
         merge(None, [base, base], "fisher", fishers=[tmp_path / "one", tmp_path / "two"])
 

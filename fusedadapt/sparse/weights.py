@@ -66,7 +66,8 @@ class Model:
             self._check_index(self.path / _INDEX)
         unknown = sorted({str(dtype) for dtype, _ in self.about.values()} - {str(dtype) for dtype in COPIED + MERGED})
         if unknown:
-            raise ValueError(f"merge: expected float32, bfloat16, float16 or float64 weights, or integers; got {', '.join(unknown)}; convert them")
+            got = ", ".join(unknown) + (f" in {self.path}" if self.path else "")
+            raise ValueError(f"merge: expected float32, bfloat16, float16 or float64 weights, or integers; got {got}; convert them")
 
     def _read_header(self, file: Path) -> None:
         with _opened(file) as handle:
@@ -161,9 +162,10 @@ class Writer:
 
     def __init__(self, out: Path, like: Model, about: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], inputs: Sequence[Model]) -> None:
         self.out, self.single, self.like = out, out.suffix == ".safetensors", like.path
+        in_folder = not self.single and like.path is not None and like.path.is_dir()  # one file may have any name, a folder's are looked for
         groups: dict[str, list[str]] = {} if about else {"model.safetensors": []}
         for name in about:
-            shard = like.shards[name].name if name in like.shards and not self.single else "model.safetensors"
+            shard = like.shards[name].name if in_folder else "model.safetensors"
             groups.setdefault(shard, []).append(name)
         self.groups = {shard: {name: about[name] for name in names} for shard, names in groups.items()}
         self.target = self._checked({file.resolve() for model in inputs for file in model.shards.values()})
