@@ -72,6 +72,18 @@ def test_out_must_be_elsewhere(on_disk, tmp_path):
         merge(start, models, density=0.5, out=tmp_path / "used")
 
 
+def test_a_folder_like_a_single_file_has_the_name_that_loaders_look_for(tmp_path, base, tuned):
+    """The base's own file name meant nothing to them."""
+    for i, state in enumerate((base, tuned[0])):
+        save_file(state, tmp_path / f"run-{i}.safetensors")
+    out = merge(tmp_path / "run-0.safetensors", [tmp_path / "run-1.safetensors"], "task_arithmetic", out=tmp_path / "out")
+    assert [file.name for file in out.iterdir()] == ["model.safetensors"]
+    (tmp_path / "diffusion").mkdir()
+    save_file(base, tmp_path / "diffusion" / "diffusion_pytorch_model.safetensors")
+    out = merge(tmp_path / "diffusion", [tuned[0]], "task_arithmetic", out=tmp_path / "diffused")
+    assert [file.name for file in out.iterdir()] == ["diffusion_pytorch_model.safetensors"]
+
+
 def test_out_must_be_none_of_the_fishers(on_disk, tmp_path):
     """They are inputs too."""
     _, models = on_disk

@@ -114,7 +114,7 @@ def open_all(sources: Sequence[Source], device: torch.device | str | None) -> li
         raise faults[0]
     if faults:
         kind = FileNotFoundError if all(isinstance(fault, FileNotFoundError) for fault in faults) else ValueError
-        raise kind("merge: " + "; ".join(str(fault).removeprefix("merge: ") for fault in faults))
+        raise kind("merge: " + "; ".join(dict.fromkeys(str(fault).removeprefix("merge: ") for fault in faults)))
     return opened
 
 
