@@ -1,11 +1,13 @@
-"""Files that are either complete or absent: temporary file beside the target, fsync, rename, fsync of the folder."""
+"""Files and folders that are either complete or absent: written under another name beside the target, fsync, rename, fsync of the folder."""
 
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import math
 import os
+import shutil
 import struct
 import sys
 import tempfile
@@ -58,6 +60,38 @@ def atomic_open(path: Path) -> Iterator[BinaryIO]:
     finally:
         temporary.unlink(missing_ok=True)
     _fsync_folder(path.parent)
+
+
+def checked_target(op: str, out: str | Path) -> Path:
+    """A folder to be, where a link leads: FileExistsError if there is something in it, or no rename can put a folder in its place."""
+    target = Path(out).resolve() if Path(out).is_symlink() else Path(out)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{op}: expected {target} to be a new or empty folder; it is there already; choose another or remove it")
+    if target.is_dir() and (os.path.ismount(target) or target.samefile(Path.cwd())):
+        what = "a mount point" if os.path.ismount(target) else "the working folder"
+        raise FileExistsError(f"{op}: expected a folder that can be replaced by a rename; {target} is {what}; choose a new folder in it")
+    return target
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder that takes the name `target` when the block ends without an error, and is gone when it does not."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for stale in target.parent.glob(f".{glob.escape(target.name)}.*.tmp"):
+        pid = stale.name.split(".")[-2]
+        # One of this number was killed: in a container every process may have the same.
+        if stale.is_dir() and pid.isdigit() and (int(pid) == os.getpid() or not _alive(int(pid))):
+            shutil.rmtree(stale)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        _fsync_folder(temporary)
+        os.replace(temporary, target)
+    finally:
+        if temporary.exists():
+            shutil.rmtree(temporary)
+    _fsync_folder(target.parent)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -150,7 +184,7 @@ def _fsync_folder(path: Path) -> None:
 
 def _remove_stale(path: Path) -> None:
     """Delete temporary files of processes that were killed while saving: each is as large as the file."""
-    for stale in path.parent.glob(f".{path.name}.*.tmp"):
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         pid = stale.name.split(".")[-2]
         if pid.isdigit() and int(pid) != os.getpid() and not _alive(int(pid)):
             stale.unlink(missing_ok=True)

@@ -191,6 +191,23 @@ def test_side_by_side_with_peft(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "times our forward and backward" in capsys.readouterr().out
 
 
+def test_a_new_run_leaves_nothing_of_the_one_before(tmp_path: Path) -> None:
+    """An adapter, or its configuration, or a delta beside a model that they are not of would be loaded as if they were. Own files stay."""
+    pytest.importorskip("peft")
+    short = ["--quick", "--steps", "2", "--batch", "4", "--threads", "1"]
+    runs = [["--adapter", "lora", "--compare", "peft"], ["--adapter", "ssf"], ["--sparse", "0.1"], ["--optimizer", "SGD"]]
+    files = lambda folder: {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    used = tmp_path / "used"
+    (used / "model").mkdir(parents=True)
+    (used / "model" / "notes.txt").write_text("mine")
+    (used / "adapter.txt").write_text("mine")
+    for i, options in enumerate(runs):
+        for out in (used, tmp_path / str(i)):
+            assert main([*short, *options, "--out", str(out)]) == 0
+        assert files(used) - files(tmp_path / str(i)) == {"model/notes.txt", "adapter.txt"}, options
+    assert not (used / "adapter").exists() and not (used / "model-compared").exists()
+
+
 def test_absent_peft_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     find = adapters.importlib.util.find_spec
     monkeypatch.setattr(adapters.importlib.util, "find_spec", lambda name, *rest: None if name == "peft" else find(name, *rest))

@@ -190,3 +190,12 @@ def test_reshape_as_tensors_do() -> None:
 def test_a_mask_on_the_meta_device_can_be_printed() -> None:
     """Errors and debuggers show masks; how many elements are chosen is not known there."""
     assert repr(Mask.full((2, 3), True).to("meta")) == "Mask(shape=(2, 3), nnz=?, device=meta)"
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+def test_words_with_bits_beyond_the_elements_are_refused(aligned: bool) -> None:
+    """Words inverted by hand, say: positions beyond the tensor, a density of 6.4, and a file that load calls damaged."""
+    mask = Mask.from_bool(torch.rand(3, 37) < 0.5, row_aligned=aligned)
+    with pytest.raises(ValueError, match=r"no bits beyond the 111 elements; got some; .*~mask"):
+        Mask(~mask.words, mask.shape, row_aligned=aligned)
+    assert (~mask).nnz == 111 - mask.nnz and Mask(~torch.zeros(2, dtype=torch.int32), (64,)).nnz == 64

@@ -26,7 +26,13 @@ def folders(tmp_path: Path) -> list[str]:
     for name in ("base", "m0", "m1"):
         (tmp_path / name).mkdir()
         save_file({"w": torch.randn(20, 30).bfloat16(), "b": torch.randn(30)}, tmp_path / name / "model.safetensors")
-    for file, text in {"config.json": "{}", "tokenizer.json": "[]", "README.md": "of the base", "1_Pooling/config.json": "[1]"}.items():
+    for file, text in {
+        "config.json": "{}",
+        "tokenizer.json": "[]",
+        "README.md": "of the base",
+        "1_Pooling/config.json": "[1]",
+        "modeling_own.py": "#",
+    }.items():
         (tmp_path / "base" / file).parent.mkdir(exist_ok=True)
         (tmp_path / "base" / file).write_text(text)
     return [str(tmp_path / name) for name in ("base", "m0", "m1")]
@@ -44,13 +50,18 @@ def test_merges_and_brings_the_companions(folders, tmp_path, capsys):
     written = load_file(out / "model.safetensors")
     assert all(torch.equal(written[name], expected[name]) for name in expected)
     there = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
-    assert there == {"model.safetensors", "config.json", "tokenizer.json", "1_Pooling/config.json"}
+    assert there == {"model.safetensors", "config.json", "tokenizer.json", "1_Pooling/config.json", "modeling_own.py"}
 
 
 def test_every_option_arrives(folders, tmp_path, capsys):
     base, *models = folders
-    run = lambda *arguments: cli.main(["merge", *models, *arguments, "--quiet", "--out", str(tmp_path / "o.safetensors")])
-    read = lambda: load_file(tmp_path / "o.safetensors")
+    out = tmp_path / "o.safetensors"
+
+    def run(*arguments):
+        out.unlink(missing_ok=True)
+        return cli.main(["merge", *models, *arguments, "--quiet", "--out", str(out)])
+
+    read = lambda: load_file(out)
     assert run("--method", "linear", "--dtype", "float16", "--no-normalize") == 0
     assert torch.equal(read()["w"], merge(None, models, "linear", dtype=torch.float16, normalize=False)["w"])
     assert run("--base", base, "--method", "dare_linear", "--density", "0.3", "0.6", "--seed", "5", "--compat", "mergekit") == 0
@@ -109,8 +120,8 @@ def test_a_failing_write_is_one_line(folders, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_companion_that_fails_is_no_half_file(folders, tmp_path, capsys, monkeypatch):
-    """The weights are there by then, and half of a tokenizer would stay for good: what is there is not copied again."""
+def test_a_companion_that_fails_leaves_nothing(folders, tmp_path, capsys, monkeypatch):
+    """Weights without a tokenizer would be found complete by the next who looks."""
     real = shutil.copyfileobj
 
     def full(source, target):
@@ -121,13 +132,33 @@ def test_a_companion_that_fails_is_no_half_file(folders, tmp_path, capsys, monke
 
     monkeypatch.setattr(shutil, "copyfileobj", full)
     base, *models = folders
+    before = sorted(tmp_path.rglob("*"))
     arguments = ["merge", *models, "--base", base, "--density", "0.2", "--quiet", "--out", str(tmp_path / "out")]
     assert cli.main(arguments) == 1
     error = capsys.readouterr().err
-    assert f"No space left on device; the weights in {tmp_path / 'out'} are complete" in error and error.count("\n") == 1
-    assert not (tmp_path / "out" / "tokenizer.json").exists() and len(load_file(tmp_path / "out" / "model.safetensors")) == 2
+    assert "No space left on device; nothing was written" in error and error.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
     monkeypatch.undo()
     assert cli.main(arguments) == 0 and (tmp_path / "out" / "tokenizer.json").read_text() == "[]"
+
+
+def test_what_is_there_already_is_not_overwritten(folders, tmp_path, capsys):
+    """A finished model is worth more than a run with the wrong --out; `quantize` refuses likewise."""
+    base, *models = folders
+    single = tmp_path / "other.safetensors"
+    save_file({"w": torch.ones(3)}, single)
+    finished = tmp_path / "finished"
+    shutil.copytree(base, finished)
+    configured = tmp_path / "configured"
+    configured.mkdir()
+    (configured / "config.json").write_text("mine")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for out, wanted in ((single, "a new file"), (finished, "a new or empty folder"), (configured, "a new or empty folder")):
+        assert cli.main(["merge", *models, "--base", base, "--density", "0.2", "--quiet", "--out", str(out)]) == 2
+        assert capsys.readouterr().err == f"merge: expected {out} to be {wanted}; it is there already; choose another or remove it\n"
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    (tmp_path / "empty").mkdir()
+    assert cli.main(["merge", *models, "--base", base, "--density", "0.2", "--quiet", "--out", str(tmp_path / "empty")]) == 0
 
 
 def test_where_it_cannot_write(folders, tmp_path, capsys):

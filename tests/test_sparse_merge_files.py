@@ -68,8 +68,20 @@ def test_out_must_be_elsewhere(on_disk, tmp_path):
         merge(start, models, density=0.5, out=tmp_path / "file")
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "model-00001-of-00009.safetensors").write_text("")
-    with pytest.raises(ValueError, match="other weights"):
+    with pytest.raises(FileExistsError, match="new or empty folder"):
         merge(start, models, density=0.5, out=tmp_path / "used")
+
+
+def test_a_folder_like_a_single_file_has_the_name_that_loaders_look_for(tmp_path, base, tuned):
+    """The base's own file name meant nothing to them."""
+    for i, state in enumerate((base, tuned[0])):
+        save_file(state, tmp_path / f"run-{i}.safetensors")
+    out = merge(tmp_path / "run-0.safetensors", [tmp_path / "run-1.safetensors"], "task_arithmetic", out=tmp_path / "out")
+    assert [file.name for file in out.iterdir()] == ["model.safetensors"]
+    (tmp_path / "diffusion").mkdir()
+    save_file(base, tmp_path / "diffusion" / "diffusion_pytorch_model.safetensors")
+    out = merge(tmp_path / "diffusion", [tuned[0]], "task_arithmetic", out=tmp_path / "diffused")
+    assert [file.name for file in out.iterdir()] == ["diffusion_pytorch_model.safetensors"]
 
 
 def test_out_must_be_none_of_the_fishers(on_disk, tmp_path):
@@ -100,6 +112,24 @@ def test_full_disk_leaves_nothing(on_disk, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+def test_shards_appear_together(on_disk, tmp_path, monkeypatch):
+    """The last bytes of a file may be those that find the disk full, when the next shard has its name already."""
+    start, models = on_disk
+    synced, real = [], os.fsync
+
+    def full(descriptor):
+        synced.append(descriptor)
+        if len(synced) == 2:
+            raise OSError(28, "No space left on device")
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(OSError, match="No space"):
+        merge(start, models, density=0.5, out=tmp_path / "out")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def in_subprocess(code: str, *arguments: object) -> subprocess.CompletedProcess:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
     command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
@@ -124,10 +154,13 @@ def test_killed_while_writing(on_disk, tmp_path):
     out = tmp_path / "out"
     done = in_subprocess(code, start, out, *models)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert {p.suffix for p in out.iterdir()} == {".tmp"}  # hidden, and swept up by the next run
+    assert not out.exists() and len(list(tmp_path.glob(".out.*.tmp"))) == 1  # hidden, and swept up by the next run
     assert all(p.read_bytes() == content for p, content in before.items())
+    (stale,) = tmp_path.glob(".out.*.tmp")
+    (tmp_path / f".out.{os.getpid()}.tmp").mkdir()  # of one that had this process' number, as all have in some containers
     merge(start, models, density=0.5, out=out)
     assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in start.iterdir())
+    assert not stale.exists() and not list(tmp_path.glob(".out.*"))
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's peak memory")
@@ -151,7 +184,7 @@ def test_memory_is_that_of_one_tensor(tmp_path):
             pathlib.Path("/proc/self/clear_refs").write_text("5")
             before = kib("VmRSS")
             models = [f"{folder}/{i}.safetensors" for i in range(3)]
-            merge(models[0], models[1:], method, density=0.2, compat=compat, out=f"{folder}/out.safetensors")
+            merge(models[0], models[1:], method, density=0.2, compat=compat, out=f"{folder}/{method}-{compat}.safetensors")
             print((kib("VmHWM") - before) / 1024)
         merge(small, [small], "slerp", t=0.5)
         pathlib.Path("/proc/self/clear_refs").write_text("5")

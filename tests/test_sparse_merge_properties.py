@@ -154,6 +154,8 @@ def test_no_election_hides_a_nan(method, compat, backend):
         ({"density": 0.5, "device": "nowhere"}, "a device that torch can use; got 'nowhere'"),
         ({"method": "darex", "density": 0.0}, "above 0"),
         ({"method": "linear", "lambda_": 0.5}, "lambda_"),
+        ({"method": "linear", "weights": [1.0, 1.0, -2.0]}, "do not add up to 0"),
+        ({"method": "linear", "weights": [0.0, 0.0, 0.0], "compat": "mergekit"}, "do not add up to 0"),
         ({"method": "pcb", "compat": "peft"}, "pcb"),
         ({"density": 0.5, "seed": float("inf")}, "an integer as seed; got inf"),
         ({"density": 0.5, "seed": float("nan")}, "an integer as seed; got nan"),
@@ -176,6 +178,29 @@ def test_all_differences_are_listed_at_once(base, tuned, tmp_path):
     for part in ("model 1: c is missing", "model 1: extra is not in base", "torch.float16", "model 2: b.bias", "(46,)"):
         assert part in str(error.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_all_that_cannot_be_opened_is_listed_at_once(base, tmp_path):
+    (tmp_path / "torn.safetensors").write_bytes(b"123")
+    with pytest.raises(ValueError) as error:
+        merge(tmp_path / "no-base", [base, tmp_path / "torn.safetensors", tmp_path / "gone"], density=0.5)
+    assert all(name in str(error.value) for name in ("no-base", "torn.safetensors", "gone")) and str(error.value).count("merge:") == 1
+    with pytest.raises(FileNotFoundError, match=r"one; .*two;"):
+        merge(base, [tmp_path / "one", tmp_path / "two"], density=0.5)
+    for n in (1, 2):
+        save_file({"x": torch.ones(3).to(torch.float8_e5m2)}, tmp_path / f"eight-{n}.safetensors")
+    with pytest.raises(ValueError, match=r"float8_e5m2 in .*eight-1.*float8_e5m2 in .*eight-2"):
+        merge(tmp_path / "eight-1.safetensors", [tmp_path / "eight-2.safetensors"], "task_arithmetic")
+    with pytest.raises(FileNotFoundError, match=r"one; .*two;"):
+        merge(None, [base, base], "fisher", fishers=[tmp_path / "one", tmp_path / "two"])
+
+
+def test_fisher_weights_that_leave_nothing(base, tuned):
+    """0 / 0 made a model of NaN."""
+    with pytest.raises(ValueError, match="a weight other than 0"):
+        merge(None, tuned[:2], "fisher", fishers=[base, base], weights=[0.0, 0.0])
+    merged = merge(None, tuned[:2], "fisher", fishers=[base, base], weights=[0.0, 2.0])
+    assert all(torch.allclose(merged[name], tuned[1][name]) for name in merged if merged[name].dtype == torch.float32)
 
 
 def test_models_that_are_none(base, tuned):

@@ -289,6 +289,10 @@ def test_compose_sums_deltas():
     b.apply_(in_turn)
     assert all(torch.equal(together[n], in_turn[n]) for n in base)
     assert torch.equal(compose([a]).entries["w"].values, a.entries["w"].values)
+    narrow = SparseDelta.from_diff(base, one, masks={"w": random_mask((4, 5), k=7, seed=1)}, dtype=torch.bfloat16)
+    for order in ([narrow, b], [b, narrow]):  # the first one's dtype decided
+        assert torch.equal(compose(order).entries["w"].values, compose([b, narrow]).entries["w"].values)
+        assert {e.values.dtype for e in compose(order).entries.values()} == {torch.float32}
     with pytest.raises(ValueError, match="at least one"):
         compose([])
     with pytest.raises(ValueError, match="one shape"):

@@ -28,6 +28,7 @@ ADAPTERS = {"lora": 20.0, "rslora": 10.0, "dora": 20.0, "adalora": 40.0, "vera":
 INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "olora")
 IN_PEFT = ("lora", "rslora", "dora")  # what --compare peft can set beside ours: same parameters, same start
 TARGETS = r"encoder\.layer\.\d+\..*(query|key|value|dense)"
+FILES = ("adapter_model.safetensors", "adapter_config.json")  # what `Adapter.save` writes, of SSF without the second
 PENALTY = 0.1  # of AdaLoRA's orthogonality, the official code's
 
 
@@ -126,10 +127,10 @@ class Adapter:
                 tensors[f"base_model.model.{name}.{peft_name}{weight}"] = getattr(layer, part.name).detach().cpu().contiguous().clone()
         if self.options.method == "vera":
             tensors |= {f"base_model.vera_{part}": getattr(self.projection, part).cpu() for part in "AB"}
-        paths = [folder / "adapter_model.safetensors"]
+        paths = [folder / FILES[0]]
         write_safetensors(paths[0], tensors, {"format": "pt"})
         if (config := self._peft_config()) is not None:
-            paths.append(folder / "adapter_config.json")
+            paths.append(folder / FILES[1])
             write_text(paths[1], json.dumps(config, indent=1) + "\n")
         return paths
 

@@ -23,6 +23,25 @@ from .tokens import Hashed, Pretrained, Tokens
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CHECKPOINT = "checkpoint.safetensors"
 REPORT = "report.json"
+#: what `export` brings of the pretrained model's folder
+COMPANIONS = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.txt",
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+    "1_Pooling/config.json",
+)
+#: folder -> files that a run may leave there, beside checkpoint, report and curves, which every run replaces
+RESULTS = {
+    "adapter": adapters.FILES,
+    "model": ("model.safetensors", *COMPANIONS),
+    "model-compared": ("model.safetensors", *COMPANIONS),
+    ".": (sparse.DELTA,),
+}
 HELD_OUT = 512
 QUICK_FILES, QUICK_HELD_OUT = 40, 32
 #: quality of the model as it came, and what quantizing did to it
@@ -95,7 +114,8 @@ class Result:
 
 def run(config: Config, out: Path, watcher: Watcher, *, save_every: int, resume: bool) -> Result:
     """The whole job; leaves ``checkpoint.safetensors`` and ``model/`` in ``out``. Killed and resumed equals uninterrupted, bit for bit, on
-    a CPU. What ``out`` holds of a finished run stays until everything that can be refused has been looked at."""
+    a CPU. What ``out`` holds of a finished run stays until everything that can be refused has been looked at, its model and the files
+    beside it until this one has been trained."""
     began = time.perf_counter()
     torch.set_num_threads(config.threads)
     torch.manual_seed(config.seed)
@@ -120,6 +140,7 @@ def run(config: Config, out: Path, watcher: Watcher, *, save_every: int, resume:
     train_steps(config, train, lanes, watcher, done, save_every, keep)
     watcher.say("judging the model after training")
     after = [lane.evaluate(held_out) for lane in lanes]
+    clear(out)
     adapted = [finish_adapter(lane, size, held_out, out) for lane, size in zip(lanes, kept, strict=False)]
     for lane, folder in zip(lanes, ("model", "model-compared"), strict=False):
         export(lane, out / folder, config)
@@ -135,6 +156,16 @@ def judge_start(config: Config, lane: Lane, held_out: list[data.Pair], batch: li
     encoder, tokens = _encoder(replace(config, quant=None))
     summary = quantized.summarise(config.quant, encoder, lane.model, quality, tokens, batch)
     return lane.judge(encoder, held_out), summary
+
+
+def clear(out: Path) -> None:
+    """Removes what an earlier run left: an adapter or a configuration beside a model that it is not of would be taken for its own."""
+    for folder, names in RESULTS.items():
+        for name in names:
+            (out / folder / name).unlink(missing_ok=True)
+    for name in ("adapter", "model/1_Pooling", "model-compared/1_Pooling", "model-compared"):
+        if (out / name).is_dir() and not any((out / name).iterdir()):
+            (out / name).rmdir()
 
 
 def finish_adapter(lane: Lane, kept: int, held_out: list[data.Pair], out: Path) -> Adapted:
@@ -308,11 +339,7 @@ def export(lane: Lane, folder: Path, config: Config) -> None:
     load."""
     folder.mkdir(parents=True, exist_ok=True)
     if not config.quick:
-        source = model.pretrained_dir()
-        for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "modules.json"):
-            shutil.copy(source / name, folder / name)
-        for name in ("sentence_bert_config.json", "config_sentence_transformers.json"):
-            shutil.copy(source / name, folder / name)
         (folder / "1_Pooling").mkdir(exist_ok=True)
-        shutil.copy(source / "1_Pooling" / "config.json", folder / "1_Pooling" / "config.json")
+        for name in COMPANIONS:
+            shutil.copy(model.pretrained_dir() / name, folder / name)
     write_safetensors(folder / "model.safetensors", lane.final_weights(), {"format": "pt"})

@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import files
+from ..files import checked_target, new_folder
 from . import foreign
 from .foreign.plain import ORDER
 from .formats import QFormat
 from .layer import PackedWeight, QuantizedLinear
 from .linears import skip_list
-from .stream import MAX_SHARD, Shards, checked_target, is_bitsandbytes, new_folder, quantization_config
+from .stream import MAX_SHARD, Shards, is_bitsandbytes, quantization_config
 
 
 def save_pretrained(model: nn.Module, out: str | Path, *, max_shard_bytes: int = MAX_SHARD) -> Path:

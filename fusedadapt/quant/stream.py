@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import files
+from ..files import checked_target, new_folder
 from . import foreign
 from .archive import INDEX, SINGLE, Archive, opened
 from .formats import QFormat, format_of
@@ -113,17 +113,6 @@ def _write(
     shards.close()
 
 
-def checked_target(op: str, out: str | Path) -> Path:
-    """A folder to be, where a link leads: FileExistsError if there is something in it, or no rename can put a folder in its place."""
-    target = Path(out).resolve() if Path(out).is_symlink() else Path(out)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{op}: expected {target} to be a new or empty folder; it is there already; choose another or remove it")
-    if target.is_dir() and (os.path.ismount(target) or target.samefile(Path.cwd())):
-        what = "a mount point" if os.path.ismount(target) else "the working folder"
-        raise FileExistsError(f"{op}: expected a folder that can be replaced by a rename; {target} is {what}; choose a new folder in it")
-    return target
-
-
 def is_bitsandbytes(fmt: QFormat) -> bool:
     """Whether the format is written as bitsandbytes writes it."""
     return fmt.name in ("nf4", "fp4")
@@ -199,26 +188,6 @@ class Shards:
             mapping |= dict.fromkeys(names, shard)
         with files.atomic_open(self.folder / INDEX) as file:
             file.write(json.dumps({"metadata": {"total_size": self.total}, "weight_map": mapping}, indent=2).encode() + b"\n")
-
-
-@contextlib.contextmanager
-def new_folder(target: Path) -> Iterator[Path]:
-    """A folder that takes the name `target` when the block ends without an error, and is gone when it does not."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    for stale in target.parent.glob(f".{target.name}.*.tmp"):
-        pid = stale.name.split(".")[-2]
-        if stale.is_dir() and pid.isdigit() and int(pid) != os.getpid() and not files._alive(int(pid)):
-            shutil.rmtree(stale)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    temporary.mkdir()
-    try:
-        yield temporary
-        files._fsync_folder(temporary)
-        os.replace(temporary, target)
-    finally:
-        if temporary.exists():
-            shutil.rmtree(temporary)
-    files._fsync_folder(target.parent)
 
 
 def _copy_companions(source: Path, folder: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import resource
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -19,22 +18,6 @@ METHODS = (
     "pcb, fisher"
 )
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-#: what a model's folder holds beside its weights
-COMPANIONS = (
-    "config.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "modules.json",
-    "sentence_bert_config.json",
-    "?_*/config.json",
-)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -46,7 +29,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("models", nargs="+", metavar="MODEL", help="the fine-tuned models")
     parser.add_argument("--base", metavar="MODEL", help="what they were fine-tuned from; not needed for linear and fisher")
-    parser.add_argument("--out", required=True, metavar="PATH", help="a .safetensors file, or a folder sharded as the base is")
+    parser.add_argument("--out", required=True, metavar="PATH", help="a new .safetensors file, or a new or empty folder, sharded as the base is")
     parser.add_argument("--method", default="ties", metavar="NAME", help="one of those below (default ties)")
     parser.add_argument("--weights", type=float, nargs="+", metavar="W", help="one per model (default 1)")
     parser.add_argument("--density", type=float, nargs="+", metavar="D", help="share of each change that stays: one, or one per model")
@@ -71,30 +54,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0 if the merged model was written, 2 if the command line or a model does not fit, 1 if writing failed, 130 if interrupted."""
     options = _parser().parse_args(argv)
     start = time.perf_counter()
-    out = None
     try:
         out = _merge(options)
-        _copy_companions(Path(options.base or options.models[0]), out)
     except KeyboardInterrupt:
-        print(f"merge: interrupted; {_left(out)}", file=sys.stderr)
+        print("merge: interrupted; nothing was written", file=sys.stderr)
         return 130
     except (ValueError, RuntimeError) as error:
         print(_one_line(error), file=sys.stderr)
         return 2
     except OSError as error:
-        if isinstance(error, FileNotFoundError) and error.errno is None:  # ours: a model that is not there
+        if error.errno is None:  # ours: a model that is not there, an output that is
             print(_one_line(error), file=sys.stderr)
             return 2
-        print(f"merge: expected to write {options.out}; {error.strerror or error}; {_left(out)}", file=sys.stderr)
+        print(f"merge: expected to write {options.out}; {error.strerror}; nothing was written", file=sys.stderr)
         return 1
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     print(f"{out}: {len(options.models)} models, {options.method}, {time.perf_counter() - start:.1f} s, peak memory {peak / 2**20:.0f} MiB")
     return 0
-
-
-def _left(out: Path | None) -> str:
-    """What there is after a failure."""
-    return "nothing was written" if out is None else f"the weights in {out} are complete, not the files beside them (config, tokenizer): copy them"
 
 
 def _one_line(error: Exception) -> str:
@@ -139,18 +115,3 @@ def _dtype(name: str | None) -> torch.dtype | None:
 
     dtype: torch.dtype = getattr(torch, name)
     return dtype
-
-
-def _copy_companions(source: Path, out: Path) -> None:
-    """config.json, the tokenizer and the like, of a folder to the folder that the weights went to; what is there already stays."""
-    from ..files import atomic_open
-
-    if not source.is_dir() or not out.is_dir():
-        return
-    for pattern in COMPANIONS:
-        for file in sorted(source.glob(pattern)):
-            target = out / file.relative_to(source)
-            if file.is_file() and not target.exists():
-                # A part of a tokenizer would stay: the next run leaves alone what is there.
-                with open(file, "rb") as source_file, atomic_open(target) as target_file:
-                    shutil.copyfileobj(source_file, target_file)

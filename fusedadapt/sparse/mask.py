@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -35,6 +36,8 @@ class Mask:
         if not isinstance(words, Tensor) or words.dtype != torch.int32 or words.dim() != 1 or words.numel() != expected:
             got = f"{words.dtype} of shape {tuple(words.shape)}" if isinstance(words, Tensor) else type(words).__name__
             raise ValueError(f"Mask: expected {expected} int32 words for shape {tuple(shape)}; got {got}; make it with Mask.from_bool")
+        if type(words) is Tensor and words.device.type == "cpu" and self._spare_bits(words):  # elsewhere it would be a wait
+            raise ValueError(f"Mask: expected words with no bits beyond the {self.numel()} elements; got some; clear them (~mask does it itself)")
         self.words = words.contiguous()
         self._prefix: Tensor | None = None
 
@@ -44,6 +47,11 @@ class Mask:
             return (n + 31) // 32
         length = self.shape[-1]
         return 0 if n == 0 else n // length * ((length + 31) // 32)
+
+    def _spare_bits(self, words: Tensor) -> bool:
+        """Whether bits are set that stand for no element."""
+        length = self.shape[-1] if self.row_aligned else self.numel()
+        return bool(words.numel() and length % 32 and (words.reshape(-1, (length + 31) // 32)[:, -1] >> length % 32).any())
 
     @classmethod
     def from_bool(cls, mask: Tensor, *, row_aligned: bool = False) -> Mask:
@@ -122,7 +130,7 @@ class Mask:
         return self if self.row_aligned else Mask.from_bool(self.to_bool(), row_aligned=True)
 
     def to(self, device: torch.device | str) -> Mask:
-        return Mask(self.words.to(device), self.shape, row_aligned=self.row_aligned)
+        return self._with(self.words.to(device))
 
     def reshape(self, *shape: int | Sequence[int]) -> Mask:
         """The same bits under another shape of as many elements, -1 for what is left, as `torch.Tensor.reshape` (not for row-aligned masks)."""
@@ -136,7 +144,9 @@ class Mask:
         return Mask(self.words, wanted)
 
     def _with(self, words: Tensor) -> Mask:
-        return Mask(words, self.shape, row_aligned=self.row_aligned)
+        made = copy.copy(self)
+        made.words, made._prefix = words, None
+        return made
 
     def _like(self, other: Mask) -> Mask:
         if not isinstance(other, Mask):
@@ -244,10 +254,6 @@ def read_mask(name: str, e: Mapping[str, Any], words: Tensor) -> Mask:
     if not coding.is_shape(shape):
         raise coding.Damaged(f"{name!r} is no mask: shape {shape}")
     try:
-        mask = Mask(words, shape, row_aligned=bool(row_aligned))
+        return Mask(words, shape, row_aligned=bool(row_aligned))
     except ValueError as error:
         raise coding.Damaged(f"{name!r} is no mask: {error}") from error
-    length = mask.shape[-1] if mask.row_aligned else mask.numel()
-    if words.numel() and length % 32 and bool((words.view(-1, (length + 31) // 32)[:, -1] >> length % 32).any()):
-        raise coding.Damaged(f"{name!r} is no mask: bits are set beyond its {mask.numel()} elements")
-    return mask

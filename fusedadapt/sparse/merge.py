@@ -21,7 +21,7 @@ from ..ops import sparse as ops
 from . import merge_methods as methods
 from . import pcb
 from .merge_methods import COMPAT, METHODS, Job
-from .weights import MERGED, Model, Source, Writer, check_alike, check_fishers, floating
+from .weights import MERGED, Model, Source, Writer, check_alike, check_fishers, floating, open_all
 
 SPECIAL = ("slerp", "pcb", "fisher")
 Compute = Callable[[str, Tensor, tuple[int, ...]], None]
@@ -63,7 +63,8 @@ def merge(
         normalize: divide by the sum of weights. t: slerp's position. gamma: share of outliers that breadcrumbs removes. epsilon: della's spread.
             q: darex's divisor (the density by default). fishers: diagonal Fisher information, one per model, in any floating dtype; with normalize
             (the default) each is divided by its L2 norm over all tensors first.
-        out: write there (a .safetensors file, or a folder sharded as the base is), out of core and atomically, instead of returning tensors.
+        out: write there, out of core and atomically, instead of returning tensors: a new .safetensors file, or a new or empty folder, sharded as the
+            base is, with the configuration and tokenizer of its folder.
         device: compute there, one tensor at a time; by default where the base's tensor is. progress: show a bar.
 
     Returns:
@@ -71,7 +72,8 @@ def merge(
 
     Raises:
         ValueError: unknown method or compat, arguments that do not fit it, models that differ in names, shapes or dtypes (all listed), files that
-            are no models, an `out` that is one of the inputs. FileNotFoundError. OSError while writing; `out` is as before then.
+            are no models, an `out` that is one of the inputs. FileNotFoundError. FileExistsError: `out` is a file that is there, or a folder with
+            something in it. OSError while writing; `out` is as before then.
     """
     _check_words(method, compat, dtype, device)
     _check_numbers(lambda_=lambda_, seed=seed, gamma=gamma, epsilon=epsilon, q=q, t=t, weights=weights, density=density)
@@ -81,7 +83,7 @@ def merge(
     job.epsilon = epsilon if epsilon is not None else 0.15 if compat == "mergekit" else 0.05
     _check_options(job, t, fishers)
     _check_unused(method, weights, density, normalize, epsilon)
-    information = [Model(f, device) for f in fishers or ()]
+    information = open_all(fishers or (), device)
     about = {n: ((dtype if dtype is not None and d in MERGED else d), s) for n, (d, s) in first.about.items()}
     writer = None if out is None else Writer(Path(out), first, about, opened + information)
     with torch.no_grad(), _bar(len(about), method, progress) as advance:
@@ -149,7 +151,7 @@ def _open(base: Source | None, models: Sequence[Source], method: str, device: to
         raise ValueError(f'merge: expected the base and one model with "slerp"; got {len(models)} models')
     sources = ([] if base is None else [base]) + list(models)
     labels = ([] if base is None else ["base"]) + [f"model {i}" for i in range(len(models))]
-    opened = [Model(source, device) for source in sources]
+    opened = open_all(sources, device)
     check_alike(opened, [f"{label} ({m.path})" if m.path else label for label, m in zip(labels, opened, strict=True)])
     return opened, opened[0]
 
@@ -169,6 +171,10 @@ def _job(method: str, base: Model | None, models: list[Model], weights: Any, den
     if density is None and spec is not None and (spec.trim or spec.drop):
         raise ValueError(f"merge: expected density= with {method!r}; got none; 0.2 keeps a fifth of each change")
     normal = compat in _NORMALIZED.get(method, ()) if normalize is None else normalize
+    if method == "linear" and normal and abs(sum(values)) < 1e-8:
+        raise ValueError(f"merge: expected weights that do not add up to 0, which a mean is divided by; got {values}; normalize=False sums them")
+    if method == "fisher" and not any(values):
+        raise ValueError(f'merge: expected a weight other than 0 with "fisher", which divides by their sum; got {values}; leave them out')
     base = base if spec is None or spec.base else None
     return Job(method, base, models, values, densities, 1.0, 0, compat, normal, 0.01, 0.0, None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral
@@ -201,7 +202,8 @@ def _moved(p: Tensor, start: Tensor) -> Tensor:
 
 
 def compose(deltas: Iterable[SparseDelta]) -> SparseDelta:
-    """The sum of deltas of kind "add" as one: positions united, values added in fp32 (fp64) in the given order and rounded once.
+    """The sum of deltas of kind "add" as one: positions united, values added in fp32 (fp64) in the given order and rounded once,
+    to the dtype that torch adds theirs in.
 
     Raises:
         ValueError: no delta, kind "set", or tensors whose shapes differ.
@@ -215,7 +217,7 @@ def compose(deltas: Iterable[SparseDelta]) -> SparseDelta:
         if len({tuple(e.shape) for e in parts}) > 1:
             raise ValueError(f"compose: expected one shape for {name!r}; got {[tuple(e.shape) for e in parts]}; the deltas are of different models")
         index = torch.unique(torch.cat([e.indices.long() for e in parts]))
-        dtype = parts[0].values.dtype
+        dtype = functools.reduce(torch.promote_types, (e.values.dtype for e in parts))
         values = torch.zeros(index.numel(), dtype=torch.promote_types(dtype, torch.float32), device=index.device)
         for e in parts:
             values[torch.searchsorted(index, e.indices.long())] += e.values.to(values)

@@ -129,6 +129,8 @@ def topk_mask(
     names, items = _items("topk_mask", w, score, other, ties, nan, group)
     if scope not in ("global", "tensor", "row", "block"):
         raise ValueError(f"topk_mask: expected scope global, tensor, row or block; got {scope!r}")
+    if block_size is not None and scope != "block":
+        raise ValueError(f'topk_mask: expected block_size with scope "block" only; got {block_size} with scope {scope!r}; leave one out')
     if scope == "global":
         if isinstance(density, Sequence | Mapping) and not isinstance(density, str):
             raise ValueError('topk_mask: expected one density with scope "global"; got several; use scope="tensor"')

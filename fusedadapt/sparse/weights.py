@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,29 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from ..files import DTYPES, atomic_open, header, tensor_bytes
+from ..files import DTYPES, atomic_open, checked_target, header, new_folder, tensor_bytes
 
 _INDEX = "model.safetensors.index.json"
 Source = str | Path | Mapping[str, Tensor]
+#: what a model's folder holds beside its weights: configurations, tokenizer, the model's own code (which is not run here)
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "*processor_config.json",
+    "*.py",
+    "tokenizer*",
+    "*.tiktoken",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+    "?_*/config.json",
+)
 
 
 class Model:
@@ -46,7 +66,8 @@ class Model:
             self._check_index(self.path / _INDEX)
         unknown = sorted({str(dtype) for dtype, _ in self.about.values()} - {str(dtype) for dtype in COPIED + MERGED})
         if unknown:
-            raise ValueError(f"merge: expected float32, bfloat16, float16 or float64 weights, or integers; got {', '.join(unknown)}; convert them")
+            got = ", ".join(unknown) + (f" in {self.path}" if self.path else "")
+            raise ValueError(f"merge: expected float32, bfloat16, float16 or float64 weights, or integers; got {got}; convert them")
 
     def _read_header(self, file: Path) -> None:
         with _opened(file) as handle:
@@ -79,6 +100,22 @@ class Model:
         if self.device is not None:
             return self.device
         return torch.device("cpu") if self._tensors is None else self._tensors[name].device
+
+
+def open_all(sources: Sequence[Source], device: torch.device | str | None) -> list[Model]:
+    """The models of all sources, or one error that says what is wrong with each that is none."""
+    opened, faults = list[Model](), list[OSError | ValueError]()
+    for source in sources:
+        try:
+            opened.append(Model(source, device))
+        except (FileNotFoundError, ValueError) as error:
+            faults.append(error)
+    if len(faults) == 1:
+        raise faults[0]
+    if faults:
+        kind = FileNotFoundError if all(isinstance(fault, FileNotFoundError) for fault in faults) else ValueError
+        raise kind("merge: " + "; ".join(dict.fromkeys(str(fault).removeprefix("merge: ") for fault in faults)))
+    return opened
 
 
 #: dtypes that are merged, and those that are copied from the first model
@@ -120,53 +157,68 @@ def _files(path: Path) -> list[Path]:
 
 
 class Writer:
-    """Writes a model the way another one lies on disk: one file, or shards with an index. All files appear together at the end, the index last."""
+    """Writes a model the way another one lies on disk: one file, or a folder with its shards, index, configuration and tokenizer. Either appears when
+    it is complete."""
 
     def __init__(self, out: Path, like: Model, about: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], inputs: Sequence[Model]) -> None:
-        self.out, self.single = out, out.suffix == ".safetensors"
+        self.out, self.single, self.like = out, out.suffix == ".safetensors", like.path
+        in_folder = not self.single and like.path is not None and like.path.is_dir()  # one file may have any name, a folder's are looked for
         groups: dict[str, list[str]] = {} if about else {"model.safetensors": []}
         for name in about:
-            shard = like.shards[name].name if name in like.shards and not self.single else "model.safetensors"
+            shard = like.shards[name].name if in_folder else "model.safetensors"
             groups.setdefault(shard, []).append(name)
         self.groups = {shard: {name: about[name] for name in names} for shard, names in groups.items()}
-        self._check({file.resolve() for model in inputs for file in model.shards.values()})
+        self.target = self._checked({file.resolve() for model in inputs for file in model.shards.values()})
 
-    def _path(self, shard: str) -> Path:
-        return self.out if self.single else self.out / shard
-
-    def _check(self, inputs: set[Path]) -> None:
+    def _checked(self, inputs: set[Path]) -> Path:
         if self.out.exists() and self.out.is_dir() == self.single:
             kind = "a folder" if self.single else "a file without the suffix .safetensors"
             raise ValueError(f"merge: expected out to be a .safetensors file or a folder; {self.out} is {kind}; choose another name")
-        targets = {self._path(shard).resolve() for shard in self.groups}
+        targets = {self.out.resolve()} if self.single else {(self.out / shard).resolve() for shard in self.groups}
         if shared := sorted(str(path) for path in targets & inputs):
             raise ValueError(f"merge: expected out to be none of the inputs; got {shared[0]}; write elsewhere")
-        if not self.single and (others := sorted(p.name for p in self.out.glob("model*.safetensors*") if p.resolve() not in targets)):
-            if others != [_INDEX] or len(self.groups) == 1:
-                raise ValueError(f"merge: expected a folder without other weights; {self.out} has {others[0]}; write elsewhere or remove it")
-
-    def _drop_empty(self) -> None:
-        """Takes back the folder that was made for nothing."""
-        with suppress(OSError):
-            self.out.rmdir()
+        if not self.single:
+            return checked_target("merge", self.out)
+        if self.out.exists():
+            raise FileExistsError(f"merge: expected {self.out} to be a new file; it is there already; choose another or remove it")
+        return self.out
 
     def write(self, compute: Callable[[str], Tensor]) -> Path:
         """``compute(name)`` gives each tensor, in the order of the files. Returns where they are."""
-        with ExitStack() as files:  # closed, and so renamed, from the last entered to the first
-            if not self.single and not self.out.exists():
-                files.callback(self._drop_empty)
-            index = files.enter_context(atomic_open(self.out / _INDEX)) if len(self.groups) > 1 else None
+        if self.single:
+            (about,) = self.groups.values()
+            self._file(self.target, about, compute)
+            return self.out
+        with new_folder(self.target) as folder:
             for shard, about in self.groups.items():
-                head, order = header(about, {"format": "pt"})
-                file = files.enter_context(atomic_open(self._path(shard)))
-                file.write(head)
-                for name in order:
-                    file.write(tensor_bytes(compute(name).cpu()))
-            if index is not None:
-                sizes = [dtype.itemsize * math.prod(shape) for about in self.groups.values() for dtype, shape in about.values()]
-                weight_map = {name: shard for shard, about in self.groups.items() for name in about}
-                index.write(json.dumps({"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}, indent=2).encode())
+                self._file(folder / shard, about, compute)
+            if len(self.groups) > 1:
+                self._index(folder / _INDEX)
+            if self.like is not None and self.like.is_dir():
+                _copy_companions(self.like, folder)
         return self.out
+
+    def _file(self, path: Path, about: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], compute: Callable[[str], Tensor]) -> None:
+        head, order = header(about, {"format": "pt"})
+        with atomic_open(path) as file:
+            file.write(head)
+            for name in order:
+                file.write(tensor_bytes(compute(name).cpu()))
+
+    def _index(self, path: Path) -> None:
+        sizes = [dtype.itemsize * math.prod(shape) for about in self.groups.values() for dtype, shape in about.values()]
+        weight_map = {name: shard for shard, about in self.groups.items() for name in about}
+        with atomic_open(path) as file:
+            file.write(json.dumps({"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map}, indent=2).encode())
+
+
+def _copy_companions(source: Path, folder: Path) -> None:
+    """config.json, the tokenizer and the like."""
+    for pattern in COMPANIONS:
+        for file in sorted(source.glob(pattern)):
+            if file.is_file() and not (folder / file.relative_to(source)).exists():
+                with open(file, "rb") as original, atomic_open(folder / file.relative_to(source)) as copy:
+                    shutil.copyfileobj(original, copy)
 
 
 def check_alike(models: Sequence[Model], labels: Sequence[str]) -> None:
