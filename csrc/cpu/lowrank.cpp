@@ -1,6 +1,6 @@
 // The low-rank functions: adapters into panels, rows to threads, sums of slots in a fixed order. How rows are cut depends on shapes alone, never on
 // the number of threads, so neither do the results.
-#include "lowrank.h"
+#include "lowrank_host.h"
 
 #include <algorithm>
 #include <cstring>
@@ -11,26 +11,10 @@
 #include "../core/dtypes.h"
 #include "optim.h"
 #include "pool.h"
-#include "scratch.h"
 #include "sweep.h"
 
 namespace fa::cpu::lowrank {
 namespace {
-
-// `panels`, `sums`, `masks`: of the caller, read by all threads. `rows`: of the thread that works.
-struct Memory {
-  Scratch panels, sums, masks, rows;
-};
-thread_local Memory memory;
-
-struct Trim {
-  ~Trim() {
-    memory.panels.trim();
-    memory.sums.trim();
-  }
-};
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Neighbours without dropout become one: a product of their joint height.
 std::vector<Segment> joined(const std::vector<Segment>& segments) {
@@ -46,13 +30,6 @@ std::vector<Segment> joined(const std::vector<Segment>& segments) {
 
 std::vector<Segment> whole(int64_t rank) { return {Segment{0, rank, 0, 0, 0}}; }
 
-// The masks that bwd_x drew last: what is added to dx next has the same ones, and drawing them is most of what dropout costs (2048 x 1024, two EPYC
-// cores: 0.45 ms; reading the bits: 0.06). Masks are a function of what is kept here beside them, so it does not matter who asks.
-struct Drawn {
-  uint64_t seed = 0;
-  int64_t rows = 0, columns = 0, stride = 0;
-  std::vector<Segment> segments;  // those with a mask
-};
 thread_local Drawn drawn;
 
 // The bits of the masked segments of a matrix, one segment after the other; those of `drawn` if they are its.
@@ -67,26 +44,13 @@ std::vector<Segment> masked(const std::vector<Segment>& segments) {
   return out;
 }
 
-// Room for the masks that bwd_x draws; they may be found once they are `drawn`. Those too large to be kept are drawn again.
-Drawn keep_masks(std::vector<Segment>& segments, uint64_t seed, int64_t rows, int64_t columns) {
-  const int64_t stride = ceil_div(columns, 128) * 16;
-  Drawn out = {seed, rows, columns, stride, masked(segments)};
-  const int64_t floats = ceil_div(int64_t(out.segments.size()) * rows * stride, 4);
-  drawn = {};
-  if (floats == 0 || floats > Scratch::kKept) return {};
-  place_bits(segments, reinterpret_cast<uint8_t*>(memory.masks.get(floats)), rows * stride, stride, false);
-  return out;
-}
-
 void find_masks(std::vector<Segment>& segments, uint64_t seed, int64_t last_row, int64_t columns) {
   const auto same = [](const Segment& a, const Segment& b) { return a.threshold == b.threshold && a.stream == b.stream; };
   const std::vector<Segment> wanted = masked(segments);
   if (wanted.empty() || seed != drawn.seed || columns != drawn.columns || last_row > drawn.rows) return;
   if (!std::equal(wanted.begin(), wanted.end(), drawn.segments.begin(), drawn.segments.end(), same)) return;
-  place_bits(segments, reinterpret_cast<uint8_t*>(memory.masks.get(0)), drawn.rows * drawn.stride, drawn.stride, true);
+  place_bits(segments, reinterpret_cast<uint8_t*>(memory().masks.get(0)), drawn.rows * drawn.stride, drawn.stride, true);
 }
-
-Segments view(const std::vector<Segment>& s, uint64_t seed) { return {s.data(), int(s.size()), seed}; }
 
 // A right factor of `depth` x n into panels `size` floats apart.
 void pack(const Kernels& k, const Matrix& source, int64_t step_p, int64_t step_n, int64_t depth, int64_t n, float scale, float* out,
@@ -96,80 +60,12 @@ void pack(const Kernels& k, const Matrix& source, int64_t step_p, int64_t step_n
                [&](int64_t first, int64_t last) { k.pack(source, step_p, step_n, depth, n, scale, out, size, first, last); });
 }
 
-// Panels for U = drop(x) A^T, one row of panels per segment; element (p, n) of the factor is source[p * step_p + n * step_n].
-void pack_shrink(const Kernels& k, Reading& r, std::vector<Segment>& segments, Matrix source, int64_t step_p, int64_t step_n, int threads) {
-  r.panel_count = 0;
-  for (Segment& s : segments) {
-    s.panel = r.panel_count;
-    r.panel_count += ceil_div(s.rank, k.width);
-  }
-  const int64_t depth = r.x.columns;
-  float* panels = memory.panels.get(r.panel_count * k.width * depth);
-  r.panels = panels;
-  char* base = static_cast<char*>(source.data);
-  for (const Segment& s : segments) {
-    source.data = base + s.first * step_n * dtype_size(source.dtype);
-    pack(k, source, step_p, step_n, depth, s.rank, scale_of(s.threshold), panels + s.panel * k.width * depth, k.width * depth, threads);
-  }
-}
-
-// Panels for drop(u a): all segments one below the other in each.
-void pack_expand(const Kernels& k, Writing& w, Matrix a, int threads) {
-  const int64_t size = k.width * w.rank;
-  float* panels = memory.panels.get(ceil_div(w.y.columns, k.width) * size);
-  w.panels = panels;
-  char* base = static_cast<char*>(a.data);
-  for (int i = 0; i < w.segments.count; ++i) {
-    const Segment& s = w.segments.list[i];
-    a.data = base + s.first * a.stride * dtype_size(a.dtype);
-    pack(k, a, a.stride, a.step, s.rank, w.y.columns, scale_of(s.threshold), panels + s.first * k.width, size, threads);
-  }
-}
-
-float* rows_scratch(const Kernels& k, const Reading& r) { return memory.rows.get(kBlockRows * r.panel_count * k.width); }
-
-// Blocks of rows that a thread takes at a time: more than one, because what lies ahead is fetched within them only; few, because the last one is
-// waited for.
-int64_t grain_of(int64_t blocks, int threads) { return std::clamp<int64_t>(blocks / (4 * std::max(threads, 1)), 1, 2); }
-
 void read_rows(const Kernels& k, const Reading& r, int threads) {
   const int64_t blocks = ceil_div(r.x.rows, kBlockRows);
   parallel_for(blocks, grain_of(blocks, threads), threads, [&](int64_t first, int64_t last) {
     k.read(r, first * kBlockRows, std::min(last * kBlockRows, r.x.rows), Partial{}, rows_scratch(k, r));
   });
 }
-
-// Rows are cut into at most 16 slots, each with sums of its own; the blocks of one are at most one more than another's.
-struct Slots {
-  int64_t count = 0, blocks = 0, rows = 0, size = 0, stride = 0, rank = 0;
-  bool sums = false;
-  float* base = nullptr;
-
-  Slots(const Kernels& k, const Reading& r) : rows(r.x.rows), rank(r.left ? r.left_rank : 0), sums(r.column_sums || r.y0.dtype) {
-    blocks = ceil_div(rows, kBlockRows);
-    count = std::min<int64_t>(16, ceil_div(blocks, 2));
-    stride = ceil_div(r.x.columns, k.width) * k.width;
-    size = (rank + (sums ? 2 : 0)) * stride;
-    base = memory.sums.get(count * size);
-  }
-  // The first row of a slot; of the one behind the last, the number of rows.
-  int64_t start(int64_t slot) const { return std::min(blocks * slot / count * kBlockRows, rows); }
-  Partial at(int64_t slot) const {
-    float* m = base + slot * size;
-    return {m, m + rank * stride, m + (rank + 1) * stride, stride};
-  }
-  // out[j] = scale * sum over the slots of row `row`, columns [first, last)
-  void reduce(int64_t row, int64_t first, int64_t last, float scale, float* out) const {
-    const float* in = base + row * stride;
-    for (int64_t j = first; j < last; ++j) out[j - first] = in[j];
-    for (int64_t s = 1; s < count; ++s) {
-      const float* more = in + s * size;
-      for (int64_t j = first; j < last; ++j) out[j - first] += more[j];
-    }
-    if (scale != 1.f)
-      for (int64_t j = first; j < last; ++j) out[j - first] *= scale;
-  }
-};
 
 void read_slots(const Kernels& k, const Reading& r, const Slots& slots, int threads) {
   parallel_for(slots.count, 1, threads, [&](int64_t first, int64_t last) {
@@ -197,7 +93,7 @@ void write_branch(Writing w, const float* u, const Matrix& a, const std::vector<
   w.segments = view(list, seed);
   w.u = u;
   w.rank = a.rows;
-  pack_expand(k, w, a, threads);
+  pack_expand(k, w, a, memory().panels, threads);
   write_all(k, w, threads);
 }
 
@@ -206,6 +102,88 @@ bool has_fma() { return __builtin_cpu_supports("fma"); }
 #endif
 
 }  // namespace
+
+Memory& memory() {
+  thread_local Memory mine;
+  return mine;
+}
+
+Segments view(const std::vector<Segment>& s, uint64_t seed) { return {s.data(), int(s.size()), seed}; }
+
+Drawn keep_masks(std::vector<Segment>& segments, uint64_t seed, int64_t rows, int64_t columns) {
+  const int64_t stride = ceil_div(columns, 128) * 16;
+  Drawn out = {seed, rows, columns, stride, masked(segments)};
+  const int64_t floats = ceil_div(int64_t(out.segments.size()) * rows * stride, 4);
+  drawn = {};
+  if (floats == 0 || floats > Scratch::kKept) return {};
+  place_bits(segments, reinterpret_cast<uint8_t*>(memory().masks.get(floats)), rows * stride, stride, false);
+  return out;
+}
+
+void remember(Drawn masks) { drawn = std::move(masks); }
+
+void pack_shrink(const Kernels& k, Reading& r, std::vector<Segment>& segments, Matrix source, int64_t step_p, int64_t step_n, int threads) {
+  r.panel_count = 0;
+  for (Segment& s : segments) {
+    s.panel = r.panel_count;
+    r.panel_count += ceil_div(s.rank, k.width);
+  }
+  const int64_t depth = r.x.columns;
+  float* panels = memory().panels.get(r.panel_count * k.width * depth);
+  r.panels = panels;
+  char* base = static_cast<char*>(source.data);
+  for (const Segment& s : segments) {
+    source.data = base + s.first * step_n * dtype_size(source.dtype);
+    pack(k, source, step_p, step_n, depth, s.rank, scale_of(s.threshold), panels + s.panel * k.width * depth, k.width * depth, threads);
+  }
+}
+
+void pack_expand(const Kernels& k, Writing& w, Matrix a, Scratch& memory, int threads) {
+  const int64_t size = k.width * w.rank;
+  float* panels = memory.get(ceil_div(w.y.columns, k.width) * size);
+  w.panels = panels;
+  char* base = static_cast<char*>(a.data);
+  for (int i = 0; i < w.segments.count; ++i) {
+    const Segment& s = w.segments.list[i];
+    a.data = base + s.first * a.stride * dtype_size(a.dtype);
+    pack(k, a, a.stride, a.step, s.rank, w.y.columns, scale_of(s.threshold), panels + s.first * k.width, size, threads);
+  }
+}
+
+Slots::Slots(const Kernels& k, const Reading& r) : rows(r.x.rows), rank(r.left ? r.left_rank : 0), sums(r.column_sums || r.y0.dtype) {
+  blocks = ceil_div(rows, kBlockRows);
+  count = std::min<int64_t>(16, ceil_div(blocks, 2));
+  stride = ceil_div(r.x.columns, k.width) * k.width;
+  size = (rank + (sums ? 2 : 0)) * stride;
+}
+
+Partial Slots::at(int64_t slot) const {
+  float* m = base + slot * size;
+  return {m, m + rank * stride, m + (rank + 1) * stride, stride};
+}
+
+void Slots::reduce(int64_t row, int64_t first, int64_t last, float scale, float* out) const {
+  const float* in = base + row * stride;
+  for (int64_t j = first; j < last; ++j) out[j - first] = in[j];
+  for (int64_t s = 1; s < count; ++s) {
+    const float* more = in + s * size;
+    for (int64_t j = first; j < last; ++j) out[j - first] += more[j];
+  }
+  if (scale != 1.f)
+    for (int64_t j = first; j < last; ++j) out[j - first] *= scale;
+}
+
+void Slots::reduce_rows(const Segment& g, int64_t first, int64_t last, int64_t columns, float* m) const {
+  for (int64_t i = g.first + first; i < g.first + last; ++i) reduce(i, 0, columns, scale_of(g.threshold), m + i * columns);
+}
+
+void Slots::reduce_columns(int64_t from, int64_t to, float* m) const {
+  float row[kColumns];
+  for (int64_t i = 0; i < rank; ++i) {
+    reduce(i, from, to, 1.f, row);
+    for (int64_t j = from; j < to; ++j) m[j * rank + i] = row[j - from];
+  }
+}
 
 const Kernels& kernels() {
 #if defined(__x86_64__)
@@ -239,13 +217,13 @@ void bwd_x(const Matrix& x, const float* u, float* m, const std::vector<Segment>
   r.segments = view(list, seed);
   r.left = u;
   r.left_rank = list.back().first + list.back().rank;
-  const Slots slots(k, r);
+  Slots slots(k, r);
+  slots.base = memory().sums.get(slots.floats());
   read_slots(k, r, slots, threads);
-  drawn = std::move(drawing);
+  remember(std::move(drawing));
   for (const Segment& s : list)
-    parallel_for(s.rank, std::max<int64_t>(1, 2048 / x.columns), threads, [&](int64_t first, int64_t last) {
-      for (int64_t i = s.first + first; i < s.first + last; ++i) slots.reduce(i, 0, x.columns, scale_of(s.threshold), m + i * x.columns);
-    });
+    parallel_for(s.rank, std::max<int64_t>(1, 2048 / x.columns), threads,
+                 [&](int64_t first, int64_t last) { slots.reduce_rows(s, first, last, x.columns, m); });
 }
 
 void add(const Matrix& y, const float* u, const Matrix& a, const std::vector<Segment>& segments, uint64_t seed, int threads) {
@@ -277,7 +255,7 @@ void scale_add(const Matrix& y0, const float* v, const Matrix& a, const float* r
   w.row_scale = row_scale;
   w.bias = bias;
   w.out = y;
-  if (v) pack_expand(k, w, a, threads);
+  if (v) pack_expand(k, w, a, memory().panels, threads);
   write_all(k, w, threads);
 }
 
@@ -299,17 +277,14 @@ void bwd_dy(const BwdDy& g, int threads) {
     pack_shrink(k, r, list, g.b, g.b.stride, g.b.step, threads);
   }
   r.segments = view(list, 0);
-  const Slots slots(k, r);
+  Slots slots(k, r);
+  slots.base = memory().sums.get(slots.floats());
   read_slots(k, r, slots, threads);
-  constexpr int64_t kColumns = 64;
+  constexpr int64_t kColumns = Slots::kColumns;
   parallel_for(ceil_div(g.dy.columns, kColumns), 1, threads, [&](int64_t first, int64_t last) {
     for (int64_t c = first; c < last; ++c) {
       const int64_t from = c * kColumns, to = std::min(from + kColumns, g.dy.columns);
-      float row[kColumns];
-      for (int64_t i = 0; i < slots.rank; ++i) {
-        slots.reduce(i, from, to, 1.f, row);
-        for (int64_t j = from; j < to; ++j) g.mb[j * g.rank + i] = row[j - from];
-      }
+      if (slots.rank) slots.reduce_columns(from, to, g.mb);
       if (g.db) slots.reduce(slots.rank, from, to, 1.f, g.db + from);
       if (g.dg) slots.reduce(slots.rank + 1, from, to, 1.f, g.dg + from);
     }
@@ -341,7 +316,7 @@ void merge(const Matrix& w, const float* v, const Matrix& a, const float* row_sc
   g.u = v;
   g.rank = a.rows;
   g.row_scale = row_scale;
-  pack_expand(k, g, a, threads);
+  pack_expand(k, g, a, memory().panels, threads);
   const int64_t blocks = ceil_div(w.rows, kBlockRows);
   std::vector<double> parts(size_t(2 * blocks), 0.0);
   parallel_for(blocks, 1, threads, [&](int64_t first, int64_t last) {

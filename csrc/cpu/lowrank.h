@@ -49,7 +49,7 @@ struct Reading {
   float* u = nullptr;
   // sums over rows, if left (T x left_rank): left^T drop(x)
   const float* left = nullptr;
-  int64_t left_rank = 0;
+  int64_t left_rank = 0, left_row = 0;  // left begins with this row
   float* row_squares = nullptr;
   bool column_sums = false;
   Matrix y0;  // column sums of x * y0
@@ -76,7 +76,7 @@ struct Writing {
   Segments segments;
   const float* u = nullptr;  // T x rank; none: nothing is added and y stays as it is
   const float* panels = nullptr;
-  int64_t rank = 0;
+  int64_t rank = 0, u_row = 0;  // u begins with this row
   const float* row_scale = nullptr;  // kMerge: per row of y; kScaleAdd: per column (a row of the weight)
   const float* bias = nullptr;
   Matrix out;  // kScaleAdd: row_scale * y + bias

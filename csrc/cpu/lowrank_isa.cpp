@@ -149,7 +149,7 @@ void read(const Reading& r, int64_t t0, int64_t t1, const Partial& part, float* 
           }
         }
         for (int64_t j = 0; r.left && j < columns; j += kWidth) {
-          const Product p = {r.left + t * r.left_rank + g.first, 1, r.left_rank, from + j, step, rows, part.stride, t > t0};
+          const Product p = {r.left + (t - r.left_row) * r.left_rank + g.first, 1, r.left_rank, from + j, step, rows, part.stride, t > t0};
           ahead.fetch(kBlockRows * kWidth / kBlockCols);
           product(p, r.panels ? r.left_rank : g.rank, least(kWidth, columns - j), part.m + g.first * part.stride + k + j);
         }
@@ -179,8 +179,8 @@ FA_INLINE void add_block(const Writing& w, int64_t t, int64_t k, int64_t rows, i
     ahead.fetch(kTall);
     for (int64_t j = 0; j < columns; j += kWidth) {
       const float* panel = w.panels + ((k + j) / kWidth * w.rank + g.first) * kWidth;
-      product_onto<Format>({w.u + (t + i) * w.rank + g.first, w.rank, 1, panel, kWidth, g.rank, w.y.stride, false}, least(kTall, rows - i),
-                           y + j);
+      product_onto<Format>({w.u + (t + i - w.u_row) * w.rank + g.first, w.rank, 1, panel, kWidth, g.rank, w.y.stride, false},
+                           least(kTall, rows - i), y + j);
     }
   }
 }
@@ -233,7 +233,7 @@ FA_INLINE void merge_row(const Writing& w, const float* sum, int64_t t, int64_t 
 void expand_segment(const Writing& w, const Segment& g, int64_t t, int64_t k, int64_t rows, int64_t columns, bool add, const float* start,
                     float* c, int64_t c_m, Ahead& ahead) {
   for (int64_t i = 0; i < rows; i += kTall) {
-    const float* u = w.u + (t + i) * w.rank + g.first;
+    const float* u = w.u + (t + i - w.u_row) * w.rank + g.first;
     const int64_t height = least(kTall, rows - i);
     ahead.fetch(kTall);
     for (int64_t j = 0; j < columns; j += kWidth) {
