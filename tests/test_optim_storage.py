@@ -232,3 +232,29 @@ def test_a_compact_state_of_another_memory_order_is_refused() -> None:
     here.step()
     with pytest.raises(ValueError, match="in whose order its compact state lies"):
         there.load_state_dict(here.state_dict())
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("master", ["fp32", "split"])
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_model_converted_in_mid_run_gets_its_master_weights(backend: str, master: str, compact: bool) -> None:
+    """Without them steps below half of bf16's last place would be lost from here on, without a word."""
+    gen = torch.Generator().manual_seed(0)
+    p, q = (torch.nn.Parameter(torch.ones(8, 6)) for _ in range(2))
+    mask = torch.rand(8, 6, generator=gen) < 0.5
+    options = {"lr": 1e-4, "weight_decay": 0.0, "backend": backend, "state_dtype": "fp32"}
+    masked = {"masks": {p: mask}, "mask_state": "compact"} if compact else {}
+    opt, truth = AdamW([p], master_weights=master, **options, **masked), AdamW([q], **options)
+    for step in range(8):
+        if step == 3:
+            p.data = p.data.bfloat16()
+            q.data = q.data.bfloat16().float()
+        g = torch.randn(8, 6, generator=gen).bfloat16()
+        p.grad, q.grad = g.to(p.dtype), g.float()
+        opt.step(), truth.step()
+    state = opt.state[p]
+    assert ("master" in state) == (master == "fp32") and ("remainder" in state) == (master == "split")
+    moved = mask if compact else torch.ones_like(mask)
+    assert torch.equal(p[moved], q.detach().bfloat16()[moved]) and not torch.equal(q.detach(), q.detach().bfloat16().float())
+    if master == "fp32":
+        assert torch.equal(state["master"], q.detach()[moved] if compact else q.detach())

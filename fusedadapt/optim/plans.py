@@ -14,6 +14,7 @@ from ..reference import optim as reference
 from . import coded, compact
 from . import table as tables
 from .spec import CODED_CODES, HYPER_FIELDS, RULES, UNCODED, UNSIGNED, is_compact
+from .state import complete_master
 
 if TYPE_CHECKING:
     from .base import FusedOptimizer
@@ -98,6 +99,8 @@ class Plan:
             if status == tables.MISSING_STATE:
                 self._make_states([self.entries[i] for i in self.table.missing])
                 status = self.table.scan(threads)
+            if self.table.placement != self._checked and self._complete_masters():
+                status = self.table.scan(threads)
             self.copied = []
             if status == tables.STRIDED_GRADIENT:
                 self._copies = []
@@ -116,6 +119,10 @@ class Plan:
 
     def _make_states(self, entries: list[Entry]) -> None:
         self.opt._init_states(entries, self.rule)
+
+    def _complete_masters(self) -> bool:
+        entries = self.entries if self.opt.master_weights else []
+        return any([complete_master(self.opt, e.param, self.opt._state_of(e.param)) for e in entries])
 
     def _check_orders(self) -> None:
         orders = self.opt._orders
@@ -195,6 +202,7 @@ class ReferencePlan(Plan):
         missing = [e for e in self.active if any(self.opt._state_of(e.param).get(k) is None for k in (*self.spec.states, *self.spec.aux, "step"))]
         if missing:
             self.opt._init_states(missing, self.rule)
+        self._complete_masters()
         try:
             self._check_orders()
             for e in self.active:

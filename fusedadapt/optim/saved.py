@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import coded, compact
 from .spec import RULES, Rule, is_compact
-from .state import check_hypers, distributed, names, pack_mask, reorder_mask, state_dtype, unpack_mask
+from .state import check_hypers, complete_master, distributed, names, pack_mask, reorder_mask, state_dtype, unpack_mask
 from .table import describe, has_order, local
 
 if TYPE_CHECKING:
@@ -223,9 +223,7 @@ def _load_master(opt: FusedOptimizer, op: str, label: str, p: Tensor, out: dict[
             f'{op}: expected {label} saved with master_weights={opt.master_weights!r}; got its {other}, of master_weights="{form}"; '
             f'build the optimizer with master_weights="{form}"'
         )
-    if opt.master_weights and key not in out:
-        fp32 = compact.take(p.detach(), p, compact.chosen(out, p)).float()
-        out[key] = fp32 if key == "master" else torch.zeros_like(fp32, dtype=torch.int16)
+    complete_master(opt, p, out)
 
 
 def _place(v: Tensor, p: Tensor, like_param: bool) -> Tensor:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from . import coded, compact
-from .plans import Entry
 from .spec import CODED, RULES, STATE_DTYPES, Rule
 from .table import has_order, is_dense, local, memory_order
 
 if TYPE_CHECKING:
     from .base import FusedOptimizer
+    from .plans import Entry
 
 
 def distributed() -> ModuleType:
@@ -195,6 +195,16 @@ def fresh_states(opt: FusedOptimizer, entries: list[Entry], rule: Rule) -> list[
         coded.note_order(new, local(p))
         out.append(new)
     return out
+
+
+def complete_master(opt: FusedOptimizer, p: Tensor, state: dict[str, Any]) -> bool:
+    """Makes the master weight of a 16-bit parameter whose state has none (it was saved without, or the model was converted in mid-run); whether it
+    was so."""
+    lacks = opt.master_weights and "step" in state and opt._extra_key not in state and p.dtype in (torch.bfloat16, torch.float16)
+    if lacks:
+        fp32 = compact.take(p.detach(), p, compact.chosen(state, p)).float()
+        state[opt._extra_key] = fp32 if opt._extra_key == "master" else torch.zeros_like(fp32, dtype=torch.int16)
+    return bool(lacks)
 
 
 def own_step(p: Tensor, state: dict[str, Any]) -> None:
