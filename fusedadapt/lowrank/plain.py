@@ -85,9 +85,7 @@ def known(x: Any, outputs: Sequence[Any], col_scale: Any) -> Known | None:
 
 def _first(module: Any, x: Any, weight: Any, a: Any, b: Any, bias: Any) -> Known | None:
     """Checks everything."""
-    if not x.is_cpu:
-        return None
-    if type(weight) not in PLAIN or type(a) not in PLAIN or type(x) not in PLAIN:
+    if type(weight) not in PLAIN or type(a) not in PLAIN or type(x) not in PLAIN or not x.is_cpu:
         return None
     if weight.dim() != 2 or a.dim() != 2 or not x.dim() or not x.numel() or not a.shape[0] or not weight.shape[0]:
         return None
