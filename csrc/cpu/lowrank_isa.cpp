@@ -3,7 +3,6 @@
 // A product of a block is c[m][n] (+)= sum_p a[m, p] b[p][n]: a is broadcast element by element, b is read kWidth columns at a time, and a tile of c stays
 // in registers. Sums are taken block by block (kBlockCols columns or kBlockRows rows), which keeps their rounding error below that of one long sum.
 #include "lowrank_parts.h"
-#include "prefetch.h"
 
 #define FA_CAT2(a, b) a##b
 #define FA_CAT(a, b) FA_CAT2(a, b)
@@ -99,28 +98,28 @@ void copy_u(const Reading& r, int64_t t, int64_t rows, const float* wide) {
   }
 }
 
-// The block that is read next, fetched a few rows at a time between the products of this one: its rows are too short for the hardware to see them
-// coming (3072 x 1536 fp32, two EPYC cores: bwd_x 1.63 ms, so 1.40; bwd_dy 2.71 and 2.19).
-class Ahead {
- public:
-  Ahead(const Matrix& x, int64_t t, int64_t k, int64_t t1, int64_t k0, int64_t k1) {
-    k += kBlockCols;
-    if (k >= k1) k = k0, t += kBlockRows;
-    const int64_t size = x.dtype == kF32 ? 4 : 2;
-    at_ = static_cast<const char*>(x.data) + (t * x.stride + k) * size;
-    rows_ = least(kBlockRows, t1 - t);
-    stride_ = x.stride * size;
-    bytes_ = least(kBlockCols, k1 - k) * size;
+#if defined(__AVX512BW__)
+// The products of a block straight from its elements: nothing is widened into L1 first.
+void products_of_bf16(const Reading& r, const Partial& part, const Segment& g, int64_t t, int64_t k, int64_t rows, int64_t columns,
+                      bool add, float* scratch, Ahead& ahead) {
+  const auto* x = static_cast<const uint16_t*>(r.x.data) + t * r.x.stride + k;
+  const int64_t total = r.x.columns, wide = r.panel_count * kWidth;
+  for (int64_t n = 0; r.panels && n < g.rank; n += kWidth) {
+    const int64_t panel = g.panel + n / kWidth;
+    const Product p = {nullptr, r.x.stride, 1, r.panels + (panel * total + k) * kWidth, kWidth, columns, wide, k > 0};
+    for (int64_t i = 0; i < rows; i += kTall) {
+      ahead.fetch(r.left ? 0 : kTall);
+      product_of_pairs(p, x + i * r.x.stride, least(kTall, rows - i), least(kWidth, g.rank - n), scratch + i * wide + panel * kWidth);
+    }
   }
-  void fetch(int64_t rows) {
-    for (; rows > 0 && rows_ > 0; --rows, --rows_, at_ += stride_)
-      for (int64_t i = 0; i < bytes_; i += 64) prefetch_line<0, 2>(at_ + i);
+  for (int64_t j = 0; r.left && j < columns; j += kWidth) {
+    const float* left = r.left + (t - r.left_row) * r.left_rank + g.first;
+    ahead.fetch(kBlockRows * kWidth / kBlockCols);
+    product_from<BF16>({left, 1, r.left_rank, nullptr, r.x.stride, rows, part.stride, add}, x + j, r.panels ? r.left_rank : g.rank,
+                       part.m + g.first * part.stride + k + j);
   }
-
- private:
-  const char* at_;
-  int64_t rows_, stride_, bytes_;
-};
+}
+#endif
 
 void read(const Reading& r, int64_t t0, int64_t t1, const Partial& part, float* scratch) {
   alignas(64) float block[kBlockRows * kStride];
@@ -138,6 +137,12 @@ void read(const Reading& r, int64_t t0, int64_t t1, const Partial& part, float* 
         const bool direct = in_place && !g.threshold && (!r.left || columns % kLanes == 0);
         const float* from = direct ? static_cast<const float*>(r.x.data) + t * r.x.stride + k : block;
         const int64_t step = direct ? r.x.stride : kStride;
+#if defined(__AVX512BW__)
+        if (r.x.dtype == kBF16 && !sides && !g.threshold && columns % kWidth == 0) {
+          products_of_bf16(r, part, g, t, k, rows, columns, t > t0, scratch, ahead);
+          continue;
+        }
+#endif
         if (!direct) fill(r.x, t, k, rows, columns, r.segments.seed, g, block);
         if (sides) side_results(r, part, t, k, rows, columns, t == t0, block);
         for (int64_t n = 0; r.panels && n < g.rank; n += kWidth) {
