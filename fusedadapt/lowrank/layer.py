@@ -130,9 +130,11 @@ class LoRALinear(PackedWeight):
         self.options = dict(record.options) | options
         base = self.weight.dtype if self.format is None else torch.float32
         self.adapter_dtype = adapter_dtype or wide(base)
-        # neither parameters nor buffers: .to() (and a torch.device context) must leave them on the CPU in fp64, where a compiled graph reads them
-        self.lora_scaling = torch.tensor(record.law(alpha, max(r, 1)), dtype=torch.float64, device="cpu")
-        self._dropout = torch.tensor(dropout, dtype=torch.float64, device="cpu")
+        # neither parameters nor buffers: .to() (and a torch.device context) must leave them on the CPU in fp64, where a compiled graph reads them;
+        # and as numbers for everybody else
+        self._scaling_value, self._dropout_value = float(record.law(alpha, max(r, 1))), float(dropout)
+        self.lora_scaling = torch.tensor(self._scaling_value, dtype=torch.float64, device="cpu")
+        self._dropout = torch.tensor(self._dropout_value, dtype=torch.float64, device="cpu")
         self.merged = False
         self._before: merge.Before | None = None
         if record.prepare is not None:
@@ -176,31 +178,33 @@ class LoRALinear(PackedWeight):
     @property
     def scaling(self) -> float:
         """s, what the low-rank branch is multiplied by; may be set at any time. ValueError if it is not finite."""
-        return float(self.lora_scaling)
+        return self._scaling_value
 
     @scaling.setter
     def scaling(self, value: float) -> None:
         if not math.isfinite(value):
             raise ValueError(f"LoRALinear: expected a finite scaling; got {value!r}; set a number, often lora_alpha / r")
+        self._scaling_value = float(value)
         self.lora_scaling.fill_(value)
 
     @property
     def lora_dropout(self) -> float:
         """p in [0, 1); may be set at any time."""
-        return float(self._dropout)
+        return self._dropout_value
 
     @lora_dropout.setter
     def lora_dropout(self, p: float) -> None:
         _check_dropout(p)
+        self._dropout_value = float(p)
         self._dropout.fill_(p)
 
     def scaling_argument(self) -> float | Tensor:
         """s as `lora_linear` wants it: to a compiler a tensor, so that one graph serves every s; otherwise a number, which costs less."""
-        return self.lora_scaling if torch.compiler.is_compiling() else float(self.lora_scaling)
+        return self.lora_scaling if torch.compiler.is_compiling() else self._scaling_value
 
     def dropout_argument(self) -> float | Tensor:
         """p, likewise; a plain 0 draws no seed."""
-        return self._dropout if torch.compiler.is_compiling() else float(self._dropout)
+        return self._dropout if torch.compiler.is_compiling() else self._dropout_value
 
     # --- forward -----------------------------------------------------------------------------------------------------------------------
 
