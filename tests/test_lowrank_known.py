@@ -94,6 +94,25 @@ def test_one_tensor_is_something_else(which: str, change: str) -> None:
     compare(given)
 
 
+def test_no_two_shapes_look_the_same() -> None:
+    """Sums of shapes and offsets times a row of numbers did: [9, 3, 16] that began at element 289 and [7, 6, 16] at 0."""
+    memory, found = torch.zeros(4000), {}
+    for rows in range(1, 15):
+        for tokens in range(1, 15):
+            for offset in range(0, 320, 1 if (rows, tokens) == (9, 3) else 64):
+                look = looks.core().look(memory.as_strided((rows, tokens, 16), (tokens * 16, 16, 1), offset))
+                assert found.setdefault(look, (rows, tokens)) == (rows, tokens)
+    assert len(found) == 14 * 14, "where a tensor begins plays no part"
+
+
+def test_memory_from_elsewhere_and_places_within_it_look_alike(checks: list[None]) -> None:
+    """Weights of a file that is mapped, numpy's arrays: each has an owner and an offset of its own."""
+    given, memory = tensors(), torch.randn(8, T, K)
+    for x in (memory[3], memory[5], *[torch.from_numpy(memory[i].numpy().copy()) for i in range(4)]):
+        compare(given | {"x": x.requires_grad_()})
+    assert len(checks) <= 2
+
+
 def test_other_shapes_and_dtypes_are_checked_for_themselves(checks: list[None]) -> None:
     given = tensors()
     compare(given)
@@ -145,6 +164,48 @@ def test_saved_tensor_hooks_may_bring_back_other_memory() -> None:
 
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, back):
         compare(tensors())
+
+
+class Widening(torch.overrides.TorchFunctionMode):
+    """Somebody's mode for whom products are in fp32."""
+
+    def __torch_function__(self, function: object, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None) -> object:
+        result = function(*args, **(kwargs or {}))
+        return result.float() if function is torch.nn.functional.linear else result
+
+
+def in_16_bits() -> dict[str, Tensor | None]:
+    return {name: t.detach().bfloat16().requires_grad_(t.requires_grad) for name, t in tensors().items()}
+
+
+def test_a_function_mode_may_change_the_product() -> None:
+    """The branch was added to its result as if that still were in 16 bits."""
+    given = in_16_bits()
+    want = lora_linear(**given).double()
+    with Widening():
+        y = lora_linear(**given)
+    torch.testing.assert_close(y.double(), want, rtol=3e-2, atol=1e-1)
+
+
+def test_backward_alone_under_autocast() -> None:
+    """It changed the dtype of dY W, to which the branch was added as if it had not."""
+    given = in_16_bits()
+    y = lora_linear(**given)
+    trained = [t for t in given.values() if t.requires_grad]
+    dy = torch.randn(T, N, generator=torch.Generator().manual_seed(3)).bfloat16()
+    want = torch.autograd.grad(y, trained, dy, retain_graph=True)
+    with torch.autocast("cpu", torch.float16):
+        found = torch.autograd.grad(y, trained, dy)
+    for one, other in zip(found, want, strict=True):
+        torch.testing.assert_close(one.double(), other.double(), rtol=3e-2, atol=1e-1)
+
+
+def test_what_inference_mode_found_trains_the_short_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = tensors()
+    with torch.inference_mode():
+        lora_linear(**given)
+    monkeypatch.setattr(plain, "general_gradients", None)
+    compare(given)
 
 
 def test_who_asks_for_a_backend_gets_it(checks: list[None]) -> None:

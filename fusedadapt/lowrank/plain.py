@@ -101,7 +101,7 @@ def _first(module: Any, x: Any, weight: Any, a: Any, b: Any, bias: Any) -> Known
     shapes = {"y": (*x.shape[:-1], n), "u": (tokens, rank), "da": (rank, k), "db": (n, rank), "dx": x.shape}
     with torch.inference_mode(False):
         like = {name: shaped(shape, data if name in ("y", "dx") else _fp32) for name, shape in shapes.items()}
-    results = [_empty_like(like[name]) for name in ("u", "y", "da", "db", "dx")]
+        results = [_empty_like(like[name]) for name in ("u", "y", "da", "db", "dx")]  # as backward, which inference mode has none of, finds them
     start, back = module.lr_checked(x, a, b, bias, *results, sizes=(tokens, k, n, rank), data=_CODES[data], adapters=_CODES[adapters])
     return Known(start, back, **like, half=data is not _fp32, plan=(((None,), False, "", n, k),), asked=asked())
 
@@ -161,7 +161,7 @@ class PlainLinear(torch.autograd.Function):
 def _short_back(of: Known, s: float, p: float, saved: Sequence[Any], wanted: Sequence[bool], dy: Tensor) -> tuple[Tensor | None, ...] | None:
     """None where it must go the general way: not both factors are trained, somebody looks on, or a tensor lies otherwise than forward's (dy; what
     saved-tensor hooks bring back)."""
-    if not (wanted[1] and wanted[2]) or not is_direct(dy) or not dy.is_contiguous():
+    if not (wanted[1] and wanted[2]) or not is_direct(dy) or changed() or not dy.is_contiguous():
         return None
     x, a, b, weight, seed, u = saved
     threshold = 0 if seed is None else threshold_of(p)
