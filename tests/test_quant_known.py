@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import fusedadapt as fa
 from fusedadapt import config
@@ -261,6 +263,19 @@ def test_copies_of_a_layer_hold_no_second_weight(checks: list[None]) -> None:
         assert not torch.equal(other(x), want) and torch.equal(made(x), want)
     shallow = copy.copy(made)
     assert torch.equal(shallow(x), want)
+
+
+@pytest.mark.parametrize("change", [lambda made: made.to("meta"), lambda made: made.float(), replace_parameter], ids=["to", "float", "replaced"])
+def test_a_layer_holds_no_weight_that_it_has_left(change: Callable[[fa.QuantizedLinear], Any]) -> None:
+    made = layer()
+    made(new(2, K, seed=2))
+    first = StorageWeakRef(made.weight.untyped_storage())
+    assert not first.expired()
+    change(made)
+    made.weight = torch.nn.Parameter(made.weight.detach().clone(), requires_grad=False)
+    _ = made.quantized
+    gc.collect()
+    assert first.expired()
 
 
 def test_what_inference_mode_found_trains_afterwards(checks: list[None]) -> None:

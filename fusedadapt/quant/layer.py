@@ -36,7 +36,7 @@ class PackedWeight(nn.Linear):
     weight_dtype: torch.dtype
 
     def _hold(self, qw: QuantizedTensor) -> None:
-        self.__dict__.pop(_KNOWN, None)
+        self._forget()
         self.format, self.weight_dtype = qw.format, qw.dtype
         self.weight = nn.Parameter(qw.parts.qdata, requires_grad=False)
         for name in _BUFFERS:
@@ -50,10 +50,16 @@ class PackedWeight(nn.Linear):
         # The same object for as long as the layer's tensors stay where they are: `quant.plain` keeps with it what it has checked.
         given = self.weight, self.weight_scale, self.weight_zero, self.weight_super, self.weight_offset
         known = None if torch.compiler.is_compiling() else self.__dict__.get(_KNOWN)
-        if known is not None and known[0](*given):
-            found: QuantizedTensor = known[1]
-            return found
+        if known is not None:
+            if known[0](*given):
+                found: QuantizedTensor = known[1]
+                return found
+            self._forget()
         return self._quantized(*given)
+
+    def _forget(self) -> None:
+        """What is kept holds memory."""
+        self.__dict__.pop(_KNOWN, None)
 
     def _quantized(self, weight: Tensor, *others: Any) -> QuantizedTensor:
         assert self.format is not None
@@ -91,6 +97,7 @@ class PackedWeight(nn.Linear):
             return t.to(new.device) if new.dtype != t.dtype and any(t is part for part in packed) else new
 
         super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
+        self._forget()
         return self
 
     def _misfits(self, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
@@ -198,7 +205,7 @@ class QuantizedLinear(PackedWeight):
         if found is None:
             raise RuntimeError(f"QuantizedLinear: expected the dtype of a weight in _extra_state; got {dtype!r}; the state is damaged: save it again")
         self.weight_dtype = found
-        self.__dict__.pop(_KNOWN, None)
+        self._forget()
 
     def _misfits(self, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
         faults, extra = super()._misfits(state_dict, prefix), state_dict.get(f"{prefix}_extra_state")
