@@ -128,6 +128,16 @@ def test_other_shapes_and_dtypes_are_checked_for_themselves(checks: list[None]) 
             lora_linear(**(given | {"x": wrong}))
 
 
+@pytest.mark.parametrize("which", ["x", "weight", "lora_A", "lora_B", "bias"])
+def test_nested_and_sparse_tensors_are_refused_in_our_words(which: str) -> None:
+    given = tensors()
+    compare(given)
+    t = given[which].detach()
+    for wrong in (torch.nested.nested_tensor([t, t]), torch.nested.nested_tensor([t, t], layout=torch.jagged), t.to_sparse(), t.to_mkldnn()):
+        with pytest.raises(ValueError, match="expected a dense"):
+            lora_linear(**(given | {which: wrong}))
+
+
 DYS: dict[str, Callable[[Tensor], Tensor]] = {
     "of a sum": lambda dy: torch.ones(()).expand(T, N),
     "columns first": lambda dy: dy.t().contiguous().t(),

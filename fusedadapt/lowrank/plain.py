@@ -18,7 +18,7 @@ from ..config import asked
 from ..derivatives import first_order
 from ..dispatch import listening
 from ..ops import looks
-from ..ops.address import PLAIN, readable, shaped
+from ..ops.address import readable, shaped
 from ..ops.dense import multiplies
 from ..ops.lowrank import cpp_ops, is_direct, native
 from ..ops.onlookers import changed
@@ -53,8 +53,8 @@ class Known(NamedTuple):
 _known: dict[int, Known] = {}
 
 
-def _readable(t: Any, dtype: torch.dtype, *shape: int) -> bool:
-    return readable(t) and t.dtype is dtype and t.shape == shape
+def _fits(t: Tensor, dtype: torch.dtype, *shape: int) -> bool:
+    return t.dtype is dtype and t.shape == shape
 
 
 def known(x: Any, outputs: Sequence[Any], col_scale: Any) -> Known | None:
@@ -85,7 +85,7 @@ def known(x: Any, outputs: Sequence[Any], col_scale: Any) -> Known | None:
 
 def _first(module: Any, x: Any, weight: Any, a: Any, b: Any, bias: Any) -> Known | None:
     """Checks everything."""
-    if type(weight) not in PLAIN or type(a) not in PLAIN or type(x) not in PLAIN:
+    if not (readable(x) and readable(weight) and readable(a) and readable(b)):  # first of all: a nested tensor has no shape to be asked for
         return None
     if weight.dim() != 2 or a.dim() != 2 or not x.dim() or not x.numel() or not a.shape[0] or not weight.shape[0]:
         return None
@@ -93,9 +93,9 @@ def _first(module: Any, x: Any, weight: Any, a: Any, b: Any, bias: Any) -> Known
     data, adapters = x.dtype, a.dtype
     if data is not _fp32 and (data not in _HALF or not multiplies(data)) or adapters is not _fp32 and adapters is not data or x.shape[-1] != k:
         return None
-    if not (_readable(x, data, *x.shape) and _readable(weight, data, n, k) and _readable(a, adapters, rank, k) and _readable(b, adapters, n, rank)):
+    if not (_fits(weight, data, n, k) and _fits(a, adapters, rank, k) and _fits(b, adapters, n, rank)):
         return None
-    if bias is not None and not _readable(bias, data, n) or not native(x):
+    if bias is not None and not (readable(bias) and _fits(bias, data, n)) or not native(x):
         return None
     tokens = x.numel() // k
     shapes = {"y": (*x.shape[:-1], n), "u": (tokens, rank), "da": (rank, k), "db": (n, rank), "dx": x.shape}
