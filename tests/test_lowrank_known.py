@@ -218,6 +218,13 @@ def test_what_inference_mode_found_trains_the_short_way(monkeypatch: pytest.Monk
     compare(given)
 
 
+@pytest.mark.parametrize("change", [torch._neg_view, lambda t: t.as_subclass(type("Own", (Tensor,), {})), lambda t: t.squeeze()], ids=["neg", "own", "0-d"])
+def test_seeds_are_what_they_say(change: Callable[[Tensor], Tensor]) -> None:
+    given, seed = tensors(), change(torch.tensor([7]))
+    want = lora_linear(**given, dropout_p=0.5, seed=int(seed))
+    assert torch.equal(lora_linear(**given, dropout_p=0.5, seed=seed), want)
+
+
 def test_who_asks_for_a_backend_gets_it(checks: list[None]) -> None:
     given = tensors()
     compare(given)
