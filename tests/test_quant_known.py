@@ -18,6 +18,7 @@ from fusedadapt import config
 from fusedadapt.ops import looks
 from fusedadapt.ops import quant as ops
 from fusedadapt.quant import plain
+from fusedadapt.quant.layer import _KNOWN
 from fusedadapt.quant.tensor import CHECKED, QuantizedTensor
 
 N, K = 24, 64
@@ -276,6 +277,17 @@ def test_a_layer_holds_no_weight_that_it_has_left(change: Callable[[fa.Quantized
     _ = made.quantized
     gc.collect()
     assert first.expired()
+
+
+def test_what_is_offloaded_is_not_held() -> None:
+    """accelerate brings a layer's weight for each call and takes it back: a model larger than the memory would have stayed there."""
+    accelerate = pytest.importorskip("accelerate")
+    made, x = layer(), new(2, K, seed=2)
+    want = made(x)
+    accelerate.cpu_offload(made, execution_device=torch.device("cpu"), state_dict={name: t.clone() for name, t in made.state_dict().items()})
+    for _ in range(2):
+        assert torch.equal(made(x), want) and made.weight.is_meta
+    assert _KNOWN not in made.__dict__
 
 
 def test_what_inference_mode_found_trains_afterwards(checks: list[None]) -> None:

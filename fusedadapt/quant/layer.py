@@ -66,7 +66,9 @@ class PackedWeight(nn.Linear):
         shape, compiling = torch.Size((self.out_features, self.in_features)), torch.compiler.is_compiling()
         with contextlib.nullcontext() if compiling else torch.inference_mode(False):  # what is kept may be used outside of it
             qw = QuantizedTensor(weight.detach().view(self.format.storage_dtype), *others, self.format, shape, self.weight_dtype)  # type: ignore[call-arg]
-        if not compiling and (core := looks.core()) is not None and all([readable(t) for t in (weight, *others) if t is not None]):
+        # Not for accelerate's hooks, which bring the weight for a call and take it back: it would stay here.
+        keeps = not compiling and "_hf_hook" not in self.__dict__
+        if keeps and (core := looks.core()) is not None and all([readable(t) for t in (weight, *others) if t is not None]):
             self.__dict__[_KNOWN] = core.keep(weight, *others), qw
         return qw
 
