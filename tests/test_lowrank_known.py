@@ -218,11 +218,18 @@ def test_what_inference_mode_found_trains_the_short_way(monkeypatch: pytest.Monk
     compare(given)
 
 
-@pytest.mark.parametrize("change", [torch._neg_view, lambda t: t.as_subclass(type("Own", (Tensor,), {})), lambda t: t.squeeze()], ids=["neg", "own", "0-d"])
-def test_seeds_are_what_they_say(change: Callable[[Tensor], Tensor]) -> None:
-    given, seed = tensors(), change(torch.tensor([7]))
-    want = lora_linear(**given, dropout_p=0.5, seed=int(seed))
-    assert torch.equal(lora_linear(**given, dropout_p=0.5, seed=seed), want)
+SEEDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "a negative": torch._neg_view,
+    "a subclass": lambda t: t.as_subclass(type("Own", (Tensor,), {})),
+    "a scalar": lambda t: t.squeeze(),
+}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_seeds_are_what_they_say(seed: str) -> None:
+    given, of = tensors(), SEEDS[seed](torch.tensor([7]))
+    want = lora_linear(**given, dropout_p=0.5, seed=int(of))
+    assert torch.equal(lora_linear(**given, dropout_p=0.5, seed=of), want)
 
 
 def test_who_asks_for_a_backend_gets_it(checks: list[None]) -> None:
