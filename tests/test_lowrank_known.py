@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import fusedadapt as fa
 from fusedadapt import config
@@ -216,6 +219,22 @@ def test_what_inference_mode_found_trains_the_short_way(monkeypatch: pytest.Monk
         lora_linear(**given)
     monkeypatch.setattr(plain, "general_gradients", None)
     compare(given)
+
+
+@pytest.mark.parametrize("lead", [(T,), (2, 3), ()], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("first", [True, False], ids=["forward", "backward"])
+def test_checkpointing_with_somebody_looking_on_one_time_only(lead: tuple[int, ...], bias: bool, first: bool) -> None:
+    """Both ways must save the same."""
+    given = tensors(bias=bias)
+    given["x"] = torch.randn(*lead, K, generator=torch.Generator().manual_seed(5)).requires_grad_()
+    trained = [t for t in given.values() if t is not None and t.requires_grad]
+    with FlopCounterMode(display=False) if first else contextlib.nullcontext():
+        y = checkpoint(lambda x: lora_linear(**(given | {"x": x}), dropout_p=0.5, seed=3), given["x"], use_reentrant=False)
+    with FlopCounterMode(display=False) if not first else contextlib.nullcontext():
+        found = torch.autograd.grad(y.sum(), trained)
+    for one, other in zip(found, torch.autograd.grad(lora_linear(**given, dropout_p=0.5, seed=3).sum(), trained), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 SEEDS: dict[str, Callable[[Tensor], Tensor]] = {

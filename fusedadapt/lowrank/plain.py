@@ -102,7 +102,10 @@ def _first(module: Any, x: Any, weight: Any, a: Any, b: Any, bias: Any) -> Known
     with torch.inference_mode(False):
         like = {name: shaped(shape, data if name in ("y", "dx") else _fp32) for name, shape in shapes.items()}
         results = [_empty_like(like[name]) for name in ("u", "y", "da", "db", "dx")]  # as backward, which inference mode has none of, finds them
-    start, back = module.lr_checked(x, a, b, bias, *results, sizes=(tokens, k, n, rank), data=_CODES[data], adapters=_CODES[adapters])
+    numbers = {"sizes": (tokens, k, n, rank), "data": _CODES[data], "adapters": _CODES[adapters]}
+    start, back = module.lr_checked(x, a, b, bias, *results, **numbers)
+    if x.dim() != 2:  # saved as a matrix
+        back = module.lr_checked(_rows(x), a, b, bias, *results, **numbers)[1]
     return Known(start, back, **like, half=data is not _fp32, plan=(((None,), False, "", n, k),), asked=asked())
 
 
@@ -139,7 +142,10 @@ class PlainLinear(torch.autograd.Function):
     ) -> Tensor:
         y, u = _run(of, x, a, b, weight, bias, seed, s, p)
         ctx.call, ctx.asked = (of, s, p), of.asked
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, a, b, weight, seed, u)
+        # What `LowRankLinear` saves, in its order: activation checkpointing compares the two where somebody looks on one time only. (A bias made in
+        # inference mode cannot be saved, and is of no use here.)
+        kept = None if bias is None or bias.is_inference() else bias
+        ctx.save_for_backward(_rows(x) if ctx.needs_input_grad[1] else None, seed, u, weight, kept, a, b)
         ctx.set_materialize_grads(False)
         return y
 
@@ -151,9 +157,8 @@ class PlainLinear(torch.autograd.Function):
         saved, wanted, (of, s, p) = ctx.saved_tensors, ctx.needs_input_grad, ctx.call
         if (short := _short_back(of, s, p, saved, wanted, dy)) is not None:
             return short
-        x, a, b, weight, seed, u = saved
-        rows = None if x is None else x.reshape(-1, x.shape[-1])
-        general = (rows, None, seed, None, u, None, weight, None, None, None, None, None, None, a, b, None, None, None)
+        x, seed, u, weight, _, a, b = saved
+        general = (x, None, seed, None, u, None, weight, None, None, None, None, None, None, a, b, None, None, None)
         dx, da, db = general_gradients(of.plan, cpp_ops(), ((s, p),), wanted[:3], dy.reshape(-1, dy.shape[-1]), general)
         return None if dx is None else dx.reshape(*dy.shape[:-1], dx.shape[-1]), da, db, None, None, None, None, None, None
 
@@ -163,7 +168,7 @@ def _short_back(of: Known, s: float, p: float, saved: Sequence[Any], wanted: Seq
     saved-tensor hooks bring back)."""
     if not (wanted[1] and wanted[2]) or not is_direct(dy) or changed() or not dy.is_contiguous():
         return None
-    x, a, b, weight, seed, u = saved
+    x, seed, u, weight, _, a, b = saved
     threshold = 0 if seed is None else threshold_of(p)
     da, db, dx = _empty_like(of.da), _empty_like(of.db), None
     if wanted[0]:
