@@ -264,6 +264,18 @@ def test_who_asks_for_a_backend_gets_it(checks: list[None]) -> None:
     compare(given)
 
 
+def test_a_backend_that_the_environment_asks_for_later(checks: list[None], monkeypatch: pytest.MonkeyPatch) -> None:
+    given = tensors()
+    lora_linear(**given)
+    before = len(checks)
+    monkeypatch.setenv("FUSEDADAPT_BACKEND", "reference")
+    lora_linear(**given)
+    assert len(checks) > before, "it runs on what it was not asked for"
+    monkeypatch.setenv("FUSEDADAPT_BACKEND", "nonsense")
+    with pytest.raises(ValueError, match="FUSEDADAPT_BACKEND: expected one of"):
+        lora_linear(**given)
+
+
 def test_no_more_calls_are_remembered_than_that(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plain, "_MOST", 3)
     given = tensors()

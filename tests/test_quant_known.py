@@ -153,6 +153,18 @@ def test_who_asks_for_a_backend_gets_it(checks: list[None]) -> None:
     assert torch.equal(fa.quantized_linear(x, q), want)
 
 
+def test_a_backend_that_the_environment_asks_for_later(checks: list[None], monkeypatch: pytest.MonkeyPatch) -> None:
+    q, x = fa.quantize(new(N, K, seed=1), "int4"), new(2, K, seed=2)
+    fa.quantized_linear(x, q)
+    before = len(checks)
+    monkeypatch.setenv("FUSEDADAPT_BACKEND", "reference")
+    fa.quantized_linear(x, q)
+    assert len(checks) > before, "it runs on what it was not asked for"
+    monkeypatch.setenv("FUSEDADAPT_BACKEND", "nonsense")
+    with pytest.raises(ValueError, match="FUSEDADAPT_BACKEND: expected one of"):
+        fa.quantized_linear(x, q)
+
+
 def test_copies_check_for_themselves(checks: list[None]) -> None:
     q, x = fa.quantize(new(N, K, seed=1), "int4"), new(2, K, seed=2)
     want = fa.quantized_linear(x, q)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..config import asked
+from ..config import asked, unread
 from ..derivatives import first_order
 from ..dispatch import listening
 from ..ops import looks
@@ -36,7 +36,7 @@ _is_compiling = torch.compiler.is_compiling
 
 class Known(NamedTuple):
     """What is known of calls whose tensors look like these. ``start``, ``back``: the kernels, which see for themselves that they do; ``y`` to ``dx``:
-    what results are made like; ``plan``: the general way's; ``asked``: `config.asked` when it was checked."""
+    what results are made like; ``plan``: the general way's; ``asked``, ``unread``: `config`'s when it was checked."""
 
     start: Callable[..., bool]
     back: Callable[..., bool]
@@ -48,6 +48,7 @@ class Known(NamedTuple):
     half: bool
     plan: Plan
     asked: tuple[str | None, bool | None]
+    unread: tuple[object, ...]
 
 
 _known: dict[int, Known] = {}
@@ -74,7 +75,7 @@ def known(x: Any, outputs: Sequence[Any], col_scale: Any) -> Known | None:
     if not key or weight.requires_grad or (bias is not None and bias.requires_grad):
         return None
     found = _known.get(key)
-    if found is None or found.asked != asked() or listening():
+    if found is None or found.asked != asked() or found.unread != unread() or listening():
         found = _first(module, x, weight, a, b, bias)
         if found is not None:
             if len(_known) >= _MOST:
@@ -106,7 +107,7 @@ def _first(module: Any, x: Any, weight: Any, a: Any, b: Any, bias: Any) -> Known
     start, back = module.lr_checked(x, a, b, bias, *results, **numbers)
     if x.dim() != 2:  # saved as a matrix
         back = module.lr_checked(_rows(x), a, b, bias, *results, **numbers)[1]
-    return Known(start, back, **like, half=data is not _fp32, plan=(((None,), False, "", n, k),), asked=asked())
+    return Known(start, back, **like, half=data is not _fp32, plan=(((None,), False, "", n, k),), asked=asked(), unread=unread())
 
 
 def _rows(t: Tensor) -> Tensor:
