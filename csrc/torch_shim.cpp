@@ -75,23 +75,29 @@ bool Shim::call(const void* tensor, void** data, uint64_t* signature) const {
   return true;
 }
 
-// A sum of words times odd constants: one changed word always changes it, and the products do not wait for each other.
+// A changed word always changes the sum, for each is taken one to one; and words that change together (a shape's are made of the same numbers) do not
+// make up for each other: keys that are no row of numbers, and every word's upper half folded into its lower.
 // What frees the memory is part of it: a lazy copy leaves the address and takes over the freeing, and writing through the address would change both.
+// Where the tensor begins in its storage is not: the address says it.
 bool Shim::look(const Sketch& sketch, const void* tensor, void** data, uint64_t* signature) const {
+  static constexpr Keys keys;
   const auto* t = static_cast<const uint64_t*>(impl(tensor)) + sketch.dims;
   const auto* storage = static_cast<const char* const*>(word(impl(tensor), sketch.storage));
   const uint64_t n = t[0], code = t[kKinds] & 0xFFFF;
   if (n > kRoom || !storage || code >= std::size(sketch.sizes) || !sketch.sizes[code]) return false;
-  uint64_t key = 0x9E3779B97F4A7C15ull, h = 0;
-  const auto add = [&](uint64_t value) { h += value * (key += 0xD1B54A32D192ED04ull); };  // odd keys
+  const uint64_t* key = keys.odd;
+  uint64_t h = 0;
+  const auto add = [&](uint64_t value) {
+    value *= *key++;
+    h += value ^ value >> 32;
+  };
   add(n);
-  for (uint64_t d = 0; d < n; ++d) add(t[1 + d]), add(t[1 + kRoom + d]);
-  add(t[kOffset]);
   add(t[kOffset + 1]);
   add(t[kKinds] & sketch.kinds[0]);
   add(t[kKinds + 1] & sketch.kinds[1]);
+  add(uint64_t(storage[sketch.frees]));
+  for (uint64_t d = 0; d < n; ++d) add(t[1 + d]), add(t[1 + kRoom + d]);
   const char* base = storage[sketch.data];
-  for (int k = 1; k <= 2; ++k) add(storage[sketch.data + k] == base ? 0 : uint64_t(storage[sketch.data + k]));
   *data = const_cast<char*>(base) + (base ? t[kOffset] * sketch.sizes[code] : 0);
   *signature = h | 1;
   return true;
@@ -114,6 +120,10 @@ bool Shim::find(const py::list& same, Sketch* sketch) const {
   for (int n = 1; n < 6 && !sketch->data; ++n)
     if (s[n] == storage.attr("data_ptr")().cast<uint64_t>()) sketch->data = n;
   if (!sketch->storage || !sketch->dims || !sketch->data || shape.size() != 1 + 2 * kRoom) return false;
+  // Behind the address: what it is freed by, and what that is handed, which is torch's own allocations' address again.
+  for (int n = sketch->data + 1; n <= sketch->data + 2; ++n)
+    if (s[n] != s[sketch->data]) sketch->frees = sketch->frees ? -1 : n;
+  if (sketch->frees <= 0) return false;
   std::fill(std::begin(sketch->kinds), std::end(sketch->kinds), ~uint64_t{0});
   for (const py::handle u : same)
     for (int k = 0; k < 2; ++k) sketch->kinds[k] &= ~(words(u)[sketch->dims + kKinds + k] ^ t[sketch->dims + kKinds + k]);

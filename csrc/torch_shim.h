@@ -50,15 +50,28 @@ class Shim {
   const void* version(const void* tensor) const { return version_ ? impl(static_cast<const char*>(impl(tensor)) + version_) : nullptr; }
 
  private:
-  // Word numbers inside a TensorImpl (inside its StorageImpl: data). From `dims` on: the number of dimensions, room for five sizes and five
+  // Word numbers inside a TensorImpl (inside its StorageImpl: data, frees). From `dims` on: the number of dimensions, room for five sizes and five
   // strides, the offset of the first element, the number of elements, two words of dtype, device and flags.
   struct Sketch {
-    int storage = 0, dims = 0, data = 0;
+    int storage = 0, dims = 0, data = 0, frees = 0;
     uint64_t kinds[2] = {};  // the bits of the last two that do not change with a tensor's history
     uint8_t sizes[64] = {};  // bytes per element by torch's dtype code; 0: not seen
   };
   // Words of a TensorImpl after the number of dimensions: room for sizes and strides, then the others.
   static constexpr int kRoom = 5, kOffset = 1 + 2 * kRoom, kKinds = kOffset + 2, kWords = kKinds + 2;
+  // Odd numbers for the words of a signature: SplitMix64's.
+  struct Keys {
+    uint64_t odd[5 + 2 * kRoom] = {};
+    constexpr Keys() {
+      uint64_t state = 0;
+      for (uint64_t& key : odd) {
+        uint64_t z = state += 0x9E3779B97F4A7C15ull;
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9ull;
+        z = (z ^ z >> 27) * 0x94D049BB133111EBull;
+        key = (z ^ z >> 31) | 1;
+      }
+    }
+  };
   static const void* word(const void* object, int n) { return static_cast<const void* const*>(object)[n]; }
   // The lines with the words [first, end): an object starts anywhere in a line.
   static void fetch(const void* object, int first, int end) {

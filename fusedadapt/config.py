@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 # "emulated" is the CUDA kernels on the test suite's CPU stand-in: selectable by name, never chosen, not in wheels.
 BACKENDS = ("reference", "cpp", "triton", "cuda", "emulated")
@@ -75,6 +76,16 @@ def faults() -> dict[str, str]:
 def asked() -> tuple[str | None, bool | None]:
     """What the innermost `backend(...)` and `strict(...)` say: for who keeps a choice, to see that it must be made anew."""
     return _backend.get(), _strict.get()
+
+
+# os.environ's own mapping of bytes: what Python puts around it encodes and decodes, 0.5 us a look.
+_environment: Any = getattr(os.environ, "_data", os.environ)
+_NAMES = tuple([name if _environment is os.environ else os.environ.encodekey(name) for name in _VARIABLES])
+
+
+def unread() -> tuple[object, ...]:
+    """The variables as they stand there: `asked` for the whole process, which may be changed at any time, too."""
+    return tuple([_environment.get(name) for name in _NAMES])
 
 
 @contextmanager

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import fusedadapt as fa
 from fusedadapt import config
@@ -94,6 +97,25 @@ def test_one_tensor_is_something_else(which: str, change: str) -> None:
     compare(given)
 
 
+def test_no_two_shapes_look_the_same() -> None:
+    """Sums of shapes and offsets times a row of numbers did: [9, 3, 16] that began at element 289 and [7, 6, 16] at 0."""
+    memory, found = torch.zeros(4000), {}
+    for rows in range(1, 15):
+        for tokens in range(1, 15):
+            for offset in range(0, 320, 1 if (rows, tokens) == (9, 3) else 64):
+                look = looks.core().look(memory.as_strided((rows, tokens, 16), (tokens * 16, 16, 1), offset))
+                assert found.setdefault(look, (rows, tokens)) == (rows, tokens)
+    assert len(found) == 14 * 14, "where a tensor begins plays no part"
+
+
+def test_memory_from_elsewhere_and_places_within_it_look_alike(checks: list[None]) -> None:
+    """Weights of a file that is mapped, numpy's arrays: each has an owner and an offset of its own."""
+    given, memory = tensors(), torch.randn(8, T, K)
+    for x in (memory[3], memory[5], *[torch.from_numpy(memory[i].numpy().copy()) for i in range(4)]):
+        compare(given | {"x": x.requires_grad_()})
+    assert len(checks) <= 2
+
+
 def test_other_shapes_and_dtypes_are_checked_for_themselves(checks: list[None]) -> None:
     given = tensors()
     compare(given)
@@ -107,6 +129,16 @@ def test_other_shapes_and_dtypes_are_checked_for_themselves(checks: list[None]) 
     for wrong in (None, [1.0], "x"):
         with pytest.raises(ValueError, match=r"fusedadapt.lora_linear: expected x as a tensor"):
             lora_linear(**(given | {"x": wrong}))
+
+
+@pytest.mark.parametrize("which", ["x", "weight", "lora_A", "lora_B", "bias"])
+def test_nested_and_sparse_tensors_are_refused_in_our_words(which: str) -> None:
+    given = tensors()
+    compare(given)
+    t = given[which].detach()
+    for wrong in (torch.nested.nested_tensor([t, t]), torch.nested.nested_tensor([t, t], layout=torch.jagged), t.to_sparse(), t.to_mkldnn()):
+        with pytest.raises(ValueError, match="expected a dense"):
+            lora_linear(**(given | {which: wrong}))
 
 
 DYS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -147,6 +179,78 @@ def test_saved_tensor_hooks_may_bring_back_other_memory() -> None:
         compare(tensors())
 
 
+class Widening(torch.overrides.TorchFunctionMode):
+    """Somebody's mode for whom products are in fp32."""
+
+    def __torch_function__(self, function: object, types: object, args: tuple[object, ...] = (), kwargs: dict[str, object] | None = None) -> object:
+        result = function(*args, **(kwargs or {}))
+        return result.float() if function is torch.nn.functional.linear else result
+
+
+def in_16_bits() -> dict[str, Tensor | None]:
+    return {name: t.detach().bfloat16().requires_grad_(t.requires_grad) for name, t in tensors().items()}
+
+
+def test_a_function_mode_may_change_the_product() -> None:
+    """The branch was added to its result as if that still were in 16 bits."""
+    given = in_16_bits()
+    want = lora_linear(**given).double()
+    with Widening():
+        y = lora_linear(**given)
+    torch.testing.assert_close(y.double(), want, rtol=3e-2, atol=1e-1)
+
+
+def test_backward_alone_under_autocast() -> None:
+    """It changed the dtype of dY W, to which the branch was added as if it had not."""
+    given = in_16_bits()
+    y = lora_linear(**given)
+    trained = [t for t in given.values() if t.requires_grad]
+    dy = torch.randn(T, N, generator=torch.Generator().manual_seed(3)).bfloat16()
+    want = torch.autograd.grad(y, trained, dy, retain_graph=True)
+    with torch.autocast("cpu", torch.float16):
+        found = torch.autograd.grad(y, trained, dy)
+    for one, other in zip(found, want, strict=True):
+        torch.testing.assert_close(one.double(), other.double(), rtol=3e-2, atol=1e-1)
+
+
+def test_what_inference_mode_found_trains_the_short_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = tensors()
+    with torch.inference_mode():
+        lora_linear(**given)
+    monkeypatch.setattr(plain, "general_gradients", None)
+    compare(given)
+
+
+@pytest.mark.parametrize("lead", [(T,), (2, 3), ()], ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("first", [True, False], ids=["forward", "backward"])
+def test_checkpointing_with_somebody_looking_on_one_time_only(lead: tuple[int, ...], bias: bool, first: bool) -> None:
+    """Both ways must save the same."""
+    given = tensors(bias=bias)
+    given["x"] = torch.randn(*lead, K, generator=torch.Generator().manual_seed(5)).requires_grad_()
+    trained = [t for t in given.values() if t is not None and t.requires_grad]
+    with FlopCounterMode(display=False) if first else contextlib.nullcontext():
+        y = checkpoint(lambda x: lora_linear(**(given | {"x": x}), dropout_p=0.5, seed=3), given["x"], use_reentrant=False)
+    with FlopCounterMode(display=False) if not first else contextlib.nullcontext():
+        found = torch.autograd.grad(y.sum(), trained)
+    for one, other in zip(found, torch.autograd.grad(lora_linear(**given, dropout_p=0.5, seed=3).sum(), trained), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+SEEDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "a negative": torch._neg_view,
+    "a subclass": lambda t: t.as_subclass(type("Own", (Tensor,), {})),
+    "a scalar": lambda t: t.squeeze(),
+}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_seeds_are_what_they_say(seed: str) -> None:
+    given, of = tensors(), SEEDS[seed](torch.tensor([7]))
+    want = lora_linear(**given, dropout_p=0.5, seed=int(of))
+    assert torch.equal(lora_linear(**given, dropout_p=0.5, seed=of), want)
+
+
 def test_who_asks_for_a_backend_gets_it(checks: list[None]) -> None:
     given = tensors()
     compare(given)
@@ -158,6 +262,18 @@ def test_who_asks_for_a_backend_gets_it(checks: list[None]) -> None:
     assert {row[1] for row in rows} == {"reference"}
     assert {row[1] for row in fa.explain(lambda: lora_linear(**given))} == {"cpp"}
     compare(given)
+
+
+def test_a_backend_that_the_environment_asks_for_later(checks: list[None], monkeypatch: pytest.MonkeyPatch) -> None:
+    given = tensors()
+    lora_linear(**given)
+    before = len(checks)
+    monkeypatch.setenv("FUSEDADAPT_BACKEND", "reference")
+    lora_linear(**given)
+    assert len(checks) > before, "it runs on what it was not asked for"
+    monkeypatch.setenv("FUSEDADAPT_BACKEND", "nonsense")
+    with pytest.raises(ValueError, match="FUSEDADAPT_BACKEND: expected one of"):
+        lora_linear(**given)
 
 
 def test_no_more_calls_are_remembered_than_that(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -10,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import fusedadapt as fa
 from fusedadapt import config
 from fusedadapt.ops import looks
 from fusedadapt.ops import quant as ops
 from fusedadapt.quant import plain
+from fusedadapt.quant.layer import _KNOWN
 from fusedadapt.quant.tensor import CHECKED, QuantizedTensor
 
 N, K = 24, 64
@@ -150,6 +153,18 @@ def test_who_asks_for_a_backend_gets_it(checks: list[None]) -> None:
     assert torch.equal(fa.quantized_linear(x, q), want)
 
 
+def test_a_backend_that_the_environment_asks_for_later(checks: list[None], monkeypatch: pytest.MonkeyPatch) -> None:
+    q, x = fa.quantize(new(N, K, seed=1), "int4"), new(2, K, seed=2)
+    fa.quantized_linear(x, q)
+    before = len(checks)
+    monkeypatch.setenv("FUSEDADAPT_BACKEND", "reference")
+    fa.quantized_linear(x, q)
+    assert len(checks) > before, "it runs on what it was not asked for"
+    monkeypatch.setenv("FUSEDADAPT_BACKEND", "nonsense")
+    with pytest.raises(ValueError, match="FUSEDADAPT_BACKEND: expected one of"):
+        fa.quantized_linear(x, q)
+
+
 def test_copies_check_for_themselves(checks: list[None]) -> None:
     q, x = fa.quantize(new(N, K, seed=1), "int4"), new(2, K, seed=2)
     want = fa.quantized_linear(x, q)
@@ -261,6 +276,30 @@ def test_copies_of_a_layer_hold_no_second_weight(checks: list[None]) -> None:
         assert not torch.equal(other(x), want) and torch.equal(made(x), want)
     shallow = copy.copy(made)
     assert torch.equal(shallow(x), want)
+
+
+@pytest.mark.parametrize("change", [lambda made: made.to("meta"), lambda made: made.float(), replace_parameter], ids=["to", "float", "replaced"])
+def test_a_layer_holds_no_weight_that_it_has_left(change: Callable[[fa.QuantizedLinear], Any]) -> None:
+    made = layer()
+    made(new(2, K, seed=2))
+    first = StorageWeakRef(made.weight.untyped_storage())
+    assert not first.expired()
+    change(made)
+    made.weight = torch.nn.Parameter(made.weight.detach().clone(), requires_grad=False)
+    _ = made.quantized
+    gc.collect()
+    assert first.expired()
+
+
+def test_what_is_offloaded_is_not_held() -> None:
+    """accelerate brings a layer's weight for each call and takes it back: a model larger than the memory would have stayed there."""
+    accelerate = pytest.importorskip("accelerate")
+    made, x = layer(), new(2, K, seed=2)
+    want = made(x)
+    accelerate.cpu_offload(made, execution_device=torch.device("cpu"), state_dict={name: t.clone() for name, t in made.state_dict().items()})
+    for _ in range(2):
+        assert torch.equal(made(x), want) and made.weight.is_meta
+    assert _KNOWN not in made.__dict__
 
 
 def test_what_inference_mode_found_trains_afterwards(checks: list[None]) -> None:

@@ -120,7 +120,9 @@ void branch_back(const Matrix& dy, const Matrix& x, const Branch& branch, const 
   });
   if (dx.dtype && apart) over_rows(rows, threads, [&](int64_t t0, int64_t t1) { write_rows(k, w, scaled(dv, rank, s, t0, t1), t0, t1); });
   const int64_t n = dy.columns, chunks = ceil_div(n, Slots::kColumns);
-  parallel_for(chunks + rank, 1, threads, [&](int64_t first, int64_t last) {
+  // Few sums are not worth a meeting of threads.
+  const int64_t grain = std::max<int64_t>(1, 16384 / (of_b.count * std::max(Slots::kColumns * rank, x.columns)));
+  parallel_for(chunks + rank, grain, threads, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       if (i < chunks)
         of_b.reduce_columns(i * Slots::kColumns, std::min((i + 1) * Slots::kColumns, n), db);

@@ -163,6 +163,7 @@ def lora_linear_group(
 def _run_known(of: Known, x: Tensor, output: Output, training: bool, seed: int | Tensor | None) -> Tensor:
     if seed is not None:
         _check_seed(seed, x)
+        seed = int(seed)  # of a tensor the value: the kernels read a seed by its address, wherever it comes from
     (s,) = output.segments
     p: Any = s.dropout_p if training else 0.0
     return run_known(of, x, output, _seed(seed, x) if p else None, s.scaling, p, _is_watched(x))

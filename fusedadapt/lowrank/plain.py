@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..config import asked
+from ..config import asked, unread
 from ..derivatives import first_order
 from ..dispatch import listening
 from ..ops import looks
-from ..ops.address import PLAIN, readable, shaped
+from ..ops.address import readable, shaped
 from ..ops.dense import multiplies
 from ..ops.lowrank import cpp_ops, is_direct, native
 from ..ops.onlookers import changed
@@ -36,7 +36,7 @@ _is_compiling = torch.compiler.is_compiling
 
 class Known(NamedTuple):
     """What is known of calls whose tensors look like these. ``start``, ``back``: the kernels, which see for themselves that they do; ``y`` to ``dx``:
-    what results are made like; ``plan``: the general way's; ``asked``: `config.asked` when it was checked."""
+    what results are made like; ``plan``: the general way's; ``asked``, ``unread``: `config`'s when it was checked."""
 
     start: Callable[..., bool]
     back: Callable[..., bool]
@@ -48,13 +48,14 @@ class Known(NamedTuple):
     half: bool
     plan: Plan
     asked: tuple[str | None, bool | None]
+    unread: tuple[object, ...]
 
 
 _known: dict[int, Known] = {}
 
 
-def _readable(t: Any, dtype: torch.dtype, *shape: int) -> bool:
-    return readable(t) and t.dtype is dtype and t.shape == shape
+def _fits(t: Tensor, dtype: torch.dtype, *shape: int) -> bool:
+    return t.dtype is dtype and t.shape == shape
 
 
 def known(x: Any, outputs: Sequence[Any], col_scale: Any) -> Known | None:
@@ -74,7 +75,7 @@ def known(x: Any, outputs: Sequence[Any], col_scale: Any) -> Known | None:
     if not key or weight.requires_grad or (bias is not None and bias.requires_grad):
         return None
     found = _known.get(key)
-    if found is None or found.asked != asked() or listening():
+    if found is None or found.asked != asked() or found.unread != unread() or listening():
         found = _first(module, x, weight, a, b, bias)
         if found is not None:
             if len(_known) >= _MOST:
@@ -85,7 +86,7 @@ def known(x: Any, outputs: Sequence[Any], col_scale: Any) -> Known | None:
 
 def _first(module: Any, x: Any, weight: Any, a: Any, b: Any, bias: Any) -> Known | None:
     """Checks everything."""
-    if type(weight) not in PLAIN or type(a) not in PLAIN or type(x) not in PLAIN or not x.is_cpu:
+    if not (readable(x) and readable(weight) and readable(a) and readable(b)):  # first of all: a nested tensor has no shape to be asked for
         return None
     if weight.dim() != 2 or a.dim() != 2 or not x.dim() or not x.numel() or not a.shape[0] or not weight.shape[0]:
         return None
@@ -93,17 +94,20 @@ def _first(module: Any, x: Any, weight: Any, a: Any, b: Any, bias: Any) -> Known
     data, adapters = x.dtype, a.dtype
     if data is not _fp32 and (data not in _HALF or not multiplies(data)) or adapters is not _fp32 and adapters is not data or x.shape[-1] != k:
         return None
-    if not (_readable(x, data, *x.shape) and _readable(weight, data, n, k) and _readable(a, adapters, rank, k) and _readable(b, adapters, n, rank)):
+    if not (_fits(weight, data, n, k) and _fits(a, adapters, rank, k) and _fits(b, adapters, n, rank)):
         return None
-    if bias is not None and not _readable(bias, data, n) or not native(x):
+    if bias is not None and not (readable(bias) and _fits(bias, data, n)) or not native(x):
         return None
     tokens = x.numel() // k
     shapes = {"y": (*x.shape[:-1], n), "u": (tokens, rank), "da": (rank, k), "db": (n, rank), "dx": x.shape}
     with torch.inference_mode(False):
         like = {name: shaped(shape, data if name in ("y", "dx") else _fp32) for name, shape in shapes.items()}
-    results = [_empty_like(like[name]) for name in ("u", "y", "da", "db", "dx")]
-    start, back = module.lr_checked(x, a, b, bias, *results, sizes=(tokens, k, n, rank), data=_CODES[data], adapters=_CODES[adapters])
-    return Known(start, back, **like, half=data is not _fp32, plan=(((None,), False, "", n, k),), asked=asked())
+        results = [_empty_like(like[name]) for name in ("u", "y", "da", "db", "dx")]  # as backward, which inference mode has none of, finds them
+    numbers = {"sizes": (tokens, k, n, rank), "data": _CODES[data], "adapters": _CODES[adapters]}
+    start, back = module.lr_checked(x, a, b, bias, *results, **numbers)
+    if x.dim() != 2:  # saved as a matrix
+        back = module.lr_checked(_rows(x), a, b, bias, *results, **numbers)[1]
+    return Known(start, back, **like, half=data is not _fp32, plan=(((None,), False, "", n, k),), asked=asked(), unread=unread())
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -139,7 +143,10 @@ class PlainLinear(torch.autograd.Function):
     ) -> Tensor:
         y, u = _run(of, x, a, b, weight, bias, seed, s, p)
         ctx.call, ctx.asked = (of, s, p), of.asked
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, a, b, weight, seed, u)
+        # What `LowRankLinear` saves, in its order: activation checkpointing compares the two where somebody looks on one time only. (A bias made in
+        # inference mode cannot be saved, and is of no use here.)
+        kept = None if bias is None or bias.is_inference() else bias
+        ctx.save_for_backward(_rows(x) if ctx.needs_input_grad[1] else None, seed, u, weight, kept, a, b)
         ctx.set_materialize_grads(False)
         return y
 
@@ -151,9 +158,8 @@ class PlainLinear(torch.autograd.Function):
         saved, wanted, (of, s, p) = ctx.saved_tensors, ctx.needs_input_grad, ctx.call
         if (short := _short_back(of, s, p, saved, wanted, dy)) is not None:
             return short
-        x, a, b, weight, seed, u = saved
-        rows = None if x is None else x.reshape(-1, x.shape[-1])
-        general = (rows, None, seed, None, u, None, weight, None, None, None, None, None, None, a, b, None, None, None)
+        x, seed, u, weight, _, a, b = saved
+        general = (x, None, seed, None, u, None, weight, None, None, None, None, None, None, a, b, None, None, None)
         dx, da, db = general_gradients(of.plan, cpp_ops(), ((s, p),), wanted[:3], dy.reshape(-1, dy.shape[-1]), general)
         return None if dx is None else dx.reshape(*dy.shape[:-1], dx.shape[-1]), da, db, None, None, None, None, None, None
 
@@ -161,9 +167,9 @@ class PlainLinear(torch.autograd.Function):
 def _short_back(of: Known, s: float, p: float, saved: Sequence[Any], wanted: Sequence[bool], dy: Tensor) -> tuple[Tensor | None, ...] | None:
     """None where it must go the general way: not both factors are trained, somebody looks on, or a tensor lies otherwise than forward's (dy; what
     saved-tensor hooks bring back)."""
-    if not (wanted[1] and wanted[2]) or not is_direct(dy) or not dy.is_contiguous():
+    if not (wanted[1] and wanted[2]) or not is_direct(dy) or changed() or not dy.is_contiguous():
         return None
-    x, a, b, weight, seed, u = saved
+    x, seed, u, weight, _, a, b = saved
     threshold = 0 if seed is None else threshold_of(p)
     da, db, dx = _empty_like(of.da), _empty_like(of.db), None
     if wanted[0]:

@@ -21,9 +21,11 @@ def modes() -> bool:
 
 
 def changed() -> bool:
-    """Whether a call on a CPU means another one than it says: under a mode, inside a transform, under autocast, for torch.jit.trace, which runs it
-    again for other tensors."""
-    return _dispatch_modes() > 0 or _includes(_PRE_DISPATCH) or _transforming() or _autocasting("cpu") or _tracing_state() is not None
+    """Whether a call on a CPU means another one than it says: under a mode of either kind, inside a transform, under autocast, for torch.jit.trace,
+    which runs it again for other tensors."""
+    if _dispatch_modes() > 0 or _includes(_PRE_DISPATCH) or _function_mode():
+        return True
+    return _transforming() or _autocasting("cpu") or _tracing_state() is not None
 
 
 def tracing() -> bool:

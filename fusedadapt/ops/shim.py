@@ -46,8 +46,9 @@ def _examples() -> tuple[list[Tensor], list[Tensor]]:
         graph = leaf * 2
         graph.sum().backward()  # type: ignore[no-untyped-call]
         assert leaf.grad is not None
-        # (a version counter, a graph, a gradient, a shared counter, an in-place write, a gradient of its own)
+        # (a version counter, a graph, a gradient, a shared counter, an in-place write, a gradient of its own, a beginning within its storage)
         same = [new(*shape), leaf, leaf.grad, leaf.detach(), leaf.data, graph.detach(), new(*shape).add_(1), new(*shape).requires_grad_()]
+        same.append(new(3, *shape)[1])
         core: Any = dispatch.core()
         for byte in () if core is None else (0, 255):  # between the members of a tensor lies what was there before
             core.Shim.soil(byte)
@@ -55,7 +56,7 @@ def _examples() -> tuple[list[Tensor], list[Tensor]]:
     dtypes = [torch.bfloat16, torch.float16, torch.float64, torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool]
     other = [new(*shape, dtype=dtype) for dtype in dtypes]
     other += [new(*sizes) for sizes in ((6, 3, 4, 5, 2), (2, 3, 4, 30), (720,), (), (0,), (2, 3, 4, 5, 7))]
-    other += [new(*shape).transpose(0, 1), new(6, 5, 4, 3, 2).permute(4, 3, 2, 1, 0), new(3, *shape)[1], new(2, *shape[1:], 2)[..., 1]]
+    other += [new(*shape).transpose(0, 1), new(6, 5, 4, 3, 2).permute(4, 3, 2, 1, 0), new(2, *shape[1:], 2)[..., 1]]
     other += [new(*shape, device="meta"), new(4, 4).to_sparse()]
     # Not for users, hence not in every torch: a view that stands for its negative, a copy that shares its memory until it is written to.
     other += [getattr(torch, name)(new(*shape)) for name in ("_neg_view", "_lazy_clone") if hasattr(torch, name)]

@@ -36,7 +36,7 @@ class PackedWeight(nn.Linear):
     weight_dtype: torch.dtype
 
     def _hold(self, qw: QuantizedTensor) -> None:
-        self.__dict__.pop(_KNOWN, None)
+        self._forget()
         self.format, self.weight_dtype = qw.format, qw.dtype
         self.weight = nn.Parameter(qw.parts.qdata, requires_grad=False)
         for name in _BUFFERS:
@@ -50,17 +50,25 @@ class PackedWeight(nn.Linear):
         # The same object for as long as the layer's tensors stay where they are: `quant.plain` keeps with it what it has checked.
         given = self.weight, self.weight_scale, self.weight_zero, self.weight_super, self.weight_offset
         known = None if torch.compiler.is_compiling() else self.__dict__.get(_KNOWN)
-        if known is not None and known[0](*given):
-            found: QuantizedTensor = known[1]
-            return found
+        if known is not None:
+            if known[0](*given):
+                found: QuantizedTensor = known[1]
+                return found
+            self._forget()
         return self._quantized(*given)
+
+    def _forget(self) -> None:
+        """What is kept holds memory."""
+        self.__dict__.pop(_KNOWN, None)
 
     def _quantized(self, weight: Tensor, *others: Any) -> QuantizedTensor:
         assert self.format is not None
         shape, compiling = torch.Size((self.out_features, self.in_features)), torch.compiler.is_compiling()
         with contextlib.nullcontext() if compiling else torch.inference_mode(False):  # what is kept may be used outside of it
             qw = QuantizedTensor(weight.detach().view(self.format.storage_dtype), *others, self.format, shape, self.weight_dtype)  # type: ignore[call-arg]
-        if not compiling and (core := looks.core()) is not None and all([readable(t) for t in (weight, *others) if t is not None]):
+        # Not for accelerate's hooks, which bring the weight for a call and take it back: it would stay here.
+        keeps = not compiling and "_hf_hook" not in self.__dict__
+        if keeps and (core := looks.core()) is not None and all([readable(t) for t in (weight, *others) if t is not None]):
             self.__dict__[_KNOWN] = core.keep(weight, *others), qw
         return qw
 
@@ -91,6 +99,7 @@ class PackedWeight(nn.Linear):
             return t.to(new.device) if new.dtype != t.dtype and any(t is part for part in packed) else new
 
         super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
+        self._forget()
         return self
 
     def _misfits(self, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
@@ -198,7 +207,7 @@ class QuantizedLinear(PackedWeight):
         if found is None:
             raise RuntimeError(f"QuantizedLinear: expected the dtype of a weight in _extra_state; got {dtype!r}; the state is damaged: save it again")
         self.weight_dtype = found
-        self.__dict__.pop(_KNOWN, None)
+        self._forget()
 
     def _misfits(self, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
         faults, extra = super()._misfits(state_dict, prefix), state_dict.get(f"{prefix}_extra_state")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..config import asked
+from ..config import asked, unread
 from ..dispatch import listening
 from ..ops import looks
 from ..ops import quant as ops
@@ -32,11 +32,12 @@ _empty_like, _threads, _is_grad_enabled, _is_compiling = torch.empty_like, torch
 
 class _Known(NamedTuple):
     """A call that was found in order: (x, bias, y, threads) -> whether it still is, and y then is written; what y is
-    made like; `config.asked` then."""
+    made like; `config.asked` and `config.unread` then."""
 
     run: Callable[[Any, Any, Tensor, int], bool]
     like: Tensor
     asked: tuple[str | None, bool | None]
+    unread: tuple[object, ...]
 
 
 @functools.lru_cache(maxsize=1024)
@@ -54,7 +55,7 @@ def product(x: Any, qw: Any, bias: Any) -> Tensor | None:
     if _is_compiling() or watched() or type(qw) is not QuantizedTensor or _is_grad_enabled() and _wants_gradient(x, bias):
         return None
     known: _Known | None = qw.__dict__.get(CHECKED)
-    if known is not None and not listening() and asked() == known.asked:
+    if known is not None and not listening() and asked() == known.asked and unread() == known.unread:
         y = _empty_like(known.like)
         if known.run(x, bias, y, _threads()):
             return y
@@ -86,7 +87,7 @@ def _first(x: Any, qw: QuantizedTensor, bias: Any) -> Tensor | None:
     cpp: Any = ops._module("cpp")
     if looks.core() is not None and (bias is None or bias.dtype in _DTYPES):
         like = shaped((*x.shape[:-1], n), x.dtype)
-        known = _Known(cpp.checked(x, parts, fmt, n, bias), like, asked())
+        known = _Known(cpp.checked(x, parts, fmt, n, bias), like, asked(), unread())
         y = _empty_like(like)
         if known.run(x, bias, y, _threads()):
             qw.__dict__[CHECKED] = known
