@@ -149,7 +149,8 @@ MUTANTS = (
     ),
     Mutant(FUNCTION, "is not None and output.scale_bias else db", "is not None else db", f"{DERIVATIVES}[row scale and bias]"),
     Mutant(FUNCTION, "upstream = into_x or any(", "upstream = True or any(", f"{CONTRACT}only_what_is_needed_is_computed"),
-    Mutant(FUNCTION, "    @first_order(", "    # (", "test_derivatives.py::test_second_derivatives_are_refused[lora-constant]"),
+    Mutant(FUNCTION, "    @first_order(", "    # (", "test_derivatives.py::test_second_derivatives_are_refused[gated-constant]"),
+    Mutant(PLAIN, "    @first_order(", "    # (", "test_derivatives.py::test_second_derivatives_are_refused[lora-constant]"),
     Mutant(
         FUNCTION, "known.new_zeros(known.shape[0], w) if d is None", "known if d is None",
         "test_lowrank_derivatives.py::test_partly_frozen_groups[one of two A]",

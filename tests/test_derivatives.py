@@ -28,6 +28,10 @@ def lora(x: Tensor) -> Tensor:
     return fa.lora_linear(x, W, *factors())
 
 
+def gated(x: Tensor) -> Tensor:
+    return fa.lora_linear(x, W, *factors(), rank_gate=torch.ones(3))
+
+
 def dora_with_dropout(x: Tensor) -> Tensor:
     return dora_linear_peft(x, W, *factors(), torch.ones(6, requires_grad=True), dropout_p=0.5)
 
@@ -48,7 +52,7 @@ def fake_quantized(x: Tensor) -> Tensor:
     return fa.quant.fake_quantize(x, torch.tensor([0.1], requires_grad=True), torch.tensor(0.0), quant_min=-8, quant_max=7, ste="clamp")
 
 
-CALLS = pytest.mark.parametrize("call", [lora, dora_with_dropout, masked, quantized, quantized_act, fake_quantized])
+CALLS = pytest.mark.parametrize("call", [lora, gated, dora_with_dropout, masked, quantized, quantized_act, fake_quantized])
 
 
 @pytest.mark.parametrize("loss", ["constant", "by name"])
@@ -130,7 +134,7 @@ def test_transforms_are_refused_in_our_words(call: Callable[[Tensor], Tensor]) -
             wrapped(X)
 
 
-@pytest.mark.parametrize("call", [lora, dora_with_dropout, quantized, quantized_act, fake_quantized])
+@pytest.mark.parametrize("call", [lora, gated, dora_with_dropout, quantized, quantized_act, fake_quantized])
 def test_backward_in_another_thread_keeps_forwards_backend(call: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU's backward runs in a thread of autograd's, where no context of the caller's holds."""
     pick, heard = dispatch.pick, []
