@@ -58,22 +58,23 @@ FA_INLINE void multiply(const Product& g, const float* a, F (&sum)[M][V]) {
   }
 }
 
+// c = the sums, or c +=.
 template <int M, int V>
-void tile(const Product& g, const float* a, float* c) {
-  F sum[M][V];
-  const int64_t c_m = g.c_m;
-  const bool add = g.add;
-  multiply<M, V>(g, a, sum);
-  if (add) {
-#pragma GCC unroll 32
-    for (int m = 0; m < M; ++m)
-#pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) sum[m][v] += load<F>(c + m * c_m + v * kLanes);
-  }
+FA_INLINE void leave(const Product& g, const F (&sum)[M][V], float* c) {
 #pragma GCC unroll 32
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) store(c + m * c_m + v * kLanes, sum[m][v]);
+    for (int v = 0; v < V; ++v) {
+      float* to = c + m * g.c_m + v * kLanes;
+      store(to, g.add ? load<F>(to) + sum[m][v] : sum[m][v]);
+    }
+}
+
+template <int M, int V>
+void tile(const Product& g, const float* a, float* c) {
+  F sum[M][V];
+  multiply<M, V>(g, a, sum);
+  leave<M, V>(g, sum, c);
 }
 
 #if defined(__AVX512BW__)
@@ -81,7 +82,7 @@ void tile(const Product& g, const float* a, float* c) {
 template <class Format, int M>
 void tile_from(const Product& g, const float* a, const typename Format::E* b, float* c) {
   F sum[M][2] = {};
-  const int64_t a_m = g.a_m, a_p = g.a_p, b_p = g.b_p, c_m = g.c_m;
+  const int64_t a_m = g.a_m, a_p = g.a_p, b_p = g.b_p;
 #pragma GCC unroll 2
   for (int64_t p = g.depth; p > 0; --p, a += a_p, b += b_p) {
     F left, right;
@@ -93,13 +94,7 @@ void tile_from(const Product& g, const float* a, const typename Format::E* b, fl
       sum[m][1] = fma(factor, right, sum[m][1]);
     }
   }
-#pragma GCC unroll 32
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 2
-    for (int v = 0; v < 2; ++v) {
-      float* to = c + m * c_m + v * kLanes;
-      store(to, g.add ? load<F>(to) + sum[m][v] : sum[m][v]);
-    }
+  leave<M, 2>(g, sum, c);
 }
 
 // A tile whose left factor lies in bf16: each pair of its elements is broadcast as one word, whose halves are the numbers but for a shift and a mask.
@@ -111,7 +106,7 @@ template <int M, int V>
 void tile_of_pairs(const Product& g, const uint16_t* a, float* c) {
   F sum[M][V] = {};
   const float* b = g.b;
-  const int64_t a_m = g.a_m, b_p = g.b_p, c_m = g.c_m;
+  const int64_t a_m = g.a_m, b_p = g.b_p;
   const U upper = U{} + 0xffff0000u;
   for (int64_t p = 0; p < g.depth; p += 2, b += 2 * b_p) {
     F even[V], odd[V];
@@ -127,13 +122,7 @@ void tile_of_pairs(const Product& g, const uint16_t* a, float* c) {
       for (int v = 0; v < V; ++v) sum[m][v] = fma(second, odd[v], fma(first, even[v], sum[m][v]));
     }
   }
-#pragma GCC unroll 32
-  for (int m = 0; m < M; ++m)
-#pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) {
-      float* to = c + m * c_m + v * kLanes;
-      store(to, g.add ? load<F>(to) + sum[m][v] : sum[m][v]);
-    }
+  leave<M, V>(g, sum, c);
 }
 
 FA_INLINE void product_of_pairs(const Product& g, const uint16_t* a, int64_t rows, int64_t columns, float* c) {

@@ -20,14 +20,13 @@ from ..dispatch import listening
 from ..ops import looks
 from ..ops.address import readable, shaped
 from ..ops.dense import multiplies
-from ..ops.lowrank import cpp_ops, is_direct, native
+from ..ops.lowrank import checked, cpp_ops, native
 from ..ops.onlookers import changed
 from ..reference.lowrank import threshold_of
 from .function import Plan, general_gradients
 
 _HALF = (torch.bfloat16, torch.float16)
 _fp32 = torch.float32
-_CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 _MOST = 512  # calls that are remembered
 # Bound once, as in `onlookers`.
 _empty_like, _threads, _linear, _matmul = torch.empty_like, torch.get_num_threads, torch.nn.functional.linear, torch.matmul
@@ -76,7 +75,7 @@ def known(x: Any, outputs: Sequence[Any], col_scale: Any) -> Known | None:
         return None
     found = _known.get(key)
     if found is None or found.asked != asked() or found.unread != unread() or listening():
-        found = _first(module, x, weight, a, b, bias)
+        found = _first(x, weight, a, b, bias)
         if found is not None:
             if len(_known) >= _MOST:
                 _known.clear()
@@ -84,7 +83,7 @@ def known(x: Any, outputs: Sequence[Any], col_scale: Any) -> Known | None:
     return found
 
 
-def _first(module: Any, x: Any, weight: Any, a: Any, b: Any, bias: Any) -> Known | None:
+def _first(x: Any, weight: Any, a: Any, b: Any, bias: Any) -> Known | None:
     """Checks everything."""
     if not (readable(x) and readable(weight) and readable(a) and readable(b)):  # first of all: a nested tensor has no shape to be asked for
         return None
@@ -103,10 +102,9 @@ def _first(module: Any, x: Any, weight: Any, a: Any, b: Any, bias: Any) -> Known
     with torch.inference_mode(False):
         like = {name: shaped(shape, data if name in ("y", "dx") else _fp32) for name, shape in shapes.items()}
         results = [_empty_like(like[name]) for name in ("u", "y", "da", "db", "dx")]  # as backward, which inference mode has none of, finds them
-    numbers = {"sizes": (tokens, k, n, rank), "data": _CODES[data], "adapters": _CODES[adapters]}
-    start, back = module.lr_checked(x, a, b, bias, *results, **numbers)
+    start, back = checked(x, a, b, bias, *results)
     if x.dim() != 2:  # saved as a matrix
-        back = module.lr_checked(_rows(x), a, b, bias, *results, **numbers)[1]
+        back = checked(_rows(x), a, b, bias, *results)[1]
     return Known(start, back, **like, half=data is not _fp32, plan=(((None,), False, "", n, k),), asked=asked(), unread=unread())
 
 
@@ -167,7 +165,7 @@ class PlainLinear(torch.autograd.Function):
 def _short_back(of: Known, s: float, p: float, saved: Sequence[Any], wanted: Sequence[bool], dy: Tensor) -> tuple[Tensor | None, ...] | None:
     """None where it must go the general way: not both factors are trained, somebody looks on, or a tensor lies otherwise than forward's (dy; what
     saved-tensor hooks bring back)."""
-    if not (wanted[1] and wanted[2]) or not is_direct(dy) or changed() or not dy.is_contiguous():
+    if not (wanted[1] and wanted[2]) or _is_compiling() or changed() or not readable(dy):
         return None
     x, seed, u, weight, _, a, b = saved
     threshold = 0 if seed is None else threshold_of(p)

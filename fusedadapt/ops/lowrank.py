@@ -368,6 +368,12 @@ def native(x: Tensor) -> bool:
     return not modes() and _direct("cpu", x.dtype == torch.float64, config.current_backend(), config.is_strict()).native
 
 
+def checked(*tensors: Any) -> tuple[Callable[..., bool], Callable[..., bool]]:
+    """`lowrank_cpp.checked`, where that backend is (`native`)."""
+    found: tuple[Callable[..., bool], Callable[..., bool]] = _module("cpp").checked(*tensors)
+    return found
+
+
 def cpp_ops() -> Any:
     """The C++ functions behind the ops, where they are (`native`)."""
     return _direct("cpu", False, "cpp", False)

@@ -7,7 +7,7 @@ Results repeat bit for bit, for any number of threads.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -109,6 +109,16 @@ def bwd_dy(
     scaled_ = _ABSENT if row_scale is None else _matrix(scaled)
     _core.lr_bwd_dy(_matrix(dy), _address(v), rank, _matrix(b), _address(row_scale), _matrix(y0), scaled_, out, torch.get_num_threads())
     return scaled, dv, mb, db, dg
+
+
+def checked(
+    x: Tensor, a: Tensor, b: Tensor, bias: Tensor | None, u: Tensor, y: Tensor, da: Tensor, db: Tensor, dx: Tensor
+) -> tuple[Callable[..., bool], Callable[..., bool]]:
+    """(start, back): one segment's branch, forward and backward, of what has been checked, as start(x, a, b, bias, u, y, seed, scaling, threshold,
+    threads) and back(dy, x, a, b, u, da, db, dx, seed, ...) -> whether all of it looks as it did; if not, nothing is written. All contiguous."""
+    sizes = x.numel() // a.shape[1], a.shape[1], b.shape[0], a.shape[0]
+    start, back = _core.lr_checked(x, a, b, bias, u, y, da, db, dx, sizes=sizes, data=_CODES[x.dtype], adapters=_CODES[a.dtype])
+    return start, back
 
 
 def dropout(x: Tensor, seed: Tensor, threshold: int) -> Tensor:
