@@ -85,12 +85,12 @@ struct F32 {
 };
 
 #if defined(__AVX512BW__)
-// Which 16-bit half goes where: each of a word's halves twice, the lower and the upper 16 of them; the upper halves of the lanes of two vectors.
+// Which 16-bit half goes where: each of a word's halves twice, the lower and the upper 16 of them; the upper or lower halves of the lanes of two vectors.
 struct alignas(64) Halves16 {
-  uint16_t twice[64], upper[32];
-  constexpr Halves16() : twice(), upper() {
+  uint16_t twice[64], upper[32], lower[32];
+  constexpr Halves16() : twice(), upper(), lower() {
     for (int i = 0; i < 64; ++i) twice[i] = uint16_t(i / 2);
-    for (int i = 0; i < 32; ++i) upper[i] = uint16_t(2 * i + 1);
+    for (int i = 0; i < 32; ++i) lower[i] = uint16_t(2 * i), upper[i] = uint16_t(2 * i + 1);
   }
 };
 constexpr Halves16 kHalves;

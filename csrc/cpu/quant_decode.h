@@ -35,16 +35,26 @@ struct Decoder {
   }
 };
 
-// 256 values in memory.
+// 256 values.
 struct Bytes {
   const float* values;
+#if defined(__AVX512BW__)
+  Table256 table;
+  FA_INLINE void set(Bytes& d, const Weight& w) { d.values = w.values, Table256::set(d.table, w.values); }
+#else
   FA_INLINE void set(Bytes& d, const Weight& w) { d.values = w.values; }
+#endif
   FA_INLINE F at(const Bytes& d, const uint8_t* row, int64_t i) { return picked_bytes(d.values, row + i); }
 };
 
 template <int exponent>
 struct Floats {
+#if defined(__AVX512BW__)
+  Float8Table table;
+  FA_INLINE void set(Floats& d, const Weight& w) { Float8Table::set(d.table, w.values); }
+#else
   FA_INLINE void set(Floats&, const Weight&) {}
+#endif
   FA_INLINE F at(const Floats&, const uint8_t* row, int64_t i) {
     return Float8<exponent>::numbers(H(Float8<exponent>::halves(load_high(row + i))));
   }
@@ -62,6 +72,13 @@ void decode_each(const D& d, const uint8_t* row, int64_t c0, int64_t c1, const P
 // The same by groups of whole vectors.
 template <class D, class Format>
 void decode_runs(const D& d, int64_t side, const uint8_t* row, int64_t c0, int64_t c1, const Piece& p, typename Format::E* out) {
+  if (side == kLanes) {
+    int64_t c = c0, g = 0;
+    const auto at = [&](int64_t c, int64_t g) { return (D::at(d, row, c) - splat(p.z[g])) * splat(p.s[g]); };
+    for (; c + 2 * kLanes <= c1; c += 2 * kLanes, g += 2) Format::store_pair(out + c - c0, at(c, g), at(c + kLanes, g + 1));
+    if (c < c1) store(out + c - c0, Format::narrow(at(c, g)));
+    return;
+  }
   for (int64_t c = c0, g = 0, next = (c0 / side + 1) * side; c < c1; ++g, next += side) {
     const int64_t end = least(next, c1);
     const F z = splat(p.z[g]), s = splat(p.s[g]);
@@ -86,23 +103,63 @@ FA_INLINE void store_lanes(uint16_t* to, F f, Format) {
 }
 
 #if defined(__AVX512BW__)
-// 32 elements from c on: every 16-bit lane takes the word its code stands in, moves the code down and looks it up. `values`: 16-bit numbers, twice over.
+// 32 elements from c on: every 16-bit lane takes the two bytes its code stands in, moves it down and looks it up. `values`: 16-bit numbers, twice over.
 template <int bits, bool high_first>
 FA_INLINE __m512i look_up_words(__m512i values, const uint8_t* row, int64_t c) {
-  typedef uint16_t Words __attribute__((vector_size(64)));
+  typedef uint16_t Shifts __attribute__((vector_size(64)));
   typedef uint8_t Places __attribute__((vector_size(64)));
-  Words shift;
+  Shifts shift;
   Places place;  // within a 128-bit lane
 #pragma GCC unroll 32
   for (int i = 0; i < 32; ++i) {
-    shift[i] = uint16_t((high_first ? i ^ 1 : i) * bits % 16);
-    place[2 * i] = uint8_t(i * bits / 16 * 2), place[2 * i + 1] = uint8_t(place[2 * i] + 1);
+    const int bit = (high_first ? i ^ 1 : i) * bits;
+    shift[i] = uint16_t(bit % 8);
+    place[2 * i] = uint8_t(bit / 8), place[2 * i + 1] = uint8_t(bit / 8 + 1);
   }
   const uint8_t* p = row + c / 8 * bits;
-  const __m512i codes =
-      bits == 4 ? _mm512_maskz_broadcast_i32x4(0xffff, load<__m128i>(p)) : _mm512_maskz_set1_epi64(0xff, load<int64_t>(p));
+  __m128i some = bits == 4 ? load<__m128i>(p) : _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  if constexpr (bits == 3) some = _mm_insert_epi32(some, load<int32_t>(p + 8), 2);
+  const __m512i codes = _mm512_maskz_broadcast_i32x4(0xffff, some);
   const __m512i words = _mm512_maskz_shuffle_epi8(~0ull, codes, __m512i(place));
   return _mm512_maskz_permutexvar_epi16(~0u, _mm512_maskz_srlv_epi16(~0u, words, __m512i(shift)), values);
+}
+#endif
+
+#if defined(__AVX512BW__)
+template <Values kind, bool high_first>
+FA_INLINE void pair_at(const Decoder<kind, 8, high_first>& d, const uint8_t* p, F* a, F* b) {
+  *a = d.at(d, p, 0), *b = d.at(d, p, kLanes);
+}
+FA_INLINE void pair_at(const Bytes& d, const uint8_t* p, F* a, F* b) { Table256::in_order(d.table, load_wide(p), a, b); }
+template <int exponent>
+FA_INLINE void pair_at(const Floats<exponent>& d, const uint8_t* p, F* a, F* b) {
+  Float8Table::in_order(d.table, load_wide(p), a, b);
+}
+
+// Bytes, 32 at a time; a long group's values are rounded in a table, and elements are only looked up. Same bits.
+template <class D, class Format>
+void decode_pairs(const D& d, const Weight& w, const uint8_t* row, int64_t c0, int64_t c1, const Piece& p, typename Format::E* out) {
+  constexpr int64_t kLong = 512;
+  const int64_t side = w.grid.columns;
+  for (int64_t c = c0, g = 0, next = (c0 / side + 1) * side; c < c1; ++g, next += side) {
+    const int64_t end = least(next, c1);
+    const F z = splat(p.z[g]), s = splat(p.s[g]);
+    if constexpr (sizeof(typename Format::E) == 2) {
+      if (end - c >= kLong) {
+        alignas(64) uint16_t values[256];
+        for (int i = 0; i < 256; i += kLanes) store(values + i, Format::narrow((load<F>(w.values + i) - z) * s));
+        Words<256> rounded;
+        Words<256>::set(rounded, values);
+        for (; c + 32 <= end; c += 32) store(out + c - c0, Words<256>::at(rounded, load_wide(row + c)));
+      }
+    }
+    for (; c + 32 <= end; c += 32) {
+      F first, second;
+      pair_at(d, row + c, &first, &second);
+      Format::store_pair(out + c - c0, (first - z) * s, (second - z) * s);
+    }
+    for (; c < end; c += kLanes) store(out + c - c0, Format::narrow((D::at(d, row, c) - z) * s));
+  }
 }
 #endif
 
@@ -117,7 +174,7 @@ void decode_groups(const Weight& w, const uint8_t* row, int64_t c0, int64_t c1, 
     const F z = splat(p.z[g]), s = splat(p.s[g]);
     const auto rounded = Lookup<bits>::map(values, [&](F v) { return as_lanes((v - z) * s, Format{}); });
 #if defined(__AVX512BW__)
-    if constexpr (sizeof(typename Format::E) == 2 && bits != 3) {
+    if constexpr (sizeof(typename Format::E) == 2) {
       const H half = __builtin_convertvector(U(rounded.low), H);
       const __m512i both = _mm512_maskz_broadcast_i64x4(0xff, __m256i(half));
       for (; c + 32 <= end; c += 32) store(out + c - c0, look_up_words<bits, high_first>(both, row, c));
@@ -137,6 +194,17 @@ void decode_one(const Weight& w, const uint8_t* row, int64_t r, int64_t c, typen
 }
 
 template <class D, int bits, bool high_first, class Format>
+FA_INLINE void decode_by_group(const D& d, const Weight& w, const uint8_t* row, int64_t c0, int64_t c1, const Piece& p,
+                               typename Format::E* out) {
+  if constexpr (bits < 8 && kLanes > 4)
+    if (w.grid.columns >= 32) return decode_groups<bits, high_first, Format>(w, row, c0, c1, p, out);
+#if defined(__AVX512BW__)
+  if constexpr (bits == 8) return decode_pairs<D, Format>(d, w, row, c0, c1, p, out);
+#endif
+  decode_runs<D, Format>(d, w.grid.columns, row, c0, c1, p, out);
+}
+
+template <class D, int bits, bool high_first, class Format>
 void decode_piece(const Weight& w, int64_t r, int64_t c0, int64_t c1, typename Format::E* out) {
   const uint8_t* row = row_of(w, r);
   // Codes are read in eights, and vectors stored whole: up to there.
@@ -146,7 +214,7 @@ void decode_piece(const Weight& w, int64_t r, int64_t c0, int64_t c1, typename F
   if (whole > c0) {
     int64_t count;
     const int64_t side = w.grid.columns, g = groups_of(w.grid, r, c0, whole, &count);
-    const bool by_group = side >= 32 && (side % step == 0 || side >= w.k) && c0 % step == 0;
+    const bool by_group = (side % step == 0 || side >= w.k) && side >= 16 && c0 % step == 0;
     scales_of(w.scales, g, count, by_group ? p.s : p.groups);
     if (!by_group) spread(p.groups, c0, whole - c0, side, p.s);
     zeros_of(w, g, count, by_group ? p.z : p.groups);
@@ -155,10 +223,8 @@ void decode_piece(const Weight& w, int64_t r, int64_t c0, int64_t c1, typename F
     D::set(d, w);
     if (!by_group)
       decode_each<D, Format>(d, row, c0, whole, p, out);
-    else if constexpr (bits < 8 && kLanes > 4)
-      decode_groups<bits, high_first, Format>(w, row, c0, whole, p, out);
     else
-      decode_runs<D, Format>(d, side, row, c0, whole, p, out);
+      decode_by_group<D, bits, high_first, Format>(d, w, row, c0, whole, p, out);
   }
   for (int64_t c = whole; c < c1; ++c) decode_one<Format>(w, row, r, c, out + c - c0);
 }

@@ -4,6 +4,7 @@
 // Lane d of a block of kLanes words holds `per` neighbouring codes, so x is brought into that order once (`arrange`) and no code is ever moved to
 // another lane. A unit is a run of blocks under one scale, or one block whose lanes have scales of their own.
 #pragma once
+#include "prefetch.h"
 #include "quant_decode.h"
 
 namespace fa::cpu::quant {
@@ -21,11 +22,11 @@ FA_INLINE void keep([[maybe_unused]] U& word) {
 }
 
 #if defined(__AVX512F__)
-constexpr bool kPlanes = false, kFloats = true, kIntegersAsTable = true;
+constexpr bool kWoven = false, kIntegersAsTable = true;
 #elif defined(__AVX2__)
-constexpr bool kPlanes = true, kFloats = true, kIntegersAsTable = false;
+constexpr bool kWoven = true, kIntegersAsTable = false;
 #else
-constexpr bool kPlanes = false, kFloats = false, kIntegersAsTable = false;
+constexpr bool kWoven = false, kIntegersAsTable = false;
 #endif
 constexpr int64_t kWidest = 512;  // columns of a unit at most
 
@@ -55,9 +56,8 @@ Layout layout_of(const Weight& w, int64_t tokens = 1) {
   Layout a = {};
   const bool rows_apart = !w.flat || (w.k % w.grid.columns == 0 && w.k * w.bits % 8 == 0);
   const bool one_group = !w.flat && w.grid.columns >= w.k;
-  a.per = w.bits == 3 ? 1 : 32 / w.bits;
-  a.direct =
-      !w.decoded && rows_apart && w.bits != 3 && (w.bits != 2 || w.kind == Values::kUnsigned) && (one_group || w.grid.columns % a.per == 0);
+  a.per = w.bits == 3 ? 8 : 32 / w.bits;
+  a.direct = !w.decoded && rows_apart && (w.bits != 2 || w.kind == Values::kUnsigned) && (one_group || w.grid.columns % a.per == 0);
   a.block = a.direct ? a.per * kLanes : kLanes;
   a.side = one_group ? int64_t(1) << 40 : w.grid.columns;
   a.wide = a.side % a.block == 0;
@@ -67,8 +67,8 @@ Layout layout_of(const Weight& w, int64_t tokens = 1) {
   a.granule = a.wide ? a.unit : a.per;
   a.units = ceil_div(w.k, a.unit);
   const bool floats = w.kind == Values::kE4M3 || w.kind == Values::kE5M2;
-  a.woven = a.direct && a.side % 32 == 0 && ((kPlanes && w.bits != 2 && w.kind == Values::kTable) || (kFloats && floats));
-  a.table = w.kind == Values::kTable || (kIntegersAsTable && w.bits == 4 && w.kind == Values::kUnsigned);
+  a.woven = kWoven && a.direct && a.side % 32 == 0 && ((w.bits > 3 && w.kind == Values::kTable) || floats);
+  a.table = w.kind == Values::kTable || w.bits == 3 || (kIntegersAsTable && w.bits == 4 && w.kind == Values::kUnsigned);
   const bool off = !a.table && w.kind == Values::kUnsigned && w.values[0] != 0.f;
   a.sixteenfold = !a.table && a.direct && w.bits == 4 && w.kind == Values::kUnsigned;
   a.centred = a.sixteenfold && off && !w.zero_dtype && tokens > 2;
@@ -95,10 +95,29 @@ struct Places {
   }
 };
 
+// The words of a block of D::kBytes: of 32 bits, or of 24, whose codes are of 3.
+template <class D>
+FA_INLINE U words_at(const uint8_t* p) {
+  if constexpr (D::kBytes == 4 * kLanes) return load<U>(p);
+#if defined(__AVX512BW__)
+  // Three dwords for each quarter, then three bytes for each word.
+  const __m512i dwords = _mm512_inserti32x4(_mm512_castsi256_si512(load<__m256i>(p)), load<__m128i>(p + 32), 2);
+  const __m512i quarters =
+      _mm512_maskz_permutexvar_epi32(0xffff, _mm512_setr_epi32(0, 1, 2, 2, 3, 4, 5, 5, 6, 7, 8, 8, 9, 10, 11, 11), dwords);
+  return U(_mm512_maskz_shuffle_epi8(0x7777777777777777, quarters, _mm512_set4_epi32(0x000b0a09, 0x00080706, 0x00050403, 0x00020100)));
+#elif defined(__AVX2__)
+  const __m256i halves = _mm256_set_m128i(load<__m128i>(p + 8), load<__m128i>(p));
+  return U(_mm256_shuffle_epi8(
+      halves, _mm256_setr_epi32(0x80020100, 0x80050403, 0x80080706, 0x800b0a09, 0x80060504, 0x80090807, 0x800c0b0a, 0x800f0e0d)));
+#else
+  return U{eight<3>(p), eight<3>(p + 3), eight<3>(p + 6), eight<3>(p + 9)};
+#endif
+}
+
 // How words become numbers, kStep vectors at a time. `raw`: see Layout::sixteenfold; half of the shifts are saved.
 template <Values kind, int bits, bool centred = false>
 struct Lane {
-  static constexpr int kPer = 32 / bits, kStep = 1;
+  static constexpr int kPer = bits == 3 ? 8 : 32 / bits, kStep = 1, kBytes = kPer * bits / 8 * kLanes;
   Lookup<bits> table;
   F first, sixteen_firsts;
 
@@ -127,7 +146,7 @@ struct Lane {
 // 128-bit halves, so a half must have one scale.
 #if defined(__AVX2__) && !defined(__AVX512F__)
 struct Planes {
-  static constexpr int kPer = 8, kStep = 4;
+  static constexpr int kPer = 8, kStep = 4, kBytes = 4 * kLanes;
   __m256i bytes[4];
 
   FA_INLINE void set(Planes& d, const Weight& w) {
@@ -154,20 +173,44 @@ struct Planes {
 };
 #endif
 
-// 256 values in memory.
+// 256 values.
 struct ByteLane {
-  static constexpr int kPer = 4, kStep = 1;
+#if defined(__AVX512BW__)
+  static constexpr int kPer = 4, kStep = 4, kBytes = 4 * kLanes;
+  Table256 table;
+
+  FA_INLINE void set(ByteLane& d, const Weight& w) { Table256::set(d.table, w.values); }
+  FA_INLINE void part(const ByteLane& d, U word, int, F* v) {
+    Table256::at(d.table, __m512i(word), &v[0], &v[2]);
+    Table256::at(d.table, __m512i(word >> 8), &v[1], &v[3]);
+  }
+#else
+  static constexpr int kPer = 4, kStep = 1, kBytes = 4 * kLanes;
   const float* values;
 
   FA_INLINE void set(ByteLane& d, const Weight& w) { d.values = w.values; }
   FA_INLINE void part(const ByteLane& d, U word, int j, F* v) { *v = picked(d.values, (word >> (8 * j)) & 255u); }
+#endif
   FA_INLINE void raw(const ByteLane& d, U word, int j, F* v) { part(d, word, j, v); }
 };
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX512BW__)
+struct Float8Lane {
+  static constexpr int kPer = 4, kStep = 4, kBytes = 4 * kLanes;
+  Float8Table table;
+
+  FA_INLINE void set(Float8Lane& d, const Weight& w) { Float8Table::set(d.table, w.values); }
+  FA_INLINE void part(const Float8Lane& d, U word, int, F* v) {
+    const U even = U(Float8Table::at(d.table, __m512i(word), __m512i(word << 8))),
+            odd = U(Float8Table::at(d.table, __m512i(word >> 8), __m512i(word)));
+    v[0] = F(even << 16), v[1] = F(odd << 16), v[2] = F(even & 0xffff0000u), v[3] = F(odd & 0xffff0000u);
+  }
+  FA_INLINE void raw(const Float8Lane& d, U word, int h, F* v) { part(d, word, h, v); }
+};
+#elif defined(__AVX2__)
 // The same, in the bytes' own order.
 struct ByteRun {
-  static constexpr int kPer = 4, kStep = 4;
+  static constexpr int kPer = 4, kStep = 4, kBytes = 4 * kLanes;
   const float* values;
 
   FA_INLINE void set(ByteRun& d, const Weight& w) { d.values = w.values; }
@@ -179,40 +222,22 @@ struct ByteRun {
   }
   FA_INLINE void raw(const ByteRun& d, U word, int h, F* v) { part(d, word, h, v); }
 };
-#endif
 
-#if defined(__AVX2__)
 template <int exponent>
 struct FloatLane {
-  static constexpr int kPer = 4, kStep = 4;
+  static constexpr int kPer = 4, kStep = 4, kBytes = 4 * kLanes;
   using Code = Float8<exponent>;
 
   FA_INLINE void set(FloatLane&, const Weight&) {}
-#if defined(__AVX512F__)
-  FA_INLINE F first_half(__m512i v) {
-    H half;
-    memcpy(&half, &v, sizeof half);  // GCC 12 warns about the intrinsic
-    return Code::numbers(half);
-  }
-#endif
   // Bytes of one half of every 32, woven with zeros, make a vector.
   FA_INLINE void part(const FloatLane&, U word, int, F* v) {
     typedef int16_t Shorts __attribute__((vector_size(4 * kLanes)));
-#if defined(__AVX512F__)
-    const auto low = __m512i(Code::halves(Shorts(_mm512_maskz_unpacklo_epi8(~0ull, __m512i{}, __m512i(word)))));
-    const auto high = __m512i(Code::halves(Shorts(_mm512_maskz_unpackhi_epi8(~0ull, __m512i{}, __m512i(word)))));
-    v[0] = first_half(_mm512_maskz_shuffle_i64x2(0xff, low, low, 0xd8));
-    v[1] = first_half(_mm512_maskz_shuffle_i64x2(0xff, high, high, 0xd8));
-    v[2] = first_half(_mm512_maskz_shuffle_i64x2(0xff, low, low, 0x8d));
-    v[3] = first_half(_mm512_maskz_shuffle_i64x2(0xff, high, high, 0x8d));
-#else
     const auto low = __m256i(Code::halves(Shorts(_mm256_unpacklo_epi8(__m256i{}, __m256i(word)))));
     const auto high = __m256i(Code::halves(Shorts(_mm256_unpackhi_epi8(__m256i{}, __m256i(word)))));
     v[0] = Code::numbers(H(_mm256_castsi256_si128(low)));
     v[1] = Code::numbers(H(_mm256_castsi256_si128(high)));
     v[2] = Code::numbers(H(_mm256_extracti128_si256(low, 1)));
     v[3] = Code::numbers(H(_mm256_extracti128_si256(high, 1)));
-#endif
   }
   FA_INLINE void raw(const FloatLane& d, U word, int h, F* v) { part(d, word, h, v); }
 };
@@ -221,15 +246,16 @@ struct FloatLane {
 // Calls f(a reader of this weight's words).
 template <class Function>
 FA_INLINE void with_lane(const Weight& w, const Layout& a, Function f) {
-#if defined(__AVX2__)
+#if defined(__AVX512BW__)
+  if (w.kind == Values::kE4M3 || w.kind == Values::kE5M2) return f(Float8Lane{});
+#elif defined(__AVX2__)
   if (a.woven && w.kind == Values::kE4M3) return f(FloatLane<4>{});
   if (a.woven && w.kind == Values::kE5M2) return f(FloatLane<5>{});
-#endif
-#if defined(__AVX2__) && !defined(__AVX512F__)
   if (a.woven) return w.bits == 8 ? f(ByteRun{}) : f(Planes{});
 #endif
   if (a.centred) return f(Lane<Values::kUnsigned, 4, true>{});
   if (w.bits == 4 && a.table) return f(Lane<Values::kTable, 4>{});
+  if (w.bits == 3) return f(Lane<Values::kTable, 3>{});
   if (w.bits == 4) return f(Lane<Values::kUnsigned, 4>{});
   if (w.bits == 2) return f(Lane<Values::kUnsigned, 2>{});
   if (w.kind == Values::kSigned) return f(Lane<Values::kSigned, 8>{});
@@ -260,7 +286,23 @@ struct Span {
     // Woven lanes stand for all of its 32 columns, also where the row ends among them.
     const int64_t granules = a.woven && !a.wide ? ceil_div(end - c0, 32) * (32 / a.per) : ceil_div(end - c0, a.granule);
     given = a.by_group ? count : granules;
-    direct = apart == 1 && given == all && w.grid.rows == 1 && w.scales.coding == Coding::kPlain && w.scales.dtype == kF32;
+    direct = a.wide && apart == 1 && w.scales.coding == Coding::kPlain && w.scales.dtype == kF32;
+  }
+
+  // The first group of a row here.
+  int64_t group(const Weight& w, int64_t row) const {
+    const int64_t line = w.flat ? row * row_groups : (w.grid.rows == 1 ? row : row / w.grid.rows) * w.grid.wide;
+    return line + first;
+  }
+
+  // Asks for a row's scales and zeros: a stream of them that the hardware follows ends with every page.
+  void prefetch(const Weight& w, int64_t row) const {
+    const auto lines = [&](const void* numbers, int64_t size) {
+      const char* p = static_cast<const char*>(numbers) + group(w, row) * size;
+      for (int64_t i = 0; i < count * size; i += 64) prefetch_line(p + i);
+    };
+    lines(w.scales.data, w.scales.coding == Coding::kPlain ? dtype_size(w.scales.dtype) : 1);
+    if (w.zero_dtype) lines(w.zero, dtype_size(w.zero_dtype));
   }
 };
 
@@ -271,32 +313,29 @@ struct Chunk {
   alignas(64) float own_s[kChunk / 4 + kLanes], own_z[kChunk / 4 + kLanes];
   alignas(64) uint8_t padded[kChunk + 4 * kLanes];
 
-  FA_INLINE void place(const Span& c, const float* groups, float* to) {
-    if (c.apart == 1)
-      memcpy(to, groups, size_t(c.given) * sizeof(float));
-    else
+  // One number a granule from those of groups, which `fill` writes.
+  template <class Fill>
+  FA_INLINE void place(const Span& c, float* to, Fill fill) {
+    if (c.apart == 1) {
+      fill(to);
+    } else {
+      alignas(64) float groups[kChunk / 4 + kLanes];
+      fill(groups);
       spread(groups, c.start, c.given, c.apart, to);
+    }
     for (int64_t i = c.given; i < c.all; ++i) to[i] = 0;
   }
 
   __attribute__((noinline)) void read(const Weight& w, const Layout& a, const Span& c, int64_t row) {
-    const int64_t line = w.flat ? row * c.row_groups : (w.grid.rows == 1 ? row : row / w.grid.rows) * w.grid.wide, g = line + c.first;
-    // Vectors of scales may reach beyond their own.
-    if (c.direct && row + kLanes < w.n) {
-      s = static_cast<const float*>(w.scales.data) + g;
-    } else {
-      alignas(64) float groups[kChunk / 4 + kLanes];
-      scales_of(w.scales, g, c.count, groups);
-      place(c, groups, own_s);
-      s = own_s;
-    }
+    const int64_t g = c.group(w, row);
+    s = c.direct ? static_cast<const float*>(w.scales.data) + g : own_s;
+    if (!c.direct) place(c, own_s, [&](float* to) { scales_of(w.scales, g, c.count, to); });
     z = own_z;
-    if (a.zeros) {
-      alignas(64) float groups[kChunk / 4 + kLanes];
-      zeros_of(w, g, c.count, groups);
-      for (int64_t i = 0; w.kind == Values::kUnsigned && !a.table && i < c.count; ++i) groups[i] -= w.values[0];
-      place(c, groups, own_z);
-    }
+    if (a.zeros)
+      place(c, own_z, [&](float* to) {
+        zeros_of(w, g, c.count, to);
+        for (int64_t i = 0; w.kind == Values::kUnsigned && !a.table && i < c.count; ++i) to[i] -= w.values[0];
+      });
     codes = row_of(w, row) + c.c0 * w.bits / 8;
     if (!c.whole) {
       const int64_t bytes = ceil_div((c.end - c.c0) * w.bits, 8);
@@ -313,11 +352,12 @@ struct Chunk {
   }
 };
 
-// One vector of scales or zeros for unit u of a chunk.
+// One vector of scales or zeros for unit u of a chunk. `place`: where lanes find theirs, u * step further than in unit 0; of it only the low bits count.
+// Whole vectors are read from where whole ones were written, which processors pass on without waiting for memory.
 template <bool wide>
 FA_INLINE F granules_at(const float* numbers, int64_t u, int64_t step, [[maybe_unused]] I place) {
   if constexpr (wide) return splat(numbers[u]);
-  const F f = load<F>(numbers + u * step);
+  const F f = load<F>(numbers + (u * step & -int64_t(kLanes)));
 #if defined(__AVX512F__)
   return F(_mm512_maskz_permutexvar_ps(0xffff, __m512i(place), __m512(f)));
 #elif defined(__AVX2__)
@@ -327,17 +367,28 @@ FA_INLINE F granules_at(const float* numbers, int64_t u, int64_t step, [[maybe_u
 #endif
 }
 
-// W[row, c0:c1], in its own order, zeros up to a whole vector.
-void decode_floats(const Weight& w, int64_t row, int64_t c0, int64_t c1, float* to) {
-  if (w.flat) {
+// W[row, c0:c1], in its own order, zeros up to a whole vector: in `own`. Rows of flat weights begin anywhere; whole vectors around them are decoded.
+constexpr int64_t kDecoded = kPiece - 2 * kLanes;  // columns at most
+struct Numbers {
+  alignas(64) float own[kPiece + kLanes];
+
+  float* read(const Weight& w, int64_t row, int64_t c0, int64_t c1) {
+    float* const first = own + (w.flat ? decode_flat(w, row * w.k + c0, row * w.k + c1) : 0);
+    if (!w.flat) decode_as<F32>(w, row, c0, c1, own);
+    for (int64_t i = c1 - c0; i % kLanes; ++i) first[i] = 0;
+    return first;
+  }
+
+ private:
+  // Where the first one stands.
+  int64_t decode_flat(const Weight& w, int64_t from, int64_t to) {
     Weight line = w;
     line.k = w.n * w.k, line.n = 1;
-    decode_as<F32>(line, 0, row * w.k + c0, row * w.k + c1, to);
-  } else {
-    decode_as<F32>(w, row, c0, c1, to);
+    const int64_t start = from / kLanes * kLanes;
+    decode_as<F32>(line, 0, start, least(ceil_div(to, kLanes) * kLanes, line.k), own);
+    return from - start;
   }
-  for (int64_t i = c1 - c0; i % kLanes; ++i) to[i] = 0;
-}
+};
 
 }  // namespace
 }  // namespace fa::cpu::quant

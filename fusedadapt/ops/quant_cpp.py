@@ -166,15 +166,26 @@ def linear_dx(dy: Tensor, parts: Parts, fmt: QFormat, n: int, k: int) -> Tensor:
     return dx
 
 
-#: rows of x up to which the own product is the faster one, at 4096 x 4096 on AVX2: x W^T; dY W of integers and of tables; x W^T with bytes looked
-#: up in memory; what is decoded first; and where the processor multiplies in 16 bits
-_FEW, _FEW_DX_INTEGERS, _FEW_DX_LOOKUPS, _FEW_BYTES, _FEW_DECODED, _FEW_16_BIT = 48, 48, 20, 24, 12, 16
+#: rows of x up to which the own product is the faster one, at 4096 x 4096, and for weights that are slow to read: where the processor multiplies in
+#: 16 bits; where its fp32 GEMM stays far below what it can (x W^T: all); else, on AVX2: x W^T; dY W of integers and of tables
+_FEW_16_BIT, _SLOW_16_BIT, _SLOW_ALL = 16, 10, 40
+_FEW, _SLOW, _FEW_DX_INTEGERS, _FEW_DX_LOOKUPS, _SLOW_DX = 48, 24, 48, 20, 12
+
+
+def _outruns() -> bool:
+    """Whether the own product is faster than the library's fp32 GEMM whatever the number of rows: on AMD's processors torch's GEMM makes 200 GFLOP/s
+    of two cores (Zen 5) where the AVX-512 kernels make 270."""
+    return bool(_core.q_isa() == "avx512" and _core.is_amd())
 
 
 def small(t: int, n: int, k: int, dtype: torch.dtype, fmt: QFormat, transposed: bool) -> bool:
     """Whether `linear` (`linear_dx` if ``transposed``) beats a dequantized piece and the library's GEMM."""
-    if fmt.bits == 3 or fmt.table.startswith("dynamic") or fmt.block[1] == 1:
-        return t <= (_FEW_BYTES if fmt.bits == 8 and fmt.flat and k % fmt.block[1] == 0 and not transposed else _FEW_DECODED)
+    decoded = fmt.block[1] == 1 or (fmt.flat and k % fmt.block[1] != 0)  # before it is multiplied
+    slow = decoded or (transposed and fmt.bits == 8 and bool(fmt.table))
     if dtype != torch.float32 and dense.multiplies(dtype):
-        return t <= _FEW_16_BIT
+        return t <= (_SLOW_16_BIT if slow else _FEW_16_BIT)
+    if _outruns():
+        return not slow or t <= _SLOW_ALL
+    if decoded or fmt.table.startswith("dynamic"):
+        return t <= (_SLOW_DX if transposed else _SLOW)
     return t <= (_FEW if not transposed else _FEW_DX_LOOKUPS if fmt.table else _FEW_DX_INTEGERS)
