@@ -57,7 +57,7 @@ Layout layout_of(const Weight& w, int64_t tokens = 1) {
   const bool rows_apart = !w.flat || (w.k % w.grid.columns == 0 && w.k * w.bits % 8 == 0);
   const bool one_group = !w.flat && w.grid.columns >= w.k;
   a.per = w.bits == 3 ? 8 : 32 / w.bits;
-  a.direct = !w.decoded && rows_apart && (w.bits != 2 || w.kind == Values::kUnsigned) && (one_group || w.grid.columns % a.per == 0);
+  a.direct = !w.decoded && rows_apart && (one_group || w.grid.columns % a.per == 0);
   a.block = a.direct ? a.per * kLanes : kLanes;
   a.side = one_group ? int64_t(1) << 40 : w.grid.columns;
   a.wide = a.side % a.block == 0;
@@ -68,7 +68,7 @@ Layout layout_of(const Weight& w, int64_t tokens = 1) {
   a.units = ceil_div(w.k, a.unit);
   const bool floats = w.kind == Values::kE4M3 || w.kind == Values::kE5M2;
   a.woven = kWoven && a.direct && a.side % 32 == 0 && ((w.bits > 3 && w.kind == Values::kTable) || floats);
-  a.table = w.kind == Values::kTable || w.bits == 3 || (kIntegersAsTable && w.bits == 4 && w.kind == Values::kUnsigned);
+  a.table = w.kind == Values::kTable || w.bits == 3 || (kIntegersAsTable && w.bits < 8);
   const bool off = !a.table && w.kind == Values::kUnsigned && w.values[0] != 0.f;
   a.sixteenfold = !a.table && a.direct && w.bits == 4 && w.kind == Values::kUnsigned;
   a.centred = a.sixteenfold && off && !w.zero_dtype && tokens > 2;
@@ -257,7 +257,7 @@ FA_INLINE void with_lane(const Weight& w, const Layout& a, Function f) {
   if (w.bits == 4 && a.table) return f(Lane<Values::kTable, 4>{});
   if (w.bits == 3) return f(Lane<Values::kTable, 3>{});
   if (w.bits == 4) return f(Lane<Values::kUnsigned, 4>{});
-  if (w.bits == 2) return f(Lane<Values::kUnsigned, 2>{});
+  if (w.bits == 2) return a.table ? f(Lane<Values::kTable, 2>{}) : f(Lane<Values::kUnsigned, 2>{});
   if (w.kind == Values::kSigned) return f(Lane<Values::kSigned, 8>{});
   return w.kind == Values::kUnsigned ? f(Lane<Values::kUnsigned, 8>{}) : f(ByteLane{});
 }
