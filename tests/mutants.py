@@ -276,7 +276,7 @@ MUTANTS = (
     Mutant(Q_LANES, "return from - start;", "return 0;", f"{Q_EXACT}[base-nf4]"),
     Mutant(Q_LANES, "int(a.per) + (j ^ swap)", "int(a.per) + j", f"{Q_EXACT}[base-nf4]"),
     Mutant(Q_PRODUCT, "% 2 ? v * splat(0.0625f) : v", "% 2 ? v : v", f"{Q_EXACT}[base-int4]"),
-    Mutant(Q_LANES, "? d.sixteen_firsts : d.first", "? d.first : d.first", f"{Q_EXACT}[base-int4 other zero]"),
+    Mutant("csrc/cpu/quant_dot.h", "(v[r][i] - z[r]) * s[r]", "v[r][i] * s[r]", f"{Q_EXACT}[base-int4 other zero]"),
     Mutant(Q_PRODUCT, "largest >= kHuge ?", "false ?", "test_quant_cpp.py::test_sums_of_codes_do_not_overflow[base-int4]"),
     Mutant("csrc/cpu/float8.h", "((magnitude >> kDropped) & 1)", "1", "test_quant_cpp.py::test_every_code_and_tie[base-fp8_e4m3]"),
     Mutant("csrc/cpu/quant.cpp", "as_float(passed(near))", "as_float(passed(far))", "test_quant_cpp.py::test_every_code_and_tie[base-dynamic8]"),

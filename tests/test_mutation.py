@@ -67,6 +67,7 @@ SHOWN = {
     "csrc/core/philox.h": ("csrc/bindings.cpp",),
     "csrc/cpu/lowrank_vector.h": ("csrc/cpu/lowrank_isa.cpp",),
     "csrc/cpu/float8.h": ("csrc/cpu/quant_isa.cpp", "csrc/cpu/quant_act_isa.cpp"),
+    "csrc/cpu/quant_dot.h": ("csrc/cpu/quant_product_isa.cpp",),
 }
 SHOWN |= {f"csrc/cpu/quant_{name}.h": ("csrc/cpu/quant_isa.cpp", "csrc/cpu/quant_product_isa.cpp") for name in ("vector", "decode", "lanes")}
 

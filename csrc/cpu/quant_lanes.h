@@ -12,8 +12,9 @@ namespace {
 
 FA_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Stays in its register: compilers load a word anew for every shift of it, as if memory cost nothing.
-FA_INLINE void keep([[maybe_unused]] U& word) {
+// Stays in its register: compilers load a vector anew for every use of it, as if memory cost nothing.
+template <class V>
+FA_INLINE void keep([[maybe_unused]] V& word) {
 #if defined(__AVX512F__)
   asm("" : "+v"(word));
 #elif defined(__AVX2__)
@@ -29,6 +30,7 @@ constexpr bool kWoven = true, kIntegersAsTable = false;
 constexpr bool kWoven = false, kIntegersAsTable = false;
 #endif
 constexpr int64_t kWidest = 512;  // columns of a unit at most
+constexpr int64_t kFew = 2;  // rows of x for which codes are summed, and the sums scaled
 
 struct Layout {
   bool direct;  // else rows are decoded into L1, in their own order
@@ -43,8 +45,6 @@ struct Layout {
   I place;  // of a lane's number among them
   int64_t side;  // columns of a group
   bool zeros;
-  // Values are codes less one number: with some tokens it is subtracted from each, on a pipe that multiply-adds leave idle, and there are no zeros.
-  bool centred;
   bool sixteenfold;  // the lanes' `raw` gives codes in odd places sixteen times too large, so even places of x are made so, too
 
   int64_t padded() const { return units * unit; }
@@ -70,9 +70,8 @@ Layout layout_of(const Weight& w, int64_t tokens = 1) {
   a.woven = kWoven && a.direct && a.side % 32 == 0 && ((w.bits > 3 && w.kind == Values::kTable) || floats);
   a.table = w.kind == Values::kTable || w.bits == 3 || (kIntegersAsTable && w.bits < 8);
   const bool off = !a.table && w.kind == Values::kUnsigned && w.values[0] != 0.f;
-  a.sixteenfold = !a.table && a.direct && w.bits == 4 && w.kind == Values::kUnsigned;
-  a.centred = a.sixteenfold && off && !w.zero_dtype && tokens > 2;
-  a.zeros = w.zero_dtype || (off && !a.centred);
+  a.sixteenfold = !a.table && a.direct && w.bits == 4 && w.kind == Values::kUnsigned && tokens <= kFew;
+  a.zeros = w.zero_dtype || off;
   a.by_group = kLanes > 4 && a.direct && !a.wide && a.block % a.side == 0;
   a.step = a.by_group ? a.block / a.side : kLanes;
   for (int i = 0; i < kLanes; ++i) a.place[i] = a.by_group ? int32_t(i * a.per / a.side) : i;
@@ -115,27 +114,23 @@ FA_INLINE U words_at(const uint8_t* p) {
 }
 
 // How words become numbers, kStep vectors at a time. `raw`: see Layout::sixteenfold; half of the shifts are saved.
-template <Values kind, int bits, bool centred = false>
+template <Values kind, int bits>
 struct Lane {
   static constexpr int kPer = bits == 3 ? 8 : 32 / bits, kStep = 1, kBytes = kPer * bits / 8 * kLanes;
   Lookup<bits> table;
-  F first, sixteen_firsts;
 
   FA_INLINE void set(Lane& d, const Weight& w) {
     if constexpr (kind == Values::kTable) Lookup<bits>::set(d.table, w.values);
-    if constexpr (centred) d.first = splat(w.values[0]), d.sixteen_firsts = splat(16.f * w.values[0]);
   }
   FA_INLINE F at(const Lane& d, U word, int j) {
     if constexpr (kind == Values::kTable) return Lookup<bits>::at(d.table, word >> (bits * j));
     if constexpr (kind == Values::kSigned) return __builtin_convertvector(I(word << (24 - 8 * j)) >> 24, F);
-    const F code = __builtin_convertvector(I((word >> (bits * j)) & ((1u << bits) - 1)), F);
-    return centred ? code + d.first : code;
+    return __builtin_convertvector(I((word >> (bits * j)) & ((1u << bits) - 1)), F);
   }
   FA_INLINE void part(const Lane& d, U word, int j, F* v) { *v = at(d, word, j); }
   FA_INLINE void raw(const Lane& d, U word, int j, F* v) {
     if constexpr (kind == Values::kUnsigned && bits == 4) {
       *v = __builtin_convertvector(I((word >> (j / 2 * 8)) & (j % 2 ? 0xf0u : 0x0fu)), F);
-      if constexpr (centred) *v += j % 2 ? d.sixteen_firsts : d.first;
     } else {
       *v = at(d, word, j);
     }
@@ -253,7 +248,6 @@ FA_INLINE void with_lane(const Weight& w, const Layout& a, Function f) {
   if (a.woven && w.kind == Values::kE5M2) return f(FloatLane<5>{});
   if (a.woven) return w.bits == 8 ? f(ByteRun{}) : f(Planes{});
 #endif
-  if (a.centred) return f(Lane<Values::kUnsigned, 4, true>{});
   if (w.bits == 4 && a.table) return f(Lane<Values::kTable, 4>{});
   if (w.bits == 3) return f(Lane<Values::kTable, 3>{});
   if (w.bits == 4) return f(Lane<Values::kUnsigned, 4>{});

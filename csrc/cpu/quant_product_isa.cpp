@@ -1,6 +1,6 @@
 // Products with a low-bit weight for a few rows, compiled once per instruction set (FA_ISA; the avx2 one with FMA). The codes are read once; numbers are
 // made in registers and scales are applied once per group. In which order things are added depends on shapes alone.
-#include "quant_lanes.h"
+#include "quant_dot.h"
 
 #define FA_CAT2(a, b) a##b
 #define FA_CAT(a, b) FA_CAT2(a, b)
@@ -35,15 +35,6 @@ float factor(const Product& p, int64_t t, int64_t columns) {
   return largest == as_float(0x7f800000u) ? 0.f : largest >= kHuge ? kShrink : 1.f;
 }
 
-// Rows of x for which a code becomes a number once: p.t of them in turns of the same size. Their vectors lie alternately, so that one pointer reads
-// them all.
-constexpr int64_t kTokens = 8;
-struct Turns {
-  int64_t tokens;
-  explicit Turns(const Product& p) : tokens(ceil_div(p.t, ceil_div(p.t, kTokens))) {}
-  int64_t count(const Product& p, int64_t first) const { return least(tokens, p.t - first); }
-};
-
 void arrange(const Weight& w, const Product& p, int64_t t, const Operand& to) {
   const Turns turns(p);
   const Layout a = layout_of(w, turns.tokens);
@@ -62,7 +53,7 @@ void arrange(const Weight& w, const Product& p, int64_t t, const Operand& to) {
           v[lane] = Format::widen_one(from[column]) * factor;
       store(x + c * count, a.sixteenfold && c / kLanes % 2 ? v * splat(0.0625f) : v);
       sum = c % a.unit ? sum + v : v;
-      if (a.zeros && (c + kLanes) % a.unit == 0) store(to.sums + t * to.sums_stride + c / a.unit * kLanes, sum);
+      if (a.zeros && turns.tokens <= kFew && (c + kLanes) % a.unit == 0) store(to.sums + t * to.sums_stride + c / a.unit * kLanes, sum);
     }
   });
 }
@@ -75,148 +66,16 @@ FA_INLINE float total(F f) {
 
 // ---- y = x W^T ----
 
-constexpr int64_t kRows = 16;  // of W that pass by a chunk of x
-// Bytes of codes that memory is asked for in advance, of half of the rows at most: the hardware stops where pages end.
-constexpr int64_t kAhead = 4096;
-
-// to[t] += W[row, chunk] . x[t, chunk] for T rows of x: codes are summed, and scales applied to the sums of a unit.
-template <class D, int T, bool wide>
-__attribute__((noinline)) void dot_codes(const D& reader, const Layout& a, const Chunk& chunk, int64_t u0, int64_t blocks, const Operand& o,
-                                         int64_t t0, const uint8_t* later, F* to) {
-  constexpr int kChains = T == 1 ? 4 : T <= 4 ? 2 : 1;  // additions in flight for each
-  const D d = reader;  // and the like: what is read through a reference is read again after every store
-  const int64_t most = wide ? a.most : 1, step = a.step, x_step = o.sums_stride;
-  const I on = I{} + int(step);
-  I place = a.place;
-  const bool zeros = a.zeros;
-  const float *s_of = chunk.s, *z_of = chunk.z;
-  const uint8_t* codes = chunk.codes;
-  const float* x = o.x + t0 * o.stride + u0 * a.unit * T;
-  const float* x_sums = o.sums + t0 * o.sums_stride + u0 * kLanes;
-  F total[T];
-#pragma GCC unroll 8
-  for (int t = 0; t < T; ++t) total[t] = to[t];
-  for (int64_t u = 0, left = blocks; left > 0; ++u, left -= most, x_sums += kLanes) {
-    F sum[T][kChains] = {};
-    for (int64_t b = wide ? least(most, left) : 1; b > 0; --b, codes += D::kBytes, later += D::kBytes, x += D::kPer * kLanes * T) {
-      prefetch_line(later);
-      U word = words_at<D>(codes);
-      keep(word);
-#pragma GCC unroll 16
-      for (int part = 0; part < D::kPer / D::kStep; ++part) {
-        F v[D::kStep];
-        D::raw(d, word, part, v);
-#pragma GCC unroll 4
-        for (int i = 0; i < D::kStep; ++i) {
-          const int j = part * D::kStep + i;
-#pragma GCC unroll 8
-          for (int t = 0; t < T; ++t) sum[t][j % kChains] = fma(v[i], load<F>(x + (j * T + t) * kLanes), sum[t][j % kChains]);
-        }
-      }
-    }
-    const F s = granules_at<wide>(s_of, u, step, place), z = zeros ? granules_at<wide>(z_of, u, step, place) : F{};
-    place += on;
-#pragma GCC unroll 8
-    for (int t = 0; t < T; ++t) {
-      F all = sum[t][0];
-      if constexpr (kChains > 1) {
-        const F even = kChains == 4 ? sum[t][0] + sum[t][2 % kChains] : sum[t][0];
-        const F odd = kChains == 4 ? sum[t][1] + sum[t][3 % kChains] : sum[t][1];
-        all = even + odd;
-      }
-      if (zeros) all = fma(-z, load<F>(x_sums + t * x_step), all);
-      total[t] = fma(s, all, total[t]);
-    }
-  }
-#pragma GCC unroll 8
-  for (int t = 0; t < T; ++t) to[t] = total[t];
-}
-
-template <class D, bool wide>
-void dot_rows(int64_t count, const D& d, const Layout& a, const Chunk& row, int64_t u0, int64_t blocks, const Operand& o, int64_t t0,
-              const uint8_t* later, F* to) {
-  constexpr void (*kOf[kTokens])(const D&, const Layout&, const Chunk&, int64_t, int64_t, const Operand&, int64_t, const uint8_t*, F*) = {
-      dot_codes<D, 1, wide>, dot_codes<D, 2, wide>, dot_codes<D, 3, wide>, dot_codes<D, 4, wide>,
-      dot_codes<D, 5, wide>, dot_codes<D, 6, wide>, dot_codes<D, 7, wide>, dot_codes<D, 8, wide>};
-  kOf[count - 1](d, a, row, u0, blocks, o, t0, later, to);
-}
-
-// Rows [n0, n1), at most kRows; p.t sums each.
-template <class D>
-void linear_direct(const Weight& w, const Layout& a, const Product& p, const Operand& o, int64_t n0, int64_t n1, F* to) {
-  D d;
-  D::set(d, w);
-  // One row is read before the one before it is multiplied: numbers that were just stored would be waited for, and codes of later rows meanwhile
-  // not be asked for (int4 in groups of 64 with zeros, caches cold: 0.39 ms for 0.30).
-  Chunk chunks[2];
-  const Turns turns(p);
-  const int64_t step = turns.tokens <= 2 ? kChunk : turns.tokens <= 4 ? kChunk / 4 : kChunk / 8;
-  for (int64_t c = 0; c < w.k; c += step) {
-    const Span span(w, a, c, c + step);
-    const int64_t unit = c / a.unit, first = c * w.bits / 8, bytes = ceil_div((span.end - c) * w.bits, 8);
-    const int64_t rows = n1 - n0, on = least(ceil_div(kAhead, bytes), ceil_div(rows, 2));
-    for (int64_t t = 0; t < p.t; t += turns.tokens) {
-      chunks[n0 % 2].read(w, a, span, n0);
-      for (int64_t n = n0; n < n1; ++n) {
-        // These columns some rows on; near the end the next ones of the first rows, or the first ones of the rows after these.
-        const bool wraps = n + on >= n1, last = span.end == w.k;
-        const uint8_t* const later = row_of(w, wraps && !last ? n + on - rows : n + on) + (!wraps ? first : last ? 0 : first + bytes);
-        span.prefetch(w, n + on);
-        if (n + 1 < n1) chunks[(n + 1) % 2].read(w, a, span, n + 1);
-        const Chunk& row = chunks[n % 2];
-        const int64_t count = turns.count(p, t);
-        if (a.wide)
-          dot_rows<D, true>(count, d, a, row, unit, span.blocks, o, t, later, to + (n - n0) * p.t + t);
-        else
-          dot_rows<D, false>(count, d, a, row, unit, span.blocks, o, t, later, to + (n - n0) * p.t + t);
-      }
-    }
-  }
-}
-
-// to[t] += row . x[t] for T rows of x
-template <int T>
-void dot_numbers(const float* row, int64_t count, const float* x, F* to) {
-  constexpr int kChains = T == 1 ? 4 : T <= 4 ? 2 : 1;
-  F sum[T][kChains] = {};
-  for (int64_t i = 0; i < count; i += kChains * kLanes)
-#pragma GCC unroll 4
-    for (int j = 0; j < kChains; ++j) {
-      if (j && i + j * kLanes >= count) break;
-      const F v = load<F>(row + i + j * kLanes);
-#pragma GCC unroll 8
-      for (int t = 0; t < T; ++t) sum[t][j] = fma(v, load<F>(x + (i + j * kLanes) * T + t * kLanes), sum[t][j]);
-    }
-#pragma GCC unroll 8
-  for (int t = 0; t < T; ++t)
-    for (int j = 0; j < kChains; ++j) to[t] += sum[t][j];
-}
-
-void linear_decoded(const Weight& w, const Product& p, const Operand& o, int64_t n0, int64_t n1, F* to) {
-  constexpr void (*kOf[kTokens])(const float*, int64_t, const float*, F*) = {
-      dot_numbers<1>, dot_numbers<2>, dot_numbers<3>, dot_numbers<4>, dot_numbers<5>, dot_numbers<6>, dot_numbers<7>, dot_numbers<8>};
-  Numbers numbers;
-  const Turns turns(p);
-  for (int64_t c = 0; c < w.k; c += kDecoded) {
-    const int64_t end = least(c + kDecoded, w.k);
-    for (int64_t n = n0; n < n1; ++n) {
-      const float* const row = numbers.read(w, n, c, end);
-      for (int64_t t = 0; t < p.t; t += turns.tokens) {
-        const int64_t count = turns.count(p, t);
-        kOf[count - 1](row, end - c, o.x + t * o.stride + c * count, to + (n - n0) * p.t + t);
-      }
-    }
-  }
-}
-
 void linear(const Weight& w, const Product& p, const Operand& o, int64_t n0, int64_t n1) {
   const Layout a = layout_of(w, Turns(p).tokens);
   for (int64_t n = n0; n < n1; n += kRows) {
     const int64_t end = least(n + kRows, n1);
     F sums[kRows * kMostRows];  // of the rows of x one after another, for every row of W
-    for (int64_t i = 0; i < (end - n) * p.t; ++i) sums[i] = F{};
+    for (F& sum : sums) sum = F{};
     if (a.direct)
-      with_lane(w, a, [&](auto lane) { linear_direct<decltype(lane)>(w, a, p, o, n, end, sums); });
+      with_lane(w, a, [&](auto lane) {
+        (Turns(p).tokens <= kFew ? linear_few<decltype(lane)> : linear_many<decltype(lane)>)(w, a, p, o, n, end, sums);
+      });
     else
       linear_decoded(w, p, o, n, end, sums);
     with_format(p.dtype, [&](auto format) {

@@ -167,8 +167,8 @@ def linear_dx(dy: Tensor, parts: Parts, fmt: QFormat, n: int, k: int) -> Tensor:
 
 
 #: rows of x up to which the own product is the faster one, at 4096 x 4096, and for weights that are slow to read: where the processor multiplies in
-#: 16 bits; where its fp32 GEMM stays far below what it can (x W^T: all); else, on AVX2: x W^T; dY W of integers and of tables
-_FEW_16_BIT, _SLOW_16_BIT, _SLOW_ALL = 16, 10, 40
+#: 16 bits (x W^T; dY W); where its fp32 GEMM stays far below what it can (all, but for the slow); else, on AVX2: x W^T; dY W of integers and of tables
+_FEW_16_BIT, _FEW_DX_16_BIT, _SLOW_16_BIT, _SLOW_ALL = 24, 16, 10, 40
 _FEW, _SLOW, _FEW_DX_INTEGERS, _FEW_DX_LOOKUPS, _SLOW_DX = 48, 24, 48, 20, 12
 
 
@@ -183,7 +183,7 @@ def small(t: int, n: int, k: int, dtype: torch.dtype, fmt: QFormat, transposed: 
     decoded = fmt.block[1] == 1 or (fmt.flat and k % fmt.block[1] != 0)  # before it is multiplied
     slow = decoded or (transposed and fmt.bits == 8 and bool(fmt.table))
     if dtype != torch.float32 and dense.multiplies(dtype):
-        return t <= (_SLOW_16_BIT if slow else _FEW_16_BIT)
+        return t <= (_SLOW_16_BIT if slow else _FEW_DX_16_BIT if transposed else _FEW_16_BIT)
     if _outruns():
         return not slow or t <= _SLOW_ALL
     if decoded or fmt.table.startswith("dynamic"):
