@@ -167,7 +167,7 @@ def linear_dx(dy: Tensor, parts: Parts, fmt: QFormat, n: int, k: int) -> Tensor:
 
 
 #: rows of x up to which the own product is the faster one, at 4096 x 4096, and for weights that are slow to read: where the processor multiplies in
-#: 16 bits (x W^T; dY W); where its fp32 GEMM stays far below what it can (all, but for the slow); else, on AVX2: x W^T; dY W of integers and of tables
+#: 16 bits (x W^T; dY W); where its fp32 GEMM stays far below what it can (all but the slow); else, on AVX2: x W^T; dY W of integers and of tables
 _FEW_16_BIT, _FEW_DX_16_BIT, _SLOW_16_BIT, _SLOW_ALL = 24, 16, 10, 40
 _FEW, _SLOW, _FEW_DX_INTEGERS, _FEW_DX_LOOKUPS, _SLOW_DX = 48, 24, 48, 20, 12
 
