@@ -19,6 +19,7 @@ import fusedadapt as fa
 from fusedadapt.quant import FORMATS, QFormat, QuantizedTensor, format_of, quantize
 from fusedadapt.quant.tables import TABLES, table
 from fusedadapt.reference import quant as reference
+from fusedadapt.reference import quant_rules
 
 
 @pytest.fixture(autouse=True)
@@ -308,6 +309,16 @@ def test_hqq_is_the_same_on_every_device(kind: str) -> None:
         beta *= 1.01
     zero = quantize(w, "hqq4").parts.zero
     assert zero is not None and np.array_equal(zero.numpy().reshape(-1, 1), kept)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 1 << 20])
+def test_hqq_is_the_same_however_many_groups_are_worked_on_at_a_time(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for n, k in ((9, 256), (6, 100), (1, 7)):  # whole groups, and short ones that are filled up
+        w = weight("outlier", n, k)
+        monkeypatch.undo()
+        want = quantize(w, "hqq4")
+        monkeypatch.setattr(quant_rules, "_cuts", lambda x: [slice(i, i + rows) for i in range(0, x.shape[0], rows)])
+        assert same(quantize(w, "hqq4").parts, want.parts)
 
 
 def test_ternary_and_hqq_by_the_formula() -> None:

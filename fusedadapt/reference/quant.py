@@ -38,16 +38,21 @@ def stats(w: Tensor, fmt: QFormat) -> tuple[Tensor, Tensor]:
 
 
 def groups(w: Tensor, fmt: QFormat, fill: float | None = None) -> Tensor:
-    """w's elements by group: `fmt.grid` x elements of a group, fp32. A short group is filled up with its last element, or with ``fill``."""
+    """w's elements by group: `fmt.grid` x elements of a group, fp32, perhaps w itself. A short group is filled up with its last element, or with
+    ``fill``."""
     n, k = w.shape
     w = w.float()
     if fmt.flat:
         flat, size = w.reshape(-1), fmt.block[1]
+        if flat.numel() % size == 0:
+            return flat.view(-1, size)
         at = torch.arange(fmt.grid(n, k)[0] * size, device=w.device)
         found = flat[at.clamp(max=flat.numel() - 1)]
         return (found if fill is None else found.masked_fill(at >= flat.numel(), fill)).view(-1, size)
     rows, columns = fmt.sides(n, k)
     high, wide = fmt.grid(n, k)
+    if n % rows == 0 and k % columns == 0:
+        return w.reshape(high, rows, wide, columns).transpose(1, 2).reshape(high, wide, rows * columns)
     i = torch.arange(high * rows, device=w.device)
     j = torch.arange(wide * columns, device=w.device)
     found = w[i.clamp(max=n - 1)][:, j.clamp(max=k - 1)]

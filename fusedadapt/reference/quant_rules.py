@@ -105,7 +105,8 @@ def affine_sym(w: Tensor, lo: Tensor, hi: Tensor, fmt: QFormat) -> Found:
 
 def absmean(w: Tensor, lo: Tensor, hi: Tensor, fmt: QFormat) -> Found:
     """S = mean |w|, at least 1e-5: BitNet b1.58 (Ma et al., arXiv:2402.17764). The mean is summed in fp64."""
-    mean = groups(w, fmt).double().abs().mean(-1)
+    x = groups(w, fmt)
+    mean = torch.linalg.vector_norm(x, 1, dim=-1, dtype=torch.float64) / x.shape[-1]
     s = _stored(torch.where(mean.isfinite(), mean, torch.nan).float().clamp(min=_MEAN_FLOOR), fmt)
     return Found(s, s.float())
 
@@ -161,24 +162,40 @@ def row_steps(w: Tensor, lo: Tensor, hi: Tensor, fmt: QFormat) -> Found:
     return Found(byte.to(torch.uint8), torch.where(s > 0, 1.0 / scale, 0.0), super=row)
 
 
+def _cuts(x: Tensor) -> list[slice]:
+    """Rows of ``x`` that are worked on at a time: what a step makes of them stays in the caches, on a GPU in a gigabyte."""
+    rows = max(1, (1 << 24 if x.is_cuda else 1 << 17) // max(1, x.shape[-1]))
+    return [slice(i, i + rows) for i in range(0, x.shape[0], rows)]
+
+
+def _hqq_step(x: Tensor, inv: Tensor, z: Tensor, beta: float, fmt: QFormat) -> tuple[Tensor, Tensor, Tensor]:
+    """(sum of the errors' magnitudes, their number, the next zeros) of some groups. x: groups x elements, NaN where there is none."""
+    q = (x * inv + z).round_().clamp_(fmt.low, fmt.high)
+    rest = x - (q - z) / inv
+    wide = rest.abs().double()
+    sums, counts = wide.nansum(), wide.isfinite().sum()
+    power = wide.pow_(-0.3).float()  # in fp32 every device has another last bit, and with it another zero
+    e = rest.sign() * (rest.abs() - over(power, beta)).clamp_(min=0)
+    return sums, counts, (q - (x - e) * inv).double().nanmean(-1).float()
+
+
 def hqq(w: Tensor, lo: Tensor, hi: Tensor, fmt: QFormat) -> Found:
     """S = (hi - lo) / (2^bits - 1) and a float zero, refined by half-quadratic splitting: HQQ (Badri and Shaji, 2023), 20 steps at most."""
     span = hi - lo
     inv = torch.where(span.abs() <= 1e-4, 1.0, fmt.high / span).clamp(max=2e4)
     inv = torch.where(lo.isfinite() & hi.isfinite(), inv, torch.nan)
-    x, z, beta, best = groups(w, fmt, torch.nan), 0.0 - lo * inv, 10.0, torch.inf
-    kept = z
+    x = groups(w, fmt, torch.nan).flatten(0, -2)
+    z, beta, best = (0.0 - lo * inv).flatten(), 10.0, torch.inf
+    kept, parts = z, _cuts(x)
     for _ in range(20):
-        q = (x * inv[..., None] + z[..., None]).round().clamp(fmt.low, fmt.high)
-        rest = x - (q - z[..., None]) / inv[..., None]
-        error = float(rest.abs().double().nanmean())
+        steps = [_hqq_step(x[part], inv.flatten()[part, None], z[part, None], beta, fmt) for part in parts]
+        error = float(sum(error for error, _, _ in steps) / sum(count for _, count, _ in steps))
         if not error < best:
             break
         best, kept = error, z
-        power = rest.abs().double().pow(-0.3).float()  # in fp32 every device has another last bit, and with it another zero
-        e = rest.sign() * (rest.abs() - over(power, beta)).clamp(min=0)
-        z = (q - (x - e) * inv[..., None]).double().nanmean(-1).float()
+        z = torch.cat([fresh for _, _, fresh in steps])
         beta *= 1.01
+    kept = kept.view(lo.shape)
     s = 1.0 / inv
     return Found(_stored(s, fmt), inv, zero=kept)
 
