@@ -28,7 +28,7 @@ LIMIT = 128  # registers per thread for two blocks of 256 threads on an SM
 SCATTERED = 255  # compact entries: one block; their positions and anchors leave 128 too few for three states
 ONE_BLOCK = {"sm_80": 142, "sm_100": 166}  # coded states: where ptxas spills in 128 (on sm_80 three states, on sm_100 two)
 WIDE = ("Adam", "Lion", "AdaBelief", "SGDMomentum")
-LIBM = ("DiffGrad", "AdaHessian")  # expf and powf: fma inside, not promised bit for bit
+LIBM = ("AdaHessian",)  # powf: fma inside, not promised bit for bit
 
 
 def find_nvcc() -> str | None:

@@ -46,7 +46,6 @@ PLACES = ((0, 0, 0), (48, 0, 0), (5, 0, 0), (2**33 + 3, 7, 20))  # base, inner, 
 HOSTILE = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 1e-40, 3e38, -7e4, 1e-30])
 # infinities and NaN are meant
 # expf and powf differ between libraries: a few units in the last place of the parameter, states exact
-INEXACT = {"diffgrad"}
 
 
 pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning:triton"), pytest.mark.usefixtures("quick_calls")]
@@ -209,7 +208,7 @@ def test_registry_is_the_core_s():
 
 @pytest.mark.parametrize("rule", RULES)
 def test_rule_equals_cpp(rule):
-    compare(rule, spread(list(RULES).index(rule)), [{}, SCALED], tolerance=2 if rule in INEXACT else 0)
+    compare(rule, spread(list(RULES).index(rule)), [{}, SCALED])
 
 
 def test_every_size_with_every_storage():

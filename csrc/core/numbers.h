@@ -2,6 +2,7 @@
 #pragma once
 #include <cmath>
 
+#include "dtypes.h"
 #include "macros.h"
 #include "table.h"
 
@@ -33,6 +34,22 @@ FA_HD double exp2_neg(double y) {
     sum += term;
   }
   return ipow(0.5, whole) * sum;
+}
+
+// e^x of x <= 0 within 1 ulp, 0 below -87: products and sums alone, which every device rounds alike and compilers turn into vectors.
+FA_HD float exp_neg(float x) {
+  const int n = int((x >= -87.f ? x : -87.f) * 1.44269504f - 0.5f);
+  // ln 2 in two parts, the first with so few bits that n times it is exact; a NaN goes this way
+  const float r = (x - float(n) * 0.693359375f) - float(n) * -2.12194440e-4f;
+  float e = float(1.0 / 5040.0);
+  e = e * r + float(1.0 / 720.0);
+  e = e * r + float(1.0 / 120.0);
+  e = e * r + float(1.0 / 24.0);
+  e = e * r + float(1.0 / 6.0);
+  e = e * r + 0.5f;
+  e = (e * (r * r) + r) + 1.f;
+  e *= as_float(uint32_t(n + 127) << 23);
+  return x < -87.f ? 0.f : e;
 }
 
 FA_HD float sign_of(float x) { return float(x > 0.f) - float(x < 0.f); }  // sign(0) = 0, sign(NaN) = 0, as torch

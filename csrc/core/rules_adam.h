@@ -131,7 +131,7 @@ struct DiffGrad {
   static FA_HD float step(float p, float g, float* s, const Row& r) {
     s[0] = r.beta1 * s[0] + r.alpha1 * g;
     s[1] = r.beta2 * s[1] + r.alpha2 * g * g;
-    const float friction = 1.f / (1.f + expf(-fabsf(s[2] - g)));
+    const float friction = 1.f / (1.f + exp_neg(-fabsf(s[2] - g)));
     s[2] = g;
     return p - r.step_size * (s[0] * friction) / (sqrtf(s[1]) + r.eps);
   }

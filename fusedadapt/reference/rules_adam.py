@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import where
 
 from .rules import (
@@ -13,6 +12,7 @@ from .rules import (
     common_row,
     correction,
     exp2_neg,
+    exp_neg,
     ipow,
     max_nan,
     moments,
@@ -115,7 +115,7 @@ def e2_row(h, c):
 @rule("diffgrad", e2_row)
 def diffgrad(p, g, s, r):
     moments(g, s, r)
-    friction = 1.0 / (1.0 + torch.exp(-(s[2] - g).abs()))
+    friction = 1.0 / (1.0 + exp_neg(-(s[2] - g).abs()))
     s[2] = g
     return p - r.step_size * (s[0] * friction) / (sqrt(s[1]) + r.eps)
 
