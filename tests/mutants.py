@@ -18,6 +18,7 @@ class Mutant(NamedTuple):
 RULES, ADAM, NUMBERS, DTYPES = "csrc/core/rules.h", "csrc/core/rules_adam.h", "csrc/core/numbers.h", "csrc/core/dtypes.h"
 TRUTH, MID, FUNCTION = "fusedadapt/reference/lowrank.py", "fusedadapt/lowrank/mid.py", "fusedadapt/lowrank/function.py"
 FUNCTIONAL, LOWRANK = "fusedadapt/lowrank/functional.py", "fusedadapt/ops/lowrank.py"
+LR_FEW = "test_lowrank_cpp.py::test_few_rows_take_adapters_as_they_lie"
 LR_HOST, LR_CPU = "csrc/cpu/lowrank.cpp", "csrc/cpu/lowrank_isa.cpp"
 PLAIN, LR_BRANCH = "fusedadapt/lowrank/plain.py", "csrc/cpu/lowrank_branch.cpp"
 SAVED, SHORT = "test_lowrank_memory.py::test_saved_bytes_without_gradients_of_a", "test_lowrank_plain.py::test_"
@@ -162,6 +163,7 @@ MUTANTS = (
     Mutant(LOWRANK, "x.stride(1) == 1 and (", "(", "test_lowrank_cpp"),
     Mutant(LOWRANK, "b, _dense(row_scale), y0, need_bias", "b, row_scale, y0, need_bias", "test_lowrank_triton[100001]"),
     # low-rank: C++ and Triton
+    Mutant("csrc/cpu/lowrank_few_isa.cpp", "i < kLanes - left ? 0 : -1", "-1", f"{LR_FEW}[base-dtype0]"),
     Mutant(LR_HOST, "&& !s.threshold && !out.back().threshold", "&& !s.threshold", "test_lowrank_cpp"),
     Mutant(LR_HOST, "seed != drawn.seed || ", "", "test_lowrank_cpp.py::test_masks_are_drawn_once_for_both_uses[base]"),
     Mutant(LR_BRANCH, "const Rows du = scaled(dv, rank, s,", "const Rows du = scaled(dv, rank, 1.f,", f"{SHORT}bits_are_those_of_the_general_way"),

@@ -329,3 +329,26 @@ def test_tensors_without_memory_are_refused(lost: str) -> None:
             cpp.shrink(x, a, None, (0,), [2])
     with pytest.raises(ValueError, match="expected tensors with memory; got"):
         cpp.shrink(torch._efficientzerotensor(5, 8), torch.ones(2, 8), None, (0,), [2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_few_rows_take_adapters_as_they_lie(dtype: torch.dtype, isa: str) -> None:
+    """Between the rows of all matrices lie NaNs, and in the adapters infinities, which reach their own results alone."""
+    gen = torch.Generator().manual_seed(5)
+
+    def matrix(rows: int, columns: int) -> Tensor:
+        wide = torch.full((rows, columns + 5), torch.nan, dtype=dtype)
+        return wide[:, 1 : columns + 1].copy_(torch.randn(rows, columns, generator=gen))
+
+    for t, k, r, n in ((1, 7, 3, 5), (1, 16, 16, 300), (3, 33, 17, 16), (4, 100, 24, 257), (5, 65, 31, 33), (8, 1025, 130, 70), (48, 40, 200, 9)):
+        x, a, b = matrix(t, k), matrix(r, k), matrix(n, r)
+        a[r // 2, k - 1], b[n // 2, r - 1] = torch.inf, torch.inf
+        u = cpp.shrink(x, a, None, [0], [r])
+        want = x.double() @ a.double().t()
+        close = {"rtol": 1e-5, "atol": 1e-4, "equal_nan": True}
+        torch.testing.assert_close(u.double(), want, **close)
+        u[:, r // 2] = 1.0
+        y = matrix(t, n)
+        want = (y.double() + u.double() @ b.double().t()).to(dtype)
+        cpp.add_(y, u, b.t(), None, [0], [r])
+        torch.testing.assert_close(y, want, rtol=4 * torch.finfo(dtype).eps, atol=1e-3 if dtype != torch.float32 else 1e-4)

@@ -37,6 +37,7 @@ extern const FakeKernels fake_avx2 = fake_base, fake_avx512 = fake_base;
 extern const BandKernels band_avx2 = band_base, band_avx512 = band_base;
 namespace lowrank {
 extern const Kernels kernels_avx2 = kernels_base, kernels_avx512 = kernels_base;
+extern const FewKernels few_avx2 = few_base, few_avx512 = few_base;
 }
 namespace quant_act {
 extern const Kernels kernels_avx2 = kernels_base, kernels_avx512 = kernels_base, kernels_vnni = kernels_base;
@@ -53,7 +54,8 @@ UNITS = (
     "csrc/table_host.cpp", "csrc/table_warm.cpp", "csrc/table_compact.cpp",
     "csrc/table_coded.cpp", "csrc/torch_shim.cpp", "csrc/looks.cpp", "csrc/cpu/lowbit.cpp", "csrc/cpu/lowbit_isa.cpp",
     "csrc/bindings.cpp", "csrc/bindings_cuda.cpp",
-    "csrc/cpu/lowrank.cpp", "csrc/cpu/lowrank_branch.cpp", "csrc/cpu/lowrank_isa.cpp", "csrc/bindings_lowrank.cpp",
+    "csrc/cpu/lowrank.cpp", "csrc/cpu/lowrank_branch.cpp", "csrc/cpu/lowrank_few.cpp", "csrc/cpu/lowrank_isa.cpp", "csrc/cpu/lowrank_few_isa.cpp",
+    "csrc/bindings_lowrank.cpp",
     "csrc/cpu/sparse.cpp", "csrc/cpu/sparse_mask.cpp", "csrc/cpu/sparse_move.cpp", "csrc/cpu/sparse_isa.cpp", "csrc/bindings_sparse.cpp",
     "csrc/cpu/merge.cpp", "csrc/cpu/merge_cut.cpp", "csrc/cpu/merge_isa.cpp", "csrc/cpu/merge_band_isa.cpp", "csrc/bindings_merge.cpp",
     "csrc/cpu/fake_quant.cpp", "csrc/cpu/fake_quant_isa.cpp", "csrc/bindings_fake_quant.cpp",

@@ -85,6 +85,8 @@ void write_all(const Kernels& k, const Writing& w, int threads) {
 }
 
 void write_branch(Writing w, const float* u, const Matrix& a, const std::vector<Segment>& segments, uint64_t seed, int threads) {
+  if (const Matrix b = transposed(a); few_to_write(w.y, b, segments))
+    return few_write(w.y, w.kind == Write::kAdd, w.bias, u, 1.f, b, threads);
   const Kernels& k = kernels();
   const Trim trim;
   std::vector<Segment> list = joined(segments);
@@ -195,6 +197,7 @@ const Kernels& kernels() {
 }
 
 void shrink(const Matrix& x, const Matrix& a, float* u, std::vector<Segment> segments, uint64_t seed, int threads) {
+  if (few_to_shrink(x, a, segments)) return few_shrink(x, a, u, threads);
   const Kernels& k = kernels();
   const Trim trim;
   segments = joined(segments);

@@ -106,6 +106,21 @@ extern const Kernels kernels_avx2, kernels_avx512;
 #endif
 const Kernels& kernels();  // what cpu::use_isa chose; avx2 needs FMA here
 
+// Products of a few rows with adapters that are read where they lie.
+struct FewKernels {
+  // fp32, times scale; what is left after whole vectors in the upper lanes of a last one, where `dots` has it, too
+  void (*widen)(const Matrix& x, float scale, float* to, int64_t stride);
+  // out[t][i - first] = m[i] . x[t] for rows [first, last) of m, whose elements lie side by side
+  void (*dots)(const Matrix& m, int64_t first, int64_t last, const float* x, int64_t stride, int64_t rows, float* out, int64_t out_stride);
+  // columns [first, last) of y: sums + bias, added to what is there or not
+  void (*put)(const Matrix& y, bool adds, const float* bias, int64_t first, int64_t last, const float* sums, int64_t stride);
+};
+extern const FewKernels few_base;
+#if defined(__x86_64__)
+extern const FewKernels few_avx2, few_avx512;
+#endif
+constexpr int64_t kFewRows = 48;
+
 // The functions of the reference. `segments` need first, rank, threshold and stream only.
 void shrink(const Matrix& x, const Matrix& a, float* u, std::vector<Segment> segments, uint64_t seed, int threads);
 void bwd_x(const Matrix& x, const float* u, float* m, const std::vector<Segment>& segments, uint64_t seed, int threads);

@@ -11,8 +11,6 @@ namespace {
 
 std::vector<Segment> masked_by(const Branch& branch) { return {Segment{0, branch.a.rows, branch.threshold, 0, 0}}; }
 
-Matrix transposed(const Matrix& m) { return {m.data, m.dtype, m.columns, m.rows, m.step, m.stride}; }
-
 // Rows [t0, t1) of a matrix of `rank` columns times s, in memory of this thread until it asks for the next; the matrix itself if s is 1.
 struct Rows {
   const float* data;
@@ -58,17 +56,22 @@ void branch_start(const Matrix& x, const Branch& branch, const float* bias, floa
   const int64_t rank = branch.a.rows;
   std::vector<Segment> in = masked_by(branch);
   const std::vector<Segment> out = {Segment{0, rank, 0, 0, 0}};
+  const bool few = few_to_shrink(x, branch.a, in);
+  if (few) {
+    few_shrink(x, branch.a, u, threads);
+    if (few_to_write(y, branch.b, out)) return few_write(y, y.dtype != kF32, bias, u, branch.scaling, branch.b, threads);
+  }
   Reading r;
   r.x = x;
   r.rank = rank;
   r.u = u;
-  pack_shrink(k, r, in, branch.a, branch.a.step, branch.a.stride, threads);
+  if (!few) pack_shrink(k, r, in, branch.a, branch.a.step, branch.a.stride, threads);
   r.segments = view(in, branch.seed);
   Writing w = onto(y, bias, rank);
   w.segments = view(out, 0);
   pack_expand(k, w, transposed(branch.b), memory().others, threads);
   over_rows(x.rows, threads, [&](int64_t t0, int64_t t1) {
-    k.read(r, t0, t1, Partial{}, rows_scratch(k, r));
+    if (!few) k.read(r, t0, t1, Partial{}, rows_scratch(k, r));
     write_rows(k, w, scaled(u, rank, branch.scaling, t0, t1), t0, t1);
   });
 }

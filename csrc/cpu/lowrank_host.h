@@ -9,6 +9,7 @@
 namespace fa::cpu::lowrank {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline Matrix transposed(const Matrix& m) { return {m.data, m.dtype, m.columns, m.rows, m.step, m.stride}; }
 
 // `panels`, `others` (of right factors), `sums`, `masks`, `dv`: of the caller, read by all threads. `rows`, `scaled`: of the thread that works.
 struct Memory {
@@ -31,6 +32,15 @@ Segments view(const std::vector<Segment>& s, uint64_t seed);
 void pack_shrink(const Kernels& k, Reading& r, std::vector<Segment>& segments, Matrix source, int64_t step_p, int64_t step_n, int threads);
 // Panels for drop(u a): all segments one below the other in each.
 void pack_expand(const Kernels& k, Writing& w, Matrix a, Scratch& panels, int threads);
+
+// Whether rows are so few that adapters are better read where they lie (1024 x 1024, rank 16, one row: 13 us for 26, rank 256: 22 us for 186); no
+// dropout. Columns of b are `rank`: every element of y is a sum of so few products that panels pay off sooner.
+bool few_to_shrink(const Matrix& x, const Matrix& a, const std::vector<Segment>& segments);
+bool few_to_write(const Matrix& y, const Matrix& b, const std::vector<Segment>& segments);
+// U = x a^T. a: R x K, K side by side.
+void few_shrink(const Matrix& x, const Matrix& a, float* u, int threads);
+// y = bias + scale u b^T, or that added to y. b: N x R, R side by side.
+void few_write(const Matrix& y, bool adds, const float* bias, const float* u, float scale, const Matrix& b, int threads);
 
 inline float* rows_scratch(const Kernels& k, const Reading& r) { return memory().rows.get(kBlockRows * r.panel_count * k.width); }
 
