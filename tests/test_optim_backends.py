@@ -1,10 +1,12 @@
 """Every rule on every backend present, against the reference in fp32: the same bits in parameters and states."""
 
+import numpy as np
 import pytest
 import torch
 
 from fusedadapt import dispatch
 from fusedadapt.optim import OPTIMIZERS
+from fusedadapt.reference.random import random16
 
 BACKENDS = ["cpp", "triton", "emulated"]
 # pow comes from different libraries: within 2 ulp there, equal bits everywhere else
@@ -151,6 +153,14 @@ def test_philox_known_answers() -> None:
     assert _core.philox(2**64 - 1, 2**64 - 1, ones, ones) == (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)
     pi = _core.philox(0x299F31D0A4093822, 0x85A308D3243F6A88, 0x13198A2E, 0x03707344)
     assert pi == (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1)
-    import numpy as np
-
     assert tuple(philox(0x299F31D0A4093822, np.uint64(0x85A308D3243F6A88), 0x13198A2E, 0x03707344)) == pi
+
+
+@pytest.mark.parametrize("first", [0, 5, 2**63 - 9, 2**64 - 24])
+def test_neighbours_in_order_have_the_bits_that_each_has_alone(first: int) -> None:
+    from fusedadapt import _core
+
+    element = np.arange(24, dtype=np.uint64) + np.uint64(first)
+    together = random16(9, element.reshape(4, 6), 3, 4)
+    assert together.shape == (4, 6) and together.view(-1).tolist() == [_core.random16(9, int(e), 3, 4) & 0xFFFF for e in element]
+    assert torch.equal(random16(9, element[::-1], 3, 4), together.view(-1).flip(0))
