@@ -275,6 +275,7 @@ MUTANTS = (
     Mutant(Q_VECTOR, "next = side - c0 % side;", "next = side;", f"{Q_SAME}[base-int4 20]"),
     Mutant(Q_VECTOR, "s.above[(first + i) / s.block], s.offset", "s.above[i / s.block], s.offset", f"{Q_SAME}[base-nf4 nested]"),
     Mutant(Q_LANES, "eight<3>(p + 6)", "eight<3>(p + 5)", f"{Q_EXACT}[base-int3]"),
+    Mutant(Q_LANES, "from % side * apart / side", "0", f"{Q_EXACT}[base-nf4]"),
     Mutant(Q_LANES, "return from - start;", "return 0;", f"{Q_EXACT}[base-nf4]"),
     Mutant(Q_LANES, "int(a.per) + (j ^ swap)", "int(a.per) + j", f"{Q_EXACT}[base-nf4]"),
     Mutant(Q_PRODUCT, "% 2 ? v * splat(0.0625f) : v", "% 2 ? v : v", f"{Q_EXACT}[base-int4]"),

@@ -34,6 +34,7 @@ constexpr int64_t kFew = 2;  // rows of x for which codes are summed, and the su
 
 struct Layout {
   bool direct;  // else rows are decoded into L1, in their own order
+  bool running;  // groups of a flat weight go on from row to row
   bool wide;  // one scale per unit
   bool table;  // codes are looked up, integers too where that is one instruction
   bool woven;  // numbers in the order of Planes, ByteRun or FloatLane: lanes of 32 columns must share a scale
@@ -54,25 +55,26 @@ struct Layout {
 // `tokens`: for which a code becomes a number once.
 Layout layout_of(const Weight& w, int64_t tokens = 1) {
   Layout a = {};
-  const bool rows_apart = !w.flat || (w.k % w.grid.columns == 0 && w.k * w.bits % 8 == 0);
+  a.running = w.flat && w.k % w.grid.columns != 0;
   const bool one_group = !w.flat && w.grid.columns >= w.k;
   a.per = w.bits == 3 ? 8 : 32 / w.bits;
+  const bool rows_apart = !w.flat || (w.k * w.bits % 8 == 0 && (!a.running || w.k % a.per == 0));
   a.direct = !w.decoded && rows_apart && (one_group || w.grid.columns % a.per == 0);
   a.block = a.direct ? a.per * kLanes : kLanes;
   a.side = one_group ? int64_t(1) << 40 : w.grid.columns;
-  a.wide = a.side % a.block == 0;
+  a.wide = a.side % a.block == 0 && !a.running;
   a.unit = a.block;
   while (a.direct && a.wide && a.unit * 2 <= kWidest && a.side % (a.unit * 2) == 0 && a.unit < w.k) a.unit *= 2;
   a.most = a.unit / a.block;
   a.granule = a.wide ? a.unit : a.per;
   a.units = ceil_div(w.k, a.unit);
   const bool floats = w.kind == Values::kE4M3 || w.kind == Values::kE5M2;
-  a.woven = kWoven && a.direct && a.side % 32 == 0 && ((w.bits > 3 && w.kind == Values::kTable) || floats);
+  a.woven = kWoven && a.direct && a.side % 32 == 0 && (!a.running || w.k % 32 == 0) && ((w.bits > 3 && w.kind == Values::kTable) || floats);
   a.table = w.kind == Values::kTable || w.bits == 3 || (kIntegersAsTable && w.bits < 8);
   const bool off = !a.table && w.kind == Values::kUnsigned && w.values[0] != 0.f;
   a.sixteenfold = !a.table && a.direct && w.bits == 4 && w.kind == Values::kUnsigned && tokens <= kFew;
   a.zeros = w.zero_dtype || off;
-  a.by_group = kLanes > 4 && a.direct && !a.wide && a.block % a.side == 0;
+  a.by_group = kLanes > 4 && a.direct && !a.wide && !a.running && a.block % a.side == 0;
   a.step = a.by_group ? a.block / a.side : kLanes;
   for (int i = 0; i < kLanes; ++i) a.place[i] = a.by_group ? int32_t(i * a.per / a.side) : i;
   return a;
@@ -262,6 +264,7 @@ constexpr int64_t kChunk = 4096;  // columns at most: x stays in L1 while rows o
 struct Span {
   int64_t c0, end, blocks;
   int64_t first, count, row_groups;  // groups; of a row in flat formats
+  int64_t side;  // columns of a group if they run on from row to row, else 0
   int64_t start, given, all;  // granules before c0; in a row; with those that fill up the last block
   int64_t apart;  // granules of a group
   bool whole, direct;  // ends with a block; scales are read where they lie
@@ -273,6 +276,7 @@ struct Span {
         first(c0 / a.side),
         count((end - 1) / a.side - first + 1),
         row_groups(w.k / a.side),
+        side(a.running ? a.side : 0),
         start(c0 / a.granule),
         all(blocks * (a.wide ? 1 : a.step)),
         apart(a.by_group ? 1 : a.side / a.granule),
@@ -283,17 +287,25 @@ struct Span {
     direct = a.wide && apart == 1 && w.scales.coding == Coding::kPlain && w.scales.dtype == kF32;
   }
 
-  // The first group of a row here.
-  int64_t group(const Weight& w, int64_t row) const {
+  // The groups of a row here: the first one, their number, and the granule of a group with which the row begins.
+  struct Groups {
+    int64_t first, count, start;
+  };
+  Groups groups(const Weight& w, int64_t row) const {
+    if (side) {
+      const int64_t from = row * w.k + c0, g = from / side;
+      return {g, (from + end - c0 - 1) / side - g + 1, from % side * apart / side};
+    }
     const int64_t line = w.flat ? row * row_groups : (w.grid.rows == 1 ? row : row / w.grid.rows) * w.grid.wide;
-    return line + first;
+    return {line + first, count, start};
   }
 
   // Asks for a row's scales and zeros: a stream of them that the hardware follows ends with every page.
   void prefetch(const Weight& w, int64_t row) const {
+    const Groups g = groups(w, row);
     const auto lines = [&](const void* numbers, int64_t size) {
-      const char* p = static_cast<const char*>(numbers) + group(w, row) * size;
-      for (int64_t i = 0; i < count * size; i += 64) prefetch_line(p + i);
+      const char* p = static_cast<const char*>(numbers) + g.first * size;
+      for (int64_t i = 0; i < g.count * size; i += 64) prefetch_line(p + i);
     };
     lines(w.scales.data, w.scales.coding == Coding::kPlain ? dtype_size(w.scales.dtype) : 1);
     if (w.zero_dtype) lines(w.zero, dtype_size(w.zero_dtype));
@@ -309,26 +321,26 @@ struct Chunk {
 
   // One number a granule from those of groups, which `fill` writes.
   template <class Fill>
-  FA_INLINE void place(const Span& c, float* to, Fill fill) {
+  FA_INLINE void place(const Span& c, int64_t start, float* to, Fill fill) {
     if (c.apart == 1) {
       fill(to);
     } else {
       alignas(64) float groups[kChunk / 4 + kLanes];
       fill(groups);
-      spread(groups, c.start, c.given, c.apart, to);
+      spread(groups, start, c.given, c.apart, to);
     }
     for (int64_t i = c.given; i < c.all; ++i) to[i] = 0;
   }
 
   __attribute__((noinline)) void read(const Weight& w, const Layout& a, const Span& c, int64_t row) {
-    const int64_t g = c.group(w, row);
-    s = c.direct ? static_cast<const float*>(w.scales.data) + g : own_s;
-    if (!c.direct) place(c, own_s, [&](float* to) { scales_of(w.scales, g, c.count, to); });
+    const Span::Groups g = c.groups(w, row);
+    s = c.direct ? static_cast<const float*>(w.scales.data) + g.first : own_s;
+    if (!c.direct) place(c, g.start, own_s, [&](float* to) { scales_of(w.scales, g.first, g.count, to); });
     z = own_z;
     if (a.zeros)
-      place(c, own_z, [&](float* to) {
-        zeros_of(w, g, c.count, to);
-        for (int64_t i = 0; w.kind == Values::kUnsigned && !a.table && i < c.count; ++i) to[i] -= w.values[0];
+      place(c, g.start, own_z, [&](float* to) {
+        zeros_of(w, g.first, g.count, to);
+        for (int64_t i = 0; w.kind == Values::kUnsigned && !a.table && i < g.count; ++i) to[i] -= w.values[0];
       });
     codes = row_of(w, row) + c.c0 * w.bits / 8;
     if (!c.whole) {

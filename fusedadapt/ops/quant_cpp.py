@@ -180,7 +180,7 @@ def _outruns() -> bool:
 
 def small(t: int, n: int, k: int, dtype: torch.dtype, fmt: QFormat, transposed: bool) -> bool:
     """Whether `linear` (`linear_dx` if ``transposed``) beats a dequantized piece and the library's GEMM."""
-    decoded = fmt.block[1] == 1 or (fmt.flat and k % fmt.block[1] != 0)  # before it is multiplied
+    decoded = fmt.block[1] == 1 or (fmt.flat and k % fmt.block[1] != 0 and k % 8 != 0)  # before it is multiplied
     slow = decoded or (transposed and fmt.bits == 8 and bool(fmt.table))
     if dtype != torch.float32 and dense.multiplies(dtype):
         return t <= (_SLOW_16_BIT if slow else _FEW_DX_16_BIT if transposed else _FEW_16_BIT)
