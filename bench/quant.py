@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from fusedadapt.quant.formats import FORMATS
+
 from .registry import SHORT
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -71,8 +73,9 @@ def _cpu_rows() -> Iterable[Row]:
             yield _linear("int4", "linear", INT4, m, 4096, 4096, dtype, (*who, *small[:1]))
             yield _linear("nf4", "linear", ("nf4", ()), m, 4096, 4096, dtype, (*who, *small[1:]))
     yield _linear("nf4-dq", "linear", NF4_DQ, 1, 4096, 4096, FP32, (OURS, DENSE, BNB))
-    for label in ("mxfp4", "int8", "fp8_e4m3"):
-        yield _linear(label, "linear", (label, ()), 1, 4096, 4096, FP32, (OURS, DENSE))
+    for label in (name for name in FORMATS if name not in ("int4", "nf4")):
+        for m in (1, 16, 128):
+            yield _linear(label, "linear", (label, ()), m, 4096, 4096, BF16, (OURS, DENSE))
     for dtype in (FP32, BF16):
         yield _linear("nf4", "train", ("nf4", ()), 128, 4096, 4096, dtype, (OURS, DENSE, BNB))
     yield _linear("nf4-dq", "qlora", NF4_DQ, 128, 4096, 4096, FP32, (OURS, BNB))
