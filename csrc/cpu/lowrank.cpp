@@ -197,9 +197,9 @@ const Kernels& kernels() {
 }
 
 void shrink(const Matrix& x, const Matrix& a, float* u, std::vector<Segment> segments, uint64_t seed, int threads) {
+  const Trim trim;
   if (few_to_shrink(x, a, segments)) return few_shrink(x, a, u, threads);
   const Kernels& k = kernels();
-  const Trim trim;
   segments = joined(segments);
   Reading r;
   r.x = x;

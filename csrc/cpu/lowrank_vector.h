@@ -94,6 +94,12 @@ struct alignas(64) Halves16 {
   }
 };
 constexpr Halves16 kHalves;
+
+// 32 neighbouring bf16 as two vectors in their order.
+FA_INLINE void widen_pair(__m512i pair, F* a, F* b) {
+  *a = F(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, load<__m512i>(kHalves.twice), pair));
+  *b = F(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, load<__m512i>(kHalves.twice + 32), pair));
+}
 #endif
 
 struct BF16 {
@@ -103,9 +109,7 @@ struct BF16 {
   // Two neighbours; from one word where a shuffle puts its halves in place.
   FA_INLINE void load_pair(const E* p, F* a, F* b) {
 #if defined(__AVX512BW__)
-    const __m512i pair = load<__m512i>(p);
-    *a = F(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, load<__m512i>(kHalves.twice), pair));
-    *b = F(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, load<__m512i>(kHalves.twice + 32), pair));
+    widen_pair(load<__m512i>(p), a, b);
 #else
     *a = widen(load<V>(p)), *b = widen(load<V>(p + kLanes));
 #endif

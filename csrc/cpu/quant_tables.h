@@ -75,9 +75,7 @@ struct Float8Table {
     return _mm512_ternarylogic_epi32(Words<128>::at(t.magnitudes, index), signs, _mm512_set1_epi16(-0x8000), 0xf8);  // a | (b & c)
   }
   FA_INLINE void in_order(const Float8Table& t, __m512i index, F* first, F* second) {
-    const __m512i high = at(t, index, _mm512_maskz_slli_epi16(~0u, index, 8));
-    *first = F(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, load<__m512i>(kHalves.twice), high));
-    *second = F(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, load<__m512i>(kHalves.twice + 32), high));
+    widen_pair(at(t, index, _mm512_maskz_slli_epi16(~0u, index, 8)), first, second);
   }
 };
 

@@ -184,11 +184,11 @@ def hqq(w: Tensor, lo: Tensor, hi: Tensor, fmt: QFormat) -> Found:
     span = hi - lo
     inv = torch.where(span.abs() <= 1e-4, 1.0, fmt.high / span).clamp(max=2e4)
     inv = torch.where(lo.isfinite() & hi.isfinite(), inv, torch.nan)
-    x = groups(w, fmt, torch.nan).flatten(0, -2)
-    z, beta, best = (0.0 - lo * inv).flatten(), 10.0, torch.inf
+    x, inverse = groups(w, fmt, torch.nan).flatten(0, -2), inv.flatten()
+    z, beta, best = 0.0 - lo.flatten() * inverse, 10.0, torch.inf
     kept, parts = z, _cuts(x)
     for _ in range(20):
-        steps = [_hqq_step(x[part], inv.flatten()[part, None], z[part, None], beta, fmt) for part in parts]
+        steps = [_hqq_step(x[part], inverse[part, None], z[part, None], beta, fmt) for part in parts]
         error = float(sum(error for error, _, _ in steps) / sum(count for _, count, _ in steps))
         if not error < best:
             break
