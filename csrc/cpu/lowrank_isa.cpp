@@ -90,33 +90,39 @@ void side_results(const Reading& r, const Partial& part, int64_t t, int64_t k, i
   if (r.col_scale) scale_columns(r, t, k, rows, columns, block);
 }
 
+// Whether u of a segment is summed where it belongs; else beside it, for whole vectors are written.
+FA_INLINE bool in_place(const Segment& g) { return g.rank % kLanes == 0; }
+
 void copy_u(const Reading& r, int64_t t, int64_t rows, const float* wide) {
   for (int s = 0; s < r.segments.count; ++s) {
     const Segment& g = r.segments.list[s];
-    for (int64_t i = 0; i < rows; ++i)
+    for (int64_t i = 0; !in_place(g) && i < rows; ++i)
       memcpy(r.u + (t + i) * r.rank + g.first, wide + i * r.panel_count * kWidth + g.panel * kWidth, size_t(g.rank) * sizeof(float));
   }
 }
 
+// Where a block's u of one segment is summed.
+struct Sums {
+  float* at;
+  int64_t stride;
+};
+
 #if defined(__AVX512BW__)
 // The products of a block straight from its elements: nothing is widened into L1 first.
 void products_of_bf16(const Reading& r, const Partial& part, const Segment& g, int64_t t, int64_t k, int64_t rows, int64_t columns,
-                      bool add, float* scratch, Ahead& ahead) {
+                      bool add, const Sums& u, Ahead& ahead) {
   const auto* x = static_cast<const uint16_t*>(r.x.data) + t * r.x.stride + k;
-  const int64_t total = r.x.columns, wide = r.panel_count * kWidth;
+  const int64_t total = r.x.columns;
   for (int64_t n = 0; r.panels && n < g.rank; n += kWidth) {
-    const int64_t panel = g.panel + n / kWidth;
-    const Product p = {nullptr, r.x.stride, 1, r.panels + (panel * total + k) * kWidth, kWidth, columns, wide, k > 0};
+    const Product p = {nullptr, r.x.stride, 1, r.panels + ((g.panel + n / kWidth) * total + k) * kWidth, kWidth, columns, u.stride, k > 0};
     for (int64_t i = 0; i < rows; i += kTall) {
-      ahead.fetch(r.left ? 0 : kTall);
-      product_of_pairs(p, x + i * r.x.stride, least(kTall, rows - i), least(kWidth, g.rank - n), scratch + i * wide + panel * kWidth);
+      product_of_pairs(p, x + i * r.x.stride, least(kTall, rows - i), least(kWidth, g.rank - n), u.at + i * u.stride + n, ahead);
     }
   }
   for (int64_t j = 0; r.left && j < columns; j += kWidth) {
     const float* left = r.left + (t - r.left_row) * r.left_rank + g.first;
-    ahead.fetch(kBlockRows * kWidth / kBlockCols);
     product_from<BF16>({left, 1, r.left_rank, nullptr, r.x.stride, rows, part.stride, add}, x + j, r.panels ? r.left_rank : g.rank,
-                       part.m + g.first * part.stride + k + j);
+                       part.m + g.first * part.stride + k + j, ahead);
   }
 }
 #endif
@@ -126,41 +132,39 @@ void read(const Reading& r, int64_t t0, int64_t t1, const Partial& part, float* 
   const int64_t wide = r.panel_count * kWidth, total = r.x.columns;
   const bool sides = r.row_squares || r.column_sums || r.y0.dtype || r.col_scale;
   // A block of fp32 is multiplied where it lies, unless columns of it would be read first and its rows share their sets of the cache.
-  const bool in_place = r.x.dtype == kF32 && !sides && (r.panels ? r.panel_count == 1 : r.x.stride % 1024 != 0);
-  for (int64_t t = t0; t < t1; t += kBlockRows) {
-    const int64_t rows = least(kBlockRows, t1 - t);
-    for (int64_t k = 0; k < total; k += kBlockCols) {
-      const int64_t columns = least(kBlockCols, total - k);
-      Ahead ahead(r.x, t, k, t1, 0, total);
-      for (int s = 0; s < r.segments.count; ++s) {
-        const Segment& g = r.segments.list[s];
-        const bool direct = in_place && !g.threshold && (!r.left || columns % kLanes == 0);
-        const float* from = direct ? static_cast<const float*>(r.x.data) + t * r.x.stride + k : block;
-        const int64_t step = direct ? r.x.stride : kStride;
+  const bool readable = r.x.dtype == kF32 && !sides && (r.panels ? r.panel_count == 1 : r.x.stride % 1024 != 0);
+  for (Walk at(t0, t1, 0, total); at.more(); at.next()) {
+    const int64_t t = at.t(), k = at.k(), rows = at.rows(), columns = at.columns();
+    float* sums = scratch + at.row() * wide;
+    Ahead ahead(r.x, at);
+    for (int s = 0; s < r.segments.count; ++s) {
+      const Segment& g = r.segments.list[s];
+      const bool direct = readable && !g.threshold && (!r.left || columns % kLanes == 0);
+      const float* from = direct ? static_cast<const float*>(r.x.data) + t * r.x.stride + k : block;
+      const int64_t step = direct ? r.x.stride : kStride;
+      const Sums u = in_place(g) ? Sums{r.u + t * r.rank + g.first, r.rank} : Sums{sums + g.panel * kWidth, wide};
 #if defined(__AVX512BW__)
-        if (r.x.dtype == kBF16 && !sides && !g.threshold && columns % kWidth == 0) {
-          products_of_bf16(r, part, g, t, k, rows, columns, t > t0, scratch, ahead);
-          continue;
-        }
+      if (r.x.dtype == kBF16 && !sides && !g.threshold && columns % kWidth == 0) {
+        products_of_bf16(r, part, g, t, k, rows, columns, t > t0, u, ahead);
+        continue;
+      }
 #endif
-        if (!direct) fill(r.x, t, k, rows, columns, r.segments.seed, g, block);
-        if (sides) side_results(r, part, t, k, rows, columns, t == t0, block);
-        for (int64_t n = 0; r.panels && n < g.rank; n += kWidth) {
-          const int64_t panel = g.panel + n / kWidth;
-          const Product p = {from, step, 1, r.panels + (panel * total + k) * kWidth, kWidth, columns, wide, k > 0};
-          for (int64_t i = 0; i < rows; i += kTall) {
-            ahead.fetch(r.left ? 0 : kTall);
-            product(p, least(kTall, rows - i), least(kWidth, g.rank - n), scratch + i * wide + panel * kWidth, i);
-          }
-        }
-        for (int64_t j = 0; r.left && j < columns; j += kWidth) {
-          const Product p = {r.left + (t - r.left_row) * r.left_rank + g.first, 1, r.left_rank, from + j, step, rows, part.stride, t > t0};
-          ahead.fetch(kBlockRows * kWidth / kBlockCols);
-          product(p, r.panels ? r.left_rank : g.rank, least(kWidth, columns - j), part.m + g.first * part.stride + k + j);
+      if (!direct) fill(r.x, t, k, rows, columns, r.segments.seed, g, block);
+      if (sides) side_results(r, part, t, k, rows, columns, t == t0, block);
+      for (int64_t n = 0; r.panels && n < g.rank; n += kWidth) {
+        const Product p = {from, step, 1, r.panels + ((g.panel + n / kWidth) * total + k) * kWidth, kWidth, columns, u.stride, k > 0};
+        for (int64_t i = 0; i < rows; i += kTall) {
+          ahead.fetch(r.left ? 0 : kTall);
+          product(p, least(kTall, rows - i), least(kWidth, g.rank - n), u.at + i * u.stride + n, i);
         }
       }
+      for (int64_t j = 0; r.left && j < columns; j += kWidth) {
+        const Product p = {r.left + (t - r.left_row) * r.left_rank + g.first, 1, r.left_rank, from + j, step, rows, part.stride, t > t0};
+        ahead.fetch(kBlockRows * kWidth / kBlockCols);
+        product(p, r.panels ? r.left_rank : g.rank, least(kWidth, columns - j), part.m + g.first * part.stride + k + j);
+      }
     }
-    if (r.panels) copy_u(r, t, rows, scratch);
+    if (r.panels && at.ends()) copy_u(r, t, rows, sums);
   }
 }
 
@@ -177,7 +181,8 @@ FA_INLINE void add_row(const Matrix& y, const float* sum, int64_t t, int64_t k, 
 
 // y += u a for a block of one segment without a mask, whole panels: each sum meets its element in a register.
 template <class Format>
-FA_INLINE void add_block(const Writing& w, int64_t t, int64_t k, int64_t rows, int64_t columns, Ahead ahead) {
+FA_INLINE void add_block(const Writing& w, int64_t t, int64_t k, int64_t rows, int64_t columns, Ahead& ahead) {
+  static const bool native = rounds_bf16();
   const Segment& g = w.segments.list[0];
   for (int64_t i = 0; i < rows; i += kTall) {
     auto* y = static_cast<typename Format::E*>(w.y.data) + (t + i) * w.y.stride + k;
@@ -185,7 +190,7 @@ FA_INLINE void add_block(const Writing& w, int64_t t, int64_t k, int64_t rows, i
     for (int64_t j = 0; j < columns; j += kWidth) {
       const float* panel = w.panels + ((k + j) / kWidth * w.rank + g.first) * kWidth;
       product_onto<Format>({w.u + (t + i - w.u_row) * w.rank + g.first, w.rank, 1, panel, kWidth, g.rank, w.y.stride, false},
-                           least(kTall, rows - i), y + j);
+                           least(kTall, rows - i), y + j, native);
     }
   }
 }
@@ -285,53 +290,57 @@ void fill_block(const Writing& w, int64_t t, int64_t k, int64_t rows, int64_t co
 void write(const Writing& w, int64_t t0, int64_t t1, int64_t k0, int64_t k1, double* stats) {
   alignas(64) float sum[kBlockRows * kStride];
   const bool alone = w.kind == Write::kAdd && w.segments.count == 1 && !w.segments.list[0].threshold, direct = alone && w.y.dtype == kF32;
-  for (int64_t t = t0; t < t1; t += kBlockRows) {
-    const int64_t rows = least(kBlockRows, t1 - t);
-    for (int64_t k = k0; k < k1; k += kBlockCols) {
-      const int64_t columns = least(kBlockCols, k1 - k);
-      if (w.kind == Write::kFill) {
-        fill_block(w, t, k, rows, columns, Ahead(w.y, t, k, t1, k0, k1), sum);
-        continue;
-      }
-      if (direct && columns == kBlockCols) {
-        float* y = static_cast<float*>(w.y.data) + t * w.y.stride;
-        Ahead ahead(w.y, t, k, t1, k0, k1);
-        expand_segment(w, w.segments.list[0], t, k, rows, columns, true, nullptr, y + k, w.y.stride, ahead);
-        continue;
-      }
-      if (alone && !direct && columns % kWidth == 0) {
-        with_format(w.y.dtype, [&](auto format) { add_block<decltype(format)>(w, t, k, rows, columns, Ahead(w.y, t, k, t1, k0, k1)); });
-        continue;
-      }
-      if (w.u) expand(w, t, k, rows, columns, nullptr, sum, kStride, Ahead(w.y, t, k, t1, k0, k1));
-      with_format(w.y.dtype, [&](auto format) {
-        using Format = decltype(format);
-        for (int64_t i = 0; i < rows; ++i) {
-          const float* row = sum + i * kStride;
-          if (w.kind == Write::kAdd) add_row<Format>(w.y, row, t + i, k, columns);
-          if (w.kind == Write::kScaleAdd) scale_add_row<Format>(w, row, t + i, k, columns);
-          if (w.kind == Write::kMerge) merge_row<Format>(w, row, t + i, k, columns, stats);
-        }
-      });
+  for (Walk at(t0, t1, k0, k1); at.more(); at.next()) {
+    const int64_t t = at.t(), k = at.k(), rows = at.rows(), columns = at.columns();
+    Ahead ahead(w.y, at);
+    if (w.kind == Write::kFill) {
+      fill_block(w, t, k, rows, columns, ahead, sum);
+      continue;
     }
+    if (direct && columns == kBlockCols) {
+      float* y = static_cast<float*>(w.y.data) + t * w.y.stride;
+      expand_segment(w, w.segments.list[0], t, k, rows, columns, true, nullptr, y + k, w.y.stride, ahead);
+      continue;
+    }
+    if (alone && !direct && columns % kWidth == 0) {
+      with_format(w.y.dtype, [&](auto format) { add_block<decltype(format)>(w, t, k, rows, columns, ahead); });
+      continue;
+    }
+    if (w.u) expand(w, t, k, rows, columns, nullptr, sum, kStride, ahead);
+    with_format(w.y.dtype, [&](auto format) {
+      using Format = decltype(format);
+      for (int64_t i = 0; i < rows; ++i) {
+        const float* row = sum + i * kStride;
+        if (w.kind == Write::kAdd) add_row<Format>(w.y, row, t + i, k, columns);
+        if (w.kind == Write::kScaleAdd) scale_add_row<Format>(w, row, t + i, k, columns);
+        if (w.kind == Write::kMerge) merge_row<Format>(w, row, t + i, k, columns, stats);
+      }
+    });
   }
 }
 
 // ---- adapters, dropout alone, masks ----
 
-// Walks along whichever step is the shorter: across rows whose distance is a power of two, lines would push each other out (A, 16 x 1024: 20 us, so 4).
+// `depth` rows of a panel, `n` of its columns and zeros beyond.
 template <class Format>
 FA_INLINE void pack_square(const typename Format::E* from, int64_t step_p, int64_t step_n, int64_t depth, int64_t n, float scale,
                            float* to) {
-  const auto at = [&](int64_t p, int64_t j) { to[p * kWidth + j] = Format::widen_one(from[p * step_p + j * step_n]) * scale; };
-  if (step_p < step_n)
-    for (int64_t j = 0; j < n; ++j)
-      for (int64_t p = 0; p < depth; ++p) at(p, j);
-  else
+  const auto vector = [&](const typename Format::E* at, int64_t left) { return left > 0 ? widen_at<Format>(at, left) * splat(scale) : F{}; };
+  if (step_n == 1) {
     for (int64_t p = 0; p < depth; ++p)
-      for (int64_t j = 0; j < n; ++j) at(p, j);
-  for (int64_t p = 0; n < kWidth && p < depth; ++p)
-    for (int64_t j = n; j < kWidth; ++j) to[p * kWidth + j] = 0.f;
+      for (int64_t j = 0; j < kWidth; j += kLanes) store(to + p * kWidth + j, vector(from + p * step_p + j, n - j));
+  } else if (step_p == 1) {
+    for (int64_t j = 0; j < kWidth; j += kLanes)
+      for (int64_t p = 0; p < depth; p += kLanes) {
+        F square[kLanes];
+        for (int i = 0; i < kLanes; ++i) square[i] = vector(from + (j + i) * step_n + p, j + i < n ? depth - p : 0);
+        transpose(square);
+        for (int i = 0; i < least(kLanes, depth - p); ++i) store(to + (p + i) * kWidth + j, square[i]);
+      }
+  } else {
+    for (int64_t p = 0; p < depth; ++p)
+      for (int64_t j = 0; j < kWidth; ++j) to[p * kWidth + j] = j < n ? Format::widen_one(from[p * step_p + j * step_n]) * scale : 0.f;
+  }
 }
 
 void pack(const Matrix& source, int64_t step_p, int64_t step_n, int64_t depth, int64_t n, float scale, float* out, int64_t panel_size,

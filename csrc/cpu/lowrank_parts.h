@@ -1,6 +1,8 @@
 // What the low-rank walks are made of: register-tiled products and dropout masks. Only for *_isa.cpp files: everything is in an unnamed namespace, so
 // that the linker cannot merge one instruction set's copy into another's.
 #pragma once
+#include <type_traits>
+
 #include "lowrank.h"
 #include "lowrank_vector.h"
 #include "prefetch.h"
@@ -14,6 +16,66 @@ constexpr int64_t kMaskRows = 8, kMaskStride = 192;
 
 FA_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 FA_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// ---- what comes next ----
+
+// The blocks of rows [t0, t1), columns [k0, k1). A few lie below each other before the next columns' turn: what belongs to their columns, adapters and
+// sums, is then in L1 already.
+class Walk {
+ public:
+  Walk(int64_t t0, int64_t t1, int64_t k0, int64_t k1) : t_(t0), k_(k0), first_(t0), t1_(t1), k0_(k0), k1_(k1) {
+    if (k0 >= k1) t_ = t1;
+  }
+  bool more() const { return t_ < t1_; }
+  void next() {
+    t_ += kBlockRows;
+    if (t_ < least(first_ + kTogether * kBlockRows, t1_)) return;
+    k_ += kBlockCols;
+    if (k_ >= k1_) k_ = k0_, first_ += kTogether * kBlockRows;
+    t_ = first_;
+  }
+  int64_t t() const { return t_; }
+  int64_t k() const { return k_; }
+  int64_t rows() const { return least(kBlockRows, t1_ - t_); }
+  int64_t columns() const { return least(kBlockCols, k1_ - k_); }
+  int64_t row() const { return t_ - first_; }  // among those that lie below each other
+  bool ends() const { return k_ + kBlockCols >= k1_; }  // its rows
+
+ private:
+  int64_t t_, k_, first_, t1_, k0_, k1_;
+};
+
+// The block that is read next, fetched line by line between the products of this one: its rows are too short for the hardware to see them
+// coming (3072 x 1536 fp32, two EPYC cores: bwd_x 1.63 ms, so 1.40; bwd_dy 2.71 and 2.19).
+class Ahead {
+ public:
+  Ahead(const Matrix& x, Walk at) {
+    at.next();
+    if (!at.more()) return;
+    const int64_t size = x.dtype == kF32 ? 4 : 2;
+    at_ = static_cast<const char*>(x.data) + (at.t() * x.stride + at.k()) * size;
+    rows_ = at.rows();
+    stride_ = x.stride * size;
+    bytes_ = at.columns() * size;
+  }
+  void fetch(int64_t rows) {
+    for (; rows > 0 && rows_ > 0; --rows, --rows_, at_ += stride_)
+      for (int64_t i = 0; i < bytes_; i += 64) prefetch_line<0, 2>(at_ + i);
+  }
+
+  // One line.
+  inline __attribute__((always_inline)) void step() {
+    if (rows_ <= 0) return;
+    prefetch_line<0, 2>(at_ + line_);
+    line_ += 64;
+    if (line_ >= bytes_) line_ = 0, at_ += stride_, --rows_;
+  }
+
+ private:
+  const char* at_ = nullptr;
+  int64_t line_ = 0;
+  int64_t rows_ = 0, stride_ = 0, bytes_ = 0;
+};
 
 // ---- products ----
 
@@ -80,12 +142,14 @@ void tile(const Product& g, const float* a, float* c) {
 #if defined(__AVX512BW__)
 // A tile whose right factor lies in 16 bits, kWidth columns of it, rows b_p elements apart: a shuffle widens a vector on its way into the product.
 template <class Format, int M>
-void tile_from(const Product& g, const float* a, const typename Format::E* b, float* c) {
+void tile_from(const Product& g, const float* a, const typename Format::E* b, float* c, Ahead& next) {
+  Ahead ahead = next;
   F sum[M][2] = {};
   const int64_t a_m = g.a_m, a_p = g.a_p, b_p = g.b_p;
 #pragma GCC unroll 2
   for (int64_t p = g.depth; p > 0; --p, a += a_p, b += b_p) {
     F left, right;
+    ahead.step();
     Format::load_pair(b, &left, &right);
 #pragma GCC unroll 32
     for (int m = 0; m < M; ++m) {
@@ -94,6 +158,7 @@ void tile_from(const Product& g, const float* a, const typename Format::E* b, fl
       sum[m][1] = fma(factor, right, sum[m][1]);
     }
   }
+  next = ahead;
   leave<M, 2>(g, sum, c);
 }
 
@@ -103,48 +168,52 @@ struct __attribute__((packed, may_alias)) Pair {
   uint32_t word;
 };
 template <int M, int V>
-void tile_of_pairs(const Product& g, const uint16_t* a, float* c) {
+void tile_of_pairs(const Product& g, const uint16_t* a, float* c, Ahead& next) {
+  Ahead ahead = next;
   F sum[M][V] = {};
   const float* b = g.b;
   const int64_t a_m = g.a_m, b_p = g.b_p;
   const U upper = U{} + 0xffff0000u;
   for (int64_t p = 0; p < g.depth; p += 2, b += 2 * b_p) {
     F even[V], odd[V];
+    ahead.step();
 #pragma GCC unroll 2
     for (int v = 0; v < V; ++v) even[v] = load<F>(b + v * kLanes), odd[v] = load<F>(b + b_p + v * kLanes);
 #pragma GCC unroll 32
     for (int m = 0; m < M; ++m) {
       const uint16_t* pair = a + m * a_m + p;
       F first, second;  // in assembly, because GCC shifts and masks the word before it broadcasts it, through a register of the wrong kind
-      asm("vpslld $16, %1%{1to16%}, %0" : "=v"(first) : "m"(*reinterpret_cast<const Pair*>(pair)));
-      asm("vpandd %1%{1to16%}, %2, %0" : "=v"(second) : "m"(*reinterpret_cast<const Pair*>(pair)), "v"(upper));
+      I word;
+      asm("vpbroadcastd %1, %0" : "=v"(word) : "m"(*reinterpret_cast<const Pair*>(pair)));
+      first = F(word << 16), second = F(U(word) & upper);
 #pragma GCC unroll 2
       for (int v = 0; v < V; ++v) sum[m][v] = fma(second, odd[v], fma(first, even[v], sum[m][v]));
     }
   }
+  next = ahead;
   leave<M, V>(g, sum, c);
 }
 
-FA_INLINE void product_of_pairs(const Product& g, const uint16_t* a, int64_t rows, int64_t columns, float* c) {
-  using OfPairs = void (*)(const Product&, const uint16_t*, float*);
+FA_INLINE void product_of_pairs(const Product& g, const uint16_t* a, int64_t rows, int64_t columns, float* c, Ahead& ahead) {
+  using OfPairs = void (*)(const Product&, const uint16_t*, float*, Ahead&);
 #define FA_NARROW_PAIRS(M) tile_of_pairs<M, 1>
 #define FA_WIDE_PAIRS(M) tile_of_pairs<M, 2>
   static constexpr OfPairs kOfPairs[2][13] = {{FA_TILES(FA_NARROW_PAIRS)}, {FA_TILES(FA_WIDE_PAIRS)}};
-  for (int64_t m = 0; m < rows; m += 12) kOfPairs[columns > kLanes][least(12, rows - m)](g, a + m * g.a_m, c + m * g.c_m);
+  for (int64_t m = 0; m < rows; m += 12) kOfPairs[columns > kLanes][least(12, rows - m)](g, a + m * g.a_m, c + m * g.c_m, ahead);
 }
 
 template <class Format>
-FA_INLINE void product_from(const Product& g, const typename Format::E* b, int64_t rows, float* c) {
-  using From = void (*)(const Product&, const float*, const typename Format::E*, float*);
+FA_INLINE void product_from(const Product& g, const typename Format::E* b, int64_t rows, float* c, Ahead& ahead) {
+  using From = void (*)(const Product&, const float*, const typename Format::E*, float*, Ahead&);
 #define FA_FROM(M) tile_from<Format, M>
   static constexpr From kFrom[] = {FA_TILES(FA_FROM)};
-  for (int64_t m = 0; m < rows; m += 12) kFrom[least(12, rows - m)](g, g.a + m * g.a_m, b, c + m * g.c_m);
+  for (int64_t m = 0; m < rows; m += 12) kFrom[least(12, rows - m)](g, g.a + m * g.a_m, b, c + m * g.c_m, ahead);
 }
 #endif
 
-// y += the tile, rounded once: kWidth columns of a matrix in 16 bits, rows `c_m` elements apart.
+// y += the tile, rounded once: kWidth columns of a matrix in 16 bits, rows `c_m` elements apart. `native`: the processor rounds to bf16 itself.
 template <class Format, int M>
-void tile_onto(const Product& g, const float* a, typename Format::E* y) {
+void tile_onto(const Product& g, const float* a, typename Format::E* y, [[maybe_unused]] bool native) {
   F sum[M][2];
   const int64_t c_m = g.c_m;
   multiply<M, 2>(g, a, sum);
@@ -152,8 +221,18 @@ void tile_onto(const Product& g, const float* a, typename Format::E* y) {
   for (int m = 0; m < M; ++m) {
     F left, right;
     Format::load_pair(y + m * c_m, &left, &right);
-    Format::store_pair(y + m * c_m, left + sum[m][0], right + sum[m][1]);
+    sum[m][0] += left, sum[m][1] += right;
   }
+#if defined(__AVX512BW__)
+  if constexpr (std::is_same_v<Format, BF16>) {
+    __mmask32 tiny = native ? 0 : ~__mmask32{0};
+#pragma GCC unroll 32
+    for (int m = 0; native && m < M; ++m) tiny |= Format::store_pair_native(y + m * c_m, sum[m][0], sum[m][1]);
+    if (!tiny) return;
+  }
+#endif
+#pragma GCC unroll 32
+  for (int m = 0; m < M; ++m) Format::store_pair(y + m * c_m, sum[m][0], sum[m][1]);
 }
 
 using Tile = void (*)(const Product&, const float*, float*);
@@ -170,37 +249,12 @@ void product(const Product& g, int64_t rows, int64_t columns, float* c, int64_t 
 
 // kWidth columns of y, `rows` <= kTall of them.
 template <class Format>
-FA_INLINE void product_onto(const Product& g, int64_t rows, typename Format::E* y) {
-  using Onto = void (*)(const Product&, const float*, typename Format::E*);
+FA_INLINE void product_onto(const Product& g, int64_t rows, typename Format::E* y, bool native) {
+  using Onto = void (*)(const Product&, const float*, typename Format::E*, bool);
 #define FA_ONTO(M) tile_onto<Format, FA_HEIGHT(M)>
   static constexpr Onto kOnto[] = {FA_TILES(FA_ONTO)};
-  kOnto[rows](g, g.a, y);
+  kOnto[rows](g, g.a, y, native);
 }
-
-// ---- what comes next ----
-
-// The block that is read next, fetched a few rows at a time between the products of this one: its rows are too short for the hardware to see them
-// coming (3072 x 1536 fp32, two EPYC cores: bwd_x 1.63 ms, so 1.40; bwd_dy 2.71 and 2.19).
-class Ahead {
- public:
-  Ahead(const Matrix& x, int64_t t, int64_t k, int64_t t1, int64_t k0, int64_t k1) {
-    k += kBlockCols;
-    if (k >= k1) k = k0, t += kBlockRows;
-    const int64_t size = x.dtype == kF32 ? 4 : 2;
-    at_ = static_cast<const char*>(x.data) + (t * x.stride + k) * size;
-    rows_ = least(kBlockRows, t1 - t);
-    stride_ = x.stride * size;
-    bytes_ = least(kBlockCols, k1 - k) * size;
-  }
-  void fetch(int64_t rows) {
-    for (; rows > 0 && rows_ > 0; --rows, --rows_, at_ += stride_)
-      for (int64_t i = 0; i < bytes_; i += 64) prefetch_line<0, 2>(at_ + i);
-  }
-
- private:
-  const char* at_;
-  int64_t rows_, stride_, bytes_;
-};
 
 // ---- dropout ----
 

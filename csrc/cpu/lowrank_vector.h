@@ -29,6 +29,7 @@ typedef int32_t I __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t U __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t H __attribute__((vector_size(2 * kLanes)));
 typedef int16_t S __attribute__((vector_size(2 * kLanes)));
+typedef uint16_t Pairs __attribute__((vector_size(4 * kLanes)));
 
 template <class V, class T>
 FA_INLINE V load(const T* p) {
@@ -68,6 +69,25 @@ FA_INLINE F fma(F a, F b, F c) {
 }
 
 FA_INLINE F masked(F f, S mask) { return F(I(f) & __builtin_convertvector(mask, I)); }
+
+// kLanes vectors become their columns: at each step neighbours at a distance of `s` change the halves off their diagonal.
+template <int s>
+FA_INLINE void exchange(F* r) {
+  I first{}, second{};
+#pragma GCC unroll 16
+  for (int c = 0; c < kLanes; ++c) first[c] = c & s ? kLanes + c - s : c, second[c] = c & s ? kLanes + c : c + s;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    if (i & s) continue;
+    const F a = r[i], b = r[i + s];
+    r[i] = __builtin_shuffle(a, b, first), r[i + s] = __builtin_shuffle(a, b, second);
+  }
+}
+FA_INLINE void transpose(F* r) {
+  exchange<1>(r), exchange<2>(r);
+  if constexpr (kLanes > 4) exchange<4>(r);
+  if constexpr (kLanes > 8) exchange<8>(r);
+}
 
 // Storage formats: E is an element in memory, V a vector of them.
 struct F32 {
@@ -139,6 +159,16 @@ struct BF16 {
     store(p + kLanes, narrow(b));
 #endif
   }
+#if defined(__AVX512BW__)
+  // store_pair by the instruction of processors that have AVX512_BF16. It takes denormals for zeros: which of the results are zeros or denormals. In
+  // assembly, because this file is compiled for all processors.
+  FA_INLINE __mmask32 store_pair_native(E* p, F a, F b) {
+    __m512i pair;
+    asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(pair) : "v"(a), "v"(b));
+    store(p, pair);
+    return _mm512_testn_epi16_mask(pair, __m512i(Pairs{} + uint16_t(0x7f80)));
+  }
+#endif
   FA_INLINE float widen_one(E e) { return bf16_to_float(e); }
   FA_INLINE E narrow_one(float f) { return float_to_bf16(f); }
 };

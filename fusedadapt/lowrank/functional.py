@@ -18,7 +18,7 @@ from ..ops.onlookers import tracing
 from ..quant.tensor import QuantizedTensor
 from ..reference.lowrank import ACTIVATIONS, wide
 from .function import Entry, LowRankLinear, Numbers, forward_only
-from .plain import Known, known
+from .plain import Known, known, known_of
 from .plain import run as run_known
 
 _is_grad_enabled = torch.is_grad_enabled  # bound once, as in `onlookers`
@@ -166,7 +166,13 @@ def _run_known(of: Known, x: Tensor, output: Output, training: bool, seed: int |
         seed = int(seed)  # of a tensor the value: the kernels read a seed by its address, wherever it comes from
     (s,) = output.segments
     p: Any = s.dropout_p if training else 0.0
-    return run_known(of, x, output, _seed(seed, x) if p else None, s.scaling, p, _is_watched(x))
+    return run_known(of, x, s.A, s.B, output.weight, output.bias, _seed(seed, x) if p else None, s.scaling, p, _is_watched(x))
+
+
+def lora_known(x: Tensor, weight: Any, bias: Any, a: Any, b: Any, scaling: float, p: float) -> Tensor | None:
+    """`lora_linear` of just these where `plain` knows the call; else None, and nothing has been done."""
+    of = known_of(x, weight, bias, a, b, scaling, p)
+    return None if of is None else run_known(of, x, a, b, weight, bias, _seed(None, x) if p else None, scaling, p, _is_watched(x))
 
 
 def _is_watched(x: Tensor) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..reference.lowrank import wide
 from .dora import dora_linear_peft, dora_scale
+from .functional import lora_known
 
 if TYPE_CHECKING:
     from .layer import LoRALinear
@@ -99,6 +100,16 @@ def _lora(layer: LoRALinear, dtype: torch.dtype) -> Arguments:
     return Arguments(layer.lora_A, layer.lora_B, layer.bias)
 
 
+def _lora_call(layer: LoRALinear, x: Tensor) -> Tensor | None:
+    """The commonest layer past `nn.Module`'s search for its parameters and past arguments it does not have: where caches are cold they cost as much as
+    a small product."""
+    found = layer._parameters
+    weight, a, b = found.get("weight"), found.get("lora_A"), found.get("lora_B")
+    if layer.format is not None or weight is None or a is None or b is None:  # packed; parametrized or a replica's, which are found another way
+        return None
+    return lora_known(x, weight, found.get("bias"), a, b, layer._scaling_value, layer._dropout_value if layer.training else 0.0)
+
+
 def _dora(layer: LoRALinear, dtype: torch.dtype) -> Arguments:
     scale = dora_scale(layer.base_weight, layer.lora_A, layer.lora_B, layer.scaling_argument(), layer.lora_magnitude)
     return Arguments(layer.lora_A, layer.lora_B, layer.bias, row_scale=scale)
@@ -176,8 +187,8 @@ _VERA = {"projection": None, "projection_key": 0, "d_initial": 0.1}
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("lora", "arXiv 2106.09685", _AB, _lora, _per_rank, inits=True),
-        Method("rslora", "arXiv 2312.03732", _AB, _lora, lambda alpha, r: alpha / math.sqrt(r), inits=True),
+        Method("lora", "arXiv 2106.09685", _AB, _lora, _per_rank, inits=True, call=_lora_call),
+        Method("rslora", "arXiv 2312.03732", _AB, _lora, lambda alpha, r: alpha / math.sqrt(r), inits=True, call=_lora_call),
         Method("dora", "arXiv 2402.09353", (*_AB, Part("lora_magnitude", "N", nn.init.ones_)), _dora, _per_rank, {"dropout_form": "paper"}, True,
                prepare=_dora_options, finish=_dora_magnitude, call=_dora_call),
         # 1e-5 and the rank it started with, also after pruning: the official code's

@@ -67,7 +67,12 @@ def known(x: Any, outputs: Sequence[Any], col_scale: Any) -> Known | None:
     a, b, scaling, p, rank_gate, token_gate, core, activation = segments[0]
     if rank_gate is not None or token_gate is not None or core is not None or activation is not None:
         return None
-    if type(scaling) is not float or type(p) is not float or not 0.0 <= p < 1.0 or changed():
+    return known_of(x, weight, bias, a, b, scaling, p)
+
+
+def known_of(x: Any, weight: Any, bias: Any, a: Any, b: Any, scaling: Any, p: Any) -> Known | None:
+    """`known` of one output and one segment that has nothing else."""
+    if _is_compiling() or type(scaling) is not float or type(p) is not float or not 0.0 <= p < 1.0 or changed():
         return None
     module = looks.core()
     key = 0 if module is None else module.look(x, weight, a, b, bias)
@@ -181,13 +186,16 @@ def _short_back(of: Known, s: float, p: float, saved: Sequence[Any], wanted: Seq
     return dx, da, db, None, None, None, None, None, None
 
 
-_apply: Any = PlainLinear.apply
+# Without what torch.autograd.Function does before: it asks for transforms, which `changed` has done, and unwraps what they have left behind, which no
+# look is had at.
+_apply: Any = super(torch.autograd.Function, PlainLinear).apply
 
 
-def run(of: Known, x: Tensor, output: Any, seed: Tensor | None, s: Any, p: float, watched: bool) -> Tensor:
+def run(
+    of: Known, x: Tensor, a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, s: Any, p: float, watched: bool
+) -> Tensor:
     """y [..., N]. ``watched``: through autograd."""
-    a, b = output.segments[0][:2]
     if watched:
-        y: Tensor = _apply(x, a, b, output.weight, output.bias, seed, of, s, p)
+        y: Tensor = _apply(x, a, b, weight, bias, seed, of, s, p)
         return y
-    return _run(of, x, a, b, output.weight, output.bias, seed, s, p)[0]
+    return _run(of, x, a, b, weight, bias, seed, s, p)[0]
