@@ -240,6 +240,7 @@ PYBIND11_MODULE(FA_MODULE_NAME, m) {
   m.def("fingerprint", &fingerprint);
   m.def("isa", [] { return cpu::kernels().name; });
   m.def("use_isa", &cpu::use_isa);
+  m.def("has_bf16", &cpu::has_bf16);
   m.def("is_amd", [] {
 #if defined(__x86_64__)
     return __builtin_cpu_is("amd") != 0;

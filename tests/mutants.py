@@ -167,7 +167,7 @@ MUTANTS = (
     Mutant(LR_HOST, "&& !s.threshold && !out.back().threshold", "&& !s.threshold", "test_lowrank_cpp"),
     Mutant(LR_HOST, "seed != drawn.seed || ", "", "test_lowrank_cpp.py::test_masks_are_drawn_once_for_both_uses[base]"),
     Mutant(LR_BRANCH, "const Rows du = scaled(dv, rank, s,", "const Rows du = scaled(dv, rank, 1.f,", f"{SHORT}bits_are_those_of_the_general_way"),
-    Mutant(LR_CPU, "step_p + j * step_n]) * scale; };", "step_p + j * step_n]); };", f"{CONTRACT}masks_are_the_same_bits_everywhere[cpp-5-13]"),
+    Mutant("csrc/cpu/lowrank_parts.h", "widen_at<Format>(at, left) * splat(scale)", "widen_at<Format>(at, left)", f"{CONTRACT}masks_are_the_same_bits_everywhere[cpp-5-13]"),
     Mutant(LR_CPU, "sums[i] = add ? sums[i] + total : total;", "sums[i] = total;", f"{CONTRACT}skinny_w[cpp]"),
     Mutant(LR_CPU, "if (w.bias) f += ", "if (w.bias) f -= ", "test_lowrank_cpp"),
     Mutant(LR_CPU, "? double(w.row_scale[t]) : 1.0", "? double(w.row_scale[0]) : 1.0", "test_lowrank_in_place"),

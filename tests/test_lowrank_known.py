@@ -300,3 +300,18 @@ def test_without_a_way_to_look_the_general_way_serves(monkeypatch: pytest.Monkey
     monkeypatch.setattr(looks, "core", lambda: None)
     assert plain.known is not None and torch.equal(lora_linear(**given), want)
     compare(given)
+
+
+def test_a_layer_whose_adapter_is_computed() -> None:
+    """The short way of the layer looks for its tensors where `nn.Module` keeps parameters; a parametrized one is elsewhere."""
+
+    class Doubled(torch.nn.Module):
+        def forward(self, a: torch.Tensor) -> torch.Tensor:
+            return 2 * a
+
+    layer = fa.LoRALinear(64, 48, r=4, init="gaussian")
+    x, a, b = torch.randn(60, 64), layer.lora_A.detach().clone(), torch.randn(48, 4)
+    layer.lora_B.data.copy_(b)
+    assert torch.equal(layer(x), lora_linear(x, layer.weight, a, b, bias=layer.bias, scaling=layer.scaling))
+    torch.nn.utils.parametrize.register_parametrization(layer, "lora_A", Doubled())
+    assert torch.equal(layer(x), lora_linear(x, layer.weight, 2 * a, b, bias=layer.bias, scaling=layer.scaling))

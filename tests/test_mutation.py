@@ -67,6 +67,7 @@ SWEEPS = ("csrc/cpu/optim_isa.cpp", "csrc/cpu/optim.cpp")
 SHOWN = {
     "csrc/core/lowbit.h": ("csrc/cpu/lowbit.cpp", "csrc/cpu/lowbit_isa.cpp"),
     "csrc/core/philox.h": ("csrc/bindings.cpp",),
+    "csrc/cpu/lowrank_parts.h": ("csrc/cpu/lowrank_isa.cpp",),
     "csrc/cpu/lowrank_vector.h": ("csrc/cpu/lowrank_isa.cpp",),
     "csrc/cpu/float8.h": ("csrc/cpu/quant_isa.cpp", "csrc/cpu/quant_act_isa.cpp"),
     "csrc/cpu/quant_dot.h": ("csrc/cpu/quant_product_isa.cpp",),

@@ -180,6 +180,39 @@ def test_products_are_as_exact_as_torch_and_repeat(name: str, isa: str) -> None:
             assert torch.equal(again, y), (name, t, n, k, dtype, transposed)
 
 
+PAIRED = "int4, int4 20, int4 row None, int4 n 8, int4 16, int4 other zero, int2, int2 other zero, ternary, mxfp4, nvfp4, fp4_e2m1 96".split(", ")
+
+
+@pytest.mark.parametrize("name", PAIRED)
+def test_codes_in_pairs(name: str) -> None:
+    """bf16 beside numbers that bf16 holds: every number of rows in a turn, columns beyond a chunk, units of one block and of several."""
+    fmt, gen = CASES[name], torch.Generator().manual_seed(7)
+    for n, k in ((18, 264), (3, 4100), (5, 8240)):
+        parts = fa.quantize(weight(n, k, torch.float32, 0).nan_to_num(1, 1, 1), fmt).parts
+        exact = reference.dequantize(parts, fmt, n, k, 0, n, torch.float32).double()
+        for t in (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 33):
+            x = torch.randn(t, k, generator=gen).bfloat16()
+            y = cpp.linear(x, parts, fmt, n, None)
+            true, size = x.double() @ exact.t(), x.double().abs() @ exact.abs().t()
+            assert bool(((y.double() - true).abs() <= 2.0**-8 * true.abs() + 64 * 2.0**-24 * size).all()), (n, k, t)
+
+
+@pytest.mark.parametrize("name", PAIRED)
+def test_small_numbers_count(name: str) -> None:
+    """Denormals of x, differences of tiny numbers: an instruction that takes such for zeros must not see them."""
+    fmt, n, k = CASES[name], 9, 480
+    gen = torch.Generator().manual_seed(1)
+    parts = fa.quantize(torch.randn(n, k, generator=gen) * 2.0**60, fmt).parts
+    exact = reference.dequantize(parts, fmt, n, k, 0, n, torch.float32).double()
+    for t in (1, 2, 5):
+        for power in (-133, -127, -124, -101, -99, -90):
+            x = (torch.randn(t, k, generator=gen).double() * 2.0**power).bfloat16()
+            x[:, 1::2] = -x[:, ::2]
+            y = cpp.linear(x, parts, fmt, n, None)
+            true, size = x.double() @ exact.t(), x.double().abs() @ exact.abs().t()
+            assert bool(((y.double() - true).abs() <= 2.0**-8 * true.abs() + 16 * 2.0**-24 * size).all()), (t, power)
+
+
 @pytest.mark.parametrize("name", [*FORMATS, "int8 asym", "fp8 block"])
 def test_sums_of_codes_do_not_overflow(name: str, isa: str) -> None:
     """Codes are summed before they are scaled, and may be a thousand times the weight; a row of small numbers keeps its bits beside a huge one."""

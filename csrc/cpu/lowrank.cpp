@@ -105,14 +105,6 @@ bool has_fma() { return __builtin_cpu_supports("fma"); }
 
 }  // namespace
 
-bool rounds_bf16() {
-#if defined(__x86_64__)
-  return __builtin_cpu_supports("avx512bf16");
-#else
-  return false;
-#endif
-}
-
 Memory& memory() {
   thread_local Memory mine;
   return mine;

@@ -106,7 +106,6 @@ extern const Kernels kernels_base;
 extern const Kernels kernels_avx2, kernels_avx512;
 #endif
 const Kernels& kernels();  // what cpu::use_isa chose; avx2 needs FMA here
-bool rounds_bf16();  // whether the processor has an instruction for it (AVX512_BF16)
 
 // Products of a few rows with adapters that are read where they lie.
 struct FewKernels {

@@ -3,6 +3,7 @@
 // A product of a block is c[m][n] (+)= sum_p a[m, p] b[p][n]: a is broadcast element by element, b is read kWidth columns at a time, and a tile of c stays
 // in registers. Sums are taken block by block (kBlockCols columns or kBlockRows rows), which keeps their rounding error below that of one long sum.
 #include "lowrank_parts.h"
+#include "optim.h"
 
 #define FA_CAT2(a, b) a##b
 #define FA_CAT(a, b) FA_CAT2(a, b)
@@ -182,7 +183,7 @@ FA_INLINE void add_row(const Matrix& y, const float* sum, int64_t t, int64_t k, 
 // y += u a for a block of one segment without a mask, whole panels: each sum meets its element in a register.
 template <class Format>
 FA_INLINE void add_block(const Writing& w, int64_t t, int64_t k, int64_t rows, int64_t columns, Ahead& ahead) {
-  static const bool native = rounds_bf16();
+  static const bool native = has_bf16();
   const Segment& g = w.segments.list[0];
   for (int64_t i = 0; i < rows; i += kTall) {
     auto* y = static_cast<typename Format::E*>(w.y.data) + (t + i) * w.y.stride + k;
@@ -320,28 +321,6 @@ void write(const Writing& w, int64_t t0, int64_t t1, int64_t k0, int64_t k1, dou
 }
 
 // ---- adapters, dropout alone, masks ----
-
-// `depth` rows of a panel, `n` of its columns and zeros beyond.
-template <class Format>
-FA_INLINE void pack_square(const typename Format::E* from, int64_t step_p, int64_t step_n, int64_t depth, int64_t n, float scale,
-                           float* to) {
-  const auto vector = [&](const typename Format::E* at, int64_t left) { return left > 0 ? widen_at<Format>(at, left) * splat(scale) : F{}; };
-  if (step_n == 1) {
-    for (int64_t p = 0; p < depth; ++p)
-      for (int64_t j = 0; j < kWidth; j += kLanes) store(to + p * kWidth + j, vector(from + p * step_p + j, n - j));
-  } else if (step_p == 1) {
-    for (int64_t j = 0; j < kWidth; j += kLanes)
-      for (int64_t p = 0; p < depth; p += kLanes) {
-        F square[kLanes];
-        for (int i = 0; i < kLanes; ++i) square[i] = vector(from + (j + i) * step_n + p, j + i < n ? depth - p : 0);
-        transpose(square);
-        for (int i = 0; i < least(kLanes, depth - p); ++i) store(to + (p + i) * kWidth + j, square[i]);
-      }
-  } else {
-    for (int64_t p = 0; p < depth; ++p)
-      for (int64_t j = 0; j < kWidth; ++j) to[p * kWidth + j] = j < n ? Format::widen_one(from[p * step_p + j * step_n]) * scale : 0.f;
-  }
-}
 
 void pack(const Matrix& source, int64_t step_p, int64_t step_n, int64_t depth, int64_t n, float scale, float* out, int64_t panel_size,
           int64_t first, int64_t last) {

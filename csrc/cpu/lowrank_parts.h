@@ -256,6 +256,32 @@ FA_INLINE void product_onto(const Product& g, int64_t rows, typename Format::E* 
   kOnto[rows](g, g.a, y, native);
 }
 
+// ---- adapters ----
+
+// `depth` rows of a panel, `n` of its columns and zeros beyond.
+template <class Format>
+FA_INLINE void pack_square(const typename Format::E* from, int64_t step_p, int64_t step_n, int64_t depth, int64_t n, float scale,
+                           float* to) {
+  const auto vector = [&](const typename Format::E* at, int64_t left) {
+    return left > 0 ? widen_at<Format>(at, left) * splat(scale) : F{};
+  };
+  if (step_n == 1) {
+    for (int64_t p = 0; p < depth; ++p)
+      for (int64_t j = 0; j < kWidth; j += kLanes) store(to + p * kWidth + j, vector(from + p * step_p + j, n - j));
+  } else if (step_p == 1) {
+    for (int64_t j = 0; j < kWidth; j += kLanes)
+      for (int64_t p = 0; p < depth; p += kLanes) {
+        F square[kLanes];
+        for (int i = 0; i < kLanes; ++i) square[i] = vector(from + (j + i) * step_n + p, j + i < n ? depth - p : 0);
+        transpose(square);
+        for (int i = 0; i < least(kLanes, depth - p); ++i) store(to + (p + i) * kWidth + j, square[i]);
+      }
+  } else {
+    for (int64_t p = 0; p < depth; ++p)
+      for (int64_t j = 0; j < kWidth; ++j) to[p * kWidth + j] = j < n ? Format::widen_one(from[p * step_p + j * step_n]) * scale : 0.f;
+  }
+}
+
 // ---- dropout ----
 
 constexpr int kBatch = 2;  // groups of counters in flight

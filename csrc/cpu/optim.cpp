@@ -36,6 +36,18 @@ bool has_avx512() {
 }
 #endif
 
+}  // namespace
+
+bool has_bf16() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
+namespace {
+
 const Kernels* find(const char* name) {
 #if defined(__x86_64__)
   if (!strcmp(name, "avx512")) return has_avx512() ? &kernels_avx512 : nullptr;

@@ -57,6 +57,7 @@ void update_compact(const Kernels& kernels, UpdateFn update, const Piece& piece)
 // A piece of an entry with coded states (lowbit.h): decoded run by run, updated, encoded.
 void update_coded(const Kernels& kernels, int rule, int states, int stored, const Piece& piece);
 const Kernels& kernels();                  // the best set this processor has, or the one chosen by use_isa
+bool has_bf16();                          // whether the processor has AVX512_BF16
 bool use_isa(const char* name);            // "base", "avx2", "avx512"; false when this processor or build lacks it
 
 }  // namespace fa::cpu

@@ -103,6 +103,7 @@ struct Operand {
   float* sums = nullptr;
   float* factor = nullptr;
   int64_t stride = 0, sums_stride = 0;
+  bool pairs = false;  // x stays in bf16, in the order of the kernel's pairs of codes
 };
 
 constexpr int64_t kMostRows = 16;  // of x at a time
@@ -113,6 +114,7 @@ struct ProductKernels {
   void (*size)(const Weight&, int64_t* row, int64_t* sums);
   // 1, or a power of two that brings row t of x, of so many columns, into the range in which nothing overflows; 0: the row has an infinity
   float (*factor)(const Product&, int64_t t, int64_t columns);
+  bool (*pairs_fit)(const Weight&, const Product&);
   void (*arrange)(const Weight&, const Product&, int64_t t, const Operand&);
   // Columns [n0, n1) of y.
   void (*linear)(const Weight&, const Product&, const Operand&, int64_t n0, int64_t n1);

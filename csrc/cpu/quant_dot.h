@@ -149,12 +149,13 @@ FA_INLINE const uint8_t* later_codes(const Weight& w, int64_t n0, int64_t n1, in
   return end < w.k ? row_of(w, ahead - (n1 - n0)) + first + bytes : row_of(w, ahead);
 }
 
-// Rows [n0, n1), at most kRows; p.t <= kFew sums each. A row is read before the one before it is multiplied: numbers that were just stored would be
-// waited for, and codes of later rows meanwhile not be asked for (int4 in groups of 64 with zeros, caches cold: 0.39 ms for 0.30).
 template <class D>
-void linear_few(const Weight& w, const Layout& a, const Product& p, const Operand& o, int64_t n0, int64_t n1, F* to) {
-  constexpr void (*kOf[2][kFew])(const D&, const Layout&, const Rows&, const Operand&, int64_t) = {
-      {dot_codes<D, 1, false>, dot_codes<D, 2, false>}, {dot_codes<D, 1, true>, dot_codes<D, 2, true>}};
+using Dot = void (*)(const D&, const Layout&, const Rows&, const Operand&, int64_t);
+
+// Rows [n0, n1), at most kRows; p.t <= kFew sums each, by dots[p.t - 1]. A row is read before the one before it is multiplied: numbers that were just
+// stored would be waited for, and codes of later rows meanwhile not be asked for (int4 in groups of 64 with zeros, caches cold: 0.39 ms for 0.30).
+template <class D>
+void linear_few(const Dot<D>* dots, const Weight& w, const Layout& a, const Product& p, const Operand& o, int64_t n0, int64_t n1, F* to) {
   D d;
   D::set(d, w);
   Chunk chunks[2];
@@ -167,23 +168,19 @@ void linear_few(const Weight& w, const Layout& a, const Product& p, const Operan
       const Chunk* const chunk = &chunks[n % 2];
       const Rows row = {{chunk, chunk}, later_codes(w, n0, n1, n, c, span.end), w.row_bytes, to + (n - n0) * p.t, p.t, c / a.unit, 0,
                         span.blocks};
-      kOf[a.wide][p.t - 1](d, a, row, o, 0);
+      dots[p.t - 1](d, a, row, o, 0);
     }
   }
 }
 
-// The same for more rows of x: all rows of W are read first.
+// The same for more rows of x, by dots[their number in a turn - 1], `tall` rows of W at a time: all of these are read first. `bytes`: of a number of x.
 template <class D>
-void linear_many(const Weight& w, const Layout& a, const Product& p, const Operand& o, int64_t n0, int64_t n1, F* to) {
-  constexpr void (*kOf[2][kTokens - kFew])(const D&, const Layout&, const Rows&, const Operand&, int64_t) = {
-      {dot_values<D, 3, false>, dot_values<D, 4, false>, dot_values<D, 5, false>, dot_values<D, 6, false>, dot_values<D, 7, false>,
-       dot_values<D, 8, false>},
-      {dot_values<D, 3, true>, dot_values<D, 4, true>, dot_values<D, 5, true>, dot_values<D, 6, true>, dot_values<D, 7, true>,
-       dot_values<D, 8, true>}};
+void linear_many(const Dot<D>* dots, int64_t tall, int64_t bytes, const Weight& w, const Layout& a, const Product& p, const Operand& o,
+                 int64_t n0, int64_t n1, F* to) {
   D d;
   D::set(d, w);
   const Turns turns(p);
-  const int64_t step = turns.tokens <= 4 ? kChunk / 4 : kChunk / 8, rows = n1 - n0;
+  const int64_t step = kChunk / bytes / (turns.tokens <= 4 ? 1 : 2), rows = n1 - n0;
   Chunk chunks[kRows];
   if (rows % 2) chunks[rows].clear();
   for (int64_t c = 0; c < w.k; c += kChunk) {
@@ -195,7 +192,7 @@ void linear_many(const Weight& w, const Layout& a, const Product& p, const Opera
     for (int64_t part = c; part < span.end; part += step) {
       const int64_t end = least(part + step, span.end), blocks = ceil_div(end - part, a.block);
       for (int64_t t = 0; t < p.t; t += turns.tokens)
-        for (int64_t r = 0; r < rows; r += high(turns.tokens)) {
+        for (int64_t r = 0; r < rows; r += tall) {
           const Rows these = {{&chunks[r], &chunks[r + 1]},
                               later_codes(w, n0, n1, n0 + r, part, end),
                               w.row_bytes,
@@ -204,10 +201,19 @@ void linear_many(const Weight& w, const Layout& a, const Product& p, const Opera
                               part / a.unit,
                               (part - c) / a.unit,
                               blocks};
-          kOf[a.wide][turns.count(p, t) - kFew - 1](d, a, these, o, t);
+          dots[turns.count(p, t) - 1](d, a, these, o, t);
         }
     }
   }
+}
+
+template <class D, bool wide>
+void linear_as(const Weight& w, const Layout& a, const Product& p, const Operand& o, int64_t n0, int64_t n1, F* to) {
+  static constexpr Dot<D> kDots[kTokens] = {dot_codes<D, 1, wide>,  dot_codes<D, 2, wide>,  dot_values<D, 3, wide>, dot_values<D, 4, wide>,
+                                            dot_values<D, 5, wide>, dot_values<D, 6, wide>, dot_values<D, 7, wide>, dot_values<D, 8, wide>};
+  const int64_t tokens = Turns(p).tokens;
+  if (tokens <= kFew) return linear_few(kDots, w, a, p, o, n0, n1, to);
+  linear_many(kDots, high(tokens), sizeof(float), w, a, p, o, n0, n1, to);
 }
 
 // to[t] += row . x[t] for T rows of x

@@ -61,6 +61,7 @@ void linear(const Weight& w, const Product& whole, int threads) {
   o.factor = o.sums + most * o.sums_stride;
   for (int64_t t = 0; t < whole.t; t += kMostRows) {
     const Product p = some_rows(whole, t, w.n);
+    o.pairs = has_bf16() && k.pairs_fit(w, p);
     bool infinite[kMostRows];
     parallel_for(p.t, std::max<int64_t>(1, kGrain / w.k), threads, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) {

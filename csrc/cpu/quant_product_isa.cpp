@@ -1,6 +1,6 @@
 // Products with a low-bit weight for a few rows, compiled once per instruction set (FA_ISA; the avx2 one with FMA). The codes are read once; numbers are
 // made in registers and scales are applied once per group. In which order things are added depends on shapes alone.
-#include "quant_dot.h"
+#include "quant_pairs.h"
 
 #define FA_CAT2(a, b) a##b
 #define FA_CAT(a, b) FA_CAT2(a, b)
@@ -35,7 +35,34 @@ float factor(const Product& p, int64_t t, int64_t columns) {
   return largest == as_float(0x7f800000u) ? 0.f : largest >= kHuge ? kShrink : 1.f;
 }
 
+#if defined(__AVX512BW__)
+void arrange_pairs(const Weight& w, const Product& p, int64_t t, const Operand& to) {
+  const Turns turns(p);
+  const Layout a = layout_of(w);
+  const int64_t first = t / turns.tokens * turns.tokens, count = turns.count(p, first), pairs = a.per / 2;
+  const auto* from = static_cast<const uint16_t*>(p.x) + t * p.stride;
+  uint16_t* x = reinterpret_cast<uint16_t*>(to.x + first * to.stride) + (t - first) * 2 * kLanes;
+  F sum = {};
+  for (int64_t c = 0; c < a.padded(); c += a.block) {
+    if (c % a.unit == 0) sum = F{};
+    for (int64_t j = 0; j < pairs; ++j, x += count * 2 * kLanes) {
+      U pair = {};
+      for (int lane = 0; lane < kLanes; ++lane)
+        for (int half = 0; half < 2; ++half)
+          if (const int64_t column = c + lane * a.per + pair_column(w, a, j, half); column < w.k)
+            pair[lane] |= uint32_t(from[column]) << (16 * half);
+      store(x, pair);
+      sum += F(pair << 16) + F(pair & 0xffff0000u);
+    }
+    if (a.zeros && (c + a.block) % a.unit == 0) store(to.sums + t * to.sums_stride + c / a.unit * kLanes, sum);
+  }
+}
+#endif
+
 void arrange(const Weight& w, const Product& p, int64_t t, const Operand& to) {
+#if defined(__AVX512BW__)
+  if (to.pairs) return arrange_pairs(w, p, t, to);
+#endif
   const Turns turns(p);
   const Layout a = layout_of(w, turns.tokens);
   const Places places(w, a);
@@ -66,18 +93,23 @@ FA_INLINE float total(F f) {
 
 // ---- y = x W^T ----
 
+// to[n - n0, t] += W[n] . x[t]
+void add_up(const Weight& w, const Layout& a, const Product& p, const Operand& o, int64_t n0, int64_t n1, F* to) {
+#if defined(__AVX512BW__)
+  if (o.pairs) return (w.bits == 4 ? linear_pairs<PairLane<4>> : linear_pairs<PairLane<2>>)(w, a, p, o, n0, n1, to);
+#endif
+  if (!a.direct) return linear_decoded(w, p, o, n0, n1, to);
+  with_lane(w, a,
+            [&](auto lane) { (a.wide ? linear_as<decltype(lane), true> : linear_as<decltype(lane), false>)(w, a, p, o, n0, n1, to); });
+}
+
 void linear(const Weight& w, const Product& p, const Operand& o, int64_t n0, int64_t n1) {
   const Layout a = layout_of(w, Turns(p).tokens);
   for (int64_t n = n0; n < n1; n += kRows) {
     const int64_t end = least(n + kRows, n1);
     F sums[kRows * kMostRows];  // of the rows of x one after another, for every row of W
     for (F& sum : sums) sum = F{};
-    if (a.direct)
-      with_lane(w, a, [&](auto lane) {
-        (Turns(p).tokens <= kFew ? linear_few<decltype(lane)> : linear_many<decltype(lane)>)(w, a, p, o, n, end, sums);
-      });
-    else
-      linear_decoded(w, p, o, n, end, sums);
+    add_up(w, a, p, o, n, end, sums);
     with_format(p.dtype, [&](auto format) {
       using Format = decltype(format);
       for (int64_t t = 0; t < p.t; ++t)
@@ -230,6 +262,6 @@ void finish_dx(const Weight& w, const Product& p, int64_t t, const Operand& all,
 
 }  // namespace
 
-extern const ProductKernels FA_CAT(product_, FA_ISA) = {FA_STR(FA_ISA), size, factor, arrange, linear, linear_dx, finish_dx};
+extern const ProductKernels FA_CAT(product_, FA_ISA) = {FA_STR(FA_ISA), size, factor, pairs_fit, arrange, linear, linear_dx, finish_dx};
 
 }  // namespace fa::cpu::quant

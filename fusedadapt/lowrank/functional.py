@@ -166,7 +166,8 @@ def _run_known(of: Known, x: Tensor, output: Output, training: bool, seed: int |
         seed = int(seed)  # of a tensor the value: the kernels read a seed by its address, wherever it comes from
     (s,) = output.segments
     p: Any = s.dropout_p if training else 0.0
-    return run_known(of, x, s.A, s.B, output.weight, output.bias, _seed(seed, x) if p else None, s.scaling, p, _is_watched(x))
+    weight: Any = output.weight
+    return run_known(of, x, s.A, s.B, weight, output.bias, _seed(seed, x) if p else None, s.scaling, p, _is_watched(x))
 
 
 def lora_known(x: Tensor, weight: Any, bias: Any, a: Any, b: Any, scaling: float, p: float) -> Tensor | None:

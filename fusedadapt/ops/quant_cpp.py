@@ -169,6 +169,8 @@ def linear_dx(dy: Tensor, parts: Parts, fmt: QFormat, n: int, k: int) -> Tensor:
 #: rows of x up to which the own product is the faster one, at 4096 x 4096, and for weights that are slow to read: where the processor multiplies in
 #: 16 bits (x W^T; dY W); where its fp32 GEMM stays far below what it can (all but the slow); else, on AVX2: x W^T; dY W of integers and of tables
 _FEW_16_BIT, _FEW_DX_16_BIT, _SLOW_16_BIT, _SLOW_ALL = 24, 16, 10, 40
+#: the same of x W^T in bf16 where codes are multiplied in pairs
+_FEW_PAIRS = 40
 _FEW, _SLOW, _FEW_DX_INTEGERS, _FEW_DX_LOOKUPS, _SLOW_DX = 48, 24, 48, 20, 12
 
 
@@ -178,11 +180,24 @@ def _outruns() -> bool:
     return bool(_core.q_isa() == "avx512" and _core.is_amd())
 
 
+@functools.cache
+def _exact(fmt: QFormat) -> bool:
+    """Whether bf16 holds what the codes are worth."""
+    return torch.equal(_numbers(fmt), _numbers(fmt).to(torch.bfloat16).float())
+
+
+def _pairs(dtype: torch.dtype, fmt: QFormat) -> bool:
+    """Whether the kernel multiplies two codes at a time (csrc/cpu/quant_pairs.h)."""
+    return bool(dtype == torch.bfloat16 and fmt.bits in (2, 4) and _core.q_isa() == "avx512" and _core.has_bf16()) and _exact(fmt)
+
+
 def small(t: int, n: int, k: int, dtype: torch.dtype, fmt: QFormat, transposed: bool) -> bool:
     """Whether `linear` (`linear_dx` if ``transposed``) beats a dequantized piece and the library's GEMM."""
     decoded = fmt.block[1] == 1 or (fmt.flat and k % fmt.block[1] != 0 and k % 8 != 0)  # before it is multiplied
     slow = decoded or (transposed and fmt.bits == 8 and bool(fmt.table))
     if dtype != torch.float32 and dense.multiplies(dtype):
+        if not transposed and not decoded and t > _FEW_16_BIT:
+            return t <= _FEW_PAIRS and _pairs(dtype, fmt)
         return t <= (_SLOW_16_BIT if slow else _FEW_DX_16_BIT if transposed else _FEW_16_BIT)
     if _outruns():
         return not slow or t <= _SLOW_ALL
