@@ -1,5 +1,7 @@
 #include "looks.h"
 
+#include <dlfcn.h>
+
 #include <algorithm>
 #include <memory>
 #include <stdexcept>
@@ -72,6 +74,33 @@ PyObject* look(PyObject*, PyObject* const* args, Py_ssize_t count) {
 
 struct None {};
 
+// What torch's dispatcher goes by in a thread, the two words of its local key set, and whether a function mode is on: as one number that is the same
+// wherever these are.
+struct Calls {
+  void* library;
+  bool (*function_mode)();
+};
+constexpr char kCalls[] = "fusedadapt.calls", kKeys[] = "_ZN3c104impl26raw_local_dispatch_key_setE",
+               kFunctionMode[] = "_ZN2at4impl27torch_function_mode_enabledEv";
+
+const uint64_t* keys_of_thread(void* library) { return static_cast<const uint64_t*>(dlsym(library, kKeys)); }
+
+PyObject* call_state(PyObject* self, PyObject* const*, Py_ssize_t) {
+  const auto& c = *static_cast<const Calls*>(PyCapsule_GetPointer(self, kCalls));
+  thread_local const uint64_t* const keys = keys_of_thread(c.library);
+  const uint64_t h = mix(c.function_mode(), int64_t(keys[0]), int64_t(keys[1]));
+  return PyLong_FromUnsignedLongLong(h | 1);
+}
+
+// call_state through torch's library, or None where this torch has other names for these.
+py::object calls_through(uintptr_t handle) {
+  auto calls = std::make_unique<Calls>();
+  calls->library = reinterpret_cast<void*>(handle);
+  calls->function_mode = reinterpret_cast<bool (*)()>(dlsym(calls->library, kFunctionMode));
+  if (!calls->function_mode || !keys_of_thread(calls->library)) return py::none();
+  return bound<Calls, &call_state>(std::move(calls), kCalls);
+}
+
 }  // namespace
 
 void bind_looks(py::module_& m) {
@@ -82,6 +111,7 @@ void bind_looks(py::module_& m) {
     Looks::use(shim, std::move(found));
   });
   m.def("keep", &keep);
+  m.def("calls_through", &calls_through);
   m.attr("look") = bound<None, &look>(std::make_unique<None>(), "fusedadapt.look");
 }
 

@@ -19,7 +19,7 @@ RULES, ADAM, NUMBERS, DTYPES = "csrc/core/rules.h", "csrc/core/rules_adam.h", "c
 TRUTH, MID, FUNCTION = "fusedadapt/reference/lowrank.py", "fusedadapt/lowrank/mid.py", "fusedadapt/lowrank/function.py"
 FUNCTIONAL, LOWRANK = "fusedadapt/lowrank/functional.py", "fusedadapt/ops/lowrank.py"
 LR_FEW = "test_lowrank_cpp.py::test_few_rows_take_adapters_as_they_lie"
-LR_HOST, LR_CPU = "csrc/cpu/lowrank.cpp", "csrc/cpu/lowrank_isa.cpp"
+LR_HOST, LR_CPU, LR_PARTS = "csrc/cpu/lowrank.cpp", "csrc/cpu/lowrank_isa.cpp", "csrc/cpu/lowrank_parts.h"
 PLAIN, LR_BRANCH = "fusedadapt/lowrank/plain.py", "csrc/cpu/lowrank_branch.cpp"
 SAVED, SHORT = "test_lowrank_memory.py::test_saved_bytes_without_gradients_of_a", "test_lowrank_plain.py::test_"
 DERIVATIVES, CONTRACT = "test_lowrank_derivatives.py::test_derivatives", "test_lowrank_contract.py::test_"
@@ -167,7 +167,7 @@ MUTANTS = (
     Mutant(LR_HOST, "&& !s.threshold && !out.back().threshold", "&& !s.threshold", "test_lowrank_cpp"),
     Mutant(LR_HOST, "seed != drawn.seed || ", "", "test_lowrank_cpp.py::test_masks_are_drawn_once_for_both_uses[base]"),
     Mutant(LR_BRANCH, "const Rows du = scaled(dv, rank, s,", "const Rows du = scaled(dv, rank, 1.f,", f"{SHORT}bits_are_those_of_the_general_way"),
-    Mutant("csrc/cpu/lowrank_parts.h", "widen_at<Format>(at, left) * splat(scale)", "widen_at<Format>(at, left)", f"{CONTRACT}masks_are_the_same_bits_everywhere[cpp-5-13]"),
+    Mutant(LR_PARTS, "widen_at<Format>(at, left) * splat(scale)", "widen_at<Format>(at, left)", f"{CONTRACT}masks_are_the_same_bits_everywhere[cpp-5-13]"),
     Mutant(LR_CPU, "sums[i] = add ? sums[i] + total : total;", "sums[i] = total;", f"{CONTRACT}skinny_w[cpp]"),
     Mutant(LR_CPU, "if (w.bias) f += ", "if (w.bias) f -= ", "test_lowrank_cpp"),
     Mutant(LR_CPU, "? double(w.row_scale[t]) : 1.0", "? double(w.row_scale[0]) : 1.0", "test_lowrank_in_place"),

@@ -23,9 +23,14 @@ def shim() -> Any:
     return _known[id(core)]
 
 
+def torch_library() -> ctypes.CDLL:
+    """Loaded already; a name is searched in the libraries it depends on, too."""
+    return ctypes.CDLL(torch._C.__file__)
+
+
 def _make(core: Any) -> Any:
     try:
-        library = ctypes.CDLL(torch._C.__file__)  # loaded already; a name is searched in the libraries it depends on, too
+        library = torch_library()
         addresses = [ctypes.cast(library[name], ctypes.c_void_p).value for name in core.SHIM_NAMES]
         with torch.inference_mode(False):  # the probe's version is looked for; tensors made in inference mode have none
             shim = core.Shim(addresses, torch.nn.Parameter(torch.zeros(0, dtype=torch.float32, device="cpu"), requires_grad=False))
