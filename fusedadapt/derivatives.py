@@ -13,7 +13,7 @@ from . import config
 
 # Bound once: see `ops.onlookers`.
 _transforming: Any = torch._C._are_functorch_transforms_active  # type: ignore[attr-defined]
-_is_grad_enabled, _is_compiling = torch.is_grad_enabled, torch.compiler.is_compiling
+_Tensor, _is_grad_enabled, _is_compiling = torch.Tensor, torch.is_grad_enabled, torch.compiler.is_compiling
 _is_batch: Any = torch._C._functorch.is_legacy_batchedtensor  # what stands for one of many gradients: it has no memory to read
 
 
@@ -41,11 +41,12 @@ def first_order(op: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
                     f"{op}: expected a backward pass without create_graph=True; got one with it; the fused backward cannot be differentiated again: "
                     "use the plain operations there (of a patched model: fusedadapt.unpatch)"
                 )
-            if any([isinstance(g, torch.Tensor) and _is_batch(g) for g in grads]):
-                raise RuntimeError(
-                    f"{op}: expected one gradient at a time; got a batch of them (is_grads_batched=True, or vectorize=True of a Jacobian); leave "
-                    "that out, or use the plain operations there (of a patched model: fusedadapt.unpatch)"
-                )
+            for g in grads:
+                if isinstance(g, _Tensor) and _is_batch(g):
+                    raise RuntimeError(
+                        f"{op}: expected one gradient at a time; got a batch of them (is_grads_batched=True, or vectorize=True of a Jacobian); leave "
+                        "that out, or use the plain operations there (of a patched model: fusedadapt.unpatch)"
+                    )
             asked = getattr(ctx, "asked", None)
             # who runs backward in a block of their own asks for themselves
             if asked is None or asked == (None, None) or config.asked() != (None, None):

@@ -63,13 +63,14 @@ void pack(const Kernels& k, const Matrix& source, int64_t step_p, int64_t step_n
 void read_rows(const Kernels& k, const Reading& r, int threads) {
   const int64_t blocks = ceil_div(r.x.rows, kBlockRows);
   parallel_for(blocks, grain_of(blocks, threads), threads, [&](int64_t first, int64_t last) {
-    k.read(r, first * kBlockRows, std::min(last * kBlockRows, r.x.rows), Partial{}, rows_scratch(k, r));
+    k.read(r, first * kBlockRows, std::min(last * kBlockRows, r.x.rows), 0, r.x.columns, Partial{}, rows_scratch(k, r));
   });
 }
 
-void read_slots(const Kernels& k, const Reading& r, const Slots& slots, int threads) {
-  parallel_for(slots.count, 1, threads, [&](int64_t first, int64_t last) {
-    for (int64_t s = first; s < last; ++s) k.read(r, slots.start(s), slots.start(s + 1), slots.at(s), rows_scratch(k, r));
+void read_sums(const Kernels& k, const Reading& r, const Slots& slots, int threads) {
+  const bool apart = slots.apart(threads);
+  parallel_for(apart ? slots.units() : slots.count, 1, threads, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) apart ? slots.read_unit(k, r, i) : slots.read_slot(k, r, i);
   });
 }
 
@@ -152,11 +153,23 @@ void pack_expand(const Kernels& k, Writing& w, Matrix a, Scratch& memory, int th
   }
 }
 
-Slots::Slots(const Kernels& k, const Reading& r) : rows(r.x.rows), rank(r.left ? r.left_rank : 0), sums(r.column_sums || r.y0.dtype) {
+Slots::Slots(const Kernels& k, const Reading& r)
+    : rows(r.x.rows), columns(r.x.columns), rank(r.left ? r.left_rank : 0), sums(r.column_sums || r.y0.dtype) {
+  constexpr int64_t kBlocks = 16, kMost = 16;  // of a slot at least; slots
   blocks = ceil_div(rows, kBlockRows);
-  count = std::min<int64_t>(16, ceil_div(blocks, 2));
-  stride = ceil_div(r.x.columns, k.width) * k.width;
+  for (count = 1; count < kMost && blocks >= 2 * count * kBlocks;) count *= 2;  // even shares for most numbers of threads
+  strips = ceil_div(columns, kBlockCols);
+  stride = ceil_div(columns, k.width) * k.width;
   size = (rank + (sums ? 2 : 0)) * stride;
+}
+
+void Slots::read_slot(const Kernels& k, const Reading& r, int64_t slot) const {
+  k.read(r, start(slot), start(slot + 1), 0, columns, at(slot), rows_scratch(k, r));
+}
+
+void Slots::read_unit(const Kernels& k, const Reading& r, int64_t unit) const {
+  const int64_t slot = unit / strips, c = unit % strips * kBlockCols;
+  k.read(r, start(slot), start(slot + 1), c, std::min(c + kBlockCols, columns), at(slot), nullptr);
 }
 
 Partial Slots::at(int64_t slot) const {
@@ -222,7 +235,7 @@ void bwd_x(const Matrix& x, const float* u, float* m, const std::vector<Segment>
   r.left_rank = list.back().first + list.back().rank;
   Slots slots(k, r);
   slots.base = memory().sums.get(slots.floats());
-  read_slots(k, r, slots, threads);
+  read_sums(k, r, slots, threads);
   remember(std::move(drawing));
   for (const Segment& s : list)
     parallel_for(s.rank, std::max<int64_t>(1, 2048 / x.columns), threads,
@@ -262,27 +275,35 @@ void scale_add(const Matrix& y0, const float* v, const Matrix& a, const float* r
   write_all(k, w, threads);
 }
 
+// dy is read once, or twice if its columns are read apart: dV has need of all of them.
 void bwd_dy(const BwdDy& g, int threads) {
   const Kernels& k = kernels();
   const Trim trim;
-  std::vector<Segment> list = whole(g.b.dtype ? g.b.columns : g.rank);
-  Reading r;
-  r.x = g.dy;
+  std::vector<Segment> of_dv = whole(g.b.columns), of_v = whole(g.rank);
+  Reading up, r;
+  up.x = g.dy;
+  up.col_scale = g.row_scale;
+  r = up;
+  if (g.b.dtype) {
+    up.rank = g.b.columns;
+    up.u = g.dv;
+    pack_shrink(k, up, of_dv, g.b, g.b.stride, g.b.step, threads);
+  }
   r.left = g.v;
   r.left_rank = g.rank;
   r.column_sums = g.db != nullptr;
   r.y0 = g.y0;
-  r.col_scale = g.row_scale;
   r.scaled = g.scaled;
-  if (g.b.dtype) {
-    r.rank = g.b.columns;
-    r.u = g.dv;
-    pack_shrink(k, r, list, g.b, g.b.stride, g.b.step, threads);
-  }
-  r.segments = view(list, 0);
   Slots slots(k, r);
   slots.base = memory().sums.get(slots.floats());
-  read_slots(k, r, slots, threads);
+  if (g.b.dtype && slots.apart(threads)) {
+    up.segments = view(of_dv, 0);
+    read_rows(k, up, threads);
+  } else if (g.b.dtype) {
+    r.panels = up.panels, r.panel_count = up.panel_count, r.rank = up.rank, r.u = up.u;
+  }
+  r.segments = view(r.panels ? of_dv : of_v, 0);
+  if (r.panels || r.left || r.column_sums || r.y0.dtype || r.scaled.dtype) read_sums(k, r, slots, threads);
   constexpr int64_t kColumns = Slots::kColumns;
   parallel_for(ceil_div(g.dy.columns, kColumns), 1, threads, [&](int64_t first, int64_t last) {
     for (int64_t c = first; c < last; ++c) {

@@ -11,16 +11,9 @@ namespace {
 
 std::vector<Segment> masked_by(const Branch& branch) { return {Segment{0, branch.a.rows, branch.threshold, 0, 0}}; }
 
-// Rows [t0, t1) of a matrix of `rank` columns times s, in memory of this thread until it asks for the next; the matrix itself if s is 1.
-struct Rows {
-  const float* data;
-  int64_t first;
-};
-Rows scaled(const float* matrix, int64_t rank, float s, int64_t t0, int64_t t1) {
-  if (s == 1.f) return {matrix, 0};
-  float* own = memory().scaled.get((t1 - t0) * rank);
-  for (int64_t i = 0; i < (t1 - t0) * rank; ++i) own[i] = matrix[t0 * rank + i] * s;
-  return {own, t0};
+// Rows [t0, t1) of a matrix of `rank` columns times s.
+void scale_rows(const float* matrix, int64_t rank, float s, int64_t t0, int64_t t1, float* out) {
+  for (int64_t i = t0 * rank; i < t1 * rank; ++i) out[i] = matrix[i] * s;
 }
 
 // fp32 comes before its product, 16 bits after it.
@@ -34,9 +27,7 @@ Writing onto(const Matrix& y, const float* bias, int64_t rank) {
   return w;
 }
 
-void write_rows(const Kernels& k, Writing w, const Rows& u, int64_t t0, int64_t t1) {
-  w.u = u.data;
-  w.u_row = u.first;
+void write_rows(const Kernels& k, const Writing& w, int64_t t0, int64_t t1) {
   for (int64_t c = 0; c < w.y.columns; c += kPiece) k.write(w, t0, t1, c, std::min(c + kPiece, w.y.columns), nullptr);
 }
 
@@ -70,9 +61,13 @@ void branch_start(const Matrix& x, const Branch& branch, const float* bias, floa
   Writing w = onto(y, bias, rank);
   w.segments = view(out, 0);
   pack_expand(k, w, transposed(branch.b), memory().others, threads);
+  const float scale = branch.scaling;
+  float* scaled = scale == 1.f ? u : memory().scaled.get(x.rows * rank);
+  w.u = scaled;
   over_rows(x.rows, threads, [&](int64_t t0, int64_t t1) {
-    if (!few) k.read(r, t0, t1, Partial{}, rows_scratch(k, r));
-    write_rows(k, w, scaled(u, rank, branch.scaling, t0, t1), t0, t1);
+    if (!few) k.read(r, t0, t1, 0, x.columns, Partial{}, rows_scratch(k, r));
+    if (scaled != u) scale_rows(u, rank, scale, t0, t1, scaled);
+    write_rows(k, w, t0, t1);
   });
 }
 
@@ -83,45 +78,60 @@ void branch_back(const Matrix& dy, const Matrix& x, const Branch& branch, const 
   const int64_t rank = branch.a.rows, rows = x.rows;
   const float s = branch.scaling;
   std::vector<Segment> whole = {Segment{0, rank, 0, 0, 0}}, drawn = masked_by(branch);
-  // dV = dY B, and dY^T V
+  // dV = dY B, and drop(dU A)
   Reading up;
   up.x = dy;
-  up.rank = up.left_rank = rank;
-  up.left = u;
+  up.rank = rank;
   float* dv = up.u = memory().dv.get(rows * rank);
   pack_shrink(k, up, whole, branch.b, branch.b.stride, branch.b.step, threads);
   up.segments = view(whole, 0);
-  // dU^T drop(x), and drop(dU A), which has the same masks
-  Reading down;
-  down.x = x;
-  down.left_rank = rank;
-  down.left = dv;
   keep_masks(drawn, branch.seed, rows, x.columns);
-  down.segments = view(drawn, branch.seed);
-  std::vector<Segment> known = drawn;
-  known[0].known = known[0].bits != nullptr;
   Writing w = onto(dx, nullptr, rank);
-  w.segments = view(known, branch.seed);
+  w.segments = view(drawn, branch.seed);
+  w.u = dv;
   if (dx.dtype) pack_expand(k, w, branch.a, memory().others, threads);
-  Slots of_b(k, up), of_a(k, down);
+  float* scaled = s == 1.f ? nullptr : memory().scaled.get(rows * rank);
+  const float* v = scaled ? scaled : u;
+  // dY^T V, and dU^T drop(x), which has the same masks
+  Reading of_v, of_du;
+  of_v.x = dy;
+  of_v.segments = up.segments;
+  of_v.left = v;
+  std::vector<Segment> known = drawn;
+  known[0].known = dx.dtype && known[0].bits != nullptr;
+  of_du.x = x;
+  of_du.segments = view(known, branch.seed);
+  of_du.left = dv;
+  of_v.left_rank = of_du.left_rank = rank;
+  Slots of_b(k, of_v), of_a(k, of_du);
   of_b.base = memory().sums.get(of_b.floats() + of_a.floats());
   of_a.base = of_b.base + of_b.floats();
-  const bool apart = threads > of_b.count;  // more threads than slots: dx has work for all of them
-  parallel_for(of_b.count, 1, threads, [&](int64_t first, int64_t last) {
-    for (int64_t slot = first; slot < last; ++slot) {
-      const int64_t t0 = of_b.start(slot), t1 = of_b.start(slot + 1);
-      Reading r = up;
-      const Rows v = scaled(u, rank, s, t0, t1);
-      r.left = v.data, r.left_row = v.first;
-      k.read(r, t0, t1, of_b.at(slot), rows_scratch(k, r));
-      r = down;
-      const Rows du = scaled(dv, rank, s, t0, t1);
-      r.left = du.data, r.left_row = du.first;
-      k.read(r, t0, t1, of_a.at(slot), nullptr);
-      if (dx.dtype && !apart) write_rows(k, w, du, t0, t1);
-    }
-  });
-  if (dx.dtype && apart) over_rows(rows, threads, [&](int64_t t0, int64_t t1) { write_rows(k, w, scaled(dv, rank, s, t0, t1), t0, t1); });
+  const auto scale = [&](const float* from, int64_t t0, int64_t t1, float* to) {
+    if (scaled) scale_rows(from, rank, s, t0, t1, to);
+  };
+  if (of_b.apart(threads)) {
+    over_rows(rows, threads, [&](int64_t t0, int64_t t1) {
+      scale(u, t0, t1, scaled);
+      k.read(up, t0, t1, 0, dy.columns, Partial{}, rows_scratch(k, up));
+      scale(dv, t0, t1, dv);
+      if (dx.dtype) write_rows(k, w, t0, t1);
+    });
+    parallel_for(of_b.units() + of_a.units(), 1, threads, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) i < of_b.units() ? of_b.read_unit(k, of_v, i) : of_a.read_unit(k, of_du, i - of_b.units());
+    });
+  } else {
+    up.left = v, up.left_rank = rank;
+    parallel_for(of_b.count, 1, threads, [&](int64_t first, int64_t last) {
+      for (int64_t slot = first; slot < last; ++slot) {
+        const int64_t t0 = of_b.start(slot), t1 = of_b.start(slot + 1);
+        scale(u, t0, t1, scaled);
+        of_b.read_slot(k, up, slot);
+        scale(dv, t0, t1, dv);
+        if (dx.dtype) write_rows(k, w, t0, t1);
+        of_a.read_slot(k, of_du, slot);
+      }
+    });
+  }
   const int64_t n = dy.columns, chunks = ceil_div(n, Slots::kColumns);
   // Few sums are not worth a meeting of threads.
   const int64_t grain = std::max<int64_t>(1, 16384 / (of_b.count * std::max(Slots::kColumns * rank, x.columns)));

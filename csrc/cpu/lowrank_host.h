@@ -11,9 +11,9 @@ namespace fa::cpu::lowrank {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline Matrix transposed(const Matrix& m) { return {m.data, m.dtype, m.columns, m.rows, m.step, m.stride}; }
 
-// `panels`, `others` (of right factors), `sums`, `masks`, `dv`: of the caller, read by all threads. `rows`, `scaled`: of the thread that works.
+// `panels`, `others` (of right factors), `sums`, `masks`, `dv`, `scaled`: of the caller, read by all threads. `rows`: of the thread that works.
 struct Memory {
-  Scratch panels, others, sums, masks, dv, rows, scaled;
+  Scratch panels, others, sums, masks, dv, scaled, rows;
 };
 Memory& memory();
 
@@ -23,6 +23,7 @@ struct Trim {
     memory().others.trim();
     memory().sums.trim();
     memory().dv.trim();
+    memory().scaled.trim();
   }
 };
 
@@ -61,15 +62,21 @@ struct Drawn {
 Drawn keep_masks(std::vector<Segment>& segments, uint64_t seed, int64_t rows, int64_t columns);
 void remember(Drawn drawn);
 
-// Rows are cut into at most 16 slots, each with sums of its own; the blocks of one are at most one more than another's.
+// Rows are cut into slots with sums of their own, the fewer the better, for sums are fetched and added up; how many depends on shapes alone. Threads
+// take a slot each or, if they are more, strips of kBlockCols columns of it: the same sums.
 struct Slots {
-  int64_t count = 0, blocks = 0, rows = 0, size = 0, stride = 0, rank = 0;
+  int64_t count = 0, blocks = 0, rows = 0, columns = 0, strips = 0, size = 0, stride = 0, rank = 0;
   bool sums = false;
   float* base = nullptr;
 
   // `base` is for the caller to set, to `floats()` floats.
   Slots(const Kernels& k, const Reading& r);
   int64_t floats() const { return count * size; }
+  bool apart(int threads) const { return threads > count; }  // strips of slots
+  int64_t units() const { return count * strips; }
+  // One slot, all of its columns; one strip of one: neighbours share rows.
+  void read_slot(const Kernels& k, const Reading& r, int64_t slot) const;
+  void read_unit(const Kernels& k, const Reading& r, int64_t unit) const;
   // The first row of a slot; of the one behind the last, the number of rows.
   int64_t start(int64_t slot) const { return std::min(blocks * slot / count * kBlockRows, rows); }
   Partial at(int64_t slot) const;

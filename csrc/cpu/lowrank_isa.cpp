@@ -53,15 +53,14 @@ void sum_columns(const float* block, const float* other, int64_t rows, int64_t c
 }
 
 void scale_columns(const Reading& r, int64_t t, int64_t k, int64_t rows, int64_t columns, float* block) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < columns; j += kLanes)
+      store(block + i * kStride + j, load<F>(block + i * kStride + j) * widen_at<F32>(r.col_scale + k + j, columns - j));
   with_format(r.scaled.dtype, [&](auto format) {
     using Format = decltype(format);
     for (int64_t i = 0; i < rows; ++i) {
       auto* out = static_cast<typename Format::E*>(r.scaled.data) + (t + i) * r.scaled.stride + k;
-      for (int64_t j = 0; j < columns; j += kLanes) {
-        const F f = load<F>(block + i * kStride + j) * widen_at<F32>(r.col_scale + k + j, columns - j);
-        store(block + i * kStride + j, f);
-        narrow_at<Format>(out + j, f, columns - j);
-      }
+      for (int64_t j = 0; j < columns; j += kLanes) narrow_at<Format>(out + j, load<F>(block + i * kStride + j), columns - j);
     }
   });
 }
@@ -128,13 +127,13 @@ void products_of_bf16(const Reading& r, const Partial& part, const Segment& g, i
 }
 #endif
 
-void read(const Reading& r, int64_t t0, int64_t t1, const Partial& part, float* scratch) {
+void read(const Reading& r, int64_t t0, int64_t t1, int64_t k0, int64_t k1, const Partial& part, float* scratch) {
   alignas(64) float block[kBlockRows * kStride];
   const int64_t wide = r.panel_count * kWidth, total = r.x.columns;
   const bool sides = r.row_squares || r.column_sums || r.y0.dtype || r.col_scale;
   // A block of fp32 is multiplied where it lies, unless columns of it would be read first and its rows share their sets of the cache.
   const bool readable = r.x.dtype == kF32 && !sides && (r.panels ? r.panel_count == 1 : r.x.stride % 1024 != 0);
-  for (Walk at(t0, t1, 0, total); at.more(); at.next()) {
+  for (Walk at(t0, t1, k0, k1); at.more(); at.next()) {
     const int64_t t = at.t(), k = at.k(), rows = at.rows(), columns = at.columns();
     float* sums = scratch + at.row() * wide;
     Ahead ahead(r.x, at);

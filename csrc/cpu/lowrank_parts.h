@@ -10,7 +10,6 @@
 namespace fa::cpu::lowrank {
 namespace {
 
-constexpr int64_t kBlockCols = 128;
 constexpr int64_t kStride = kBlockCols + 16;  // of a block in L1; not a power of two, so that a column of it is spread over all sets
 constexpr int64_t kMaskRows = 8, kMaskStride = 192;
 

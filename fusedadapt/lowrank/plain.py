@@ -35,7 +35,7 @@ _is_compiling = torch.compiler.is_compiling
 
 class Known(NamedTuple):
     """What is known of calls whose tensors look like these. ``start``, ``back``: the kernels, which see for themselves that they do; ``y`` to ``dx``:
-    what results are made like; ``plan``: the general way's; ``asked``, ``unread``: `config`'s when it was checked."""
+    what results are made like; ``look(dy) == dy``: dy lies as y does; ``plan``: the general way's; ``asked``, ``unread``: `config`'s at the check."""
 
     start: Callable[..., bool]
     back: Callable[..., bool]
@@ -44,6 +44,8 @@ class Known(NamedTuple):
     da: Tensor
     db: Tensor
     dx: Tensor
+    look: Callable[..., int]
+    dy: int
     half: bool
     plan: Plan
     asked: tuple[str | None, bool | None]
@@ -110,7 +112,9 @@ def _first(x: Any, weight: Any, a: Any, b: Any, bias: Any) -> Known | None:
     start, back = checked(x, a, b, bias, *results)
     if x.dim() != 2:  # saved as a matrix
         back = checked(_rows(x), a, b, bias, *results)[1]
-    return Known(start, back, **like, half=data is not _fp32, plan=(((None,), False, "", n, k),), asked=asked(), unread=unread())
+    look = looks.core().look
+    plan: Plan = (((None,), False, "", n, k),)
+    return Known(start, back, **like, look=look, dy=look(results[1]), half=data is not _fp32, plan=plan, asked=asked(), unread=unread())
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -138,12 +142,12 @@ def _run(
 
 
 class PlainLinear(torch.autograd.Function):
-    """(x [..., K], A, B, weight, bias | None, seed int64 [1] | None, known, scaling, p) -> y [..., N]; x, A, B and weight contiguous."""
+    """(x [..., K], A, B, (weight, bias | None, seed int64 [1] | None, known, scaling, p)) -> y [..., N]; x, A, B and weight contiguous. What has no
+    gradient comes as one, which autograd does not look into."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, a: Tensor, b: Tensor, weight: Tensor, bias: Tensor | None, seed: Tensor | None, of: Known, s: float, p: float
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, call: tuple[Tensor, Tensor | None, Tensor | None, Known, float, float]) -> Tensor:
+        weight, bias, seed, of, s, p = call
         y, u = _run(of, x, a, b, weight, bias, seed, s, p)
         ctx.call, ctx.asked = (of, s, p), of.asked
         # What `LowRankLinear` saves, in its order: activation checkpointing compares the two where somebody looks on one time only. (A bias made in
@@ -157,20 +161,20 @@ class PlainLinear(torch.autograd.Function):
     @first_order("fusedadapt.lora_linear")
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:
-            return (None,) * 9
+            return None, None, None, None
         saved, wanted, (of, s, p) = ctx.saved_tensors, ctx.needs_input_grad, ctx.call
         if (short := _short_back(of, s, p, saved, wanted, dy)) is not None:
             return short
         x, seed, u, weight, _, a, b = saved
         general = (x, None, seed, None, u, None, weight, None, None, None, None, None, None, a, b, None, None, None)
         dx, da, db = general_gradients(of.plan, cpp_ops(), ((s, p),), wanted[:3], dy.reshape(-1, dy.shape[-1]), general)
-        return None if dx is None else dx.reshape(*dy.shape[:-1], dx.shape[-1]), da, db, None, None, None, None, None, None
+        return None if dx is None else dx.reshape(*dy.shape[:-1], dx.shape[-1]), da, db, None
 
 
 def _short_back(of: Known, s: float, p: float, saved: Sequence[Any], wanted: Sequence[bool], dy: Tensor) -> tuple[Tensor | None, ...] | None:
     """None where it must go the general way: not both factors are trained, somebody looks on, or a tensor lies otherwise than forward's (dy; what
     saved-tensor hooks bring back)."""
-    if not (wanted[1] and wanted[2]) or _is_compiling() or changed() or not readable(dy):
+    if not (wanted[1] and wanted[2]) or _is_compiling() or changed() or of.look(dy) != of.dy:
         return None
     x, seed, u, weight, _, a, b = saved
     threshold = 0 if seed is None else threshold_of(p)
@@ -183,7 +187,7 @@ def _short_back(of: Known, s: float, p: float, saved: Sequence[Any], wanted: Seq
         _rows(dx).addmm_(_rows(dy), weight)
     if a.dtype is not _fp32:
         da, db = da.to(a.dtype), db.to(b.dtype)
-    return dx, da, db, None, None, None, None, None, None
+    return dx, da, db, None
 
 
 # Without what torch.autograd.Function does before: it asks for transforms, which `changed` has done, and unwraps what they have left behind, which no
@@ -196,6 +200,6 @@ def run(
 ) -> Tensor:
     """y [..., N]. ``watched``: through autograd."""
     if watched:
-        y: Tensor = _apply(x, a, b, weight, bias, seed, of, s, p)
+        y: Tensor = _apply(x, a, b, (weight, bias, seed, of, s, p))
         return y
     return _run(of, x, a, b, weight, bias, seed, s, p)[0]
