@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize, prune
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -302,16 +303,27 @@ def test_without_a_way_to_look_the_general_way_serves(monkeypatch: pytest.Monkey
     compare(given)
 
 
-def test_a_layer_whose_adapter_is_computed() -> None:
-    """The short way of the layer looks for its tensors where `nn.Module` keeps parameters; a parametrized one is elsewhere."""
+@pytest.mark.parametrize("name", ["weight", "bias", "lora_A", "lora_B"])
+def test_a_layer_whose_parameter_is_computed(name: str) -> None:
+    """The short way of the layer looks for its tensors where `nn.Module` keeps parameters; a parametrized or pruned one is elsewhere."""
 
     class Doubled(torch.nn.Module):
         def forward(self, a: torch.Tensor) -> torch.Tensor:
             return 2 * a
 
-    layer = fa.LoRALinear(64, 48, r=4, init="gaussian")
-    x, a, b = torch.randn(60, 64), layer.lora_A.detach().clone(), torch.randn(48, 4)
-    layer.lora_B.data.copy_(b)
-    assert torch.equal(layer(x), lora_linear(x, layer.weight, a, b, bias=layer.bias, scaling=layer.scaling))
-    torch.nn.utils.parametrize.register_parametrization(layer, "lora_A", Doubled())
-    assert torch.equal(layer(x), lora_linear(x, layer.weight, 2 * a, b, bias=layer.bias, scaling=layer.scaling))
+    layer, x = fa.LoRALinear(64, 48, r=4, init="gaussian"), torch.randn(60, 64)
+    with torch.no_grad():
+        layer.lora_B.normal_(), layer.bias.normal_()
+    given = {part: getattr(layer, part).detach().clone() for part in ("weight", "bias", "lora_A", "lora_B")}
+
+    def want() -> torch.Tensor:
+        return lora_linear(x, given["weight"], given["lora_A"], given["lora_B"], bias=given["bias"], scaling=layer.scaling)
+
+    assert torch.equal(layer(x), want())
+    parametrize.register_parametrization(layer, name, Doubled())
+    given[name] = 2 * given[name]
+    assert torch.equal(layer(x), want())
+    parametrize.remove_parametrizations(layer, name)
+    prune.l1_unstructured(layer, name, 0.5)
+    given[name] = getattr(layer, name).detach().clone()
+    assert torch.equal(layer(x), want())

@@ -103,10 +103,13 @@ def _lora(layer: LoRALinear, dtype: torch.dtype) -> Arguments:
 def _lora_call(layer: LoRALinear, x: Tensor) -> Tensor | None:
     """The commonest layer past `nn.Module`'s search for its parameters and past arguments it does not have, 30 us where caches are cold."""
     found = layer._parameters
-    weight, a, b = found.get("weight"), found.get("lora_A"), found.get("lora_B")
-    if layer.format is not None or weight is None or a is None or b is None:  # packed; parametrized or a replica's, which are found another way
+    try:
+        weight, bias, a, b = found["weight"], found["bias"], found["lora_A"], found["lora_B"]
+    except KeyError:  # parametrized, pruned or a replica's: they are found another way
         return None
-    return lora_known(x, weight, found.get("bias"), a, b, layer._scaling_value, layer._dropout_value if layer.training else 0.0)
+    if layer.format is not None:
+        return None
+    return lora_known(x, weight, bias, a, b, layer._scaling_value, layer._dropout_value if layer.training else 0.0)
 
 
 def _dora(layer: LoRALinear, dtype: torch.dtype) -> Arguments:
