@@ -166,7 +166,7 @@ MUTANTS = (
     Mutant("csrc/cpu/lowrank_few_isa.cpp", "i < kLanes - left ? 0 : -1", "-1", f"{LR_FEW}[base-dtype0]"),
     Mutant(LR_HOST, "&& !s.threshold && !out.back().threshold", "&& !s.threshold", "test_lowrank_cpp"),
     Mutant(LR_HOST, "seed != drawn.seed || ", "", "test_lowrank_cpp.py::test_masks_are_drawn_once_for_both_uses[base]"),
-    Mutant(LR_BRANCH, "scale_rows(from, rank, s, t0", "scale_rows(from, rank, 1.f, t0", f"{SHORT}bits_are_those_of_the_general_way"),
+    Mutant(LR_BRANCH, "scale_rows(dv, rank, s, t0", "scale_rows(dv, rank, 1.f, t0", f"{SHORT}bits_are_those_of_the_general_way"),
     Mutant(LR_PARTS, "(at, left) * splat(scale)", "(at, left)", f"{CONTRACT}masks_are_the_same_bits_everywhere[cpp-5-13]"),
     Mutant(LR_CPU, "sums[i] = add ? sums[i] + total : total;", "sums[i] = total;", f"{CONTRACT}skinny_w[cpp]"),
     Mutant(LR_CPU, "if (w.bias) f += ", "if (w.bias) f -= ", "test_lowrank_cpp"),

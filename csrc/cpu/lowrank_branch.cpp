@@ -13,7 +13,19 @@ std::vector<Segment> masked_by(const Branch& branch) { return {Segment{0, branch
 
 // Rows [t0, t1) of a matrix of `rank` columns times s.
 void scale_rows(const float* matrix, int64_t rank, float s, int64_t t0, int64_t t1, float* out) {
-  for (int64_t i = t0 * rank; i < t1 * rank; ++i) out[i] = matrix[i] * s;
+  for (int64_t i = t0 * rank; i < t1 * rank; ++i) out[i - t0 * rank] = matrix[i] * s;
+}
+
+// The same in memory of this thread until it asks for the next; the matrix itself if s is 1.
+struct Rows {
+  const float* data;
+  int64_t first;
+};
+Rows scaled(const float* matrix, int64_t rank, float s, int64_t t0, int64_t t1) {
+  if (s == 1.f) return {matrix, 0};
+  float* own = memory().scaled.get((t1 - t0) * rank);
+  scale_rows(matrix, rank, s, t0, t1, own);
+  return {own, t0};
 }
 
 // fp32 comes before its product, 16 bits after it.
@@ -27,7 +39,9 @@ Writing onto(const Matrix& y, const float* bias, int64_t rank) {
   return w;
 }
 
-void write_rows(const Kernels& k, const Writing& w, int64_t t0, int64_t t1) {
+void write_rows(const Kernels& k, Writing w, const Rows& u, int64_t t0, int64_t t1) {
+  w.u = u.data;
+  w.u_row = u.first;
   for (int64_t c = 0; c < w.y.columns; c += kPiece) k.write(w, t0, t1, c, std::min(c + kPiece, w.y.columns), nullptr);
 }
 
@@ -37,6 +51,21 @@ void over_rows(int64_t rows, int threads, Function f) {
   const int64_t blocks = ceil_div(rows, kBlockRows);
   parallel_for(blocks, grain_of(blocks, threads), threads,
                [&](int64_t first, int64_t last) { f(first * kBlockRows, std::min(last * kBlockRows, rows)); });
+}
+
+// db (columns x rank) and da (rank x columns) from their slots.
+void add_up(const Slots& of_b, float* db, const Slots& of_a, const Segment& segment, float* da, int threads) {
+  const int64_t rank = of_b.rank, n = of_b.columns, chunks = ceil_div(n, Slots::kColumns);
+  // Few sums are not worth a meeting of threads.
+  const int64_t grain = std::max<int64_t>(1, 16384 / (of_b.count * std::max(Slots::kColumns * rank, of_a.columns)));
+  parallel_for(chunks + rank, grain, threads, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) {
+      if (i < chunks)
+        of_b.reduce_columns(i * Slots::kColumns, std::min((i + 1) * Slots::kColumns, n), db);
+      else
+        of_a.reduce_rows(segment, i - chunks, i - chunks + 1, of_a.columns, da);
+    }
+  });
 }
 
 }  // namespace
@@ -61,13 +90,9 @@ void branch_start(const Matrix& x, const Branch& branch, const float* bias, floa
   Writing w = onto(y, bias, rank);
   w.segments = view(out, 0);
   pack_expand(k, w, transposed(branch.b), memory().others, threads);
-  const float scale = branch.scaling;
-  float* scaled = scale == 1.f ? u : memory().scaled.get(x.rows * rank);
-  w.u = scaled;
   over_rows(x.rows, threads, [&](int64_t t0, int64_t t1) {
     if (!few) k.read(r, t0, t1, 0, x.columns, Partial{}, rows_scratch(k, r));
-    if (scaled != u) scale_rows(u, rank, scale, t0, t1, scaled);
-    write_rows(k, w, t0, t1);
+    write_rows(k, w, scaled(u, rank, branch.scaling, t0, t1), t0, t1);
   });
 }
 
@@ -88,61 +113,50 @@ void branch_back(const Matrix& dy, const Matrix& x, const Branch& branch, const 
   keep_masks(drawn, branch.seed, rows, x.columns);
   Writing w = onto(dx, nullptr, rank);
   w.segments = view(drawn, branch.seed);
-  w.u = dv;
   if (dx.dtype) pack_expand(k, w, branch.a, memory().others, threads);
-  float* scaled = s == 1.f ? nullptr : memory().scaled.get(rows * rank);
-  const float* v = scaled ? scaled : u;
   // dY^T V, and dU^T drop(x), which has the same masks
   Reading of_v, of_du;
   of_v.x = dy;
   of_v.segments = up.segments;
-  of_v.left = v;
   std::vector<Segment> known = drawn;
   known[0].known = dx.dtype && known[0].bits != nullptr;
   of_du.x = x;
   of_du.segments = view(known, branch.seed);
   of_du.left = dv;
+  of_v.left = u;  // until it is scaled
   of_v.left_rank = of_du.left_rank = rank;
   Slots of_b(k, of_v), of_a(k, of_du);
   of_b.base = memory().sums.get(of_b.floats() + of_a.floats());
   of_a.base = of_b.base + of_b.floats();
-  const auto scale = [&](const float* from, int64_t t0, int64_t t1, float* to) {
-    if (scaled) scale_rows(from, rank, s, t0, t1, to);
+  const auto make_du = [&](int64_t t0, int64_t t1) {
+    if (s != 1.f) scale_rows(dv, rank, s, t0, t1, dv + t0 * rank);
+    if (dx.dtype) write_rows(k, w, {dv, 0}, t0, t1);
   };
   if (of_b.apart(threads)) {
+    float* v = s == 1.f ? nullptr : memory().v.get(rows * rank);
     over_rows(rows, threads, [&](int64_t t0, int64_t t1) {
-      scale(u, t0, t1, scaled);
+      if (v) scale_rows(u, rank, s, t0, t1, v + t0 * rank);
       k.read(up, t0, t1, 0, dy.columns, Partial{}, rows_scratch(k, up));
-      scale(dv, t0, t1, dv);
-      if (dx.dtype) write_rows(k, w, t0, t1);
+      make_du(t0, t1);
     });
+    of_v.left = v ? v : u;
     parallel_for(of_b.units() + of_a.units(), 1, threads, [&](int64_t first, int64_t last) {
       for (int64_t i = first; i < last; ++i) i < of_b.units() ? of_b.read_unit(k, of_v, i) : of_a.read_unit(k, of_du, i - of_b.units());
     });
   } else {
-    up.left = v, up.left_rank = rank;
     parallel_for(of_b.count, 1, threads, [&](int64_t first, int64_t last) {
       for (int64_t slot = first; slot < last; ++slot) {
         const int64_t t0 = of_b.start(slot), t1 = of_b.start(slot + 1);
-        scale(u, t0, t1, scaled);
-        of_b.read_slot(k, up, slot);
-        scale(dv, t0, t1, dv);
-        if (dx.dtype) write_rows(k, w, t0, t1);
+        const Rows v = scaled(u, rank, s, t0, t1);
+        Reading both = up;
+        both.left = v.data, both.left_row = v.first, both.left_rank = rank;
+        of_b.read_slot(k, both, slot);
+        make_du(t0, t1);
         of_a.read_slot(k, of_du, slot);
       }
     });
   }
-  const int64_t n = dy.columns, chunks = ceil_div(n, Slots::kColumns);
-  // Few sums are not worth a meeting of threads.
-  const int64_t grain = std::max<int64_t>(1, 16384 / (of_b.count * std::max(Slots::kColumns * rank, x.columns)));
-  parallel_for(chunks + rank, grain, threads, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      if (i < chunks)
-        of_b.reduce_columns(i * Slots::kColumns, std::min((i + 1) * Slots::kColumns, n), db);
-      else
-        of_a.reduce_rows(drawn[0], i - chunks, i - chunks + 1, x.columns, da);
-    }
-  });
+  add_up(of_b, db, of_a, drawn[0], da, threads);
 }
 
 }  // namespace fa::cpu::lowrank

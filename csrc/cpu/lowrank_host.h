@@ -11,9 +11,9 @@ namespace fa::cpu::lowrank {
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline Matrix transposed(const Matrix& m) { return {m.data, m.dtype, m.columns, m.rows, m.step, m.stride}; }
 
-// `panels`, `others` (of right factors), `sums`, `masks`, `dv`, `scaled`: of the caller, read by all threads. `rows`: of the thread that works.
+// `panels`, `others` (of right factors), `sums`, `masks`, `dv`, `v`: of the caller, read by all threads. `rows`, `scaled`: of the thread that works.
 struct Memory {
-  Scratch panels, others, sums, masks, dv, scaled, rows;
+  Scratch panels, others, sums, masks, dv, v, rows, scaled;
 };
 Memory& memory();
 
@@ -23,7 +23,7 @@ struct Trim {
     memory().others.trim();
     memory().sums.trim();
     memory().dv.trim();
-    memory().scaled.trim();
+    memory().v.trim();
   }
 };
 
