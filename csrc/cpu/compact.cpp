@@ -14,8 +14,8 @@ namespace {
 
 // At 1 % of 33 M, reading p alone at the positions, in the plainest loop, takes 0.8 of the step with a compact gradient (Zen 3, where blocks of 32 to 128
 // elements and prefetches 16 to 48 ahead are within 6 % of each other). Zen 5 wants more of them in flight, and none that asks for a line in order to
-// write it: 0.88 ms with 48 and such, 0.75 with 128, 0.63 without.
-constexpr int kBlock = 64;  // small: the lines of p are in L1 when they are written, and the next block's arrive while this one is computed
+// write it: 0.88 ms with 48 and such, 0.75 with 128, 0.63 without. Into L2, because fewer can be under way to L1: 1.63 ms with a dense gradient for 1.70.
+constexpr int kBlock = 64;  // small: the lines of p are in L1 when they are written, and the next blocks' arrive while this one is computed
 constexpr int kAhead = 128;  // elements between a prefetch and its use
 // Positions taken from a mask at a time: moving what is left of them at every block waits for what was just written.
 constexpr int kDecoded = 512;
@@ -32,8 +32,8 @@ void gather(void* p_to, const void* p_from, void* g_to, const void* g_from, cons
     const int ahead = int(std::max<int64_t>(std::min<int64_t>(n, left - kAhead), 0));
     for (int i = 0; i < n; ++i) {
       if (i < ahead) {
-        prefetch_line(p + at[i + kAhead]);
-        if constexpr (with_g.value) prefetch_line(g + at[i + kAhead]);
+        prefetch_line<0, 2>(p + at[i + kAhead]);
+        if constexpr (with_g.value) prefetch_line<0, 2>(g + at[i + kAhead]);
       }
       p_out[i] = p[at[i]];
       if constexpr (with_g.value) g_out[i] = g[at[i]];
