@@ -83,8 +83,8 @@ struct Writing {
   Origin origin;
 };
 
-// Rows and columns of a block; blocks that lie below each other before the next columns' turn; columns that `write` is given at a time.
-constexpr int64_t kBlockRows = 48, kBlockCols = 128, kTogether = 4, kPiece = 1024;
+// Rows and columns of a block; columns that `write` is given at a time.
+constexpr int64_t kBlockRows = 48, kBlockCols = 128, kPiece = 1024;
 
 struct Kernels {
   const char* name;
@@ -92,7 +92,7 @@ struct Kernels {
   // Panels [first, last) of a right factor of `depth` x n; element (p, n) is source[p * step_p + n * step_n] * scale.
   void (*pack)(const Matrix& source, int64_t step_p, int64_t step_n, int64_t depth, int64_t n, float scale, float* out, int64_t panel_size,
                int64_t first, int64_t last);
-  // Rows [t0, t1), columns [k0, k1), all of them for U; k0 a multiple of kBlockCols. scratch, for U only: kTogether * kBlockRows * panel_count * width floats.
+  // Rows [t0, t1), columns [k0, k1), all of them for U; k0 a multiple of kBlockCols. scratch, for U only: kBlockRows * panel_count * width floats.
   void (*read)(const Reading&, int64_t t0, int64_t t1, int64_t k0, int64_t k1, const Partial&, float* scratch);
   // Rows [t0, t1), columns [k0, k1); k0 a multiple of kPiece. stats (kMerge): two sums, added to.
   void (*write)(const Writing&, int64_t t0, int64_t t1, int64_t k0, int64_t k1, double* stats);

@@ -43,9 +43,7 @@ void few_shrink(const Matrix& x, const Matrix& a, float* u, int threads);
 // y = bias + scale u b^T, or that added to y. b: N x R, R side by side.
 void few_write(const Matrix& y, bool adds, const float* bias, const float* u, float scale, const Matrix& b, int threads);
 
-inline float* rows_scratch(const Kernels& k, const Reading& r) {
-  return memory().rows.get(kTogether * kBlockRows * r.panel_count * k.width);
-}
+inline float* rows_scratch(const Kernels& k, const Reading& r) { return memory().rows.get(kBlockRows * r.panel_count * k.width); }
 
 // Blocks of rows that a thread takes at a time: more than one, because what lies ahead is fetched within them only; few, because the last one is
 // waited for.

@@ -53,15 +53,19 @@ void sum_columns(const float* block, const float* other, int64_t rows, int64_t c
 }
 
 void scale_columns(const Reading& r, int64_t t, int64_t k, int64_t rows, int64_t columns, float* block) {
-  for (int64_t i = 0; i < rows; ++i)
-    for (int64_t j = 0; j < columns; j += kLanes)
-      store(block + i * kStride + j, load<F>(block + i * kStride + j) * widen_at<F32>(r.col_scale + k + j, columns - j));
+  const auto each = [&](auto leave) {
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < columns; j += kLanes) {
+        const F f = load<F>(block + i * kStride + j) * widen_at<F32>(r.col_scale + k + j, columns - j);
+        store(block + i * kStride + j, f);
+        leave(i, j, f);
+      }
+  };
+  if (!r.scaled.dtype) return each([](int64_t, int64_t, F) {});
   with_format(r.scaled.dtype, [&](auto format) {
     using Format = decltype(format);
-    for (int64_t i = 0; i < rows; ++i) {
-      auto* out = static_cast<typename Format::E*>(r.scaled.data) + (t + i) * r.scaled.stride + k;
-      for (int64_t j = 0; j < columns; j += kLanes) narrow_at<Format>(out + j, load<F>(block + i * kStride + j), columns - j);
-    }
+    auto* const out = static_cast<typename Format::E*>(r.scaled.data) + t * r.scaled.stride + k;
+    each([&](int64_t i, int64_t j, F f) { narrow_at<Format>(out + i * r.scaled.stride + j, f, columns - j); });
   });
 }
 
@@ -135,14 +139,13 @@ void read(const Reading& r, int64_t t0, int64_t t1, int64_t k0, int64_t k1, cons
   const bool readable = r.x.dtype == kF32 && !sides && (r.panels ? r.panel_count == 1 : r.x.stride % 1024 != 0);
   for (Walk at(t0, t1, k0, k1); at.more(); at.next()) {
     const int64_t t = at.t(), k = at.k(), rows = at.rows(), columns = at.columns();
-    float* sums = scratch + at.row() * wide;
     Ahead ahead(r.x, at);
     for (int s = 0; s < r.segments.count; ++s) {
       const Segment& g = r.segments.list[s];
       const bool direct = readable && !g.threshold && (!r.left || columns % kLanes == 0);
       const float* from = direct ? static_cast<const float*>(r.x.data) + t * r.x.stride + k : block;
       const int64_t step = direct ? r.x.stride : kStride;
-      const Sums u = in_place(g) ? Sums{r.u + t * r.rank + g.first, r.rank} : Sums{sums + g.panel * kWidth, wide};
+      const Sums u = in_place(g) ? Sums{r.u + t * r.rank + g.first, r.rank} : Sums{scratch + g.panel * kWidth, wide};
 #if defined(__AVX512BW__)
       if (r.x.dtype == kBF16 && !sides && !g.threshold && columns % kWidth == 0) {
         products_of_bf16(r, part, g, t, k, rows, columns, t > t0, u, ahead);
@@ -164,7 +167,7 @@ void read(const Reading& r, int64_t t0, int64_t t1, int64_t k0, int64_t k1, cons
         product(p, r.panels ? r.left_rank : g.rank, least(kWidth, columns - j), part.m + g.first * part.stride + k + j);
       }
     }
-    if (r.panels && at.ends()) copy_u(r, t, rows, sums);
+    if (r.panels && at.ends()) copy_u(r, t, rows, scratch);
   }
 }
 

@@ -18,30 +18,23 @@ FA_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // ---- what comes next ----
 
-// The blocks of rows [t0, t1), columns [k0, k1). A few lie below each other before the next columns' turn: what belongs to their columns, adapters and
-// sums, is then in L1 already.
+// The blocks of rows [t0, t1), columns [k0, k1), row by row.
 class Walk {
  public:
-  Walk(int64_t t0, int64_t t1, int64_t k0, int64_t k1) : t_(t0), k_(k0), first_(t0), t1_(t1), k0_(k0), k1_(k1) {
-    if (k0 >= k1) t_ = t1;
-  }
+  Walk(int64_t t0, int64_t t1, int64_t k0, int64_t k1) : t_(k0 < k1 ? t0 : t1), k_(k0), t1_(t1), k0_(k0), k1_(k1) {}
   bool more() const { return t_ < t1_; }
   void next() {
-    t_ += kBlockRows;
-    if (t_ < least(first_ + kTogether * kBlockRows, t1_)) return;
     k_ += kBlockCols;
-    if (k_ >= k1_) k_ = k0_, first_ += kTogether * kBlockRows;
-    t_ = first_;
+    if (k_ >= k1_) k_ = k0_, t_ += kBlockRows;
   }
   int64_t t() const { return t_; }
   int64_t k() const { return k_; }
   int64_t rows() const { return least(kBlockRows, t1_ - t_); }
   int64_t columns() const { return least(kBlockCols, k1_ - k_); }
-  int64_t row() const { return t_ - first_; }  // among those that lie below each other
   bool ends() const { return k_ + kBlockCols >= k1_; }  // its rows
 
  private:
-  int64_t t_, k_, first_, t1_, k0_, k1_;
+  int64_t t_, k_, t1_, k0_, k1_;
 };
 
 // The block that is read next, fetched line by line between the products of this one: its rows are too short for the hardware to see them
