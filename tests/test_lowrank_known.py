@@ -180,6 +180,14 @@ def test_saved_tensor_hooks_may_bring_back_other_memory() -> None:
         compare(tensors())
 
 
+def test_saved_tensor_hooks_that_bring_fp64_are_named() -> None:
+    """It was a KeyError; torch's own product says that the dtypes differ."""
+    with torch.autograd.graph.saved_tensors_hooks(Tensor.double, lambda t: t):
+        y = lora_linear(**tensors())
+    with pytest.raises(TypeError, match="expected matrices in fp32, bf16 or fp16; got torch.float64"):
+        y.sum().backward()
+
+
 class Widening(torch.overrides.TorchFunctionMode):
     """Somebody's mode for whom products are in fp32."""
 

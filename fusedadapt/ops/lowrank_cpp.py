@@ -15,7 +15,13 @@ from torch import Tensor
 from .. import _core
 from .address import address
 
-_CODES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+
+class _Codes(dict[torch.dtype, int]):
+    def __missing__(self, dtype: torch.dtype) -> int:
+        raise TypeError(f"lowrank: expected matrices in fp32, bf16 or fp16; got {dtype}; do saved-tensor hooks bring tensors back in another dtype?")
+
+
+_CODES = _Codes({torch.float32: 1, torch.bfloat16: 2, torch.float16: 3})
 _ABSENT = (0, 0, 0, 0, 0, 1)
 _Matrix = tuple[int, int, int, int, int, int]
 _address = functools.partial(address, "lr_*")

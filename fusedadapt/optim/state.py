@@ -103,6 +103,8 @@ def check_hypers(opt: FusedOptimizer, group: dict[str, Any], fields: dict[str, f
     seed = group.get("seed", 0)
     if not isinstance(seed, numbers.Integral) or not 0 <= int(seed) < 2**64:
         refuse("seed", seed, "to be an integer from 0 to 2^64 - 1")
+    if opt.stochastic_rounding and seed != (first := opt.param_groups[0].get("seed", 0)):
+        refuse("one seed for all groups: a parameter's bits come from it and the parameter's number", seed, f"(group 0 has {first})")
     lr = group["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         refuse("a Tensor lr", tuple(lr.shape), "with one element")
