@@ -22,8 +22,8 @@ T* at(uintptr_t address) {
 using Part = std::tuple<uintptr_t, int, uintptr_t, int64_t, int64_t, int, uint32_t, double, double>;
 // address or 0, dtype
 using Array = std::pair<uintptr_t, int>;
-// combine, lambda, normalize, the divisor, zero_is_positive, seed, stream
-using Recipe = std::tuple<int, double, bool, double, bool, uint64_t, uint32_t>;
+// combine, lambda, normalize, the divisor, zero_is_positive, by_count, seed, stream
+using Recipe = std::tuple<int, double, bool, double, bool, bool, uint64_t, uint32_t>;
 
 struct Job {
   std::vector<cpu::MergePart> parts;
@@ -40,7 +40,7 @@ struct Job {
     job.parts = parts.data();
     job.count = int32_t(parts.size());
     double lambda, divisor;
-    std::tie(job.combine, lambda, job.normalize, divisor, job.zero_is_positive, job.seed, job.stream) = recipe;
+    std::tie(job.combine, lambda, job.normalize, divisor, job.zero_is_positive, job.by_count, job.seed, job.stream) = recipe;
     job.lambda = float(lambda);
     job.divisor = float(divisor);
   }

@@ -75,17 +75,27 @@ def delta(part, base, seed, stream, start, lane, valid, HAS_BASE: tl.constexpr, 
 
 
 @triton.jit
+def sign_of(x):
+    return (x > 0.0).to(tl.float32) - (x < 0.0).to(tl.float32)
+
+
+@triton.jit
 def summed(
-    parts, count, base, seed, stream, start, lane, valid, WEIGHTED: tl.constexpr, HAS_BASE: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr
-):
-    """sum_i d_i, or sum_i w_i d_i, in the models' order."""
+    parts, count, base, seed, stream, start, lane, valid, WEIGHTED: tl.constexpr, BY_COUNT: tl.constexpr, HAS_BASE: tl.constexpr,
+    BLOCK: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """sum_i d_i, or sum_i w_i d_i, in the models' order; or of their signs."""
     total = delta(parts, base, seed, stream, start, lane, valid, HAS_BASE, BLOCK, WIDE)
     if WEIGHTED:
         total = total * weight_of(parts)
+    if BY_COUNT:
+        total = sign_of(total)
     for i in range(1, count):
         d = delta(parts + i * WIDTH, base, seed, stream, start, lane, valid, HAS_BASE, BLOCK, WIDE)
         if WEIGHTED:
             d = d * weight_of(parts + i * WIDTH)
+        if BY_COUNT:
+            d = sign_of(d)
         total = total + d
     return total
 
@@ -93,10 +103,10 @@ def summed(
 @triton.jit
 def elected(
     parts, count, base, seed, stream, start, lane, valid, normalize, zero_is_positive,
-    COMBINE: tl.constexpr, HAS_BASE: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    COMBINE: tl.constexpr, BY_COUNT: tl.constexpr, HAS_BASE: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """The changes that have the elected sign, averaged as COMBINE does."""
-    votes = summed(parts, count, base, seed, stream, start, lane, valid, COMBINE == MERGEKIT, HAS_BASE, BLOCK, WIDE)
+    votes = summed(parts, count, base, seed, stream, start, lane, valid, COMBINE == MERGEKIT, BY_COUNT, HAS_BASE, BLOCK, WIDE)
     positive = (votes > 0.0) | ((votes == 0.0) & (zero_is_positive != 0))
     total = tl.zeros([BLOCK], tl.float32)
     divisor = tl.zeros([BLOCK], tl.float32)
@@ -119,7 +129,7 @@ def elected(
 @triton.jit
 def merge_tile(
     out, base, parts, count, start, some, out_code, base_code, seed, stream, lambda_, divisor, normalize, zero_is_positive,
-    COMBINE: tl.constexpr, HAS_BASE: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    COMBINE: tl.constexpr, BY_COUNT: tl.constexpr, HAS_BASE: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     lane = tl.arange(0, BLOCK)
     valid = lane < some
@@ -127,12 +137,13 @@ def merge_tile(
     if HAS_BASE:
         theta = load_f32(base, base_code, start, lane, valid, WIDE)
     if COMBINE == SUM:
-        merged = summed(parts, count, theta, seed, stream, start, lane, valid, True, HAS_BASE, BLOCK, WIDE)
+        merged = summed(parts, count, theta, seed, stream, start, lane, valid, True, False, HAS_BASE, BLOCK, WIDE)
         if normalize != 0:
             merged = tl.div_rn(merged, tl.zeros([BLOCK], tl.float32) + divisor)
     else:
         merged = elected(
-            parts, count, theta, seed, stream, start, lane, valid, normalize, zero_is_positive, COMBINE, HAS_BASE, BLOCK, WIDE
+            parts, count, theta, seed, stream, start, lane, valid, normalize, zero_is_positive, COMBINE, BY_COUNT, HAS_BASE,
+            BLOCK, WIDE,
         )  # fmt: skip
     if lambda_ != 1.0:
         merged = merged * lambda_
@@ -145,35 +156,35 @@ def merge_tile(
 def merge_kernel(
     out: tl.int64, base: tl.int64, parts, count: tl.int64, n: tl.int64, out_code: tl.int32, base_code: tl.int32, seed: tl.int64, stream: tl.uint32,
     lambda_: tl.float32, divisor: tl.float32, normalize: tl.int32, zero_is_positive: tl.int32, aligned: tl.int32,
-    COMBINE: tl.constexpr, HAS_BASE: tl.constexpr, BLOCK: tl.constexpr,
+    COMBINE: tl.constexpr, BY_COUNT: tl.constexpr, HAS_BASE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One tile a program."""
     start = program() * BLOCK
     if (aligned != 0) & (start + BLOCK <= n):
         merge_tile(
             out, base, parts, count, start, BLOCK, out_code, base_code, seed, stream, lambda_, divisor, normalize, zero_is_positive,
-            COMBINE, HAS_BASE, BLOCK, True,
+            COMBINE, BY_COUNT, HAS_BASE, BLOCK, True,
         )  # fmt: skip
     else:
         merge_tile(
             out, base, parts, count, start, tl.minimum(n - start, BLOCK).to(tl.int32), out_code, base_code, seed, stream, lambda_, divisor,
-            normalize, zero_is_positive, COMBINE, HAS_BASE, BLOCK, False,
+            normalize, zero_is_positive, COMBINE, BY_COUNT, HAS_BASE, BLOCK, False,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=_FIXED)
 def votes_kernel(
     out, base: tl.int64, parts, count: tl.int64, n: tl.int64, base_code: tl.int32, seed: tl.int64, stream: tl.uint32,
-    HAS_BASE: tl.constexpr, BLOCK: tl.constexpr,
+    BY_COUNT: tl.constexpr, HAS_BASE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out[tile] = sum of sgn(sum_i d_i)."""
+    """out[tile] = sum of sgn(sum_i d_i), or of sgn(sum_i sgn(d_i))."""
     start = program() * BLOCK
     lane = tl.arange(0, BLOCK)
     valid = lane < n - start
     theta = tl.zeros([BLOCK], tl.float32)
     if HAS_BASE:
         theta = load_f32(base, base_code, start, lane, valid, False)
-    total = summed(parts, count, theta, seed, stream, start, lane, valid, False, HAS_BASE, BLOCK, False)
+    total = summed(parts, count, theta, seed, stream, start, lane, valid, False, BY_COUNT, HAS_BASE, BLOCK, False)
     sign = (total > 0.0).to(tl.int32) - (total < 0.0).to(tl.int32)
     tl.store(out + program(), tl.sum(tl.where(valid, sign, 0), 0).to(tl.int64))
 
@@ -264,7 +275,7 @@ def merge_(out: Tensor, base: Tensor | None, parts: Sequence[Part], recipe: Reci
         with torch.cuda.device_of(out):
             merge_kernel[(triton.cdiv(n, BLOCK),)](
                 target[0], of[0], table, len(parts), n, target[1], of[1], _seed(recipe), recipe.stream, recipe.lambda_, divisor, int(normalize),
-                int(positive), int(aligned), COMBINE.index(recipe.combine), base is not None, BLOCK, **OPTIONS,
+                int(positive), int(aligned), COMBINE.index(recipe.combine), recipe.by_count, base is not None, BLOCK, **OPTIONS,
             )  # fmt: skip
     torch.autograd.graph.increment_version((out,))
 
@@ -277,7 +288,7 @@ def votes(base: Tensor | None, parts: Sequence[Part], recipe: Recipe) -> int:
     if n:
         with torch.cuda.device_of(out):
             votes_kernel[(out.numel(),)](
-                out, of[0], table, len(parts), n, of[1], _seed(recipe), recipe.stream, base is not None, BLOCK, **OPTIONS
+                out, of[0], table, len(parts), n, of[1], _seed(recipe), recipe.stream, recipe.by_count, base is not None, BLOCK, **OPTIONS
             )  # fmt: skip
     return int(out.sum())
 

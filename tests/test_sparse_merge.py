@@ -173,10 +173,14 @@ class Lottery:
 
 
 @pytest.mark.parametrize("density", [0.2, 0.73])
-@pytest.mark.parametrize("method", ["task_arithmetic", "ties", "dare_linear", "dare_ties", "magnitude_prune"])
+@pytest.mark.parametrize(
+    "method", ["task_arithmetic", "ties", "dare_linear", "dare_ties", "magnitude_prune", "ties frequency", "dare_ties frequency"]
+)
 def test_peft(base, tuned, method, density, monkeypatch):
     peft = pytest.importorskip("peft.utils.merge_utils")
     options = {} if method == "task_arithmetic" else {"density": density}
+    if "frequency" in method:
+        method, options["majority_sign_method"] = method.split()
     merged = merge(base, tuned, method, weights=WEIGHTS, compat="peft", seed=SEED, **options)
     for name in SHAPES:
         monkeypatch.setattr(torch, "bernoulli", Lottery(name))
@@ -197,10 +201,11 @@ MERGEKIT = {
 }
 
 
-def by_mergekit(method: str, tensors: list[Tensor], normalize: bool | None, density: list[float]) -> Tensor:
+def by_mergekit(method: str, tensors: list[Tensor], normalize: bool | None, density: list[float], rescale: bool | None = None) -> Tensor:
     arithmetic = pytest.importorskip("mergekit.merge_methods.generalized_task_arithmetic")
     group = pytest.importorskip("mergekit.merge_methods.base").TensorGroup
-    consensus, sparsification, default, rescale = MERGEKIT[method]
+    consensus, sparsification, default, usual = MERGEKIT[method]
+    rescale = usual if rescale is None else rescale
     theirs = arithmetic.GeneralizedTaskArithmeticMerge(
         consensus_method=consensus and arithmetic.ConsensusMethod(consensus),
         sparsification_method=sparsification and arithmetic.SparsificationMethod(sparsification),
@@ -228,6 +233,40 @@ def test_mergekit(base, tuned, method, normalize, monkeypatch):
         monkeypatch.setattr(torch, "bernoulli", Lottery(name))
         theirs = by_mergekit(method, [base[name], *(m[name] for m in tuned)], normalize, density)
         torch.testing.assert_close(merged[name], theirs, rtol=1e-5, atol=3e-6, msg=name)
+
+
+@pytest.mark.parametrize("rescale", [True, False])
+@pytest.mark.parametrize("method", sorted(set(MERGEKIT) - {"task_arithmetic"}))
+def test_mergekit_rescaling(base, tuned, method, rescale, monkeypatch):
+    density = [0.3, 0.6, 1.0]
+    gamma = {"gamma": 0.1} if "breadcrumbs" in method else {}
+    merged = merge(base, tuned, method, weights=WEIGHTS, lambda_=0.8, compat="mergekit", rescale=rescale, density=density, seed=SEED, **gamma)
+    for name in ("a.weight", "b.bias"):
+        monkeypatch.setattr(torch, "bernoulli", Lottery(name))
+        theirs = by_mergekit(method, [base[name], *(m[name] for m in tuned)], None, density, rescale)
+        torch.testing.assert_close(merged[name], theirs, rtol=1e-5, atol=3e-6, msg=name)
+
+
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties", "della", "della_linear"])
+def test_what_drops_leave_need_not_be_scaled(base, tuned, method):
+    """One model, so that an election changes nothing: what stays is the change itself."""
+    merged = merge(base, tuned[:1], method, density=0.5, rescale=False, seed=SEED)
+    changed = False
+    for name in SHAPES:
+        stays = merged[name] != base[name]
+        assert torch.equal(merged[name][stays], (base[name] + (tuned[0][name] - base[name]))[stays])
+        changed |= bool(stays.any())
+    assert changed
+
+
+def test_the_sign_that_most_have():
+    """One large change against two small ones."""
+    base = {"w": torch.zeros(3)}
+    models = [{"w": torch.tensor(x)} for x in ([9.0, 1.0, -2.0], [-1.0, 1.0, 2.0], [-3.0, -9.0, 0.0])]
+    for compat in ("paper", "peft"):
+        assert merge(base, models, "ties", density=1.0, compat=compat)["w"].tolist() == [9.0, -9.0, 2.0 if compat == "peft" else -2.0]
+        by_count = merge(base, models, "ties", density=1.0, compat=compat, majority_sign_method="frequency")["w"].tolist()
+        assert by_count == [-2.0, 1.0, 2.0 if compat == "peft" else -2.0], compat  # as published, a tie goes with the majority of the elements
 
 
 @pytest.mark.parametrize("shape", [(3, 40, 5), (2, 30, 3, 3), (700, 30, 7), (4, 2, 1), (5, 1)], ids=str)

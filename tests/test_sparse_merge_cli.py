@@ -62,6 +62,9 @@ def test_every_option_arrives(folders, tmp_path, capsys):
         return cli.main(["merge", *models, *arguments, "--quiet", "--out", str(out)])
 
     read = lambda: load_file(out)
+    assert run("--base", base, "--density", "0.5", "--compat", "mergekit", "--rescale", "--majority-sign-method", "frequency") == 0
+    options = {"density": 0.5, "compat": "mergekit", "rescale": True, "majority_sign_method": "frequency"}
+    assert torch.equal(read()["b"], merge(base, models, "ties", **options)["b"])
     assert run("--method", "linear", "--dtype", "float16", "--no-normalize") == 0
     assert torch.equal(read()["w"], merge(None, models, "linear", dtype=torch.float16, normalize=False)["w"])
     assert run("--base", base, "--method", "dare_linear", "--density", "0.3", "0.6", "--seed", "5", "--compat", "mergekit") == 0

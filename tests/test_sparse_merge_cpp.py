@@ -59,7 +59,7 @@ def case(rng: random.Random, n: int):
             part = replace(part, cut=cuts[i])
         parts.append(replace(part, chance=rng.choice([0, 1, 20000, 65536])) if rng.random() < 0.4 else part)
     scale, seed = rng.choice([1.0, 0.3, 0.0, -1.5]), rng.choice([0, -1, 12345678901234567, 2**40])
-    recipe = Recipe(rng.choice(ref.COMBINE), scale, rng.random() < 0.5, rng.choice([1, -1]), seed, rng.choice([0, 4000000000]))
+    recipe = Recipe(rng.choice(ref.COMBINE), scale, rng.random() < 0.5, rng.choice([1, -1]), seed, rng.choice([0, 4000000000]), rng.random() < 0.3)
     return base, models, counts, cuts, parts, recipe
 
 

@@ -204,7 +204,7 @@ def test_merge(combine):
         base = kind("ties", n, torch.bfloat16, 9, aligned) if number % 3 else None
         words = truth.pack(torch.rand(n, generator=generator(1)) < 0.6)
         stream = merging.stream_of("a.b" if number % 2 else "b.bias")  # the second is beyond 2^31
-        recipe = Recipe(combine, 0.6 if number % 2 else 1.0, number > 1, -1 if number == 3 else 1, 2**63 + 77, stream)
+        recipe = Recipe(combine, 0.6 if number % 2 else 1.0, number > 1, -1 if number == 3 else 1, 2**63 + 77, stream, by_count=n == 33)
         parts = [
             Part(models[0], 0.7, 1.3, words=words),
             Part(models[1], -1.2, chance=30000, model=1),

@@ -50,10 +50,11 @@ KERNELS = {
     "energy": ("energy_kernel", dict(SCORE=0, TILE=2048), dict(out="*i64")),
     "colstat": ("colstat_kernel", dict(BLOCK=256), dict(out="*fp64")),
     "add slices": ("add_slices_kernel", dict(BLOCK=256), dict(parts="*fp64", out="*fp32")),
-    "merge sum": ("merge_kernel", dict(COMBINE=0, HAS_BASE=True, BLOCK=1024), {}),
-    "merge paper": ("merge_kernel", dict(COMBINE=1, HAS_BASE=True, BLOCK=1024), {}),
-    "merge mergekit": ("merge_kernel", dict(COMBINE=3, HAS_BASE=True, BLOCK=1024), {}),
-    "votes": ("votes_kernel", dict(HAS_BASE=True, BLOCK=1024), dict(out="*i64")),
+    "merge sum": ("merge_kernel", dict(COMBINE=0, BY_COUNT=False, HAS_BASE=True, BLOCK=1024), {}),
+    "merge paper": ("merge_kernel", dict(COMBINE=1, BY_COUNT=False, HAS_BASE=True, BLOCK=1024), {}),
+    "merge mergekit": ("merge_kernel", dict(COMBINE=3, BY_COUNT=False, HAS_BASE=True, BLOCK=1024), {}),
+    "merge peft by count": ("merge_kernel", dict(COMBINE=2, BY_COUNT=True, HAS_BASE=True, BLOCK=1024), {}),
+    "votes": ("votes_kernel", dict(BY_COUNT=False, HAS_BASE=True, BLOCK=1024), dict(out="*i64")),
     "norms": ("norms_kernel", dict(HAS_BASE=True), dict(out="*fp64")),
 }
 EVERYWHERE = ("histogram abs", "mark abs", "merge paper", "add", "rows scaled 16384", "energy")

@@ -31,7 +31,7 @@ struct MergeJob {
   int32_t count;
   int32_t out_dtype, base_dtype;
   int32_t combine;
-  bool normalize, zero_is_positive;
+  bool normalize, zero_is_positive, by_count;  // by_count: the sign most voters have is elected, not the one of their sum
   float lambda, divisor;  // divisor: what kSum with normalize divides by
   uint64_t seed;
   uint32_t stream;

@@ -151,13 +151,20 @@ void sum_tile(const MergeJob& job, int64_t offset, int n, const float* base, flo
   for (int i = 0; i < n; ++i) total[i] /= divisor;
 }
 
-// Where the sum of the voters is positive (or 0, if that counts so): 0; elsewhere the sign bit.
+// What a voter counts for: itself, or its sign.
+template <bool kByCount>
+FA_HD float vote(float v) {
+  return kByCount ? float(int32_t(v > 0.f) - int32_t(v < 0.f)) : v;
+}
+
+// Where the sum of the votes is positive (or 0, if that counts so): 0; elsewhere the sign bit.
+template <bool kByCount>
 void elect(const MergeJob& job, int n, const float* voters, uint32_t* __restrict flip) {
   alignas(64) float votes[kTile];
-  convert(votes, voters, n, [](float f) { return f; });
+  convert(votes, voters, n, vote<kByCount>);
   for (int k = 1; k < job.count; ++k) {
     const float* __restrict v = voters + k * kTile;
-    for (int i = 0; i < n; ++i) votes[i] += v[i];
+    for (int i = 0; i < n; ++i) votes[i] += vote<kByCount>(v[i]);
   }
   if (job.zero_is_positive)
     for (int i = 0; i < n; ++i) flip[i] = (uint32_t(votes[i] >= 0.f) - 1u) & kSign;
@@ -176,7 +183,7 @@ void elect_tile(const MergeJob& job, int64_t offset, int n, const float* base, f
     if (weighted && w != 1.f)
       for (int i = 0; i < n; ++i) d[i] *= w;
   }
-  elect(job, n, voters, flip);
+  job.by_count ? elect<true>(job, n, voters, flip) : elect<false>(job, n, voters, flip);
   for (int i = 0; i < n; ++i) total[i] = divisor[i] = 0.f;
   for (int k = 0; k < job.count; ++k) {
     const float* __restrict d = voters + k * kTile;
@@ -209,22 +216,27 @@ void merge(const MergeJob& job, int64_t begin, int64_t end, float* scratch) {
   }
 }
 
-int64_t votes(const MergeJob& job, int64_t begin, int64_t end, float* scratch) {
+template <bool kByCount>
+int64_t votes_of(const MergeJob& job, int64_t begin, int64_t end, float* scratch) {
   float *buffer = scratch, *total = scratch + kTile, *d = scratch + 2 * kTile;
   int64_t count = 0;
   for (int64_t offset = begin; offset < end; offset += kTile) {
     const int n = int(least(kTile, end - offset));
     const float* base = base_tile(job, offset, n, buffer);
-    delta(job, job.parts[0], offset, n, base, total);
-    for (int k = 1; k < job.count; ++k) {
+    std::fill_n(total, n, 0.f);
+    for (int k = 0; k < job.count; ++k) {
       delta(job, job.parts[k], offset, n, base, d);
-      for (int i = 0; i < n; ++i) total[i] += d[i];
+      for (int i = 0; i < n; ++i) total[i] += vote<kByCount>(d[i]);
     }
     int32_t part = 0;
     for (int i = 0; i < n; ++i) part += int32_t(total[i] > 0.f) - int32_t(total[i] < 0.f);
     count += part;
   }
   return count;
+}
+
+int64_t votes(const MergeJob& job, int64_t begin, int64_t end, float* scratch) {
+  return job.by_count ? votes_of<true>(job, begin, end, scratch) : votes_of<false>(job, begin, end, scratch);
 }
 
 // ---- norms

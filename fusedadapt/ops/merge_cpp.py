@@ -53,12 +53,13 @@ def _part(op: str, part: Part, n: int) -> tuple[int, int, int, int, int, int, in
     return *_array(op, "a model's tensor", part.tensor, n), words, key, last, chance, part.model, part.weight, part.factor
 
 
-def _recipe(parts: Sequence[Part], recipe: Recipe) -> tuple[int, float, bool, float, bool, int, int]:
+def _recipe(parts: Sequence[Part], recipe: Recipe) -> tuple[int, float, bool, float, bool, bool, int, int]:
     """What csrc/bindings_merge.cpp calls a Recipe."""
     divisor = sum(part.weight for part in parts)
     normalize = recipe.normalize and (recipe.combine != "sum" or abs(divisor) >= 1e-8)
     positive = recipe.combine != "paper" or recipe.majority > 0
-    return COMBINE.index(recipe.combine), recipe.lambda_, normalize, divisor, positive, recipe.seed & 0xFFFFFFFFFFFFFFFF, recipe.stream
+    seed = recipe.seed & 0xFFFFFFFFFFFFFFFF
+    return COMBINE.index(recipe.combine), recipe.lambda_, normalize, divisor, positive, recipe.by_count, seed, recipe.stream
 
 
 def merge_(out: Tensor, base: Tensor | None, parts: Sequence[Part], recipe: Recipe) -> None:

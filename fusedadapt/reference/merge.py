@@ -7,8 +7,9 @@
     peft      s = + if sum_i d_i >= 0 else -;                sum of the w_i d_i whose d_i has sign s / how many (at least 1)
     mergekit  s = + if sum_i w_i d_i >= 0 else -;            sum of the w_i d_i with sign s (/ sum of their w_i if normalize)
 
-NaN has every sign, so that it stays NaN. Everything in fp32 (fp64 for fp64), sums in the models' order, one rounding at the end. Without theta_0,
-d_i = factor_i * theta_i and nothing is added.
+With ``by_count`` the sums that s is taken of are of signs: as many votes as models, however large. NaN has every sign, so that it stays NaN.
+Everything in fp32 (fp64 for fp64), sums in the models' order, one rounding at the end. Without theta_0, d_i = factor_i * theta_i and nothing is
+added.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Part:
 @dataclass(frozen=True)
 class Recipe:
     """How the parts of one tensor combine. ``majority``: the sign of a zero sum with "paper"; ``seed`` and ``stream`` (`stream_of` its
-    name) key the random bits."""
+    name) key the random bits; ``by_count``: elect the sign most have, not the one of the sum."""
 
     combine: str = "sum"
     lambda_: float = 1.0
@@ -63,6 +64,7 @@ class Recipe:
     majority: int = 1
     seed: int = 0
     stream: int = 0
+    by_count: bool = False
 
 
 def stream_of(name: str) -> int:
@@ -106,6 +108,14 @@ def delta(base: Tensor | None, part: Part, recipe: Recipe, first: int, last: int
     return d if part.factor == 1.0 else d * part.factor
 
 
+def _elected(voters: Sequence[Tensor], recipe: Recipe) -> Tensor:
+    """The sums of which the signs are taken."""
+    votes = torch.zeros_like(voters[0])
+    for v in voters:
+        votes = votes + ((v > 0).to(v.dtype) - (v < 0).to(v.dtype) if recipe.by_count else v)
+    return votes
+
+
 def combine(deltas: Sequence[Tensor], weights: Sequence[float], recipe: Recipe) -> Tensor:
     """The merged change, before lambda."""
     if recipe.combine == "sum":
@@ -116,9 +126,7 @@ def combine(deltas: Sequence[Tensor], weights: Sequence[float], recipe: Recipe) 
         return over(total, weight) if recipe.normalize and abs(weight) >= 1e-8 else total
     weighted = [d * w for d, w in zip(deltas, weights, strict=True)]
     voters = weighted if recipe.combine == "mergekit" else deltas
-    votes = voters[0].clone()
-    for v in voters[1:]:
-        votes = votes + v
+    votes = _elected(voters, recipe)
     zero = recipe.majority if recipe.combine == "paper" else 1
     positive = votes >= 0 if zero > 0 else votes > 0
     total, divisor = torch.zeros_like(votes), torch.zeros_like(votes)
@@ -136,9 +144,7 @@ def votes(base: Tensor | None, parts: Sequence[Part], recipe: Recipe, chunk: int
     n, count = parts[0].tensor.numel(), 0
     for first in range(0, n, chunk):
         last = min(first + chunk, n)
-        total = delta(base, parts[0], recipe, first, last)
-        for part in parts[1:]:
-            total = total + delta(base, part, recipe, first, last)
+        total = _elected([delta(base, part, recipe, first, last) for part in parts], recipe)
         count += int((total > 0).sum()) - int((total < 0).sum())  # NaN has no vote
     return count
 

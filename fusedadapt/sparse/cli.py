@@ -40,6 +40,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--normalize", action=argparse.BooleanOptionalAction, default=None, help="divide by the sum of weights (default: the method's)"
     )
+    parser.add_argument(
+        "--rescale", action=argparse.BooleanOptionalAction, default=None, help="scale what stays for what went (default: after random drops)"
+    )
+    parser.add_argument(
+        "--majority-sign-method", default="total", choices=("total", "frequency"), help="ties: the sign of the sum, or of most (default total)"
+    )
     parser.add_argument("--t", type=float, help="slerp: 0 is the base, 1 the model")
     parser.add_argument("--gamma", type=float, default=0.01, help="breadcrumbs: share of the largest changes that goes (default 0.01)")
     parser.add_argument("--epsilon", type=float, help="della: spread of the chances around the density")
@@ -95,6 +101,8 @@ def _merge(options: Any) -> Path:
         seed=options.seed,
         compat=options.compat,
         normalize=options.normalize,
+        rescale=options.rescale,
+        majority_sign_method=options.majority_sign_method,
         t=options.t,
         gamma=options.gamma,
         epsilon=options.epsilon,

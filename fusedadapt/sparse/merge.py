@@ -41,6 +41,8 @@ def merge(
     seed: int = 0,
     compat: str = "paper",
     normalize: bool | None = None,
+    rescale: bool | None = None,
+    majority_sign_method: str = "total",
     t: float | None = None,
     gamma: float = 0.01,
     epsilon: float | None = None,
@@ -60,9 +62,11 @@ def merge(
         weights: one per model (1). density: share of each model's change that stays, one or one per model. lambda_: scale of the merged change.
         dtype: of the result; the base's by default. seed: of the random drops, which depend on (seed, model, tensor name, element) alone.
         compat: where implementations differ, "paper" (the authors' code), "peft" or "mergekit"; docs/sparse.md lists the differences.
-        normalize: divide by the sum of weights. t: slerp's position. gamma: share of outliers that breadcrumbs removes. epsilon: della's spread.
-            q: darex's divisor (the density by default). fishers: diagonal Fisher information, one per model, in any floating dtype; with normalize
-            (the default) each is divided by its L2 norm over all tensors first.
+        normalize: divide by the sum of weights. rescale: scale what stays of a change for what went: a drop's by 1 / density (mergekit: to the former
+            L1 norm), unless False; with True and compat="mergekit" also what ties, magnitude_prune and breadcrumbs leave. majority_sign_method: the
+            sign that ties elect: of the sum ("total"), or the one that most models have ("frequency"). t: slerp's position. gamma: share of outliers
+            that breadcrumbs removes. epsilon: della's spread. q: darex's divisor (the density by default). fishers: diagonal Fisher information, one
+            per model, in any floating dtype; with normalize (the default) each is divided by its L2 norm over all tensors first.
         out: write there, out of core and atomically, instead of returning tensors: a new .safetensors file, or a new or empty folder, sharded as the
             base is, with the configuration and tokenizer of its folder.
         device: compute there, one tensor at a time; by default where the base's tensor is. progress: show a bar.
@@ -81,8 +85,10 @@ def merge(
     job = _job(method, None if base is None else opened[0], opened if base is None else opened[1:], weights, density, compat, normalize)
     job.lambda_, job.seed, job.gamma, job.q = float(lambda_), int(seed), float(gamma), None if q is None else float(q)
     job.epsilon = epsilon if epsilon is not None else 0.15 if compat == "mergekit" else 0.05
+    job.rescale, job.by_count = rescale, majority_sign_method == "frequency"
     _check_options(job, t, fishers)
     _check_unused(method, weights, density, normalize, epsilon)
+    _check_election(job, majority_sign_method)
     information = open_all(fishers or (), device)
     about = {n: ((dtype if dtype is not None and d in MERGED else d), s) for n, (d, s) in first.about.items()}
     writer = None if out is None else Writer(Path(out), first, about, opened + information)
@@ -204,9 +210,25 @@ def _check_options(job: Job, t: float | None, fishers: Sequence[Source] | None) 
                 f"merge: expected epsilon >= 0 with density - epsilon and density + epsilon inside (0, 1); got density {bad or job.density}, "
                 f"epsilon {job.epsilon}; a smaller epsilon fits"
             )
-    scaled = job.q is None and (job.name == "darex" or job.compat == "peft")  # by 1 / density, whatever stays
+    scaled = job.q is None and (job.name == "darex" or (job.compat == "peft" and job.rescale is not False))  # by 1 / density, whatever stays
     if scaled and job.name in METHODS and job.method.drop == "chance" and 0.0 in job.density:
         raise ValueError(f"merge: expected a density above 0 with {job.name!r}; got {job.density}: 0 / 0 is no weight; leave those models out")
+
+
+def _check_election(job: Job, majority_sign_method: str) -> None:
+    spec = METHODS.get(job.name)
+    if majority_sign_method not in ("total", "frequency") or (job.by_count and not (spec and spec.elect)):
+        raise ValueError(
+            f'merge: expected majority_sign_method to be "total", or "frequency" with methods that elect signs; got {majority_sign_method!r} with '
+            f"{job.name!r}"
+        )
+    drops = spec is not None and spec.drop is not None and job.name != "darex"
+    trims = spec is not None and spec.trim is not None and job.compat == "mergekit"
+    if job.rescale is not None and not (drops or trims):
+        raise ValueError(
+            f'merge: expected rescale= with dare or della, or with compat="mergekit" and ties, magnitude_prune or breadcrumbs; got {job.rescale} '
+            f"with {job.name!r} and compat={job.compat!r}; leave it out"
+        )
 
 
 def _check_unused(method: str, weights: Any, density: Any, normalize: bool | None, epsilon: float | None) -> None:

@@ -68,14 +68,21 @@ class Job:
     q: float | None
     cuts: list[Threshold | None] = field(default_factory=list)
     majority: int = 1
+    by_count: bool = False
+    rescale: bool | None = None
 
     @property
     def method(self) -> Method:
         return METHODS[self.name]
 
+    @property
+    def rescales(self) -> bool:
+        """Whether what stays is scaled for what went: after a drop unless told otherwise, after a cut only in mergekit, on demand. (darex has q.)"""
+        return self.name != "darex" and (self.method.drop is not None if self.rescale is None else self.rescale)
+
     def recipe(self, name: str) -> Recipe:
         combine = self.compat if self.method.elect else "sum"
-        return Recipe(combine, self.lambda_, self.normalize, self.majority, self.seed, truth.stream_of(name))
+        return Recipe(combine, self.lambda_, self.normalize, self.majority, self.seed, truth.stream_of(name), self.by_count)
 
 
 def prepare(job: Job) -> None:
@@ -114,7 +121,9 @@ def parts_of(job: Job, name: str) -> tuple[Tensor | None, list[Part], Recipe]:
         row = shape[-1] if len(shape) > 1 else base.numel()
         parts = [replace(part, words=_middle(job, base, part, row)) for part in parts]
     if job.method.drop == "chance":
-        parts = [_drop(job, base, part, recipe) for part in parts]
+        parts = [_drop(job, part) for part in parts]
+    if job.compat == "mergekit" and job.rescales:
+        parts = [_rescaled(base, part, recipe) for part in parts]
     return base, parts, recipe
 
 
@@ -144,15 +153,22 @@ def _middle(job: Job, base: Tensor, part: Part, row: int) -> Tensor | None:
     return words
 
 
-def _drop(job: Job, base: Tensor | None, part: Part, recipe: Recipe) -> Part:
+def _drop(job: Job, part: Part) -> Part:
     density = job.density[part.model]
     if density >= 1:
         return part
     part = replace(part, chance=round(density * 65536))
     if job.name == "darex":
         return replace(part, factor=1.0 / (density if job.q is None else job.q))
-    if job.compat != "mergekit":
-        return replace(part, factor=1.0 / density if density > 0 else 1.0)
+    if job.compat == "mergekit" or not job.rescales:
+        return part
+    return replace(part, factor=1.0 / density if density > 0 else 1.0)
+
+
+def _rescaled(base: Tensor | None, part: Part, recipe: Recipe) -> Part:
+    """To the L1 norm of the whole change, if anything is left out."""
+    if part.cut is None and part.words is None and part.chance is None:
+        return part
     return replace(part, factor=_ratio(*ops.run("norms", part.tensor)(base, part, recipe)))
 
 
@@ -171,7 +187,7 @@ def rank_drop(job: Job, name: str, out: Tensor, shape: Sequence[int]) -> None:
     row = _ranked_along(shape, job.compat)
     recipe, block = job.recipe(name), max(1, _BLOCK // (row[0] * row[1])) * row[0] * row[1]
     factors = [1.0] * len(tensors)
-    if job.compat == "mergekit":
+    if job.compat == "mergekit" and job.rescales:
         sums = torch.zeros(len(tensors), 2, dtype=torch.float64, device="cpu")
         for first in range(0, out.numel(), block):
             for i, tensor in enumerate(tensors):
@@ -205,7 +221,7 @@ def _ranked(job: Job, i: int, base: Tensor, tensor: Tensor, row: tuple[int, int]
     p = (density - epsilon + over(2 * epsilon * rank.double(), length - 1)) if length > 1 else torch.full_like(d, density, dtype=torch.float64)
     lanes = random16(job.seed & 0xFFFFFFFFFFFFFFFF, np.arange(first, last, dtype=np.uint64), i, recipe.stream).to(d.device)
     stays = lanes < (p.clamp(0, 1) * 65536).round()
-    return d, torch.where(stays, d if job.compat == "mergekit" else d / p.to(d.dtype), 0)
+    return d, torch.where(stays, d if job.compat == "mergekit" or not job.rescales else d / p.to(d.dtype), 0)
 
 
 def slerp(base: Tensor, other: Tensor, t: float, out: Tensor) -> None:
