@@ -158,7 +158,7 @@ def test_no_election_hides_a_nan(method, compat, backend):
         ({"method": "linear", "weights": [0.0, 0.0, 0.0], "compat": "mergekit"}, "do not add up to 0"),
         ({"method": "pcb", "compat": "peft"}, "pcb"),
         ({"density": 0.5, "majority_sign_method": "most"}, "got 'most' with"),
-        ({"method": "dare_linear", "density": 0.5, "majority_sign_method": "frequency"}, "elect signs"),
+        ({"method": "dare_linear", "density": 0.5, "majority_sign_method": "frequency"}, "where signs are elected"),
         ({"density": 0.5, "rescale": True}, 'compat="mergekit"'),
         ({"method": "darex", "density": 0.5, "rescale": False}, "rescale="),
         ({"method": "task_arithmetic", "rescale": True, "compat": "mergekit"}, "rescale="),

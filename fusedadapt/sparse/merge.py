@@ -79,29 +79,36 @@ def merge(
             are no models, an `out` that is one of the inputs. FileNotFoundError. FileExistsError: `out` is a file that is there, or a folder with
             something in it. OSError while writing; `out` is as before then.
     """
-    _check_words(method, compat, dtype, device)
+    _check_words(method, compat, majority_sign_method, dtype, device)
     _check_numbers(lambda_=lambda_, seed=seed, gamma=gamma, epsilon=epsilon, q=q, t=t, weights=weights, density=density)
-    opened, first = _open(base, models, method, device)
+    opened = _open(base, models, method, device)
     job = _job(method, None if base is None else opened[0], opened if base is None else opened[1:], weights, density, compat, normalize)
     job.lambda_, job.seed, job.gamma, job.q = float(lambda_), int(seed), float(gamma), None if q is None else float(q)
     job.epsilon = epsilon if epsilon is not None else 0.15 if compat == "mergekit" else 0.05
     job.rescale, job.by_count = rescale, majority_sign_method == "frequency"
     _check_options(job, t, fishers)
     _check_unused(method, weights, density, normalize, epsilon)
-    _check_election(job, majority_sign_method)
-    information = open_all(fishers or (), device)
+    return _run(job, opened, open_all(fishers or (), device), dtype, t, None if out is None else Path(out), progress)
+
+
+def _run(
+    job: Job, opened: list[Model], information: list[Model], dtype: torch.dtype | None, t: float | None, out: Path | None, progress: bool
+) -> dict[str, Tensor] | Path:
+    first = opened[0]
     about = {n: ((dtype if dtype is not None and d in MERGED else d), s) for n, (d, s) in first.about.items()}
-    writer = None if out is None else Writer(Path(out), first, about, opened + information)
-    with torch.no_grad(), _bar(len(about), method, progress) as advance:
+    writer = None if out is None else Writer(out, first, about, opened + information)
+    with torch.no_grad(), _bar(len(about), job.name, progress) as advance:
         tensor = _tensors(job, first, about, _computer(job, t, information), advance)
         return {name: tensor(name) for name in about} if writer is None else writer.write(tensor)
 
 
-def _check_words(method: str, compat: str, dtype: torch.dtype | None, device: torch.device | str | None) -> None:
+def _check_words(method: str, compat: str, sign: str, dtype: torch.dtype | None, device: torch.device | str | None) -> None:
     if method not in METHODS and method not in SPECIAL:
         raise ValueError(f"merge: expected a method among {', '.join([*METHODS, *SPECIAL])}; got {method!r}")
     if compat not in COMPAT:
         raise ValueError(f"merge: expected compat to be one of {', '.join(COMPAT)}; got {compat!r}")
+    if sign not in ("total", "frequency") or (sign == "frequency" and (method in SPECIAL or not METHODS[method].elect)):
+        raise ValueError(f'merge: expected majority_sign_method to be "total", or "frequency" where signs are elected; got {sign!r} with {method!r}')
     if dtype is not None and dtype not in MERGED:
         raise ValueError(f"merge: expected dtype to be float32, bfloat16, float16 or float64; got {dtype}")
     try:
@@ -146,7 +153,7 @@ def _tensors(
     return tensor
 
 
-def _open(base: Source | None, models: Sequence[Source], method: str, device: torch.device | str | None) -> tuple[list[Model], Model]:
+def _open(base: Source | None, models: Sequence[Source], method: str, device: torch.device | str | None) -> list[Model]:
     needs_base = method not in ("linear", "fisher")
     if needs_base and base is None:
         raise ValueError(f"merge: expected a base with {method!r}; got None; its changes are taken from it")
@@ -159,7 +166,7 @@ def _open(base: Source | None, models: Sequence[Source], method: str, device: to
     labels = ([] if base is None else ["base"]) + [f"model {i}" for i in range(len(models))]
     opened = open_all(sources, device)
     check_alike(opened, [f"{label} ({m.path})" if m.path else label for label, m in zip(labels, opened, strict=True)])
-    return opened, opened[0]
+    return opened
 
 
 def _job(method: str, base: Model | None, models: list[Model], weights: Any, density: Any, compat: str, normalize: bool | None) -> Job:
@@ -186,6 +193,7 @@ def _job(method: str, base: Model | None, models: list[Model], weights: Any, den
 
 
 def _check_options(job: Job, t: float | None, fishers: Sequence[Source] | None) -> None:
+    _check_rescale(job)
     if (job.name == "slerp") != (t is not None):
         raise ValueError(f'merge: expected t= with "slerp" and only there; got t={t} with {job.name!r}')
     if (job.name == "fisher") != (fishers is not None):
@@ -215,13 +223,8 @@ def _check_options(job: Job, t: float | None, fishers: Sequence[Source] | None) 
         raise ValueError(f"merge: expected a density above 0 with {job.name!r}; got {job.density}: 0 / 0 is no weight; leave those models out")
 
 
-def _check_election(job: Job, majority_sign_method: str) -> None:
+def _check_rescale(job: Job) -> None:
     spec = METHODS.get(job.name)
-    if majority_sign_method not in ("total", "frequency") or (job.by_count and not (spec and spec.elect)):
-        raise ValueError(
-            f'merge: expected majority_sign_method to be "total", or "frequency" with methods that elect signs; got {majority_sign_method!r} with '
-            f"{job.name!r}"
-        )
     drops = spec is not None and spec.drop is not None and job.name != "darex"
     trims = spec is not None and spec.trim is not None and job.compat == "mergekit"
     if job.rescale is not None and not (drops or trims):
