@@ -377,3 +377,12 @@ def test_a_failed_call_leaves_everything_as_it_was(monkeypatch: pytest.MonkeyPat
         SparseDelta({"a": Entry([1, 2], torch.ones(2), torch.Size([6]))})
     with pytest.raises(ValueError, match="Masks or bool tensors"):
         SparseDelta.from_diff(base, base, masks={"a": [1]})
+
+
+def test_strided_positions_and_values_are_taken() -> None:
+    """They passed, and apply_ failed inside."""
+    both = torch.tensor([[1, 5], [3, 6], [7, 8]])
+    delta = SparseDelta({"w": Entry(both[:, 0], both[:, 1].float()[:, None].expand(3, 2)[:, 0], [10])})  # type: ignore[arg-type]
+    weights = {"w": torch.zeros(10)}
+    delta.apply_(weights)
+    assert weights["w"].tolist() == [0, 5, 0, 6, 0, 0, 0, 8, 0, 0]

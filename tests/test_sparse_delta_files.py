@@ -242,3 +242,11 @@ def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError):
         changed().save(tmp_path)
     assert (tmp_path / "pipe").is_fifo() and [p.name for p in tmp_path.iterdir()] == ["pipe"]
+
+
+def test_deep_lists_in_a_description_are_damage(tmp_path: Path) -> None:
+    """A depth just below Python's limit was read, and could not be written for its checksum."""
+    for depth in (2, 500, 990):
+        text = '{"w": {"shape": ' + "[" * depth + "]" * depth + ', "shift": 0, "crc": 0}}'
+        with pytest.raises(coding.Damaged, match="deeper lists|RecursionError"):
+            coding.contents(text)

@@ -166,7 +166,7 @@ def test_before_the_first_step_and_nothing_to_do() -> None:
     p, opt, mask, gen = setup("compact")
     grad(p, gen)
     new = fa.sparse.grow_prune(opt, p, fraction=0.5)
-    assert new.nnz == mask.sum() and p not in opt.state
+    assert new.nnz == mask.sum() and not opt.state[p]["step"]
     opt.step()
     before = copy.deepcopy(opt.state_dict())
     assert fa.sparse.grow_prune(opt, p, k=0) == new
@@ -200,3 +200,62 @@ def test_bad_input_changes_nothing() -> None:
         p2, other, _, _ = setup("compact", cls=OPTIMIZERS["Lion"])
         fa.sparse.grow_prune(other, p2, k=1, state="seed")
     assert torch.equal(p, before) and all(torch.equal(v, held[k]) for k, v in opt.state[p].items())
+
+
+# ---- before the first step, after loading, in another layout
+
+
+@pytest.mark.parametrize("mask_state", ["dense", "compact"])
+def test_a_mask_changed_before_the_first_step_is_saved(mask_state: str) -> None:
+    """The state was empty then, and empty states are not written."""
+    p, opt, mask, gen = setup(mask_state)
+    grad(p, gen)
+    changed = fa.sparse.grow_prune(opt, p, fraction=0.5)
+    q = torch.nn.Parameter(p.detach().clone())
+    twin = AdamW([q], lr=0.01, masks={q: mask}, mask_state=mask_state)
+    twin.load_state_dict(copy.deepcopy(opt.state_dict()))
+    q.grad = p.grad.clone()
+    opt.step(), twin.step()
+    assert torch.equal(p, q) and changed.to_bool().ne(mask).any()
+    assert fa.sparse.grow_prune(twin, q, k=0) == changed  # it answered with the mask the optimizer was built with
+
+
+def test_a_loaded_mask_of_an_optimizer_without_masks_is_known() -> None:
+    p, opt, mask, gen = setup("dense")
+    grad(p, gen)
+    opt.step()
+    q = torch.nn.Parameter(p.detach().clone())
+    twin = AdamW([q], lr=0.01)
+    twin.load_state_dict(opt.state_dict())
+    assert torch.equal(fa.sparse.grow_prune(twin, q, k=0, gradient=p.grad).to_bool(), mask)  # KeyError
+
+
+@pytest.mark.parametrize("mask_state", ["dense", "compact"])
+def test_before_the_first_step_dropped_elements_go_back_and_moments_are_seeded(mask_state: str) -> None:
+    p = torch.nn.Parameter(torch.arange(1.0, 9.0))
+    opt = AdamW([p], lr=0.0, masks={p: torch.arange(8) < 4}, decay_to="init", mask_state=mask_state)
+    fa.sparse.grow_prune(opt, p, fraction=0.5, gradient=torch.arange(8.0), new_value=None, state="seed")
+    assert p.tolist() == [1, 2, 3, 4, 5, 6, 7, 8]  # the dropped two were 0
+    p.grad = torch.zeros(8)
+    opt.step()
+    seeded = opt.state[p]["exp_avg"]
+    assert seeded[seeded != 0].tolist() == pytest.approx([0.9 * 0.1 * 6, 0.9 * 0.1 * 7])
+
+
+@pytest.mark.parametrize("mask_state", ["dense", "compact"])
+def test_another_memory_order_than_the_masks_is_refused(mask_state: str) -> None:
+    """Bits were read in the order of the new layout: wrong weights were dropped, and frozen ones changed."""
+    conv = torch.nn.Conv2d(3, 4, 3, bias=False)
+    masks = fa.sparse.sparse_init_(conv, 0.3)
+    opt = AdamW(conv.parameters(), masks=masks, mask_state=mask_state)
+    conv.to(memory_format=torch.channels_last)
+    before = conv.weight.detach().clone()
+    with pytest.raises(ValueError, match="memory order that the parameter had"):
+        fa.sparse.grow_prune(opt, conv.weight, k=3, gradient=torch.randn(4, 3, 3, 3))
+    assert torch.equal(conv.weight, before) and not opt.state
+
+
+def test_a_seed_that_is_none_is_refused() -> None:
+    p, opt, _, _ = setup("dense")
+    with pytest.raises(ValueError, match="an integer seed; got 'a'"):
+        fa.sparse.grow_prune(opt, p, k=3, grow="random", seed="a")

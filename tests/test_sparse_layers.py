@@ -395,3 +395,15 @@ def test_explain_knows_the_layers() -> None:
     rows = fa.explain(nn.Sequential(first, SparseDeltaLinear.from_linear(nn.Linear(4, 4), torch.eye(4) > 0)))
     assert [what for what, _, _ in rows] == ["0.MaskedLinear 24 of 24 float32 cpu", "1.SparseDeltaLinear 4 of 16 float32 cpu"]
     assert all(backend in ("cpp", "reference") and "dW in tiles" in why for _, backend, why in rows)
+
+
+def test_wgrad_wants_the_same_rows_on_both_sides() -> None:
+    with pytest.raises(ValueError, match="same leading dimensions"):  # they were paired by their flat position
+        masked_wgrad(torch.randn(2, 6, 5), torch.randn(3, 4, 7), torch.ones(5, 7, dtype=torch.bool))
+
+
+def test_wgrad_is_not_narrowed_by_autocast() -> None:
+    dy, x, mask = torch.randn(256, 50), torch.randn(256, 70), torch.rand(50, 70) < 0.2
+    alone = masked_wgrad(dy, x, mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(masked_wgrad(dy, x, mask), alone)

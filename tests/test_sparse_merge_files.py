@@ -196,3 +196,14 @@ def test_memory_is_that_of_one_tensor(tmp_path):
     assert done.returncode == 0, done.stderr
     *cut, slerp = map(float, done.stdout.split())
     assert max(cut) < 4 * 8 + 64 and slerp < 3 * 8 + 32, done.stdout  # slerp's blocks in fp64 took all of the 64 and more
+
+
+def test_folders_named_like_files_are_no_models(tmp_path: Path) -> None:
+    """OSError 19, without a name."""
+    model = {"w": torch.randn(4)}
+    (tmp_path / "m" / "x.safetensors").mkdir(parents=True)
+    save_file(model, tmp_path / "m" / "model.safetensors")
+    assert torch.equal(merge(None, [tmp_path / "m"], "linear")["w"], model["w"])
+    (tmp_path / "m" / "model.safetensors.index.json").write_text('{"weight_map": {"w": "."}}')
+    with pytest.raises(ValueError, match="the index beside it names it"):
+        merge(None, [tmp_path / "m"], "linear")

@@ -160,6 +160,8 @@ def test_no_election_hides_a_nan(method, compat, backend):
         ({"density": 0.5, "majority_sign_method": "most"}, "got 'most' with"),
         ({"method": "dare_linear", "density": 0.5, "majority_sign_method": "frequency"}, "where signs are elected"),
         ({"density": 0.5, "rescale": True}, 'compat="mergekit"'),
+        ({"density": 0.5, "normalize": True}, "got normalize="),  # elections divide by those that agree
+        ({"density": 0.5, "gamma": 0.2}, "got gamma="),
         ({"method": "darex", "density": 0.5, "rescale": False}, "rescale="),
         ({"method": "task_arithmetic", "rescale": True, "compat": "mergekit"}, "rescale="),
         ({"density": 0.5, "seed": float("inf")}, "an integer as seed; got inf"),

@@ -314,3 +314,13 @@ def test_determinism_of_whole_runs():
 
     a, b = run(), run()
     assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_gradual_pruning_keeps_its_count_where_trained_weights_are_zero() -> None:
+    """Zeros that are trained tied with pruned ones, of lower position, which had left the mask already."""
+    p = nn.Parameter(torch.arange(1.0, 11.0))
+    pruner = fa.sparse.GradualMagnitudePruning({"w": p}, end=4, initial=0.5, final=0.5, every=1)
+    pruner.step()
+    p.data[7:] = 0.0
+    pruner.step()
+    assert pruner.masks[p].indices().tolist() == [5, 6, 7, 8, 9]

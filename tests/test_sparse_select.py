@@ -342,3 +342,26 @@ def test_narrow_floats_and_numbers_of_numpy() -> None:
     assert wanda_mask(w, torch.ones(8), 0.5) == wanda_mask(w.float(), torch.ones(8), 0.5)
     assert np.array_equal(energy_histogram({"a": w, "b": w}).squares, 2 * energy_histogram(w.float()).squares)
     assert nm_mask(w, np.int64(2), np.int32(4)) == nm_mask(w.float(), 2, 4)
+
+
+def test_nan_that_two_infinities_make_is_found() -> None:
+    """Only what came in was looked at: inf - inf and inf * 0 passed as the largest scores."""
+    x, y = torch.tensor([math.inf, 1.0, 2.0, 3.0]), torch.tensor([math.inf, 0.0, 0.0, 0.0])
+    for score, other in (("abs_diff", y), ("abs_product", 1.0 - y.isinf().float()), ("abs_scaled", 1.0 - y.isinf().float())):
+        for scope in ("global", "tensor", "row"):
+            with pytest.raises(ValueError, match="expected no NaN"):
+                topk_mask(x, k=2, score=score, other=other, scope=scope, nan="raise")
+        with pytest.raises(ValueError, match="expected no NaN"):
+            nm_mask(x, 2, 4, score=score, other=other, nan="raise")
+    assert topk_mask(x, k=2, score="abs_diff", other=torch.zeros(4), nan="raise").nnz == 2
+
+
+def test_what_other_may_be() -> None:
+    x = torch.randn(4)
+    for other, words in (
+        (x + 1j, "real numbers; got a torch.strided one of torch.complex64"),
+        (x.to_sparse(), "sparse_coo"),
+        ([1.0] * 4, "1 tensors in other"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            topk_mask(x, k=2, score="abs_product", other=other)

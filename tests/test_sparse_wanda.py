@@ -202,3 +202,9 @@ def test_prune_model_bad_input_changes_nothing():
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     with pytest.raises(ValueError, match="unknown: \\['7'\\]"), ColumnStats.collect(model, ["7"]):
         pass
+
+
+def test_convolutions_have_no_columns() -> None:
+    with pytest.raises(ValueError, match=r"\['0'\] are convolutions"):
+        with ColumnStats.collect(nn.Sequential(nn.Conv1d(3, 4, 3)), ["0"]):
+            pass

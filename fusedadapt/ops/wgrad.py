@@ -6,6 +6,7 @@ result away is faster than one dot product per element, whose operands it would 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.library import Library
 from torch.utils.flop_counter import register_flop_formula
 
+from ..autocast import autocasting
 from . import dense
 
 _TILE = 1 << 20  # elements of a tile of dW: 4 MB in fp32
@@ -37,6 +39,11 @@ def _check(dy: Tensor, x: Tensor, index: Tensor) -> None:
 
 def _wgrad(dy: Tensor, x: Tensor, index: Tensor) -> Tensor:
     _check(dy, x, index)
+    with torch.autocast(x.device.type, enabled=False) if autocasting(x.device.type) else contextlib.nullcontext():
+        return _at(dy, x, index)
+
+
+def _at(dy: Tensor, x: Tensor, index: Tensor) -> Tensor:
     (_, n), k = dy.shape, x.shape[1]
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     out = torch.zeros(index.numel(), dtype=wide, device=x.device)

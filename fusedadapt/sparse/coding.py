@@ -30,6 +30,10 @@ def contents(text: str) -> dict[str, Any]:
         raise Damaged(f"{type(error).__name__}: {error}") from error
     if not isinstance(listed, dict):
         raise Damaged(f"expected names; got {type(listed).__name__}")
+    for name, about in listed.items():  # deeper ones would exhaust Python's stack in whoever writes them out again
+        values = about.values() if isinstance(about, dict) else ()
+        if any(isinstance(v, dict) or (isinstance(v, list) and any(isinstance(side, list | dict) for side in v)) for v in values):
+            raise Damaged(f"expected numbers and lists of numbers for {name!r}; got deeper lists")
     return listed
 
 

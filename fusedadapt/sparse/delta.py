@@ -64,6 +64,8 @@ class SparseDelta:
             if not e.values.dtype.is_floating_point:
                 raise ValueError(f"SparseDelta: expected floating-point values for {name!r}; got {e.values.dtype}; convert them")
             n = math.prod(e.shape)
+            if not (isinstance(e.shape, torch.Size) and e.indices.is_contiguous() and e.values.is_contiguous()):
+                e = self.entries[name] = Entry(e.indices.contiguous(), e.values.contiguous(), torch.Size(e.shape))
             if e.indices.shape != e.values.shape or e.indices.dim() != 1 or e.indices.dtype not in (torch.int32, torch.int64):
                 raise ValueError(f"SparseDelta: expected as many positions (int32 or int64) as values for {name!r}; got {_about(e)}")
             if e.indices.numel() and (int(e.indices[0]) < 0 or int(e.indices[-1]) >= n or not bool((e.indices[1:] > e.indices[:-1]).all())):
@@ -131,7 +133,8 @@ class SparseDelta:
 
     @torch.no_grad()
     def apply_(self, weights: Weights, alpha: float = 1.0) -> SparseDelta:
-        """w[positions] += alpha * values (computed wide, rounded once), or = values with kind "set". Returns self.
+        """w[positions] += alpha * values (in fp32, of fp64 weights in fp64; 16-bit weights are rounded once, at the end), or = values with
+        kind "set". Returns self.
 
         Tied weights, which a state dict has under several names, change once.
 

@@ -133,6 +133,8 @@ def densities(
     wrong = {name: d for name, d in {"density": density, "minimum": minimum, **fixed}.items() if not 0.0 <= d <= 1.0}
     if wrong or minimum > density:
         raise ValueError(f"densities: expected values in [0, 1], minimum <= density; got {wrong or (minimum, density)}")
+    if not math.isfinite(power):
+        raise ValueError(f"densities: expected a finite power; got {power}")
     unknown = sorted((set(fixed) | set(importance if isinstance(importance, Mapping) else ())) - set(given))
     if unknown:
         raise ValueError(f"densities: expected names among the given tensors; unknown: {unknown}")

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from ..optim import FusedOptimizer, coded
 from ..optim import compact as states
+from ..optim.plans import Entry
 from ..optim.spec import RULES, is_compact
-from ..optim.state import pack_mask, unpack_mask
+from ..optim.state import names, pack_mask, unpack_mask
+from ..optim.table import has_order
 from .mask import Mask
 from .select import topk_mask
 
@@ -63,8 +65,8 @@ def grow_prune(
     Raises:
         ValueError: whatever does not fit, before anything has changed.
     """
-    words = _checked(optimizer, param, fraction, k, grow, state, new_value)
-    p, held = param.detach(), optimizer.state.get(param, {})
+    words = _checked(optimizer, param, fraction, k, grow, state, new_value, seed)
+    p = param.detach()
     active = states.positions(words, param).long()
     n = int(fraction * active.numel()) if fraction is not None else int(k or 0)
     if not 0 <= n <= active.numel():
@@ -75,13 +77,14 @@ def grow_prune(
     kept = _keep(p, active, n, score)
     change = _grow(optimizer, param, kept, n, grow, gradient, state, seed)
     if n:
+        held = _begun(optimizer, param)
         with coded.unpacked(held):
-            _apply(optimizer, param, held, change, new_value, state == "seed")
-    return Mask.from_bool(unpack_mask(optimizer._masks[param], p))
+            words = _apply(optimizer, param, held, change, new_value, state == "seed")
+    return Mask.from_bool(unpack_mask(words, p))
 
 
 def _checked(
-    optimizer: FusedOptimizer, param: Tensor, fraction: float | None, k: int | None, grow: str, state: str, new_value: float | None
+    optimizer: FusedOptimizer, param: Tensor, fraction: float | None, k: int | None, grow: str, state: str, new_value: float | None, seed: int
 ) -> Tensor:
     """The packed mask."""
     if not isinstance(optimizer, FusedOptimizer) or not any(param is q for g in optimizer.param_groups for q in g["params"]):
@@ -92,6 +95,8 @@ def _checked(
         raise ValueError(f"grow_prune: expected fraction or k; got {'both' if k is not None else 'neither'}")
     if k is not None and (isinstance(k, bool) or not isinstance(k, Integral)):
         raise ValueError(f"grow_prune: expected an integer k; got {k!r}; a share is fraction=")
+    if isinstance(seed, bool) or not isinstance(seed, Integral):
+        raise ValueError(f"grow_prune: expected an integer seed; got {seed!r}")
     if fraction is not None and not (isinstance(fraction, Real) and 0.0 <= fraction <= 1.0):
         raise ValueError(f"grow_prune: expected a fraction in [0, 1]; got {fraction!r}")
     if new_value is not None and (isinstance(new_value, bool) or not isinstance(new_value, int | float)):
@@ -102,7 +107,22 @@ def _checked(
     words: Tensor | None = optimizer.state.get(param, {}).get("mask", optimizer._masks.get(param))
     if words is None:
         raise ValueError("grow_prune: expected a parameter with a mask; it has none; pass masks={param: ...} to the optimizer")
+    if param in optimizer._orders and not has_order(param.detach(), optimizer._orders[param]):
+        got = f"strides {param.stride()}, then {optimizer._orders[param]}"
+        raise ValueError(f"grow_prune: expected the memory order that the parameter had when its mask was given; got {got}; change its layout before")
     return words
+
+
+def _begun(optimizer: FusedOptimizer, param: Tensor) -> dict[str, Any]:
+    """The parameter's state, as before the first step if there is none yet: the changed mask is saved with it, moments are seeded in it, and its
+    anchor holds what dropped elements go back to."""
+    if "step" not in optimizer.state[param]:
+        listed = [(q, i) for i, g in enumerate(optimizer.param_groups) for q in g["params"]]
+        number = next(n for n, (q, _) in enumerate(listed) if q is param)
+        entry = Entry(param, listed[number][1], number, names(optimizer.param_groups)[number])
+        optimizer._init_states([entry], _rule(optimizer, param))
+    held: dict[str, Any] = optimizer.state[param]
+    return held
 
 
 def _rule(optimizer: FusedOptimizer, param: Tensor) -> str:
@@ -177,10 +197,10 @@ def _momentum(optimizer: FusedOptimizer, param: Tensor) -> Tensor:
     return states.in_order(coded.decode(held, name), param.detach())
 
 
-def _apply(optimizer: FusedOptimizer, param: Tensor, held: dict[str, Any], change: _Change, new_value: float | None, seeded: bool) -> None:
+def _apply(optimizer: FusedOptimizer, param: Tensor, held: dict[str, Any], change: _Change, new_value: float | None, seeded: bool) -> Tensor:
+    """The new packed mask."""
     p = param.detach()
-    words = held["mask"] if "mask" in held else optimizer._masks[param]
-    dropped = states.flat(memory(unpack_mask(words, p), p)) & ~change.kept
+    dropped = states.flat(memory(unpack_mask(held["mask"], p), p)) & ~change.kept
     now = change.kept.clone()
     now[change.grown] = True
     rule, group = RULES[_rule(optimizer, param)], _group(optimizer, param)
@@ -201,12 +221,12 @@ def _apply(optimizer: FusedOptimizer, param: Tensor, held: dict[str, Any], chang
             return ((1 - betas[0]) * g if name == "exp_avg" else (1 - betas[1]) * g * g).to(dtype)
         return states.in_order(states.start(optimizer, name, param, group, dtype), p)[change.grown]
 
-    names = [k for k in (*rule.states, "master", "remainder", "anchor") if k in held]
+    moved = [k for k in (*rule.states, "master", "remainder", "anchor") if k in held]
     if is_compact(held):
         states.unsqueeze(held, p)
-        _move_compact(held, names, fresh, change, rule.aux, 1.0 if seeded else 0.0)
+        _move_compact(held, moved, fresh, change, rule.aux, 1.0 if seeded else 0.0)
     else:
-        for name in (k for k in names if k != "anchor"):  # a dense anchor never changes
+        for name in (k for k in moved if k != "anchor"):  # a dense anchor never changes
             whole = states.flat(held[name])
             if name == "master":
                 whole[dropped] = memory_of_p[dropped].to(whole.dtype)
@@ -214,9 +234,8 @@ def _apply(optimizer: FusedOptimizer, param: Tensor, held: dict[str, Any], chang
                 whole[dropped] = states.in_order(states.start(optimizer, name, param, group, whole.dtype), p)[dropped]
             whole[change.grown] = fresh(name, whole.dtype)
     packed = pack_mask(now.as_strided(p.shape, p.stride()) if p.numel() else now.view(p.shape), p)
-    optimizer._masks[param] = packed
-    if held:
-        held["mask"] = packed
+    optimizer._masks[param] = held["mask"] = packed
+    return packed
 
 
 def memory(t: Tensor, like: Tensor) -> Tensor:

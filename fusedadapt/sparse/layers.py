@@ -31,6 +31,8 @@ def masked_wgrad(dy: Tensor, x: Tensor, mask: Mask | Tensor) -> Tensor:
     """
     if not dy.dim() or not x.dim() or not dy.is_floating_point():
         raise ValueError(f"masked_wgrad: expected floating-point dy [..., N] and x [..., K]; got {dy.dtype} {tuple(dy.shape)} and {tuple(x.shape)}")
+    if dy.shape[:-1] != x.shape[:-1]:
+        raise ValueError(f"masked_wgrad: expected dy and x of the same leading dimensions; got {tuple(dy.shape)} and {tuple(x.shape)}; reshape one")
     shape = (dy.shape[-1], x.shape[-1])
     if isinstance(mask, Tensor) and mask.dtype == torch.bool:
         mask = Mask.from_bool(mask)

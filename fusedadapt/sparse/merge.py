@@ -87,7 +87,7 @@ def merge(
     job.epsilon = epsilon if epsilon is not None else 0.15 if compat == "mergekit" else 0.05
     job.rescale, job.by_count = rescale, majority_sign_method == "frequency"
     _check_options(job, t, fishers)
-    _check_unused(method, weights, density, normalize, epsilon)
+    _check_unused(method, compat, weights, density, normalize, gamma, epsilon)
     return _run(job, opened, open_all(fishers or (), device), dtype, t, None if out is None else Path(out), progress)
 
 
@@ -234,18 +234,19 @@ def _check_rescale(job: Job) -> None:
         )
 
 
-def _check_unused(method: str, weights: Any, density: Any, normalize: bool | None, epsilon: float | None) -> None:
+def _check_unused(method: str, compat: str, weights: Any, density: Any, normalize: bool | None, gamma: float, epsilon: float | None) -> None:
     """An argument without effect is a misunderstanding."""
     spec = METHODS.get(method)
     sparse = method == "pcb" if spec is None else spec.trim is not None or spec.drop is not None
     given = {
         "weights": weights is not None and method == "slerp",
         "density": density is not None and not sparse,
-        "normalize": normalize is not None and method in ("slerp", "pcb"),
+        "normalize": normalize is not None and (method in ("slerp", "pcb") or (spec is not None and spec.elect and compat != "mergekit")),
+        "gamma": gamma != 0.01 and not (spec is not None and spec.trim == "middle"),
         "epsilon": epsilon is not None and not (spec is not None and spec.drop == "rank"),
     }
     if unused := [f"{name}=" for name, is_unused in given.items() if is_unused]:
-        raise ValueError(f"merge: expected only arguments that {method!r} uses; got {', '.join(unused)}; leave it out")
+        raise ValueError(f'merge: expected only arguments that {method!r} with compat="{compat}" uses; got {", ".join(unused)}; leave it out')
 
 
 def _computer(job: Job, t: float | None, information: Sequence[Model]) -> Compute:

@@ -100,6 +100,11 @@ def keep_only_(w: Tensor, mask: Mask | Tensor) -> None:
     w.detach().masked_fill_(~keep.to(w.device), 0)
 
 
+def _below(p: Tensor, kept: Mask) -> Tensor:
+    """|p|, and -1 outside the mask."""
+    return torch.where(kept.to_bool().to(p.device), p.detach().abs(), -1.0)
+
+
 def tied_names(model: nn.Module) -> dict[int, list[str]]:
     """id of a parameter -> its names, one for each module that holds it; the first is the one of ``named_parameters()``."""
     names: dict[int, list[str]] = {}
@@ -248,7 +253,9 @@ class GradualMagnitudePruning:
             keep_only_(self.params[name], mask)
         if due:
             share = 1.0 - cubic_sparsity(self.steps, start=self.start, end=self.end, initial=self.initial, final=self.final)
-            new = topk_mask(self.params, density=share, scope=self.scope, rounding="round")
+            # Pruned elements rank below all others, zeros that are trained included: of equals the lower position would win, and be gone already.
+            ranks = {name: p.detach().abs() if (old := self._masks.get(name)) is None else _below(p, old) for name, p in self.params.items()}
+            new = topk_mask(ranks, density=share, scope=self.scope, score="given", rounding="round")
             self._masks = {name: mask & self._masks[name] if name in self._masks else mask for name, mask in new.items()}
             for name, mask in self._masks.items():
                 keep_only_(self.params[name], mask)

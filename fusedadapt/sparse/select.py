@@ -168,6 +168,9 @@ def _items(op: str, w: Tensors, score: str, other: Tensors | None, ties: str, na
             raise ValueError(f"{op}: expected a floating-point tensor; got {x.dtype} for {where}; convert it")
         if y is not None:
             wanted = (x.shape[-1],) if score == "abs_scaled" and x.dim() else tuple(x.shape)
+            if not isinstance(y, Tensor) or y.layout != torch.strided or y.is_complex():
+                got = f"a {y.layout} one of {y.dtype}" if isinstance(y, Tensor) else type(y).__name__
+                raise ValueError(f"{op}: expected other to be a dense tensor of real numbers; got {got} for {where}; convert it")
             if tuple(y.shape) != wanted or y.device != x.device:
                 raise ValueError(f"{op}: expected other of shape {wanted} on {x.device} for {where}; got {tuple(y.shape)} on {y.device}")
             y = y.float() if score == "abs_scaled" else y
@@ -175,10 +178,19 @@ def _items(op: str, w: Tensors, score: str, other: Tensors | None, ties: str, na
     if len({x.device for x, _ in out}) > 1:
         raise ValueError(f"{op}: expected tensors on one device; got {sorted({str(x.device) for x, _ in out})}; move them together")
     if nan == "raise" and group is None:  # a group counts together, so that no process waits for one that has raised
-        bad = [names[i] if names else i for i, (x, y) in enumerate(out) if bool(x.isnan().any()) or (y is not None and bool(y.isnan().any()))]
+        bad = [names[i] if names else i for i, item in enumerate(out) if _has_nan(item, score)]
         if bad:
             raise ValueError(f'{op}: expected no NaN (nan="raise"); got some in {bad}; repair them or choose nan="highest" or "lowest"')
     return names, out
+
+
+def _has_nan(item: Item, score: str) -> bool:
+    """Whether a score is NaN: two infinities may make one of numbers that are none."""
+    x, other = item
+    if other is None:
+        return bool(x.isnan().any())
+    shift, bits = ops.levels(x, score)[0]
+    return bool(ops.run("histogram", x)([item], score, "highest", shift, bits, None)[-1])
 
 
 def _nothing(score: str, group: Any) -> Item:
@@ -336,9 +348,9 @@ def _local(
         return Mask(_global([item], score, density, k, ties, nan, rounding, None)[0], x.shape)
     length = x.shape[-1] if x.dim() else 1
     if scope == "block":
-        if not isinstance(block_size, int) or block_size < 1 or length % block_size:
+        if not isinstance(block_size, Integral) or block_size < 1 or length % block_size:
             raise ValueError(f"topk_mask: expected block_size to divide rows of {length}; got {block_size}")
-        length = block_size
+        length = int(block_size)
     k = wanted_count("topk_mask", length, density, k, rounding)
     if x.numel() == 0:
         return Mask(torch.zeros(0, dtype=torch.int32, device=x.device), x.shape)

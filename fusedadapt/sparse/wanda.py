@@ -6,10 +6,12 @@ import contextlib
 import math
 from collections.abc import Collection, Iterator
 from decimal import Decimal
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from ..ops import sparse as ops
 from .mask import Mask
@@ -104,6 +106,9 @@ class ColumnStats:
 
             return add
 
+        if convolutions := [n for n in names or () if isinstance(found.get(n), _ConvNd)]:
+            fix = "unfold their input and use ColumnStats.of"
+            raise ValueError(f"ColumnStats.collect: expected modules whose input has its features last; {convolutions} are convolutions; {fix}")
         chosen = [n for n, module in found.items() if (isinstance(module, nn.Linear) if names is None else n in names)]
         handles = [found[n].register_forward_pre_hook(hook(n), with_kwargs=True) for n in chosen]
         try:
@@ -176,8 +181,8 @@ def dropped_count(n: int, density: float) -> int:
     Raises:
         ValueError: a density outside [0, 1].
     """
-    if not 0.0 <= density <= 1.0:
-        raise ValueError(f"dropped_count: expected a density in [0, 1]; got {density}")
+    if not isinstance(density, Real) or not 0.0 <= density <= 1.0:
+        raise ValueError(f"dropped_count: expected a density in [0, 1]; got {density!r}")
     return int(n * float(1 - Decimal(repr(float(density)))))
 
 

@@ -132,6 +132,10 @@ def _opened(file: Path) -> Iterator[Any]:
             yield handle
     except FileNotFoundError as error:
         raise FileNotFoundError(f"merge: expected {file}; it is not there; the index beside it names it") from error
+    except OSError as error:
+        if file.is_file():
+            raise
+        raise ValueError(f"merge: expected a safetensors file; {file} is none; the index beside it names it") from error
     except SafetensorError as error:
         raise ValueError(f"merge: expected a safetensors file; {file} is none ({error}); is it complete?") from error
 
@@ -150,7 +154,7 @@ def _files(path: Path) -> list[Path]:
             return [path / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
         except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise ValueError(f'merge: expected an index with a "weight_map"; {index} has none ({error}); mend or remove it') from error
-    found = sorted(path.glob("*.safetensors"))
+    found = sorted(file for file in path.glob("*.safetensors") if file.is_file())
     if not found:
         raise FileNotFoundError(f"merge: expected safetensors files in {path}; there are none; convert the checkpoint first")
     return found
