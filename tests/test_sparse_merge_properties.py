@@ -204,8 +204,9 @@ def test_all_that_cannot_be_opened_is_listed_at_once(base, tmp_path):
 
 def test_fisher_weights_that_leave_nothing(base, tuned):
     """0 / 0 made a model of NaN."""
-    with pytest.raises(ValueError, match="a weight other than 0"):
-        merge(None, tuned[:2], "fisher", fishers=[base, base], weights=[0.0, 0.0])
+    for weights in ([0.0, 0.0], [1.0, -1.0]):
+        with pytest.raises(ValueError, match="a sum other than 0"):
+            merge(None, tuned[:2], "fisher", fishers=[base, base], weights=weights)
     merged = merge(None, tuned[:2], "fisher", fishers=[base, base], weights=[0.0, 2.0])
     assert all(torch.allclose(merged[name], tuned[1][name]) for name in merged if merged[name].dtype == torch.float32)
 

@@ -186,8 +186,8 @@ def _job(method: str, base: Model | None, models: list[Model], weights: Any, den
     normal = compat in _NORMALIZED.get(method, ()) if normalize is None else normalize
     if method == "linear" and normal and abs(sum(values)) < 1e-8:
         raise ValueError(f"merge: expected weights that do not add up to 0, which a mean is divided by; got {values}; normalize=False sums them")
-    if method == "fisher" and not any(values):
-        raise ValueError(f'merge: expected a weight other than 0 with "fisher", which divides by their sum; got {values}; leave them out')
+    if method == "fisher" and abs(sum(values)) < 1e-8:
+        raise ValueError(f'merge: expected weights of a sum other than 0 with "fisher", which divides by it; got {values}; leave them out')
     base = base if spec is None or spec.base else None
     return Job(method, base, models, values, densities, 1.0, 0, compat, normal, 0.01, 0.0, None)
 
