@@ -76,11 +76,11 @@ def case(number: int, dtype: torch.dtype, special: bool = False) -> Case:
         x[::7], x[1::11], x[2::13], x[3::17] = math.nan, math.inf, -math.inf, -0.0
         if groups > 4:
             scale[0], scale[1], scale[2], scale[3] = 0.0, -0.25, math.nan, 1e-40
-    low, high = ((-8, 7), (0, 15), (-1, 1), (-128, 127))[number % 4]
+    low, high = ((-8, 7), (0, 15), (-1, 1), (-128, 127), (3, 9))[number // 3 % 5]
     options: dict[str, Any] = {"quant_min": low, "quant_max": high, "ste": STES[number % 3], "divide": number % 7 in (1, 4, 6), **cut}
     if number % 6 == 5:  # a range per group
         options["quant_min"] = torch.full((groups,), low)
-        options["quant_max"] = torch.randint(1, 16, (groups,), generator=g)
+        options["quant_max"] = max(low, 0) + torch.randint(1, 16, (groups,), generator=g)
     return Case(tensors, options, torch.randn(shape, generator=g).to(dtype))
 
 

@@ -234,6 +234,18 @@ def test_nothing(backend: str, shape: tuple[int, ...], cut: dict[str, int]) -> N
     assert y.shape == dx.shape == shape and torch.equal(d_scale, torch.zeros(groups))
 
 
+@pytest.mark.parametrize("cut, count", [({}, 1), ({"axis": 0}, 2), ({"axis": 1}, 3), ({"group_size": 2}, 4)])
+def test_no_zero_point_is_0_also_where_the_range_excludes_it(backend: str, cut: dict[str, int], count: int) -> None:
+    x = torch.tensor([[1.0, 4.0, 9.0], [0.0, 2.0, -9.0]], requires_grad=True)
+    for bounds in ({"quant_min": 3, "quant_max": 9}, {"quant_min": torch.tensor(3), "quant_max": torch.full((count,), 9)}):
+        scale = torch.full((count,), 0.5, requires_grad=True)
+        y = fake_quantize(x, scale, **bounds, **cut)
+        assert torch.equal(y, torch.tensor([[1.5, 4.0, 4.5], [1.5, 2.0, 1.5]]))
+        dx, d_scale = grads(y, [x, scale], torch.ones(2, 3))
+        assert torch.equal(dx, torch.tensor([[0.0, 1.0, 0.0], [0.0, 1.0, 0.0]])) and float(d_scale.sum()) == 3 + 0 + 9 + 3 + 0 + 3
+    assert torch.equal(fake_quantize(x.detach(), 0.5, 0, quant_min=3, quant_max=9), torch.tensor([[1.0, 3.0, 3.0], [0.0, 2.0, 0.0]]))
+
+
 def test_special_values(backend: str) -> None:
     nan, inf = math.nan, math.inf
     x = torch.tensor([nan, inf, -inf, -0.1, -0.0, 0.1])

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import fake_quant_cases as cases
+import numpy as np
 import pytest
 import torch
 from fake_quant_cases import BACKENDS, FOUR, grads, new
@@ -102,12 +103,24 @@ def test_compiled_once_for_every_width() -> None:
         ({"quant_min": -8.0}, "quant_min: a whole number"), ({"quant_max": "7"}, "quant_max: a whole number"),
         ({"zero_point": "a"}, "zero_point: a number"), ({"grad_scale": torch.ones(3)}, "grad_scale: 1 or 1 elements"),
         ({"grad_scale": [1.0]}, "grad_scale: a number"), ({"scale_min": -1.0}, "scale_min"), ({"scale_min": float("nan")}, "scale_min"),
-        ({"scale_min": "a"}, "scale_min"),
+        ({"scale_min": "a"}, "scale_min"), ({"quant_min": True}, "quant_min: a whole number"), ({"axis": np.bool_(True)}, "axis: a whole number"),
+        ({"axis": torch.tensor(0)}, "axis: a whole number"), ({"quant_max": np.float32(7)}, "quant_max: a whole number"),
+        ({"scale": torch.ones(1).to_sparse()}, "scale: a dense tensor of real numbers; got torch.sparse_coo"),
+        ({"offset": torch.ones(1).to_sparse()}, "offset: a dense tensor"), ({"zero_point": torch.ones(1).cfloat()}, "zero_point: a dense"),
+        ({"quant_max": torch.ones(1).to_sparse()}, "quant_max: a dense"), ({"grad_scale": torch.ones(1).to_sparse()}, "grad_scale: a dense"),
     ],
 )  # fmt: skip
 def test_bad_input(change: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         fake_quantize(**{"x": torch.ones(4, 4), "scale": 0.1, **FOUR, **change})
+
+
+def test_whole_numbers_of_numpy_are_whole_numbers(backend: str) -> None:
+    x, whole = new(4, 6), np.int64
+    for cut, count in (({"axis": 1}, 6), ({"group_size": 3}, 8)):
+        scale = torch.rand(count) + 0.1
+        mine = fake_quantize(x, scale, quant_min=whole(-8), quant_max=np.int8(7), **{name: whole(n) for name, n in cut.items()})
+        assert torch.equal(mine, fake_quantize(x, scale, **cut, **FOUR))
 
 
 def test_the_op_refuses_what_does_not_fit() -> None:

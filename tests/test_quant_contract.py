@@ -6,6 +6,7 @@ import math
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from quant_cases import KINDS, SHAPES, SPECS, equal, same, weight
@@ -360,3 +361,25 @@ def test_tables_are_on_a_gpu_when_it_was_traced(op, monkeypatch):
         }
         assert calls[op]().device.type == "cuda"
     assert made == [("nf4", "cuda", torch.Tensor)]
+
+
+def test_a_record_is_not_turned_into_what_it_contradicts() -> None:
+    """By name or by record: what a format has is kept or refused, never dropped."""
+    for name, axis in (("int4", "tensor"), ("fp8_e4m3", "tensor"), ("int8", "block")):
+        with pytest.raises(ValueError, match=f'no group_size with .*group_axis="{axis}"'):
+            format_of(format_of(name, group_axis=axis), 64)
+    single = format_of("int4", 1)
+    with pytest.raises(ValueError, match='group_axis="k" or "n" beside another group_size of int4,block=1x1'):
+        format_of(single, 64)
+    assert format_of(single, 1) == single == format_of(single)
+    assert format_of(single, 64, group_axis="k").block == (1, 64) and format_of(single, 64, group_axis="n").block == (64, 1)
+    column = format_of("int4", 16, group_axis="n")
+    assert format_of(column, 64).block == (64, 1) and format_of(format_of("int8"), 64).block == (1, 64)
+
+
+@pytest.mark.parametrize("size", [np.int64(32), np.uint8(32), np.array(32)])
+def test_whole_numbers_of_numpy_are_whole_numbers(size: Any) -> None:
+    assert format_of("int4", size) == format_of("int4", 32) and quantize(torch.ones(2, 64), "int4", size).format.block == (1, 32)
+    for bad in (True, np.bool_(True), np.float32(32), np.ones(2, dtype=int), "32", torch.tensor(32)):
+        with pytest.raises(ValueError, match="group_size: a positive number"):
+            format_of("int4", bad)

@@ -200,3 +200,73 @@ def test_steps_below_a_row_are_checked() -> None:
         with pytest.raises(ValueError, match="weight_scale: expected bytes from 116 to 127; got 1 others"):
             foreign.from_plain(broken, metadata, f"{NAME}.weight")
         assert any("bytes from 116 to 127" in line for line in diagnose(broken, NAME, metadata=metadata))
+
+
+def strided(t: Tensor) -> Tensor:
+    """The same numbers, every second one in memory."""
+    return t.repeat_interleave(2, -1)[..., ::2]
+
+
+def across(t: Tensor) -> Tensor:
+    """Of two dimensions, and no view of one."""
+    return torch.stack([t.view(-1), t.view(-1)]).t()
+
+
+def hqq_layer() -> dict[str, Tensor]:
+    w = {"W_q": torch.arange(128, dtype=torch.uint8).view(4, 32), "scale": torch.rand(8, 1) + 1, "zero": torch.rand(8, 1)}
+    return {f"{NAME}.{part}": t for part, t in (w | {"nbits": torch.tensor(4), "shape": torch.tensor([8, 32])}).items()}
+
+
+def int8_layer() -> dict[str, Tensor]:
+    return {f"{NAME}.weight": torch.ones(4, 8, dtype=torch.int8), f"{NAME}.SCB": torch.rand(4), f"{NAME}.weight_format": torch.tensor(0)}
+
+
+def bnb_layer(**options: Any) -> dict[str, Tensor]:
+    return foreign.to_bitsandbytes(quantize(weight("normal", 32, 128), "nf4", **options), f"{NAME}.weight")
+
+
+def test_strided_scales_are_read() -> None:
+    for make, read, parts in (
+        (bnb_layer, lambda t: foreign.from_bitsandbytes(t, f"{NAME}.weight"), ("weight.absmax",)),
+        (lambda: bnb_layer(double_quant=True), lambda t: foreign.from_bitsandbytes(t, f"{NAME}.weight"), ("weight.absmax", "weight.nested_absmax")),
+        (int8_layer, lambda t: foreign.from_bitsandbytes(t, f"{NAME}.weight"), ("weight", "SCB")),
+        (hqq_layer, lambda t: foreign.from_hqq(t, NAME), ("W_q", "scale", "zero", "shape")),
+    ):
+        good = make()
+        bad = good | {f"{NAME}.{part}": strided(good[f"{NAME}.{part}"]) for part in parts}
+        assert torch.equal(read(bad).dequantize(), read(good).dequantize()) and not diagnose(bad, NAME)
+
+
+@pytest.mark.parametrize(
+    ("make", "part", "change", "said"),
+    [
+        (bnb_layer, "weight.absmax", across, "weight.absmax: expected shape"),
+        (bnb_layer, "weight.quant_map", across, "weight.quant_map: expected the nf4 values"),
+        (lambda: bnb_layer(double_quant=True), "weight.nested_absmax", across, "weight.nested_absmax: expected shape"),
+        (int8_layer, "SCB", across, "SCB: expected shape"),
+        (int8_layer, "weight_format", lambda t: t[None][:0], "weight_format: expected 0, rows in their order; got nothing"),
+        (int8_layer, "weight_format", lambda t: t + 1, "weight_format: expected 0, rows in their order; got 1"),
+        (hqq_layer, "shape", across, "shape: expected outputs and inputs"),
+        (hqq_layer, "shape", lambda t: t.to(torch.complex64), "shape: expected outputs and inputs"),
+        (hqq_layer, "nbits", lambda t: t.to(torch.complex64), "nbits: expected one of 2, 4, 8"),
+    ],
+)
+def test_parts_of_strange_shapes_are_named(make: Any, part: str, change: Any, said: str) -> None:
+    tensors = make()
+    tensors[f"{NAME}.{part}"] = change(tensors[f"{NAME}.{part}"])
+    read = foreign.from_hqq if make is hqq_layer else foreign.from_bitsandbytes
+    assert any(f"{NAME}.{said}" in text for text in diagnose(tensors, NAME))
+    with pytest.raises(ValueError, match=f"{NAME}.{said}"):
+        read(tensors, NAME if make is hqq_layer else f"{NAME}.weight")
+
+
+def test_parts_of_ours_in_another_dtype_are_named() -> None:
+    for name, part, change in (
+        ("int8", "weight", lambda t: strided(t.to(torch.int16))),
+        ("ternary", "weight", lambda t: strided(t.to(torch.int32))),
+        ("fp4_e2m1", "weight_scale", lambda t: t.to(torch.complex64)),
+    ):
+        tensors, metadata = foreign.to_plain(quantize(weight("normal", 32, 128), name), f"{NAME}.weight")
+        tensors[f"{NAME}.{part}"] = change(tensors[f"{NAME}.{part}"])
+        (said,) = diagnose(tensors, NAME, metadata=metadata)
+        assert said.startswith(f"{NAME}.{part}: expected torch.")

@@ -61,9 +61,12 @@ FA_INLINE Group<float> group_at(const FakeQuant& job, int64_t g) {
   Group<float> out;
   const float least_ = job.low ? job.low[g * job.bound_step] : job.quant_min;
   const float most = job.high ? job.high[g * job.bound_step] : job.quant_max;
-  float zero = job.zero ? job.zero[g * job.zero_step] : 0.f;
-  zero = zero < least_ ? least_ : zero;
-  zero = nearest(zero > most ? most : zero);
+  float zero = 0.f;  // none given is 0, also where the range excludes it
+  if (job.zero) {
+    zero = job.zero[g * job.zero_step];
+    zero = zero < least_ ? least_ : zero;
+    zero = nearest(zero > most ? most : zero);
+  }
   out.low = least_ - zero;
   out.high = most - zero;
   out.scale = job.scale[g] + ((out.low - out.low) + (out.high - out.high));  // NaN or infinite bounds must not pass unseen

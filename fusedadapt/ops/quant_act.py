@@ -28,6 +28,8 @@ _NO_KERNEL = {"cuda": "has no kernels of its own for 8-bit products", "emulated"
 _BLOCK = 128
 _ROW, _TENSOR, _TILE = (1, WHOLE), (WHOLE, WHOLE), (_BLOCK, _BLOCK)
 _WEIGHTS = {"int8": (_ROW, _TENSOR), "fp8_e4m3": (_ROW, _TENSOR, _TILE)}
+#: what x may be coded to
+ACTIVATIONS = tuple(_WEIGHTS)
 #: bytes of x widened to fp32 at a time; every piece of x reads and widens all of W once
 _SCRATCH = 64 << 20
 

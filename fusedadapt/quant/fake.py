@@ -12,6 +12,7 @@ from ..derivatives import first_order, refuse_transforms, remember
 from ..ops import fake_quant as ops
 from ..ops.quant import misfit
 from ..reference.fake_quant import INSIDE, wide
+from .formats import whole
 
 
 class _Plan(NamedTuple):
@@ -103,10 +104,9 @@ def _groups(x: Tensor, axis: int | None, group_size: int | None) -> _Groups:
         ops.refuse("axis or group_size, not both", f"axis={axis}, group_size={group_size}", "groups run along the last dimension: leave axis out")
     if (axis is not None or group_size is not None) and x.dim() == 0:
         ops.refuse("at least one dimension with axis or group_size", "a scalar", "leave them out")
-    for name, number in (("axis", axis), ("group_size", group_size)):
-        if number is not None and (isinstance(number, bool) or not isinstance(number, int)):
-            ops.refuse(f"{name}: a whole number or None", repr(number), "convert it")
+    axis = None if axis is None else _whole("axis", axis, "None")
     if group_size is not None:
+        group_size = _whole("group_size", group_size, "None")
         if group_size < 1:
             ops.refuse("group_size of at least 1", group_size, "choose how many elements share a scale")
         k = x.shape[-1]
@@ -119,6 +119,13 @@ def _groups(x: Tensor, axis: int | None, group_size: int | None) -> _Groups:
         ops.refuse(f"axis within -{x.dim()}..{x.dim() - 1}", axis, "choose a dimension of x")
     inner = math.prod(x.shape[axis % x.dim() + 1 :])
     return _Groups(inner, inner, x.shape[axis], inner)
+
+
+def _whole(name: str, value: Any, other: str) -> int:
+    found = whole(value)
+    if found is None:
+        ops.refuse(f"{name}: a whole number or {other}", repr(value), "convert it")
+    return found
 
 
 def _number(name: str, value: Any) -> float:
@@ -140,13 +147,18 @@ def _tensor(name: str, value: Tensor | float | None, x: Tensor) -> Tensor | None
 
 
 def _bounds(quant_min: int | Tensor, quant_max: int | Tensor, x: Tensor) -> Tensor | None:
-    for name, end in (("quant_min", quant_min), ("quant_max", quant_max)):
-        if not isinstance(end, int | Tensor):
-            ops.refuse(f"{name}: a whole number or a tensor", repr(end), "convert it")
+    """The ends of the range as a tensor, if one of them is; whole numbers are checked."""
     if not isinstance(quant_min, Tensor) and not isinstance(quant_max, Tensor):
+        ops.check_range(quant_min, quant_max)
         return None
     ends = [torch.as_tensor(b, dtype=wide(x.dtype), device=x.device).detach().reshape(-1) for b in (quant_min, quant_max)]
     return torch.stack(torch.broadcast_tensors(*ends))
+
+
+def _end(name: str, value: int | Tensor) -> int | Tensor:
+    """One end of the range."""
+    _check_dense(name, value)
+    return value if isinstance(value, Tensor) else _whole(name, value, "a tensor")
 
 
 def _grad_scale(given: str | float | Tensor | None, x: Tensor, quant_max: int | Tensor, groups: _Groups) -> Tensor | float:
@@ -154,6 +166,7 @@ def _grad_scale(given: str | float | Tensor | None, x: Tensor, quant_max: int | 
     if given is None:
         return 1.0
     if isinstance(given, Tensor):
+        _check_dense("grad_scale", given)
         if given.numel() not in (1, groups.scales):
             wanted = f"grad_scale: 1 or {groups.scales} elements"
             ops.refuse(wanted, tuple(given.shape), "pass one number, or one for each scale")
@@ -188,8 +201,14 @@ def _checked(x: Tensor, ste: str, scale_min: float) -> float:
     return scale_min
 
 
+def _check_dense(name: str, t: Any) -> None:
+    if isinstance(t, Tensor) and (t.is_nested or t.layout != torch.strided or t.is_complex()):
+        ops.refuse(f"{name}: a dense tensor of real numbers", misfit(t), "convert it")
+
+
 def _check_sizes(x: Tensor, scales: int, s: Tensor, z: Tensor | None, o: Tensor | None) -> None:
     for name, t, sizes in (("scale", s, (scales,)), ("zero_point", z, (1, scales)), ("offset", o, (1, scales))):
+        _check_dense(name, t)
         if t is not None and (t.numel() not in sizes or t.device != x.device):
             wanted = f"{name}: {' or '.join(str(n) for n in sizes)} elements on {x.device}"
             ops.refuse(wanted, f"{tuple(t.shape)} on {t.device}", "pass one number a scale, moved there")
@@ -222,7 +241,8 @@ def fake_quantize(
         zero_point: level that stands for 0, rounded to the nearest whole number (ties to even) in the range; an integer, or a tensor of one element
             or of as many as ``scale``. A floating point tensor can be trained.
         quant_min, quant_max: the range, whole numbers up to 2^22. As tensors (of one element, or as many as ``scale``) they may change from call to
-            call without compiling again; they get no gradient.
+            call without compiling again; they get no gradient, and their values are not looked at: an empty range, or ends that are no
+            whole numbers, are yours to avoid.
         axis: dimension along which scales differ. None: one scale, or groups.
         group_size: neighbours along the last dimension that share a scale; the last group of a row may be short.
         ste: which elements a gradient passes. "clamp": those with quant_min <= x / scale + z <= quant_max (LSQ, LSQ+, PACT). "round": those whose
@@ -239,17 +259,16 @@ def fake_quantize(
     dzero_point = -scale * sum dy (1 - I); sums in an order that depends on shapes alone. No second derivatives.
 
     Raises:
-        ValueError: shapes that do not match, a range that is empty or beyond 2^22, an unknown ``ste``, a dtype that is not floating point.
+        ValueError: shapes that do not match, a range of numbers that is empty or beyond 2^22, an unknown ``ste``, a dtype that is not floating point.
     Esser et al., "Learned Step Size Quantization" (2020); Bhalgat et al., "LSQ+" (2020).
     """
     refuse_transforms("fusedadapt.quant.fake_quantize")
     scale_min = _checked(x, ste, scale_min)
     groups = _groups(x, axis, group_size)
+    quant_min, quant_max = _end("quant_min", quant_min), _end("quant_max", quant_max)
     s, z, o = _needed("scale", scale, x), _tensor("zero_point", zero_point, x), _tensor("offset", offset, x)
     _check_sizes(x, groups.scales, s, z, o)
     bounds = _bounds(quant_min, quant_max, x)
-    if bounds is None:
-        ops.check_range(quant_min, quant_max)
     low, high = (0, 1) if bounds is not None else (quant_min, quant_max)
     plan = _Plan(low, high, groups.line, groups.run, bool(divide), ste, scale_min)  # type: ignore[arg-type]
     factor = _grad_scale(grad_scale, x, quant_max, groups)

@@ -183,6 +183,18 @@ def _refuse(expected: str, got: object, fix: str) -> NoReturn:
     raise ValueError(f"quantize: expected {expected}; got {got}; {fix}")
 
 
+def whole(value: object) -> int | None:
+    """A whole number as an int, numpy's too; None for anything else, booleans and tensors among it."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value  # a compiler's symbol stays one
+    if isinstance(value, bool | torch.Tensor) or not hasattr(value, "__index__"):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:  # numpy's arrays and booleans
+        return None
+
+
 def format_of(name: str | QFormat, group_size: int | None = None, **options: Any) -> QFormat:
     """The record of a format with a group size and options of its own.
 
@@ -195,12 +207,11 @@ def format_of(name: str | QFormat, group_size: int | None = None, **options: Any
             "row", "tensor", "block": 128 x 128), ``scale_dtype`` (torch.float32, float16 or bfloat16, where scales are not coded).
 
     Raises:
-        ValueError: unknown format or option, or an option or group size that the format does not have.
+        ValueError: unknown format or option, or an option or group size that the format does not have, or that contradicts the `QFormat` given.
     """
     # torch.compile hands over a symbol where numbers differ from call to call; its index is a number that the graph is guarded by.
-    if isinstance(group_size, int) and not isinstance(group_size, bool):
-        group_size = operator.index(group_size)
-    return _format_of(name, group_size, **options)
+    size = whole(group_size)
+    return _format_of(name, group_size if size is None else operator.index(size), **options)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[no-untyped-call, untyped-decorator]
@@ -225,15 +236,16 @@ def _format_of(name: str | QFormat, group_size: int | None, **options: Any) -> Q
             fmt = _APPLY[option](fmt, value)
     if options.get("double_quant") is False and fmt.scale == "nested":
         fmt = replace(fmt, scale="fp32")
-    return fmt if group_size is None else _grouped(fmt, group_size)
+    return fmt if group_size is None else _grouped(fmt, group_size, options.get("group_axis"))
 
 
-def _grouped(fmt: QFormat, size: int) -> QFormat:
-    if size == fmt.group_size:
+def _grouped(fmt: QFormat, size: int, axis: str | None) -> QFormat:
+    number = isinstance(size, int) and not isinstance(size, bool)
+    if number and size == fmt.group_size:
         return fmt
     if fmt.name in _FIXED_GROUP:
         _refuse(f"group_size={fmt.group_size} or None with {fmt.name}", size, "leave group_size out")
-    if isinstance(size, bool) or not isinstance(size, int) or size == 0 or size < -1 or size >= 1 << 62:
+    if not number or size == 0 or size < -1 or size >= 1 << 62:
         _refuse("group_size: a positive number of elements below 2^62, -1 or None", repr(size), "pass one of these")
     if fmt.flat:
         if size < 32 or size & (size - 1) or size > 4096:
@@ -241,10 +253,14 @@ def _grouped(fmt: QFormat, size: int) -> QFormat:
         return replace(fmt, block=(1, size))
     if fmt.block[0] not in (WHOLE, 1) and fmt.block[1] != 1:
         _refuse('no group_size with group_axis="block"', size, "its tiles are 128 x 128")
+    if fmt.block == (WHOLE, WHOLE):
+        _refuse(f'no group_size with {fmt.spec}, which has group_axis="tensor"', size, 'leave it out, or pass group_axis="k" or "n" with it')
+    if fmt.block == (1, 1) and axis is None:
+        _refuse(f'group_axis="k" or "n" beside another group_size of {fmt.spec}', None, "its groups of one element lie along neither")
     if fmt.scale == "e8m0_row" and size != -1 and size % ROW_GROUP:
         _refuse(f"group_size of {fmt.name}: a multiple of {ROW_GROUP}, or -1", size, "choose one")
     side = WHOLE if size == -1 else size
-    return replace(fmt, block=(side, 1) if fmt.block[1] == 1 else (1, side))
+    return replace(fmt, block=(side, 1) if axis == "n" or axis is None and fmt.block[1] == 1 else (1, side))
 
 
 def _nested(fmt: QFormat, value: Any) -> QFormat:

@@ -19,7 +19,15 @@ from .linear import quantized_linear
 from .tensor import QuantizedTensor, quantize
 
 _BUFFERS = ("scale", "zero", "super", "offset")
+_DESCRIBED = frozenset(("format", "in_features", "out_features", "weight_dtype"))  # what a `QuantizedTensor` says beside its tensors
 _KNOWN = "_known_quantized"  # in a layer's __dict__: whether its tensors are as they were, and the `QuantizedTensor` of them
+
+
+def replaced_forward(linear: nn.Linear) -> bool:
+    """Whether another library runs the layer in a way of its own. (accelerate leaves the layer's own forward there when it takes its hooks away.)"""
+    forward = linear.__dict__.get("forward")
+    own = getattr(forward, "__func__", None) is type(linear).forward and getattr(forward, "__self__", None) is linear
+    return "_hf_hook" in linear.__dict__ or "forward" in linear.__dict__ and not own
 
 
 def check_plain(op: str, linear: object) -> None:
@@ -27,6 +35,19 @@ def check_plain(op: str, linear: object) -> None:
     if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward:
         fix = "call its to_linear() first" if hasattr(linear, "to_linear") else "pass the plain layer"
         raise TypeError(f"{op}: expected a torch.nn.Linear; got {type(linear).__name__}; {fix}")
+    if replaced_forward(linear):
+        fix = "take that away first (accelerate: hooks.remove_hook_from_module)"
+        raise TypeError(f"{op}: expected a torch.nn.Linear that runs its own forward; got one whose forward has been replaced; {fix}")
+    followed = [name for name in ("weight", "bias") if name not in linear._parameters]
+    if followed or linear._parameters["weight"] is None:
+        got = f"{' and '.join(followed) or 'a weight that is None'} of a {type(linear).__name__}"
+        got += ", which follows other parameters" if followed else ""
+        fix = "remove weight_norm, pruning or the parametrization first"
+        raise TypeError(f"{op}: expected a torch.nn.Linear whose weight and bias are its parameters; got {got}; {fix}")
+    if more := sorted({*linear._parameters, *linear._buffers, *linear._modules} - {"weight", "bias"}):
+        raise TypeError(
+            f"{op}: expected a torch.nn.Linear with weight and bias alone; got one that holds {', '.join(more)} too; pass the plain layer"
+        )
 
 
 class PackedWeight(nn.Linear):
@@ -34,6 +55,11 @@ class PackedWeight(nn.Linear):
 
     format: QFormat | None = None
     weight_dtype: torch.dtype
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _DESCRIBED:
+            self._forget()
+        super().__setattr__(name, value)
 
     def _hold(self, qw: QuantizedTensor) -> None:
         self._forget()
@@ -103,13 +129,25 @@ class PackedWeight(nn.Linear):
         return self
 
     def _misfits(self, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
-        """What stands against loading a state. torch's copy would convert bytes of another dtype as if they were numbers."""
-        own = {} if self.format is None else {"weight": self.weight, **self._buffers}
-        return [
-            f"{prefix}{name}: expected {t.dtype}; got {saved.dtype}; load the state as it was saved, unconverted"
-            for name, t in own.items()
-            if t is not None and isinstance(saved := state_dict.get(prefix + name), Tensor) and saved.dtype != t.dtype
+        """What stands against loading a state; changes nothing. torch's copy would convert bytes of another dtype as if they were numbers,
+        and takes over the tensors that fit where others do not."""
+        saved = {name: t for name in (*self._parameters, *self._buffers) if isinstance(t := state_dict.get(prefix + name), Tensor)}
+        pairs = [(f"{prefix}{name}", own, t) for name, t in saved.items() if (own := self._own(name)) is not None]
+        packed = [] if self.format is None else [f"{prefix}{name}" for name in ("weight", *self._buffers)]
+        dtypes = [
+            f"{key}: expected {own.dtype}; got {t.dtype}; load the state as it was saved, unconverted"
+            for key, own, t in pairs
+            if key in packed and t.dtype != own.dtype
         ]
+        return dtypes + [
+            f"size mismatch for {key}: expected shape {tuple(own.shape)}; got {tuple(t.shape)}; build the layer with the sizes of the state"
+            for key, own, t in pairs
+            if t.shape != own.shape and not (own.dim() == 0 and t.shape == (1,))  # torch takes one element for a scalar
+        ]
+
+    def _own(self, name: str) -> Tensor | None:
+        """A parameter or persistent buffer of this name."""
+        return None if name in self._non_persistent_buffers_set else self._parameters.get(name, self._buffers.get(name))
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
         if faults := self._misfits(state_dict, prefix):
@@ -123,7 +161,8 @@ class QuantizedLinear(PackedWeight):
 
     ``weight``: the packed codes, a uint8 Parameter that is never trained; ``weight_scale``, ``weight_zero``, ``weight_super``, ``weight_offset``:
     buffers (None where the format has none). The bias stays an ordinary parameter. ``.to(dtype)`` and ``.half()`` change the bias only. The state
-    dict holds the bytes and the format; loading another format into the layer is refused. Made by `from_linear` and `from_quantized`.
+    dict holds the bytes, the format, the shape and `activations`; loading another format or shape into the layer is refused before anything of it
+    is written. Made by `from_linear` and `from_quantized`.
 
     Attributes:
         format: the `QFormat`. quantized: the weight as a `QuantizedTensor` that shares its memory. in_features, out_features: K and N.
@@ -139,6 +178,9 @@ class QuantizedLinear(PackedWeight):
         if not isinstance(qw, QuantizedTensor) or len(qw.shape) != 2:
             got = f"shape {tuple(qw.shape)}" if isinstance(qw, QuantizedTensor) else type(qw).__name__
             raise TypeError(f"QuantizedLinear: expected a QuantizedTensor of two dimensions; got {got}; make one with fusedadapt.quantize")
+        for name, t in (("bias", bias), ("order", order)):
+            if t is not None and not isinstance(t, Tensor):
+                raise TypeError(f"QuantizedLinear: expected {name}: a tensor or None; got {type(t).__name__}; convert it with torch.tensor")
         if bias is not None and bias.shape != (qw.rows,):
             raise ValueError(f"QuantizedLinear: expected a bias of shape ({qw.rows},); got {tuple(bias.shape)}; pass one number per output")
         if order is not None and (order.dtype != torch.int64 or not torch.equal(order.sort().values, torch.arange(qw.columns, device=order.device))):
@@ -194,28 +236,49 @@ class QuantizedLinear(PackedWeight):
         """Nothing to draw: the weight is given."""
 
     def get_extra_state(self) -> Tensor:
-        """The format and the weight's dtype as text, in bytes."""
-        text = f"{self.format.spec};{str(self.weight_dtype).removeprefix('torch.')}"
+        """The format, the weight's dtype and shape, and how x is coded ("" for None) as text, in bytes."""
+        shape = f"{self.out_features}x{self.in_features}"
+        text = ";".join([self.format.spec, str(self.weight_dtype).removeprefix("torch."), shape, self.activations or ""])
         return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).clone()
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Refuses (RuntimeError) a state of another format, and one that is damaged."""
-        spec, _, dtype = bytes(state.tolist()).decode(errors="replace").partition(";")
+        """Takes over the dtype and `activations`. Refuses (RuntimeError) a state of another format or shape, and one that is damaged."""
+        self.weight_dtype, self.activations = self._read_extra(state)
+
+    def _read_extra(self, state: Tensor) -> tuple[torch.dtype, str | None]:
+        """(dtype, activations) of a state that fits. Earlier releases saved format and dtype alone: the layer keeps its own activations then."""
+        damaged = "the state is damaged: save it again"
+        if state.dtype != torch.uint8 or state.dim() != 1:
+            raise RuntimeError(f"QuantizedLinear: expected text in bytes in _extra_state; got {state.dtype}, shape {tuple(state.shape)}; {damaged}")
+        fields = bytes(state.tolist()).decode(errors="replace").split(";")
+        spec, dtype, shape, activations = [*fields, "", "", ""][:4]
         if spec != self.format.spec:
             raise RuntimeError(f"QuantizedLinear: expected a state in {self.format.spec}; got {spec}; quantize the layer to that format first")
         found = {str(each).removeprefix("torch."): each for each in ops.DTYPES}.get(dtype)
         if found is None:
-            raise RuntimeError(f"QuantizedLinear: expected the dtype of a weight in _extra_state; got {dtype!r}; the state is damaged: save it again")
-        self.weight_dtype = found
-        self._forget()
+            raise RuntimeError(f"QuantizedLinear: expected the dtype of a weight in _extra_state; got {dtype!r}; {damaged}")
+        if len(fields) <= 2:
+            return found, self.activations
+        own = f"{self.out_features}x{self.in_features}"
+        if shape != own:  # bytes of one size may be weights of several
+            got = f"expected a state of {own.replace('x', ' x ')}; got {shape.replace('x', ' x ')}"
+            raise RuntimeError(f"QuantizedLinear: {got}; build the layer with the sizes of the state")
+        if len(fields) != 4 or activations not in ("", *quant_act.ACTIVATIONS):
+            known = ", ".join(quant_act.ACTIVATIONS)
+            raise RuntimeError(f"QuantizedLinear: expected activations among {known} or none in _extra_state; got {fields[3:]}; {damaged}")
+        return found, activations or None
 
     def _misfits(self, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
         faults, extra = super()._misfits(state_dict, prefix), state_dict.get(f"{prefix}_extra_state")
         if not faults and isinstance(extra, Tensor):
             try:  # torch asks set_extra_state when the codes have been overwritten
-                self.set_extra_state(extra)
+                self._read_extra(extra)
             except RuntimeError as error:
                 faults.append(f"{prefix}_extra_state: {error}")
+        key, ordered = f"{prefix}weight_order", self.weight_order is not None
+        if f"{prefix}weight" in state_dict and (key in state_dict) != ordered:  # codes whose columns stand in another order
+            wanted, got = ("an order of the inputs", "none") if ordered else ("none", "an order of the inputs")
+            faults.append(f"{key}: expected {wanted}; got {got}; build the layer {'without' if ordered else 'with'} order=, as the saved one was")
         return faults
 
     def extra_repr(self) -> str:

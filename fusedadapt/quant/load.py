@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .archive import Archive, Entry, opened, read_tensor
 from .layer import QuantizedLinear
 from .linears import read_config, renamer
-from .packed import Packed, packed_layers, read_packed
+from .packed import Packed, activations, packed_layers, read_packed, shape
 from .report import checked_device, some
 
 _MOST = 10
@@ -34,7 +34,8 @@ def load_model_(model: nn.Module, source: str | Path, device: torch.device | str
 
     Raises:
         ValueError: damaged files, names or shapes that differ from the model's (listed), buffers on the meta device that no file holds: all of this
-            before anything is loaded. A packed weight with impossible contents raises when it is met. FileNotFoundError.
+            before anything is loaded. A packed weight with impossible contents, or whose shape only its contents tell, raises when it is met and
+            before its layer is replaced. FileNotFoundError.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"load_model_: expected a torch.nn.Module; got {type(model).__name__}; build the model first")
@@ -46,7 +47,8 @@ def load_model_(model: nn.Module, source: str | Path, device: torch.device | str
     plain = {name if name in slots else renamed(name): entry for name, entry in archive.entries.items() if name not in taken}
     modules = dict(model.named_modules(remove_duplicate=False))
     homes = [layer.prefix if layer.prefix in modules else renamed(f"{layer.prefix}.weight").removesuffix(".weight") for layer in layers]
-    _check(archive, [*zip(homes, layers, strict=True)], plain, slots, modules)
+    sizes = [shape(archive, layer, config) for layer in layers]
+    _check(archive, [*zip(homes, layers, sizes, strict=True)], plain, slots, modules)
     places: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         places.setdefault(module, []).append(name)
@@ -56,7 +58,10 @@ def load_model_(model: nn.Module, source: str | Path, device: torch.device | str
         assert isinstance(linear, nn.Linear)
         where = device or (torch.device("cpu") if linear.weight.is_meta else linear.weight.device)
         weight, order = read_packed(archive, layer, config)
+        if weight.shape != (own := (linear.out_features, linear.in_features)):
+            raise ValueError(f"load_model_: expected {layer.prefix}.weight of shape {own}; got {tuple(weight.shape)}; build the model it was made of")
         new = QuantizedLinear.from_quantized(weight.to(where), linear.bias, None if order is None else order.to(where))
+        new.activations = activations(archive, layer)
         for name in places.pop(linear):
             model.set_submodule(name, new.train(linear.training))
         del linear
@@ -85,19 +90,25 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, bool, Tensor]]:
                 yield f"{path}.{name}".lstrip("."), name not in module._non_persistent_buffers_set, b
 
 
-def _check(archive: Archive, layers: list[tuple[str, Packed]], plain: dict[str, Entry], slots: Slots, modules: dict[str, nn.Module]) -> None:
-    homes = [home for home, _ in layers]
+def _check(
+    archive: Archive,
+    layers: list[tuple[str, Packed, tuple[int, ...] | None]],
+    plain: dict[str, Entry],
+    slots: Slots,
+    modules: dict[str, nn.Module],
+) -> None:
+    homes = [home for home, _, _ in layers]
     faults = [f"{home}: packed in the file more than once" for home in sorted({home for home in homes if homes.count(home) > 1})]
     given = {id(slots[name][1]) for name in plain if name in slots}
-    for home, layer in layers:
+    for home, layer, size in layers:
         found = modules.get(home)
         if type(found) not in (nn.Linear, QuantizedLinear):
             faults.append(f"{layer.prefix}: packed in the file; in the model it is {'missing' if found is None else type(found).__name__}")
             continue
         assert isinstance(found, nn.Linear)
         given |= {id(t) for t in [*found._buffers.values(), found.weight] if t is not None}
-        if layer.shape is not None and layer.shape != (found.out_features, found.in_features):
-            faults.append(f"{layer.prefix}.weight: {layer.shape} in the file, {(found.out_features, found.in_features)} in the model")
+        if size is not None and size != (found.out_features, found.in_features):
+            faults.append(f"{layer.prefix}.weight: {tuple(size)} in the file, {(found.out_features, found.in_features)} in the model")
     for name, entry in plain.items():
         if name not in slots:
             faults.append(f"{name}: not in the model")

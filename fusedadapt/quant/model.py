@@ -4,18 +4,27 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .formats import QFormat, format_of
-from .layer import QuantizedLinear
+from .layer import QuantizedLinear, replaced_forward
 from .linears import kept_in_fp32, module_matches
-from .report import Patterns, QuantizationReport, check_finite, checked_device, measured
-from .tensor import quantize
+from .report import LayerReport, Patterns, QuantizationReport, check_finite, checked_device, measured
+from .tensor import QuantizedTensor, quantize
 
 DEFAULT_SKIP = ("lm_head",)
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
 _FIX_PLACED = "load the model without a device map, or accelerate.hooks.remove_hook_from_submodules(model)"
 
 
@@ -44,8 +53,8 @@ def quantize_model_(
         A report: per layer bits, error, SQNR, bytes and seconds; what was left alone and why; totals. ``str()`` of it is a table.
 
     Raises:
-        ValueError: unknown format or option, weights that are NaN, infinite, on the meta device, sharded or placed by hooks (named), no layer to
-            quantize. TypeError: not a module. All of this before anything is replaced.
+        ValueError: unknown format or option, weights that are NaN, infinite, too large for the format's scales, on the meta device, sharded or placed
+            by hooks (named), no layer to quantize. TypeError: not a module. All of this before anything is replaced.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"quantize_model_: expected a torch.nn.Module; got {type(model).__name__}; for a tensor there is fusedadapt.quantize")
@@ -57,18 +66,27 @@ def quantize_model_(
     if patterns.patterns != DEFAULT_SKIP and (unused := patterns.unused()):
         report.notes.append(f"skip: no layer of that name: {', '.join(unused)}")
     for names, linear in chosen:
-        _check(names[0], linear)
+        if _check(names[0], linear) > _safe(fmt):
+            _quantized(names[0], linear, fmt, device)  # to learn in time that a scale overflows; no usual weight is that large
     while chosen:  # taken from the list: a reference left behind would keep the old weight in memory
         names, linear = chosen.popleft()
-        where = linear.weight.device
-        w = linear.weight.detach().to(device or where)
-        qt, layer = measured(names[0], w, lambda w=w: quantize(w, fmt))  # type: ignore[misc]
-        del w
-        new = _like(linear, QuantizedLinear.from_quantized(qt.to(where), linear.bias))
+        qt, layer = _quantized(names[0], linear, fmt, device)
+        new = _like(linear, QuantizedLinear.from_quantized(qt.to(linear.weight.device), linear.bias))
         for name in names:
             model.set_submodule(name, new)
         report.layers.append(layer)
     return report
+
+
+def _quantized(name: str, linear: nn.Linear, fmt: QFormat, device: torch.device | None) -> tuple[QuantizedTensor, LayerReport]:
+    w = linear.weight.detach().to(device or linear.weight.device)
+    return measured(name, w, lambda: quantize(w, fmt))
+
+
+def _safe(fmt: QFormat) -> float:
+    """Weights up to here overflow nothing: no rule's scale is above twice the largest of them, no code times its scale above that."""
+    stored = fmt.scale_dtype if fmt.scale_dtype.is_floating_point else torch.float32
+    return torch.finfo(stored).max / 8
 
 
 def _choose(model: nn.Module, patterns: Patterns, report: QuantizationReport) -> deque[tuple[list[str], nn.Linear]]:
@@ -96,24 +114,35 @@ def _choose(model: nn.Module, patterns: Patterns, report: QuantizationReport) ->
     return chosen
 
 
-def _key(t: Tensor) -> Any:
-    """Equal for tensors that are the same memory."""
-    if t.is_meta or type(t) not in (Tensor, nn.Parameter) or not t.numel():
-        return id(t)
-    return t.device, t.data_ptr(), tuple(t.shape)
+class _Owner(NamedTuple):
+    """A parameter's module, its name there, and the bytes it spans in its storage."""
+
+    module: nn.Module
+    name: str
+    begin: int
+    end: int
 
 
-def _owners(model: nn.Module) -> dict[Any, dict[nn.Module, str]]:
-    """Memory of a parameter -> the modules that have it, with its name there."""
-    owners: dict[Any, dict[nn.Module, str]] = {}
+def _span(t: Tensor) -> tuple[Any, int, int]:
+    """(equal for tensors that may share memory, the first byte, the one after the last)."""
+    if t.is_meta or type(t) not in (Tensor, nn.Parameter) or t.layout != torch.strided or not t.untyped_storage().nbytes():
+        return id(t), 0, 1
+    count = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return (t.device, t.untyped_storage().data_ptr()), t.data_ptr(), t.data_ptr() + count * t.itemsize
+
+
+def _owners(model: nn.Module) -> dict[Any, list[_Owner]]:
+    """Storage -> the parameters in it."""
+    owners: dict[Any, list[_Owner]] = {}
     for path, module in model.named_modules():
         for name, p in module._parameters.items():
             if p is not None:
-                owners.setdefault(_key(p), {})[module] = f"{path}.{name}".lstrip(".")
+                where, begin, end = _span(p)
+                owners.setdefault(where, []).append(_Owner(module, f"{path}.{name}".lstrip("."), begin, end))
     return owners
 
 
-def _unfit(model: nn.Module, linear: nn.Module, name: str, owners: dict[Any, dict[nn.Module, str]]) -> str:
+def _unfit(model: nn.Module, linear: nn.Module, name: str, owners: dict[Any, list[_Owner]]) -> str:
     """Why a layer cannot be exchanged without breaking something; "" if it can."""
     if isinstance(linear, QuantizedLinear):
         return "already quantized"
@@ -128,7 +157,8 @@ def _unfit(model: nn.Module, linear: nn.Module, name: str, owners: dict[Any, dic
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}: quantized already"
     if more := sorted({*linear._parameters, *linear._buffers, *linear._modules} - {"weight", "bias"}):
         return f"it holds more than weight and bias: {', '.join(more)}"
-    others = [other for module, other in owners[_key(weight)].items() if module is not linear]
+    where, begin, end = _span(weight)
+    others = [other.name for other in owners[where] if other.module is not linear and other.begin < end and begin < other.end]
     if others:
         return f"its weight is tied to {others[0]}"
     parts = name.split(".")
@@ -141,10 +171,10 @@ def _unfit(model: nn.Module, linear: nn.Module, name: str, owners: dict[Any, dic
     return ""
 
 
-def _check(name: str, linear: nn.Linear) -> None:
-    """Raises what would stop the replacement half way."""
+def _check(name: str, linear: nn.Linear) -> float:
+    """The weight's largest magnitude. Raises what would stop the replacement half way."""
     w = linear.weight
-    if "forward" in linear.__dict__ or hasattr(linear, "_hf_hook"):
+    if replaced_forward(linear):
         raise ValueError(f"quantize_model_: expected plain layers; the forward of {name} has been replaced by another library; {_FIX_PLACED}")
     if w.is_meta:
         fix = "load the weights first; for files larger than memory: python -m fusedadapt quantize, then fusedadapt.quant.load_model_"
@@ -152,14 +182,12 @@ def _check(name: str, linear: nn.Linear) -> None:
     if type(w) is not nn.Parameter:
         kind = type(w).__name__
         raise ValueError(f"quantize_model_: expected plain parameters; {name}.weight is a {kind}; quantize before the model is sharded or wrapped")
-    check_finite(w, f"{name}.weight")
+    return check_finite(w, f"{name}.weight")
 
 
 def _like(old: nn.Linear, new: QuantizedLinear) -> QuantizedLinear:
-    """The new layer with the old one's mode and hooks."""
-    for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-        getattr(new, kind).update(getattr(old, kind))
-    for kind in ("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called"):
-        getattr(new, kind).update(getattr(old, kind))
+    """The new layer with the old one's mode and hooks. The dicts themselves are handed over: what removes a hook refers to them."""
+    for kind in _HOOKS:
+        setattr(new, kind, getattr(old, kind))
     new._is_full_backward_hook = old._is_full_backward_hook
     return new.train(old.training)

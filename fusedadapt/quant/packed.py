@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from . import foreign
@@ -21,17 +21,17 @@ _BNB_ROWS = re.compile(r"^(.*)\.(SCB|weight_format)$")
 _WORDS = re.compile(r"^(.*)\.(qweight|qzeros|scales|g_idx)$")
 _HQQ = re.compile(r"^(.*)\.(?!bias$|weight$)\w+$")  # whatever lies beside W_q
 _FP8 = re.compile(r"^(.*)\.weight(_scale_inv|_scale)$")
+#: bytes of a tensor that is read to learn a layer's shape: of a description, no weight
+_SMALL = 1 << 14
 
 
 @dataclass(frozen=True)
 class Packed:
-    """``prefix``: the module's name. ``kind``: "ours" | "bitsandbytes" | "gptq" | "awq" | "hqq" | "fp8".
-    ``shape``: of the weight, where the file says it."""
+    """``prefix``: the module's name. ``kind``: "ours" | "bitsandbytes" | "gptq" | "awq" | "hqq" | "fp8"."""
 
     prefix: str
     kind: str
     tensors: tuple[str, ...]
-    shape: tuple[int, ...] | None = None
 
 
 def packed_layers(archive: Archive, config: Mapping[str, Any]) -> list[Packed]:
@@ -57,7 +57,7 @@ def packed_layers(archive: Archive, config: Mapping[str, Any]) -> list[Packed]:
             names.insert(0, f"{prefix}.weight")
     order = {name: i for i, name in enumerate(archive.entries)}
     ordered = sorted(groups.items(), key=lambda item: min((order[name] for name in item[1]), default=0))
-    return [Packed(prefix, kind, tuple(names), _shape(archive, prefix, kind)) for (prefix, kind), names in ordered]
+    return [Packed(prefix, kind, tuple(names)) for (prefix, kind), names in ordered]
 
 
 def _method(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -75,17 +75,27 @@ def _whose(archive: Archive, prefix: str, config: Mapping[str, Any]) -> str:
     return "awq" if narrow and f"{prefix}.g_idx" not in archive.entries else "gptq"
 
 
-def _shape(archive: Archive, prefix: str, kind: str) -> tuple[int, ...] | None:
-    """(outputs, inputs), so far as it can be told without reading the weight."""
-    if kind == "fp8" or f"{prefix}.SCB" in archive.entries:
-        return archive.entries[f"{prefix}.weight"].shape if f"{prefix}.weight" in archive.entries else None
-    if kind != "ours":
-        return None
-    try:
-        shape = json.loads(archive.metadata[f"{METADATA}{prefix}.weight"])["shape"]
-        return tuple(int(side) for side in shape)
-    except (KeyError, ValueError, TypeError):
-        return None  # the reader says what is wrong with it
+def shape(archive: Archive, layer: Packed, config: Mapping[str, Any]) -> tuple[int, ...] | None:
+    """(outputs, inputs) of a layer, so far as headers and small tensors tell; no weight is read. None: the reader says what is wrong with it."""
+    prefix, weight = layer.prefix, f"{layer.prefix}.weight"
+    if layer.kind == "fp8" or f"{prefix}.SCB" in archive.entries:
+        return archive.entries[weight].shape if weight in archive.entries else None
+    if layer.kind == "ours":
+        return foreign.plain.shape(archive.metadata, weight)
+    entries = {name: archive.entries[name] for name in layer.tensors}
+    meta = {name: torch.empty(entry.shape, dtype=entry.dtype or torch.uint8, device="meta") for name, entry in entries.items()}
+    if layer.kind == "gptq":
+        return foreign.gptq.shape(meta, prefix, bits(config))
+    if layer.kind == "awq":
+        return foreign.awq.shape(meta, prefix)
+    told = (".shape", "__nf4", "__fp4")
+    small = {name: archive[name] for name, entry in entries.items() if name.endswith(told) and entry.nbytes <= _SMALL and entry.dtype is not None}
+    return foreign.hqq.shape(small, prefix) if layer.kind == "hqq" else foreign.bnb.shape(small, weight)
+
+
+def activations(archive: Archive, layer: Packed) -> str | None:
+    """What x is coded to in a layer of ours; other files do not say."""
+    return foreign.plain.activations(archive.metadata, f"{layer.prefix}.weight") if layer.kind == "ours" else None
 
 
 def label(config: Mapping[str, Any]) -> str | None:

@@ -148,15 +148,16 @@ def checked_device(device: torch.device | str | None) -> torch.device | None:
     return found
 
 
-def check_finite(w: Tensor, name: str) -> None:
-    """ValueError naming the tensor if any of it is NaN or infinite."""
+def check_finite(w: Tensor, name: str) -> float:
+    """Its largest magnitude. ValueError naming the tensor if any of it is NaN or infinite."""
     if not w.numel():
-        return
+        return 0.0
     lo, hi = torch.aminmax(w.detach())
     if not bool(torch.isfinite(lo) & torch.isfinite(hi)):
         bad = int((~torch.isfinite(w)).sum())
         got = f"{name} {tuple(w.shape)} has {bad} elements that are NaN or infinite"
         raise ValueError(f"quantize: expected finite weights; {got}; mend them or skip the layer")
+    return max(-float(lo), float(hi))
 
 
 def measured(name: str, w: Tensor, make: Callable[[], QuantizedTensor]) -> tuple[QuantizedTensor, LayerReport]:
@@ -176,7 +177,8 @@ def measured(name: str, w: Tensor, make: Callable[[], QuantizedTensor]) -> tuple
         signal += float(piece.square().sum())
         noise += float((piece - found).square().sum())
     if not math.isfinite(noise):
-        fix = "use scale_dtype=torch.float32 or another format"
+        narrow = qt.scale.dtype == torch.float16
+        fix = "use scale_dtype=torch.float32 or another format" if narrow else "use another format, or skip the layer"
         raise ValueError(f"quantize: expected weights within the range of {qt.format.spec}; {name} comes back with NaN: a scale overflows; {fix}")
     return qt, LayerReport(name, tuple(w.shape), qt.format.spec, w.nbytes, qt.nbytes, signal, noise, seconds)
 

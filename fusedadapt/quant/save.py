@@ -18,35 +18,40 @@ from .foreign.plain import ORDER
 from .formats import QFormat
 from .layer import PackedWeight, QuantizedLinear
 from .linears import skip_list
-from .stream import MAX_SHARD, Shards, is_bitsandbytes, quantization_config
+from .stream import MAX_SHARD, Shards, checked_limit, is_bitsandbytes, quantization_config
 
 
 def save_pretrained(model: nn.Module, out: str | Path, *, max_shard_bytes: int = MAX_SHARD) -> Path:
     """Writes a model with `QuantizedLinear` layers; codes are moved, not made anew. Returns the folder.
 
-    Layers that are all in nf4, or all in fp4, make a bitsandbytes checkpoint, which transformers' `from_pretrained` loads; others files of ours.
+    Layers that are all in nf4, or all in fp4, make a bitsandbytes checkpoint, which transformers' `from_pretrained` loads; others files of ours,
+    and so do layers with an order of inputs or with `activations`, which both are kept.
     `load_model_` loads either. config.json is written where the model has a transformers `config`. The folder appears when everything is written and
     synced, by one rename.
 
     Raises:
-        TypeError: not a module. ValueError: no packed layer, adapters on packed layers, weights on the meta device: nothing is written.
+        TypeError: not a module. ValueError: no packed layer, adapters on packed layers, weights on the meta device, ``max_shard_bytes`` that is no
+            positive whole number: nothing is written.
         FileExistsError: ``out`` has something in it. OSError while writing.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"save_pretrained: expected a torch.nn.Module; got {type(model).__name__}; quantize a model with quantize_model_")
+    limit = checked_limit("save_pretrained", max_shard_bytes)
     target, layers = checked_target("save_pretrained", out), dict(_packed(model))
     plain = dict(_plain(model, layers))
     if absent := [name for name, t in plain.items() if t.is_meta]:
         raise ValueError(f"save_pretrained: expected weights; {', '.join(absent[:3])} are on the meta device; load them first")
-    formats, ordered = {layer.format for layer in layers.values()}, any(layer.weight_order is not None for layer in layers.values())
-    shared = formats.pop() if len(formats) == 1 and is_bitsandbytes(next(iter(formats))) and not ordered else None
+    formats = {layer.format for layer in layers.values()}
+    # bitsandbytes' files have no place for either
+    more = any(layer.weight_order is not None or layer.activations is not None for layer in layers.values())
+    shared = formats.pop() if len(formats) == 1 and is_bitsandbytes(next(iter(formats))) and not more else None
     with new_folder(target) as folder:
-        shards = Shards(folder, max_shard_bytes)
+        shards = Shards(folder, limit)
         for name, layer in layers.items():
             qt = layer.quantized.to("cpu")
             if shared is None:
                 order = {} if layer.weight_order is None else {f"{name}.weight{ORDER}": layer.weight_order.cpu()}
-                tensors, metadata = foreign.to_plain(qt, f"{name}.weight")
+                tensors, metadata = foreign.to_plain(qt, f"{name}.weight", activations=layer.activations)
                 shards.add(tensors | order, metadata)
             else:
                 qt = qt if qt.dtype != torch.float64 else replace(qt, dtype=torch.float32)  # bitsandbytes has no fp64

@@ -18,7 +18,7 @@ from .. import files
 from ..files import checked_target, new_folder
 from . import foreign
 from .archive import INDEX, SINGLE, Archive, opened
-from .formats import QFormat, format_of
+from .formats import QFormat, format_of, whole
 from .linears import Linears, choose, read_config, skip_list
 from .model import DEFAULT_SKIP
 from .report import Patterns, QuantizationReport, check_finite, checked_device, measured
@@ -42,7 +42,7 @@ def quantize_checkpoint(
     include: str | Iterable[str] = (),
     group_size: int | None = None,
     device: torch.device | str | None = None,
-    compute_dtype: str | None = None,
+    compute_dtype: str | torch.dtype | None = None,
     max_shard_bytes: int = MAX_SHARD,
     advance: Advance | None = None,
     **options: Any,
@@ -59,17 +59,19 @@ def quantize_checkpoint(
         format, group_size, options: as `fusedadapt.quantize` takes them.
         skip, include: names, ends of names or globs of layers; `include` alone decides if it is given. Otherwise the layers are the nn.Linear modules
             of the model that transformers builds from config.json (on the meta device), or, without it, are told by names and shapes.
-        device: quantize there. compute_dtype: nf4 and fp4: "float32" | "bfloat16" | "float16", in which bitsandbytes multiplies (the weights' own).
+        device: quantize there. compute_dtype: nf4 and fp4: "float32" | "bfloat16" | "float16", or torch's, in which bitsandbytes multiplies
+            (the weights' own).
         max_shard_bytes: of an output file. advance: for a progress bar: called with every tensor's name, its bytes and those of all tensors.
 
     Returns:
         The report; its notes say how the layers were found.
 
     Raises:
-        ValueError: damaged, already quantized or non-finite weights (named), no linear layers, unknown format or option. FileNotFoundError.
+        ValueError: damaged, already quantized or non-finite weights (named), no linear layers, unknown format, dtype or option. FileNotFoundError.
         FileExistsError: ``out`` has something in it. OSError while writing.
     """
     fmt, skipped, included = format_of(format, group_size, **options), Patterns(skip, "skip"), Patterns(include, "include")
+    compute, limit = _checked_compute(compute_dtype), checked_limit("quantize", max_shard_bytes)
     device, archive = checked_device(device), opened(Path(source))
     config = read_config(archive.folder)
     _refuse_quantized(archive, config)
@@ -80,10 +82,10 @@ def quantize_checkpoint(
         if patterns.patterns != DEFAULT_SKIP and (unused := patterns.unused()):
             report.notes.append(f"{word}: no layer of that name: {', '.join(unused)}")
     with new_folder(target) as folder:
-        _write(archive, folder, picked, fmt, device, max_shard_bytes, report, advance)
+        _write(archive, folder, picked, fmt, device, limit, report, advance)
         if archive.folder is not None:
             _copy_companions(archive.folder, folder)
-            adapted = _config(config, fmt, archive, picked, compute_dtype)
+            adapted = _config(config, fmt, archive, picked, compute)
             with files.atomic_open(folder / "config.json") as file:
                 file.write(json.dumps(adapted, indent=2).encode() + b"\n")
     return report
@@ -111,6 +113,21 @@ def _write(
         if advance is not None:
             advance(name, entry.nbytes, total)
     shards.close()
+
+
+def checked_limit(op: str, size: object) -> int:
+    """``max_shard_bytes`` as an int. ValueError if it is no positive whole number."""
+    found = whole(size)
+    if found is None or found < 1:
+        raise ValueError(f"{op}: expected max_shard_bytes: a positive whole number; got {size!r}; pass bytes, e.g. 2 << 30")
+    return found
+
+
+def _checked_compute(dtype: str | torch.dtype | None) -> str | None:
+    name, known = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype, sorted({*_COMPUTE.values()})
+    if name is not None and name not in known:
+        raise ValueError(f"quantize: expected compute_dtype among {', '.join(known)}; got {dtype!r}; choose one of them, or None")
+    return name
 
 
 def is_bitsandbytes(fmt: QFormat) -> bool:

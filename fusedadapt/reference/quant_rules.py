@@ -184,6 +184,9 @@ def hqq(w: Tensor, lo: Tensor, hi: Tensor, fmt: QFormat) -> Found:
     span = hi - lo
     inv = torch.where(span.abs() <= 1e-4, 1.0, fmt.high / span).clamp(max=2e4)
     inv = torch.where(lo.isfinite() & hi.isfinite(), inv, torch.nan)
+    s = _stored(1.0 / inv, fmt)
+    if fmt.scale != "fp32":  # codes and zeros for the scale that they will be multiplied by
+        inv = 1.0 / s.float()
     x, inverse = groups(w, fmt, torch.nan).flatten(0, -2), inv.flatten()
     z, beta, best = 0.0 - lo.flatten() * inverse, 10.0, torch.inf
     kept, parts = z, _cuts(x)
@@ -195,9 +198,7 @@ def hqq(w: Tensor, lo: Tensor, hi: Tensor, fmt: QFormat) -> Found:
         best, kept = error, z
         z = torch.cat([fresh for _, _, fresh in steps])
         beta *= 1.01
-    kept = kept.view(lo.shape)
-    s = 1.0 / inv
-    return Found(_stored(s, fmt), inv, zero=kept)
+    return Found(s, inv, zero=kept.view(lo.shape))
 
 
 #: rule name of a `QFormat` -> the function

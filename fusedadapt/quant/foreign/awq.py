@@ -41,6 +41,14 @@ def layout(tensors: Tensors, name: str) -> str | None:
     return "gemm" if scales.shape[1] == 8 * qweight.shape[1] else None
 
 
+def shape(tensors: Tensors, name: str) -> tuple[int, int] | None:
+    """(outputs, inputs), by the shapes of the tensors alone; None where they do not tell."""
+    if [*word_faults(tensors, name)] or (kind := layout(tensors, name)) is None:
+        return None
+    rows, columns = tensors[key(name, "qweight")].shape
+    return (8 * columns, rows) if kind == "gemm" else (rows, 8 * columns)
+
+
 def faults(tensors: Tensors, name: str, group_size: int | None = None) -> Faults:
     """What makes a layer unreadable."""
     qweight, qzeros, scales = (key(name, part) for part in ("qweight", "qzeros", "scales"))

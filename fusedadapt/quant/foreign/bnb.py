@@ -59,6 +59,13 @@ def _state_faults(state: dict[str, Any] | None, name: str) -> Faults:
         yield fault(name, "blocksize: a power of two from 32 to 4096", block, "quantize with one of these")
 
 
+def shape(tensors: Tensors, name: str) -> tuple[int, ...] | None:
+    """The shape of a layer of 4 bits, from its description; None if that is missing or damaged."""
+    kind = state_key(tensors, name)
+    state = None if kind is None else _state(tensors[kind])
+    return None if kind is None or state is None or [*_state_faults(state, kind)] else tuple(state["shape"])
+
+
 def row_key(name: str) -> str:
     """The scales of an 8-bit layer whose weight is ``name``."""
     return f"{name.removesuffix('weight')}SCB"
@@ -71,9 +78,9 @@ def _row_faults(tensors: Tensors, name: str) -> Faults:
         return
     if tensors[scale].dtype not in FLOATS:
         yield fault(scale, "floating-point numbers", tensors[scale].dtype, "the file is damaged: get it again")
-    yield from shaped(scale, tensors[scale].view(-1), (len(tensors[name]),), "one number per output")
-    if form in tensors and int(tensors[form].view(-1)[0]) != 0:
-        yield fault(form, "0, rows in their order", int(tensors[form].view(-1)[0]), "save the model with bitsandbytes 0.45 or later")
+    yield from shaped(scale, tensors[scale].reshape(-1), (len(tensors[name]),), "one number per output")
+    if form in tensors and (said := tensors[form].reshape(-1)[:1].tolist()) != [0]:
+        yield fault(form, "0, rows in their order", said[0] if said else "nothing", "save the model with bitsandbytes 0.45 or later")
     yield from finite(scale, tensors[scale])
     yield from code_faults(name, tensors[name], FORMATS["int8"])
 
@@ -105,11 +112,11 @@ def faults(tensors: Tensors, name: str) -> Faults:
     if (absmax.dtype == torch.uint8) != nested or not nested and absmax.dtype not in FLOATS:
         yield fault(f"{name}.absmax", "uint8 beside nested_absmax, or else float32", absmax.dtype, "load the shard that holds the rest of the layer")
         return
-    yield from shaped(f"{name}.absmax", absmax.view(-1), (groups,), f"{count} weights in blocks of {state['blocksize']}")
+    yield from shaped(f"{name}.absmax", absmax.reshape(-1), (groups,), f"{count} weights in blocks of {state['blocksize']}")
     maps = {f"{name}.quant_map": state["quant_type"], f"{name}.nested_quant_map": "dynamic"}
     for each, wanted in maps.items():
         if each in tensors and not _is_table(tensors[each], wanted):
-            yield fault(each, f"the {wanted} values", f"others: {tensors[each].view(-1)[:4].tolist()}, ...", "quantize with the standard ones")
+            yield fault(each, f"the {wanted} values", f"others: {tensors[each].reshape(-1)[:4].tolist()}, ...", "quantize with the standard ones")
     if nested:
         yield from _nested_faults(tensors, name, kind, state, groups)
     else:
@@ -128,7 +135,7 @@ def _nested_faults(tensors: Tensors, name: str, kind: str, state: dict[str, Any]
     elif above.dtype != torch.float32:
         yield fault(f"{name}.nested_absmax", "float32", above.dtype, "convert it")
     else:
-        yield from shaped(f"{name}.nested_absmax", above.view(-1), (-(-groups // NESTED_BLOCK),), f"{groups} scales in blocks of {NESTED_BLOCK}")
+        yield from shaped(f"{name}.nested_absmax", above.reshape(-1), (-(-groups // NESTED_BLOCK),), f"{groups} scales in blocks of {NESTED_BLOCK}")
     offset = state.get("nested_offset")
     if not isinstance(offset, int | float) or not math.isfinite(offset):
         yield fault(kind, "nested_offset: a finite number", offset, "quantize this layer again")
@@ -147,8 +154,8 @@ def from_bitsandbytes(tensors: Tensors, name: str = "weight") -> QuantizedTensor
     """
     raise_first("from_bitsandbytes", faults(tensors, name))
     if row_key(name) in tensors:
-        w, scale = tensors[name].contiguous(), tensors[row_key(name)].view(-1, 1)
-        return QuantizedTensor(w, scale.float() / 127.0, None, None, None, FORMATS["int8"], w.shape, torch.float16)
+        w, scale = tensors[name].contiguous(), tensors[row_key(name)].reshape(-1, 1)
+        return QuantizedTensor(w, (scale.float() / 127.0).contiguous(), None, None, None, FORMATS["int8"], w.shape, torch.float16)
     kind = state_key(tensors, name)
     assert kind is not None
     state = _state(tensors[kind])
@@ -156,8 +163,8 @@ def from_bitsandbytes(tensors: Tensors, name: str = "weight") -> QuantizedTensor
     nested = f"{name}.nested_absmax" in tensors
     fmt = format_of(state["quant_type"], state["blocksize"], double_quant=nested)
     qdata = tensors[name].contiguous().view(-1).view(torch.uint8).view(-1, 1)
-    scale = tensors[f"{name}.absmax"].reshape(-1)
-    above = tensors[f"{name}.nested_absmax"].reshape(-1) if nested else None
+    scale = tensors[f"{name}.absmax"].reshape(-1).contiguous()
+    above = tensors[f"{name}.nested_absmax"].reshape(-1).contiguous() if nested else None
     offset = torch.tensor(state["nested_offset"], dtype=torch.float32, device=scale.device) if nested else None
     shape = torch.Size(state["shape"])
     return QuantizedTensor(qdata, scale if nested else scale.float(), None, above, offset, fmt, shape, _DTYPES[state["dtype"]])

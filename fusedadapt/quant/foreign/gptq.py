@@ -110,6 +110,13 @@ def inputs(tensors: Tensors, name: str, bits: int) -> int:
     return tensors[key(name, "qweight")].shape[0] * 32 // bits if index is None else index.numel()
 
 
+def shape(tensors: Tensors, name: str, bits: int | None) -> tuple[int, int] | None:
+    """(outputs, inputs), by the shapes of the tensors alone; None where they do not tell."""
+    if [*word_faults(tensors, name)] or (width := bits or guess_bits(tensors, name)) not in WIDTHS or width is None:
+        return None
+    return tensors[key(name, "qweight")].shape[1], inputs(tensors, name, width)
+
+
 def _version(op: str, tensors: Tensors, name: str, bits: int, n: int, version: int | str | None, trust: bool) -> int:
     if version is not None and version not in VERSIONS:
         expected = "version 1 (gptq) or 2 (gptq_v2)"

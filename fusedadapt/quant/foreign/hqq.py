@@ -20,7 +20,13 @@ WIDTHS = (2, 4, 8)
 
 def _number(tensors: Tensors, name: str, part: str) -> list[int] | None:
     t = tensors.get(key(name, part))
-    return None if t is None or t.is_floating_point() else [int(v) for v in t.view(-1).tolist()]
+    return None if t is None or t.is_floating_point() or t.is_complex() else [int(v) for v in t.reshape(-1).tolist()]
+
+
+def shape(tensors: Tensors, name: str) -> tuple[int, ...] | None:
+    """(outputs, inputs), from the small tensor that says them; None without one."""
+    found = _number(tensors, name, "shape")
+    return None if found is None or len(found) != 2 else tuple(found)
 
 
 def format_of(bits: int, group: int, k: int, scales: torch.dtype) -> QFormat:
@@ -82,4 +88,5 @@ def from_hqq(tensors: Tensors, name: str = "", *, dtype: torch.dtype | None = No
     codes = torch.cat([(data >> shift) & (1 << b) - 1 for shift in range(8 - b, -1, -b)]) if b < 8 else data
     qdata = reference.pack(codes.view(n, k), fmt)
     grid = fmt.grid(n, k)
-    return QuantizedTensor(qdata, scale.reshape(grid), zero.float().reshape(grid), None, None, fmt, torch.Size((n, k)), dtype or scale.dtype)
+    scale, zero = scale.reshape(grid).contiguous(), zero.float().reshape(grid).contiguous()
+    return QuantizedTensor(qdata, scale, zero, None, None, fmt, torch.Size((n, k)), dtype or scale.dtype)

@@ -2,7 +2,7 @@
 
 Ours: ``name``, ``name_scale`` and, where the format has them, ``name_zero``, ``name_super``, ``name_offset`` (and ``name_order``, which is the
 layer's: `QuantizedLinear.weight_order`); the file's metadata holds
-"fusedadapt." + ``name``: JSON with the format's text, the weight's shape and its dtype.
+"fusedadapt." + ``name``: JSON with the format's text, the weight's shape and its dtype, and "activations" where the layer has them.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...ops.quant_act import ACTIVATIONS
 from ..formats import FORMATS, MOST_STEPS, QFormat
 from ..tensor import QuantizedTensor
 from .parts import FLOATS, Faults, Tensors, fault, finite, missing, raise_first, refuse, shaped
@@ -28,9 +29,11 @@ _DTYPES = {str(d).removeprefix("torch."): d for d in (torch.float32, torch.float
 _FP8 = {torch.float8_e4m3fn: "fp8_e4m3", torch.float8_e5m2: "fp8_e5m2"}
 
 
-def to_plain(qt: QuantizedTensor, name: str = "weight") -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, metadata) for a safetensors file; `from_plain` gives ``qt`` back. ``name``: of the weight, e.g. "layers.0.up.weight"."""
+def to_plain(qt: QuantizedTensor, name: str = "weight", *, activations: str | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, metadata) for a safetensors file; `from_plain` gives ``qt`` back. ``name``: of the weight, e.g. "layers.0.up.weight";
+    ``activations``: of its layer, which `load_model_` restores."""
     text = {"format": qt.format.spec, "shape": list(qt.shape), "dtype": str(qt.dtype).removeprefix("torch.")}
+    text |= {} if activations is None else {"activations": activations}
     tensors = {f"{name}{end}": t for part, end in _ENDS.items() if (t := getattr(qt, part)) is not None}
     return tensors, {f"{METADATA}{name}": json.dumps(text)}
 
@@ -50,7 +53,22 @@ def _described(metadata: Mapping[str, str], name: str) -> tuple[QFormat, torch.S
         return fault(where, "shape: a list of whole numbers", shape, damaged)
     if dtype is None:
         return fault(where, f"dtype among {', '.join(_DTYPES)}", text.get("dtype"), damaged)
+    act = text.get("activations")
+    if act is not None and act not in ACTIVATIONS:
+        return fault(where, f"activations among {', '.join(ACTIVATIONS)}, or none", act, damaged)
     return fmt, torch.Size(shape), dtype
+
+
+def shape(metadata: Mapping[str, str], name: str) -> torch.Size | None:
+    """Of the weight; None if its description is damaged."""
+    described = _described(metadata, name)
+    return None if isinstance(described, str) else described[1]
+
+
+def activations(metadata: Mapping[str, str], name: str) -> str | None:
+    """What the layer of a weight whose description is sound codes x to."""
+    found: str | None = json.loads(metadata[f"{METADATA}{name}"]).get("activations")
+    return found
 
 
 def _wanted(fmt: QFormat, shape: torch.Size) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -86,9 +104,10 @@ def faults(tensors: Tensors, metadata: Mapping[str, str], name: str) -> Faults:
     for part, end in _ENDS.items():
         if part not in wanted and f"{name}{end}" in tensors:
             yield fault(f"{name}{end}", f"no such tensor for {fmt.spec}", "one", "the file's tensors are those of different weights")
-    yield from code_faults(name, tensors[name], fmt)
-    if fmt.scale == "e8m0_row":
-        t = tensors[f"{name}_scale"]
+    if tensors[name].dtype == fmt.storage_dtype:
+        yield from code_faults(name, tensors[name], fmt)
+    t = tensors[f"{name}_scale"]
+    if fmt.scale == "e8m0_row" and t.dtype == torch.uint8:
         if count := int(((t < 127 - MOST_STEPS) | (t > 127)).sum()):
             yield fault(f"{name}_scale", f"bytes from {127 - MOST_STEPS} to 127", f"{count} others", "the file is damaged: get it again")
     order = tensors.get(f"{name}{ORDER}")
