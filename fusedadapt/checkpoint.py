@@ -28,6 +28,7 @@ import torch
 
 from .files import CODES, DTYPES, tensor_bytes, write_safetensors
 from .optim import FusedOptimizer
+from .optim.saved import read
 
 __all__ = ["CheckpointError", "load", "load_tree", "save", "save_tree"]
 
@@ -60,7 +61,8 @@ def load(path: str | os.PathLike[str], model: Any = None, optimizer: Any = None,
     """Read a file written by :func:`save` into ``model`` and ``optimizer`` (in place) and return its ``extra``.
 
     The whole file is read, hashed and compared with the model and the optimizer first; on CheckpointError (damaged file, missing,
-    unexpected or differently shaped or typed tensor, state of another rule, other parameter groups) nothing has been changed.
+    unexpected or differently shaped or typed tensor, state of another rule, other parameter groups), and on the ValueError of an
+    optimizer of ours whose options the state does not fit, nothing has been changed.
     """
     tree = load_tree(path)
     if not isinstance(tree, dict) or not {"model", "optimizer", "extra", "rng"} <= tree.keys():
@@ -70,10 +72,10 @@ def load(path: str | os.PathLike[str], model: Any = None, optimizer: Any = None,
         _check_model(path, key, m, tree["model"].get(key))
     for key, o in optimizers.items():
         _check_optimizer(path, key, o, tree["optimizer"].get(key))
+    for key, m in models.items():  # before the optimizers, whose states may be filled up with values of the parameters
+        m.load_state_dict(tree["model"][key])
     for key, o in optimizers.items():
         _load_optimizer(o, tree["optimizer"][key]["state_dict"])
-    for key, m in models.items():
-        m.load_state_dict(tree["model"][key])
     if rng and tree["rng"] is not None:
         torch.set_rng_state(tree["rng"]["cpu"])
         if tree["rng"]["cuda"] and torch.cuda.is_available():
@@ -267,6 +269,8 @@ def _check_optimizer(path: Any, key: str, optimizer: torch.optim.Optimizer, save
     have = [len(group["params"]) for group in saved["state_dict"]["param_groups"]]
     if own != have:
         raise CheckpointError(f"checkpoint.load: expected {label} with parameter groups of {own} tensors; {path} has {have}; build the same groups")
+    if isinstance(optimizer, FusedOptimizer) and not optimizer._optimizer_load_state_dict_pre_hooks:  # which would change the state twice
+        read(optimizer, saved["state_dict"])
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> None:

@@ -1,5 +1,7 @@
 """Memory layouts a step must handle, and bad input: one clear error that names the tensor, and nothing changed."""
 
+from collections import UserDict
+
 import pytest
 import torch
 from samples import feed, model, snapshot, unchanged
@@ -85,6 +87,32 @@ def test_bad_input_is_refused_before_anything_changes(kind: str) -> None:
         opt.step()
     assert torch.equal(before[0], params[0]) and torch.equal(before[1], opt.state[params[0]]["exp_avg"])
     assert float(opt.state[params[0]]["step"]) == before[2]
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize("state", [UserDict(), None, [1]], ids=str)
+def test_a_state_that_is_no_dict_is_named(state: object, backend: str) -> None:
+    """A UserDict was a SystemError."""
+    params = model()
+    opt = AdamW(params, backend=backend)
+    feed(params, 0)
+    opt.step()
+    before = [p.detach().clone() for p in params]
+    kept, opt.state[params[1]] = opt.state[params[1]], state
+    with pytest.raises(ValueError, match="AdamW: expected the state of parameter 1 of group 0 as a dict; got"):
+        opt.step()
+    assert all(torch.equal(a, p) for a, p in zip(before, params, strict=True))
+    opt.state[params[1]] = kept
+    opt.step()
+
+
+@pytest.mark.parametrize("given", [None, "weight"])
+def test_what_is_no_parameter_is_named(given: object) -> None:
+    params = model()
+    opt = AdamW(params)
+    opt.param_groups[0]["params"].append(given)
+    with pytest.raises(ValueError, match=f"AdamW: expected tensors in param_groups; got {given!r} as parameter 3 of group 0"):
+        opt.step()
 
 
 def test_errors_name_the_tensor() -> None:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from fusedadapt.optim import AdaBelief, AdamW, FusedOptimizer, Lion
+from fusedadapt.optim import OPTIMIZERS, SGD, AdaBelief, AdamW, FusedOptimizer, Lion
 
 RULES: dict[str, type[FusedOptimizer]] = {"AdamW": AdamW, "Lion": Lion, "AdaBelief": AdaBelief}
 SHAPES = [(5, 3), (1, 6), (8, 4), (7,), (2, 3, 5)]  # cut in two: uneven (5, 7), one process left with nothing (1)
@@ -111,6 +111,47 @@ def check_norm(rank: int) -> None:
         torch.testing.assert_close(ours.grad_norm, want, rtol=2e-7, atol=0)
         for p, q in zip(shards, params, strict=True):
             torch.testing.assert_close(p.detach().full_tensor(), q.detach(), rtol=1e-5, atol=1e-6)
+
+
+def check_gradients_cut_otherwise(rank: int) -> None:
+    """A sum that is still to be made was read as if it were one; other cuts, and parts still on their way, likewise."""
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_reduce
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+
+    def gradient(kind: str) -> Any:
+        mine = torch.full((4, 4), rank + 1.0)
+        if kind == "partial":
+            return DTensor.from_local(mine, mesh(), [Partial()])
+        if kind == "sharded":
+            return shard(torch.full((4, 4), 3.0), 1)
+        if kind == "on its way":
+            part = all_reduce(mine, "sum", mesh())
+            assert isinstance(part, AsyncCollectiveTensor)
+            return DTensor.from_local(part, mesh(), [Replicate()], run_check=False)
+        return DTensor.from_local(mine.t().contiguous().t(), mesh(), [Partial()])
+
+    def run(kind: str, dim: int, backend: str | None, **options: Any) -> tuple[Any, Any]:
+        p = nn.Parameter(shard(torch.ones(4, 4), dim))
+        p.grad = gradient(kind)
+        opt = SGD([p], lr=0.1, backend=backend, **options)
+        return p, opt
+
+    for kind in ("partial", "sharded", "on its way", "strided"):
+        for dim in (-1, 0):
+            for backend in ("cpp", "reference"):
+                p, opt = run(kind, dim, backend, max_grad_norm=1e9)
+                opt.step()
+                full = p.detach().full_tensor()
+                torch.testing.assert_close(full, torch.full((4, 4), 0.7), msg=f"{kind} {dim} {backend}: {full}")
+                torch.testing.assert_close(opt.grad_norm, torch.tensor(12.0))
+                p, opt = run(kind, dim, backend)
+                opt.step_one_(p)
+                torch.testing.assert_close(p.detach().full_tensor(), torch.full((4, 4), 0.7))
+    p, _ = run("partial", 0, None)
+    opt = OPTIMIZERS["SophiaG"]([p], betas=(0.9, 0.5))
+    opt.update_hessian()
+    torch.testing.assert_close(opt.state[p]["hessian"].full_tensor(), torch.full((4, 4), 4.5))
+    assert isinstance(p.placements[0], Shard)
 
 
 def check_norm_with_missing_gradients(rank: int) -> None:

@@ -183,6 +183,12 @@ def test_adagrad_has_all_its_states_as_torchs() -> None:
     ours.step()
 
 
+@pytest.mark.parametrize("option", [{"max_grad_norm": 1.0}, {"stochastic_rounding": True}], ids=str)
+def test_options_torch_lacks_do_not_go_there_without_a_word(option: dict) -> None:
+    with pytest.raises(ValueError, match=f"to_torch: expected .*got {next(iter(option))}="):
+        to_torch(AdamW(model(), **option))
+
+
 @pytest.mark.parametrize("square", [0.0, 1e-300, 0.25, 0.489999, 7.3, 1e30, math.inf, math.nan])
 def test_the_factor_of_clipping_is_torchs(square: float) -> None:
     total = torch.tensor(square, dtype=torch.float64)

@@ -251,6 +251,17 @@ def test_release_refuses_what_needs_all_gradients():
         optim.release_gradients(opt)
 
 
+@pytest.mark.parametrize("mark", ["_fsdp_flattened", "_is_flat_param"])
+def test_flattened_parameters_of_fsdp1_are_refused(mark):
+    """Each process would clip by its own shards' norm; released, step on a gradient that is not reduced yet."""
+    p = nn.Parameter(torch.ones(3))
+    setattr(p, mark, True)
+    with pytest.raises(ValueError, match="outside FSDP1"):
+        optim.release_gradients(AdamW([p]))
+    with pytest.raises(ValueError, match=r"max_grad_norm=None with FSDP1; got 1\.0 and parameter 0"):
+        AdamW([p], max_grad_norm=1.0)
+
+
 def test_release_refuses_a_rule_that_prepares_its_step():
     p = nn.Parameter(torch.ones(3))
     with pytest.raises(ValueError, match="AdaHessian"):

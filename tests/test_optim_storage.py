@@ -13,10 +13,11 @@ import pytest
 import torch
 from samples import feed, model
 from test_optim_process import equal, in_fork, make
-from torch import nn
+from torch import Tensor, nn
 
 from fusedadapt import optim
 from fusedadapt.optim import Adam, AdamW
+from fusedadapt.optim import table as tables
 
 
 def clones(opt: Any) -> list[Any]:
@@ -104,6 +105,25 @@ def test_parameters_made_to_overlap_later_are_refused():
         opt.step()
 
 
+@pytest.mark.parametrize("kind", ["rules", "dtypes of one plan", "dtypes of two plans", "reference"])
+def test_parameters_of_different_plans_may_not_overlap(kind: str) -> None:
+    """Each plan saw its own parameters only."""
+    memory = torch.zeros(10, dtype=torch.float64 if kind == "dtypes of two plans" else torch.float32)
+    other = memory.view({"dtypes of one plan": torch.bfloat16, "dtypes of two plans": torch.float32}.get(kind, torch.float32))
+    a, c = nn.Parameter(memory[:5]), nn.Parameter(other[4:])
+    groups = [{"params": [a]}, {"params": [c], "momentum": 0.0 if "dtypes" in kind else 0.9}]
+    opt = optim.SGD(groups, lr=0.1, backend="reference" if kind == "reference" else None)
+    c.grad = torch.ones_like(c)
+    opt.step()  # the other one stands still
+    memory.zero_()
+    a.grad = torch.ones_like(a)
+    with pytest.raises(ValueError, match="parameter 0 of group . overlaps parameter 0 of group .; two parameters share storage"):
+        opt.step()
+    assert not memory.any()
+    with pytest.raises(ValueError, match="share storage"):
+        optim.SGD(groups, lr=0.1, momentum=0.5).step()
+
+
 @pytest.mark.parametrize("backend", ["cpp", "reference"])
 def test_a_replaced_state_is_the_one_that_goes_on(backend):
     """``state[p] = {}`` starts a parameter anew, as in torch; the plan held on to the dict that was there."""
@@ -156,6 +176,26 @@ def test_an_optimizer_that_goes_frees_its_states_at_once(backend: str) -> None:
         assert not any(state() is not None for state in states)
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("backend", ["cpp", "emulated", "reference"])
+@pytest.mark.parametrize("released", [False, True])
+def test_copies_of_gradients_go_after_the_step(released: bool, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They stayed until a gradient came in another memory order again, with the graph that made them."""
+    made: list[weakref.ref[Tensor]] = []
+    real = tables.memory_order
+    monkeypatch.setattr(tables, "memory_order", lambda t, like: (out := real(t, like), made.append(weakref.ref(out)))[0])
+    p = nn.Parameter(torch.ones(3, 4))
+    opt = AdamW([p], backend=backend)
+    scale = torch.ones((), requires_grad=True)
+    p.grad = (torch.ones(4, 3) * scale).t()
+    assert p.grad.requires_grad
+    if released:
+        opt.step_one_(p)
+    else:
+        opt.step()
+        assert backend == "reference" or "copied" in opt.__fusedadapt_explain__()[0][2]
+    assert len(made) == (backend != "reference") and all(copied() is None for copied in made)
 
 
 def test_groups_and_states_may_be_changed_by_hand() -> None:

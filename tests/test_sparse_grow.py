@@ -243,6 +243,18 @@ def test_before_the_first_step_dropped_elements_go_back_and_moments_are_seeded(m
 
 
 @pytest.mark.parametrize("mask_state", ["dense", "compact"])
+def test_a_loaded_state_without_anchors_gets_them_before_anything_is_dropped(mask_state: str) -> None:
+    p, opt, mask, gen = setup(mask_state)
+    grad(p, gen)
+    opt.step()
+    q = torch.nn.Parameter(p.detach().clone())
+    twin = AdamW([q], lr=0.01, masks={q: mask}, mask_state=mask_state, decay_to="init")
+    twin.load_state_dict(opt.state_dict())
+    fa.sparse.grow_prune(twin, q, fraction=0.5, gradient=p.grad, new_value=None)
+    assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("mask_state", ["dense", "compact"])
 def test_another_memory_order_than_the_masks_is_refused(mask_state: str) -> None:
     """Bits were read in the order of the new layout: wrong weights were dropped, and frozen ones changed."""
     conv = torch.nn.Conv2d(3, 4, 3, bias=False)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor, Shard
 
 if TYPE_CHECKING:
@@ -44,6 +45,22 @@ def index_map(p: DTensor) -> tuple[int, int, int]:
     shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
     below = math.prod(p.shape[d + 1 :])
     return offset[d] * below, shape[d] * below, p.shape[d] * below
+
+
+def cut_gradient(p: DTensor, name: str) -> Tensor | None:
+    """This process's part of a gradient that is not cut as its parameter is (a sum that is still to be made, say), redistributed: every process must
+    call this for it. None: the gradient can be read as it lies."""
+    g = p.grad
+    if not isinstance(g, DTensor):
+        return None
+    if g.device_mesh != p.device_mesh:
+        raise ValueError(f"optimizer: expected the gradient of {name} on its mesh {p.device_mesh}; got {g.device_mesh}; use one mesh for both")
+    alike = g.placements == p.placements
+    with torch.no_grad():
+        here = (g if alike else g.redistribute(placements=p.placements))._local_tensor
+    if isinstance(here, AsyncCollectiveTensor):
+        return here.wait()
+    return None if alike else here
 
 
 def cut_as(values: Tensor, like: DTensor) -> DTensor:

@@ -50,6 +50,12 @@ class AdamW(Adam):
     ):  # fmt: skip
         super().__init__(params, lr, betas, eps, weight_decay, amsgrad, decoupled_weight_decay=True, **extras)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As `FusedOptimizer.load_state_dict`. The decay stays decoupled, whatever the groups say: they may be Adam's, as in torch."""
+        super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            group["decoupled_weight_decay"] = True
+
 
 class NAdam(FusedOptimizer):
     """torch.optim.NAdam. States: ``exp_avg``, ``exp_avg_sq``, scalar ``mu_product`` (kept in fp64; torch keeps fp32)."""

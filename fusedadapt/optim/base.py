@@ -17,7 +17,7 @@ from . import compact, options
 from . import saved as checkpoints
 from . import state as states
 from .options import Extras
-from .plans import CpuPlan, Entry, Plan, ReferencePlan, Scalars, on
+from .plans import CpuPlan, Entry, Plan, ReferencePlan, Scalars, choose, on
 from .plans_device import PLANS, DevicePlan
 from .spec import RULES, hyper
 from .table import local
@@ -36,6 +36,7 @@ class FusedOptimizer(Optimizer):
       a second moment of small gradients underflows there. ``"int8"`` and ``"fp8"`` keep one byte an element and a scale per block of
       ``state_block`` elements (32 to 2048; 256 and 128 if not given): the dynamic map of 8-bit Adam (arXiv 2110.02861), or e4m3 of a range that is
       expanded block by block (COAT, arXiv 2410.19313). Tensors under 4,096 elements keep fp32 states. See `fusedadapt.reference.lowbit`.
+      A gradient that makes a state infinite or NaN (inf, or 1e30, squared) makes that of its whole block NaN, not its element's alone.
     - ``stochastic_rounding``: bf16 parameters are rounded up or down with the probability that makes the expectation exact. The random bits are
       a pure function of (``seed``, step, parameter number, global element index): a replay, another backend or another sharding gives the same.
     - ``master_weights``: ``"fp32"`` keeps an fp32 copy of each 16-bit parameter in the state; ``"split"`` keeps the low 16 bits of it beside a
@@ -45,15 +46,15 @@ class FusedOptimizer(Optimizer):
       elements of each masked parameter only, and gives the same bits; below one element in 32 with a list of positions. With it a parameter's
       attribute ``compact_grad`` replaces ``.grad``: [nnz], by rising positions in memory (`fusedadapt.sparse.Mask.indices`), until
       `fusedadapt.sparse.grow_prune` changes the mask: then in the order of ``state["index"]``.
-    - ``decay_to``: what weight decay pulls towards: ``"zero"``, or ``"init"``: the values the parameter had when its state was made, kept as
+    - ``decay_to``: what weight decay pulls towards: ``"zero"``, or ``"init"``: the values the parameter had at its first step, kept as
       ``anchor``. Decoupled: p -= (1 - factor) (p - anchor); coupled: g += weight_decay (p - anchor).
     - ``max_grad_norm``: clip to this global L2 norm of the unscaled gradients, inside the step; ``opt.grad_norm`` holds the norm (0-d tensor, fp32;
-      with fp64 parameters fp64).
-      Frozen elements' gradients count, as without masks; of a compact gradient its own elements.
+      with fp64 parameters fp64). Frozen elements' gradients count, as without masks; of a compact gradient its own elements. Not with FSDP1.
     - ``backend``: ``"cpp"``, ``"cuda"``, ``"triton"`` or ``"reference"``; raises if it cannot run. ``None`` chooses (see ``fusedadapt.explain``).
     - ``foreach``, ``fused``: accepted and ignored (every step is fused); ``differentiable=True`` is refused.
 
     Gradients are never modified. A parameter must be dense (any memory order); a gradient in another memory order is copied first.
+    docs/optimizers.md has what an option cannot do, and what holds among several processes.
     """
 
     #: variant of the options -> keyword arguments that select it; tests, parity, benches and tables iterate these
@@ -180,6 +181,8 @@ class FusedOptimizer(Optimizer):
             device = plan.device
             factor = on(clip, device, torch.float64 if plan.wide else torch.float32)
             plan.run(Scalars(on(grad_scale, device), on(found_inf, device), factor, seed, self.stochastic_rounding))
+            if plan.given:
+                plan.release()
 
     def step_one_(self, p: Tensor) -> None:
         """The step of one parameter alone (used inside backward hooks); its gradient must be there."""
@@ -197,6 +200,7 @@ class FusedOptimizer(Optimizer):
         plan.prepare()
         seed = self.param_groups[0]["seed"] if self.stochastic_rounding else 0
         plan.run(Scalars(None, None, None, seed, self.stochastic_rounding))
+        plan.release()
 
     def _clip(self, plans: list[Plan], grad_scale: Tensor | None) -> Tensor:
         """Leaves the global norm in grad_norm and returns the factor min(1, max_norm / (norm + 1e-6)) of torch's clip_grad_norm_, in fp64."""
@@ -245,10 +249,10 @@ class FusedOptimizer(Optimizer):
         self._rules = [self._rule(group) for group in self.param_groups]
         for i, (group, rule) in enumerate(zip(self.param_groups, self._rules, strict=True)):
             for p in group["params"]:
+                states.check_held(self, p, self._names[ordinal])
                 self._sharded |= hasattr(p, "_local_tensor")
                 device = local(p.detach()).device
-                states.own_step(p, self.state.get(p, {}))
-                choice = self._choose(device, p.dtype)
+                choice = choose(self, device, p.dtype)
                 key = (rule, device, choice.backend)
                 choices[key] = choice
                 buckets.setdefault(key, []).append(Entry(p, i, ordinal, self._names[ordinal]))
@@ -259,14 +263,6 @@ class FusedOptimizer(Optimizer):
         self._fingerprint = self._identities()  # after the plans, which add the states that are not there yet
         self._group_keys = [None] * len(self.param_groups)
 
-    def _choose(self, device: torch.device, dtype: torch.dtype) -> dispatch.Choice:
-        op = f"optim.{type(self).__name__}"
-        if device.type == "meta":
-            raise ValueError(f"{op}: expected parameters with values; got one on the meta device; materialise the model first (Module.to_empty)")
-        if dtype == torch.float64:
-            return dispatch.Choice("reference", "fp64 parameters: the reference is the fp64 path")
-        return dispatch.pick(op, device.type, requested=self.backend)
-
     def _hypers(self) -> list[list[float]]:
         """Every group's hyper-parameters, checked."""
         out = []
@@ -274,6 +270,7 @@ class FusedOptimizer(Optimizer):
             fields = self._hyper(group)
             states.check_hypers(self, group, fields)
             out.append(hyper(**fields))
+        states.check_seeds(self, self.param_groups)
         return out
 
     def _refresh_hypers(self) -> None:
@@ -306,6 +303,7 @@ class FusedOptimizer(Optimizer):
         try:
             options.check_group(self, group)
             states.check_hypers(self, group, self._hyper(group))  # before a parameter is asked for its rule, which the options decide
+            states.check_seeds(self, self.param_groups)
             states.check_params(self, group)
         except (ValueError, TypeError):
             self.param_groups.pop()
@@ -375,7 +373,10 @@ class FusedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of ours or of torch's optimizer of the same name, keeping every state's dtype.
 
-        Raises ValueError, with nothing changed, if it belongs to other parameters or to another rule.
+        Raises ValueError, with nothing changed, if it belongs to other parameters, or to a rule with other states or options. (RAdam, EXAdam and
+        Grams, which take DiffGrad's too, have the same names of both: they are not told apart.) A master weight or an anchor that it lacks is made
+        at the next step, of the values the parameter then has. What a dense state has of frozen elements, and a compact one lacks, is filled in at
+        once: load the model before.
         """
         checkpoints.load(self, state_dict)
         self._reset()

@@ -195,7 +195,7 @@ def start(opt: FusedOptimizer, name: str, p: Tensor, group: dict[str, Any], dtyp
 
 
 def convert(opt: FusedOptimizer, label: str, p: Tensor, group: dict[str, Any], state: dict[str, Any]) -> dict[str, Any]:
-    """A loaded state in the form, and with the anchor, that this optimizer wants."""
+    """A loaded state in the form that this optimizer wants. (An anchor it lacks is made where it is used.)"""
     rule = RULES[opt._rule(group)]
     if is_compact(state) != (opt.mask_state == "compact" and "mask" in state):
         forms = coded.formats(state)
@@ -206,8 +206,6 @@ def convert(opt: FusedOptimizer, label: str, p: Tensor, group: dict[str, Any], s
             state.update(coded.encode(state, k, state[k], form))
     if opt.decay_to == "zero":
         state.pop("anchor", None)
-    elif "anchor" not in state:
-        state["anchor"] = take(p.detach(), p, chosen(state, p))
     if "index" in state:
         squeeze(state, p, rule)
     return state

@@ -11,7 +11,9 @@ from typing_extensions import Unpack
 from .base import FusedOptimizer, Params
 from .options import Extras
 from .plans import Entry
-from .state import not_negative
+from .saved import to_save
+from .spec import RULES
+from .state import fresh_states, names, not_negative
 
 
 class SGD(FusedOptimizer):
@@ -116,21 +118,29 @@ class Adagrad(FusedOptimizer):
     def _initial(self, name: str, p: Tensor, group: dict[str, Any]) -> Tensor | float:
         return group["initial_accumulator_value"]
 
-    def _complete(self) -> None:
-        """torch's has its states from the start: makes those that are not there yet."""
-        if not any(p.is_meta for group in self.param_groups for p in group["params"]):
-            for plan in self._current_plans():
-                wanted = [e for e in plan.entries if not self.state.get(e.param) and e.param.is_floating_point()]
-                self._init_states(wanted, plan.rule)
+    def _unbegun(self) -> dict[int, dict[str, Tensor]]:
+        """Parameter number -> state of those that had no gradient yet. torch's has its states from the start; a master weight or an anchor, which are
+        copies of the parameter, are none of them."""
+        label = names(self.param_groups)
+        numbered = enumerate((p, i) for i, group in enumerate(self.param_groups) for p in group["params"])
+        entries = [Entry(p, i, n, label[n]) for n, (p, i) in numbered if not self.state.get(p) and p.is_floating_point() and not p.is_meta]
+        fresh = fresh_states(self, entries, RULES[self._step_rule], whole=False)
+        return {e.ordinal: state for e, state in zip(entries, fresh, strict=True)}
 
     def _saved(self) -> dict[str, Any]:
-        """With the states of parameters that had no gradient yet: torch's Adagrad would start them at another value."""
-        self._complete()
-        return super()._saved()
+        """With the states of parameters that had no gradient yet: torch's Adagrad would start them at another value. They are not kept here."""
+        unbegun = to_save(self, self._unbegun())
+        saved = super()._saved()
+        saved["state"] |= unbegun
+        return saved
 
     def share_memory(self) -> None:
-        """Moves all states into shared memory, for processes that train the same parameters (torch.optim.Adagrad has this method)."""
-        self._complete()
+        """Moves all states into shared memory, for processes that train the same parameters (torch.optim.Adagrad has this method). A master weight or
+        an anchor is made at a parameter's first step, by each process for itself: take that step before, or do without them."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        for n, fresh in self._unbegun().items():
+            self.state[params[n]].update(fresh)
+        self._reset()
         for state in self.state.values():
             for value in state.values():
                 if isinstance(value, Tensor):

@@ -47,8 +47,8 @@ def from_torch(optimizer: torch.optim.Optimizer, **extras: Any) -> FusedOptimize
 
 
 def to_torch(optimizer: FusedOptimizer) -> torch.optim.Optimizer:
-    """torch's optimizer of the same name on the same parameters, with our hyper-parameters and state; coded states become full ones. Masks and master
-    weights have no counterpart there and are refused."""
+    """torch's optimizer of the same name on the same parameters, with our hyper-parameters and state; coded states become full ones. Masks, master
+    weights, ``max_grad_norm`` and ``stochastic_rounding`` have no counterpart there and are refused."""
     cls = getattr(torch.optim, type(optimizer).__name__, None)
     if cls is None:
         raise TypeError(f"to_torch: torch has no {type(optimizer).__name__}")
@@ -56,6 +56,9 @@ def to_torch(optimizer: FusedOptimizer) -> torch.optim.Optimizer:
     to_come = optimizer._masks or (optimizer.master_weights and any(p.dtype.itemsize == 2 for g in optimizer.param_groups for p in g["params"]))
     if kept or to_come or optimizer.decay_to != "zero":
         raise ValueError(f"to_torch: expected a {type(optimizer).__name__} without masks, master weights and anchors; torch cannot carry them on")
+    if optimizer.max_grad_norm is not None or optimizer.stochastic_rounding:
+        given = f"max_grad_norm={optimizer.max_grad_norm!r}" if optimizer.max_grad_norm is not None else "stochastic_rounding=True"
+        raise ValueError(f"to_torch: expected a {type(optimizer).__name__} without options torch lacks; got {given}; turn it off before")
     known = set(inspect.signature(cls.__init__).parameters)
     groups = [{k: v for k, v in g.items() if k in known or k == "params"} for g in optimizer.param_groups]
     theirs = cls(groups, **{k: v for k, v in optimizer.defaults.items() if k in known})

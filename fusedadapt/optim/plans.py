@@ -14,7 +14,7 @@ from ..reference import optim as reference
 from . import coded, compact
 from . import table as tables
 from .spec import CODED_CODES, HYPER_FIELDS, RULES, UNCODED, UNSIGNED, is_compact
-from .state import complete_master
+from .state import complete, distributed, lacking
 
 if TYPE_CHECKING:
     from .base import FusedOptimizer
@@ -46,6 +46,16 @@ def on(t: Tensor | None, device: torch.device, dtype: torch.dtype = torch.float3
     return t.to(device=device, dtype=dtype)
 
 
+def choose(opt: FusedOptimizer, device: torch.device, dtype: torch.dtype) -> dispatch.Choice:
+    """The backend for parameters of this device and dtype; raises where there is none."""
+    op = f"optim.{type(opt).__name__}"
+    if device.type == "meta":
+        raise ValueError(f"{op}: expected parameters with values; got one on the meta device; materialise the model first (Module.to_empty)")
+    if dtype == torch.float64:
+        return dispatch.Choice("reference", "fp64 parameters: the reference is the fp64 path")
+    return dispatch.pick(op, device.type, requested=opt.backend)
+
+
 def address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
@@ -59,14 +69,14 @@ class Plan:
     """Common part: the table, state on demand, gradients in the parameter's memory order."""
 
     wide = False  # whether parameters are updated in fp64
+    _checked = -1  # placement of the table when it was last checked
 
     def __init__(self, opt: FusedOptimizer, rule: str, device: torch.device, choice: dispatch.Choice, entries: list[Entry]):
         self._opt = weakref.ref(opt)  # it holds its plans: in a cycle, its states would outlive it until the next garbage collection
         self.rule, self.device, self.choice, self.entries = rule, device, choice, entries
         self.spec = RULES[rule]
         self.hypers: list[list[float]] = []
-        self.copied: list[int] = []  # entries whose gradient had to be copied this step
-        self._checked = -1
+        self._begin()
         core = dispatch.core()
         make: Any = tables.Table if core is None else core.Table
         exchange = getattr(Tensor, "__dlpack_c_exchange_api__", None)
@@ -84,6 +94,11 @@ class Plan:
         assert opt is not None
         return opt
 
+    def _begin(self) -> None:
+        self.copied: list[int] = []  # entries whose gradient had to be copied this step
+        self.given: dict[Tensor, Tensor] = {}  # parameter -> what this step takes in place of its gradient
+        self._shards = [i for i, e in enumerate(self.entries) if hasattr(e.param, "_local_tensor")]
+
     def explain(self) -> tuple[str, str, str]:
         name = f"{type(self.opt).__name__}[{self.rule}] {self.device}"
         copied = f"; {len(self.copied)} gradients copied into the parameter's memory order" if self.copied else ""
@@ -92,37 +107,80 @@ class Plan:
     def prepare(self) -> None:
         """Reads every tensor and checks it. Writes nothing but missing states."""
         threads = torch.get_num_threads()
+        scan = self._scan_given if self._shards else self.table.scan
+        if self.copied or self._shards:
+            self._redistribute()
         try:
             if self._checked < 0:
                 self._check_orders()
-            status = self.table.scan(threads)
+            status = scan(threads)
             if status == tables.MISSING_STATE:
                 self._make_states([self.entries[i] for i in self.table.missing])
-                status = self.table.scan(threads)
-            if self.table.placement != self._checked and self._complete_masters():
-                status = self.table.scan(threads)
-            self.copied = []
+                status = scan(threads)
+            if self.table.placement != self._checked and self._complete_states():
+                status = scan(threads)
             if status == tables.STRIDED_GRADIENT:
-                self._copies = []
                 self.copied = list(self.table.strided)
                 for i in self.copied:
                     p = self.entries[i].param
-                    self._copies.append(tables.memory_order(tables.local(p.grad), tables.local(p.detach())))
-                    self.table.use_gradient(i, self._copies[-1])
-                status = self.table.scan(threads)
+                    g = self.given.get(p, tables.local(p.grad))
+                    self.given[p] = tables.memory_order(g.detach(), tables.local(p.detach()))
+                status = self._scan_given(threads)
             if self.table.placement != self._checked:
                 self.table.check_overlap()
+                self._check_apart()
                 self._check_orders()
                 self._checked = self.table.placement
         except self._error as error:
             raise self._refusal(*error.args) from None
 
+    def _redistribute(self) -> None:
+        """Gradients of sharded parameters, cut as these are; forgets the last step's."""
+        self.copied, self.given = [], {}
+        for e in (self.entries[i] for i in self._shards):
+            if (g := distributed().cut_gradient(e.param, e.name)) is not None:
+                self.given[e.param] = g
+
+    def _scan_given(self, threads: int) -> int:
+        for i in (*self._shards, *self.copied):
+            if (g := self.given.get(self.entries[i].param)) is not None:
+                self.table.use_gradient(i, g)
+        status: int = self.table.scan(threads)
+        return status
+
+    def release(self) -> None:
+        """After the step: its copies of gradients go."""
+        self.given = {}
+
     def _make_states(self, entries: list[Entry]) -> None:
         self.opt._init_states(entries, self.rule)
 
-    def _complete_masters(self) -> bool:
-        entries = self.entries if self.opt.master_weights else []
-        return any([complete_master(self.opt, e.param, self.opt._state_of(e.param)) for e in entries])
+    def _complete_states(self) -> bool:
+        """Makes the master weights and anchors that are not there; whether there were such."""
+        opt = self.opt
+        entries = [e for e in (self.entries if opt.master_weights or opt.decay_to == "init" else ()) if lacking(opt, e.param, opt._state_of(e.param))]
+        if entries:
+            self._complete(entries)
+        return bool(entries)
+
+    def _complete(self, entries: list[Entry]) -> None:
+        for e in entries:
+            complete(self.opt, e.param, self.opt._state_of(e.param))
+
+    def _check_apart(self) -> None:
+        """Raises ValueError where a parameter with a gradient shares memory with one of another plan. (Each table sees its own alone.)"""
+        opt = self.opt
+        others = [e for plan in opt._plans if plan is not self and plan.device == self.device for e in plan.entries]
+        live = {id(e.param): e for e in others if compact.gradient(e.param, compact.wanted(opt, e.param))[0] is not None}
+        if not live:
+            return
+        both = list((live | {id(e.param): e for e in self.active_entries()}).values())
+        try:
+            tables.refuse_overlap({i: e.param for i, e in enumerate(both)})
+        except tables.TableError as error:
+            i, code = error.args
+            e, other = both[i], both[int(code.partition(":")[2])]
+            raise tables.refusal(f"{type(opt).__name__}.step", e.name, code, e.param, {}, other.name) from None
 
     def _check_orders(self) -> None:
         orders = self.opt._orders
@@ -192,28 +250,31 @@ class ReferencePlan(Plan):
     def __init__(self, opt: FusedOptimizer, rule: str, device: torch.device, choice: dispatch.Choice, entries: list[Entry]):
         self._opt = weakref.ref(opt)
         self.rule, self.device, self.choice, self.entries = rule, device, choice, entries
-        self.spec, self.copied = RULES[rule], []
+        self.spec = RULES[rule]
+        self._begin()
         self.wide = any(e.param.dtype == torch.float64 for e in entries)
         self.active: list[Entry] = []
 
     def prepare(self) -> None:
+        self._redistribute()
         active = {i: e for i, e in enumerate(self.entries) if self._gradient(e)[0] is not None}
         self.active = list(active.values())
         missing = [e for e in self.active if any(self.opt._state_of(e.param).get(k) is None for k in (*self.spec.states, *self.spec.aux, "step"))]
         if missing:
             self.opt._init_states(missing, self.rule)
-        self._complete_masters()
+        self._complete_states()
         try:
             self._check_orders()
             for e in self.active:
                 self._check(e)
             tables.refuse_overlap({i: e.param for i, e in active.items()})
+            self._check_apart()
         except tables.TableError as error:
             raise self._refusal(*error.args) from None
 
     def _gradient(self, e: Entry) -> tuple[Any, bool]:
         g, packed = compact.gradient(e.param, compact.wanted(self.opt, e.param))
-        return None if g is None else tables.local(g), packed
+        return None if g is None else self.given.get(e.param, tables.local(g)), packed
 
     def _check(self, e: Entry) -> None:
         p, (g, packed), state = tables.local(e.param), self._gradient(e), self.opt._state_of(e.param)

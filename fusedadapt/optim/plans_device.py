@@ -79,6 +79,16 @@ class DevicePlan(Plan):
             raise self._unprepared()  # each replay would begin them anew
         super()._make_states(entries)
 
+    def _complete(self, entries: list[Entry]) -> None:
+        if self._capturing():
+            raise self._unprepared()
+        super()._complete(entries)
+
+    def release(self) -> None:
+        if self._capturing():
+            self._captured += self.given.values()  # a replay fills and reads them
+        super().release()
+
     def _pin(self, host: Tensor) -> Tensor:
         """A pinned copy. Eager: torch's pinned allocator keeps it until the upload is done. During a graph capture the upload becomes a node that
         reads this very memory at each replay, and pinning is not allowed: a buffer set aside earlier is used up and kept for good."""

@@ -7,6 +7,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .base import FusedOptimizer
 from .second_order import AdaHessian
+from .state import is_flat
 
 
 class GradientRelease:
@@ -26,8 +27,9 @@ def release_gradients(optimizer: FusedOptimizer) -> GradientRelease:
 
     Peak memory then holds one gradient instead of all. ``optimizer.step()`` finds nothing left to do and may stay where it is: parameters that are
     frozen now, or join later, are left to it. Gradients must not be accumulated over several backward calls. Scaled losses (GradScaler) are not for
-    this: the scale is removed in ``step``. Raises ValueError with ``max_grad_norm``: the global norm is not known before the last gradient, with
-    AdaHessian, and with a function as ADOPT's ``clip_lambda``.
+    this: the scale is removed in ``step``. Nor are models in DistributedDataParallel, which cannot be told from others: it adds the processes'
+    gradients up later, so that each would step on its own. Raises ValueError with ``max_grad_norm``: the global norm is not known before the last
+    gradient, with AdaHessian, with a function as ADOPT's ``clip_lambda``, and with FSDP1, whose gradients come as DDP's.
     """
     if optimizer.max_grad_norm is not None:
         raise ValueError("release_gradients: expected max_grad_norm=None; the global norm is known only when every gradient is there; turn one off")
@@ -43,4 +45,6 @@ def release_gradients(optimizer: FusedOptimizer) -> GradientRelease:
     if any(callable(g.get("clip_lambda")) for g in optimizer.param_groups):
         raise ValueError('release_gradients: expected clip_lambda="k**0.25" or None; a function is asked once per group and step; use step() with it')
     params = [p for g in optimizer.param_groups for p in g["params"] if p.requires_grad]
+    if any(is_flat(p) for p in params):
+        raise ValueError("release_gradients: expected parameters outside FSDP1; got flattened ones: it reduces gradients later; use step() with it")
     return GradientRelease([p.register_post_accumulate_grad_hook(hook) for p in params])

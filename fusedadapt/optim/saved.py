@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import coded, compact
 from .spec import RULES, Rule, is_compact
-from .state import check_hypers, complete_master, distributed, names, pack_mask, reorder_mask, state_dtype, unpack_mask
+from .state import check_hypers, check_seeds, distributed, names, pack_mask, reorder_mask, state_dtype, unpack_mask
 from .table import describe, has_order, local
 
 if TYPE_CHECKING:
@@ -74,13 +74,17 @@ def _as_kept(p: Tensor, saved: dict[str, Any]) -> dict[str, Any]:
     return saved
 
 
+def _is_group(given: Any) -> bool:
+    return isinstance(given, dict) and isinstance(given.get("params"), list | tuple)
+
+
 def _parts(op: str, saved: Any) -> tuple[list[dict[str, Any]], dict[Any, Any]]:
     """Groups and states of a state dict; raises ValueError if it is none."""
     groups, state = (saved.get("param_groups"), saved.get("state")) if isinstance(saved, dict) else (None, None)
-    if not isinstance(groups, list | tuple) or not isinstance(state, dict) or not all(isinstance(g, dict) and "params" in g for g in groups):
+    if not isinstance(groups, list | tuple) or not isinstance(state, dict) or not all(map(_is_group, groups)):
         got = f"keys {sorted(map(str, saved))}" if isinstance(saved, dict) else type(saved).__name__
         raise ValueError(
-            f"{op}.load_state_dict: expected a dict with 'state' (a dict) and 'param_groups' (dicts with 'params'); got {got}; "
+            f"{op}.load_state_dict: expected a dict with 'state' (a dict) and 'param_groups' (dicts with a list 'params'); got {got}; "
             "pass what an optimizer's state_dict() gave"
         )
     return list(groups), state
@@ -88,11 +92,23 @@ def _parts(op: str, saved: Any) -> tuple[list[dict[str, Any]], dict[Any, Any]]:
 
 def load(opt: FusedOptimizer, state_dict: dict[str, Any]) -> None:
     """Checks everything, converts everything, then swaps it in."""
-    op = type(opt).__name__
     state_dict = copy.copy(state_dict)  # what hooks change in it stays here, as in torch
     for hook in opt._optimizer_load_state_dict_pre_hooks.values():
         given = hook(opt, state_dict)
         state_dict = state_dict if given is None else given
+    fresh, groups = read(opt, state_dict)
+    params = [p for g in opt.param_groups for p in g["params"]]
+    opt.state.clear()
+    opt.state.update(fresh)
+    opt._orders.update({p: tuple(local(p.detach()).stride()) for p in params if "mask" in fresh.get(p, {})})
+    opt.param_groups[:] = groups
+    for after in opt._optimizer_load_state_dict_post_hooks.values():
+        after(opt)
+
+
+def read(opt: FusedOptimizer, state_dict: Any) -> tuple[dict[Any, Any], list[dict[str, Any]]]:
+    """States and groups as ``opt`` would keep them. Raises ValueError if they do not fit; changes nothing."""
+    op = type(opt).__name__
     saved_groups, saved_state = _parts(op, state_dict)
     saved_state = opt._own_form(saved_state, saved_groups)
     sizes, wanted = [len(g["params"]) for g in saved_groups], [len(g["params"]) for g in opt.param_groups]
@@ -110,23 +126,19 @@ def load(opt: FusedOptimizer, state_dict: dict[str, Any]) -> None:
         given = {k: v for k, v in new.items() if k != "params" and k not in opt.official_group}
         groups.append({**kept, **copy.deepcopy(given), "params": old["params"]})
         check_hypers(opt, groups[-1], opt._hyper(groups[-1]))
+    check_seeds(opt, groups)
     ids = [i for g in saved_groups for i in g["params"]]
     params = [p for g in opt.param_groups for p in g["params"]]
     labels = names(opt.param_groups)
     group_of = [g for g in groups for _ in g["params"]]
     fresh: dict[Any, Any] = {k: copy.deepcopy(v) for k, v in saved_state.items() if k not in ids}  # a user's own, as torch
     for i, p, label, group in zip(ids, params, labels, group_of, strict=True):
-        given = saved_state.get(i)
-        if given is not None and not isinstance(given, dict):
-            raise ValueError(f"{op}.load_state_dict: expected the state of {label} as a dict; got {type(given).__name__}; the state dict is damaged")
-        if given:
-            fresh[p] = _convert(opt, label, p, group, given)
-    opt.state.clear()
-    opt.state.update(fresh)
-    opt._orders.update({p: tuple(local(p.detach()).stride()) for p in params if "mask" in fresh.get(p, {})})
-    opt.param_groups[:] = groups
-    for after in opt._optimizer_load_state_dict_post_hooks.values():
-        after(opt)
+        state = saved_state.get(i)
+        if state is not None and not isinstance(state, dict):
+            raise ValueError(f"{op}.load_state_dict: expected the state of {label} as a dict; got {type(state).__name__}; the state dict is damaged")
+        if state:
+            fresh[p] = _convert(opt, label, p, group, state)
+    return fresh, groups
 
 
 def _convert(opt: FusedOptimizer, label: str, p: Tensor, group: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
@@ -174,7 +186,7 @@ def _convert(opt: FusedOptimizer, label: str, p: Tensor, group: dict[str, Any], 
     coded.place(out, saved, local(p.detach()))
     out = compact.convert(opt, label, p, group, out)
     coded.note_order(out, local(p.detach()))
-    _load_master(opt, op, label, p, out)
+    _check_master(opt, op, label, p, out)
     return out
 
 
@@ -211,8 +223,8 @@ def _finite(v: Any, several: bool, least: float) -> bool:
     return real and (v.numel() == 1 or several) and bool((v.isfinite() & (v >= least)).all())
 
 
-def _load_master(opt: FusedOptimizer, op: str, label: str, p: Tensor, out: dict[str, Any]) -> None:
-    """A master weight for a 16-bit parameter that comes without one. One in the form this optimizer does not keep would be lost without a word."""
+def _check_master(opt: FusedOptimizer, op: str, label: str, p: Tensor, out: dict[str, Any]) -> None:
+    """Raises ValueError on a master weight in the form this optimizer does not keep: it would be lost without a word."""
     key, other = ("remainder", "master") if opt._extra_key == "remainder" else ("master", "remainder")
     if p.dtype not in (torch.bfloat16, torch.float16):
         out.pop("remainder", None)  # half of another parameter's fp32 value
@@ -223,7 +235,6 @@ def _load_master(opt: FusedOptimizer, op: str, label: str, p: Tensor, out: dict[
             f'{op}: expected {label} saved with master_weights={opt.master_weights!r}; got its {other}, of master_weights="{form}"; '
             f'build the optimizer with master_weights="{form}"'
         )
-    complete_master(opt, p, out)
 
 
 def _place(v: Tensor, p: Tensor, like_param: bool) -> Tensor:

@@ -12,7 +12,7 @@ from ..reference.optim import join_split, split
 from . import compact
 from .base import FusedOptimizer, Params
 from .options import Extras
-from .state import not_negative, number, unpack_mask
+from .state import complete, not_negative, number, unpack_mask
 from .table import local
 
 _SCALARS = ("weight_sum", "lr_max")
@@ -109,6 +109,7 @@ class ScheduleFreeAdamW(FusedOptimizer):
             weight = 1 - beta1 if training else 1 - 1 / beta1
             for p in group["params"]:
                 if "z" in self.state.get(p, {}):
+                    complete(self, p, self.state[p])  # a loaded state may lack its master weight
                     _lerp_to_z(local(p.detach()), self.state[p], weight)
             group["train_mode"] = training
 

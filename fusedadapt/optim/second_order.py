@@ -48,11 +48,12 @@ class SophiaG(FusedOptimizer):
                 h, index = local(self.state[e.param]["hessian"]), compact.fresh_index(self, e.param)
                 g, packed = compact.gradient(e.param, index is not None)
                 assert g is not None
-                g = local(g) if packed else compact.take(local(g), e.param, index)
+                g = local(g) if packed else compact.take(plan.given.get(e.param, local(g)), e.param, index)
                 wide = h.dtype if h.dtype == torch.float64 else torch.float32
                 new = (h.to(wide) * beta2 + (1 - beta2) * g.to(wide).square()).to(h.dtype)
                 mask = self.state[e.param].get("mask") if index is None else None
                 h.copy_(new if mask is None else torch.where(unpack_mask(mask, local(e.param.detach())), new, h))
+            plan.release()
 
     def step(self, closure: Callable[[], Any] | None = None, bs: float | None = None) -> Any:  # type: ignore[override]
         """One step; ``bs``: tokens per batch (kept until changed)."""

@@ -31,6 +31,11 @@ def one_of(op: str, name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
     return value
 
 
+def is_flat(p: Tensor) -> bool:
+    """Whether FSDP1 flattened the parameter, or it is the flat one: its gradient is a shard that does not say so, and in backward not reduced."""
+    return bool(getattr(p, "_fsdp_flattened", False) or getattr(p, "_is_flat_param", False))
+
+
 def names(groups: list[dict[str, Any]]) -> list[str]:
     out = []
     for i, group in enumerate(groups):
@@ -54,6 +59,11 @@ def check_params(opt: FusedOptimizer, group: dict[str, Any]) -> None:
         if not p.is_floating_point():
             raise ValueError(f"{op}: expected floating-point parameters; got {name} with {p.dtype}; leave it out of the optimizer")
         check_half(opt, p, name, RULES[opt._rule(group)])
+        if opt.max_grad_norm is not None and is_flat(p):
+            raise ValueError(
+                f"{op}: expected max_grad_norm=None with FSDP1; got {opt.max_grad_norm} and {name}, flattened: each process would clip by the norm "
+                "of its own shards; call FullyShardedDataParallel.clip_grad_norm_ before the step, or use fully_shard (FSDP2)"
+            )
 
 
 def check_half(opt: FusedOptimizer, p: Tensor, name: str, rule: Rule) -> None:
@@ -103,8 +113,6 @@ def check_hypers(opt: FusedOptimizer, group: dict[str, Any], fields: dict[str, f
     seed = group.get("seed", 0)
     if not isinstance(seed, numbers.Integral) or not 0 <= int(seed) < 2**64:
         refuse("seed", seed, "to be an integer from 0 to 2^64 - 1")
-    if opt.stochastic_rounding and seed != (first := opt.param_groups[0].get("seed", 0)):
-        refuse("one seed for all groups: a parameter's bits come from it and the parameter's number", seed, f"(group 0 has {first})")
     lr = group["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         refuse("a Tensor lr", tuple(lr.shape), "with one element")
@@ -118,6 +126,31 @@ def check_hypers(opt: FusedOptimizer, group: dict[str, Any], fields: dict[str, f
             refuse(label, value, "in [0, 1]" if opt.closed_betas else "in [0, 1)")
         elif name in ("lr", "eps", "l2", "decoupled", "momentum", "rho", "lr_decay") and value < 0:
             refuse(label, value, ">= 0")
+
+
+def check_seeds(opt: FusedOptimizer, groups: list[dict[str, Any]]) -> None:
+    """Raises ValueError unless groups that belong together have one seed, where it decides anything."""
+    seeds = [group.get("seed", 0) for group in groups] if opt.stochastic_rounding else []
+    for i, seed in enumerate(seeds):
+        if seed != seeds[0]:
+            raise ValueError(
+                f"{type(opt).__name__}: expected one seed for all groups: a parameter's bits come from it and the parameter's number; got {seed} in "
+                f"group {i}, and {seeds[0]} in group 0; give all groups the same"
+            )
+
+
+def check_held(opt: FusedOptimizer, p: Any, name: str) -> None:
+    """Raises ValueError on what cannot be among parameters and states; of a state that somebody put in place without `load_state_dict` (torch's
+    ZeroRedundancyOptimizer does), makes the step count one as we keep it."""
+    if not isinstance(p, Tensor):
+        raise ValueError(f"{type(opt).__name__}: expected tensors in param_groups; got {p!r} as {name}; use add_param_group, or take it out")
+    state = opt.state.get(p, {})
+    if not isinstance(state, dict):
+        got = type(state).__name__
+        raise ValueError(f"{type(opt).__name__}: expected the state of {name} as a dict; got {got}; use load_state_dict, or dict() of it")
+    step = state.get("step")
+    if isinstance(step, numbers.Real) or (isinstance(step, Tensor) and step.dtype == torch.float64):
+        state["step"] = torch.as_tensor(step, dtype=torch.float32, device=local(p.detach()).device)
 
 
 # --- states ------------------------------------------------------------------------------------------------------------------------------
@@ -153,9 +186,9 @@ class Arena:
         return state.fill_(start) if start else state
 
 
-def fresh_states(opt: FusedOptimizer, entries: list[Entry], rule: Rule) -> list[dict[str, Tensor]]:
+def fresh_states(opt: FusedOptimizer, entries: list[Entry], rule: Rule, whole: bool = True) -> list[dict[str, Tensor]]:
     """Start values for parameters that meet their first gradient. 0-d scalars of one call are views of one buffer: thousands of them would
-    otherwise be thousands of allocations."""
+    otherwise be thousands of allocations. ``whole=False``: without copies of the parameters, which may have other values when that gradient comes."""
     for e in entries:  # again: the model may have been converted since the optimizer was built
         check_half(opt, e.param, e.name, rule)
     steps: dict[torch.device, Tensor] = {}
@@ -183,37 +216,34 @@ def fresh_states(opt: FusedOptimizer, entries: list[Entry], rule: Rule) -> list[
                 new.update(coded.encode({}, name, new[name], form))
         for name, value in rule.aux.items():
             new[name] = torch.tensor(value, dtype=torch.float64, device=local(p).device)
-        if opt.master_weights == "fp32" and p.dtype in (torch.bfloat16, torch.float16):
-            new["master"] = p.float() if index is None else compact.take(p, p, index).float()
-        if opt.master_weights == "split" and p.dtype == torch.bfloat16:
-            new["remainder"] = torch.zeros_like(p if index is None else index, dtype=torch.int16, memory_format=torch.preserve_format)
         if e.param in opt._masks:
             new["mask"] = opt._masks[e.param]
         if index is not None:
             new["index"] = index
+        if whole:
+            complete(opt, p, new)
+        if index is not None:
             compact.squeeze(new, p, rule)
-        if opt.decay_to == "init":
-            new["anchor"] = compact.take(p, p, index)
         coded.note_order(new, local(p))
         out.append(new)
     return out
 
 
-def complete_master(opt: FusedOptimizer, p: Tensor, state: dict[str, Any]) -> bool:
-    """Makes the master weight of a 16-bit parameter whose state has none (it was saved without, or the model was converted in mid-run); whether it
-    was so."""
-    lacks = opt.master_weights and "step" in state and opt._extra_key not in state and p.dtype in (torch.bfloat16, torch.float16)
-    if lacks:
-        fp32 = compact.take(p.detach(), p, compact.chosen(state, p)).float()
-        state[opt._extra_key] = fp32 if opt._extra_key == "master" else torch.zeros_like(fp32, dtype=torch.int16)
-    return bool(lacks)
+def lacking(opt: FusedOptimizer, p: Tensor, state: dict[str, Any]) -> list[str]:
+    """What a state has not that holds the parameter's own values: its master weight or remainder, its anchor."""
+    wanted = [opt._extra_key] if opt.master_weights and p.dtype in (torch.bfloat16, torch.float16) else []
+    wanted += ["anchor"] if opt.decay_to == "init" else []
+    return [k for k in wanted if k not in state] if "step" in state else []
 
 
-def own_step(p: Tensor, state: dict[str, Any]) -> None:
-    """Of a state that somebody put in place without `load_state_dict` (torch's ZeroRedundancyOptimizer does), the step count as we keep it."""
-    step = state.get("step")
-    if isinstance(step, numbers.Real) or (isinstance(step, Tensor) and step.dtype == torch.float64):
-        state["step"] = torch.as_tensor(step, dtype=torch.float32, device=local(p.detach()).device)
+def complete(opt: FusedOptimizer, p: Tensor, state: dict[str, Any]) -> None:
+    """Makes what is `lacking`: in a fresh state, and in one that was saved without, or whose model was converted in mid-run. Where states are used,
+    and not where they are loaded: the model may be loaded after its optimizer."""
+    q = p.detach()
+    for name in lacking(opt, p, state):
+        index = compact.chosen(state, q)
+        mine = q if index is None and name != "anchor" else compact.take(q, q, index)
+        state[name] = mine if name == "anchor" else mine.float() if name == "master" else torch.zeros_like(mine, dtype=torch.int16)
 
 
 def state_dtype(opt: FusedOptimizer, p: Tensor) -> torch.dtype:

@@ -13,7 +13,7 @@ from ..optim import FusedOptimizer, coded
 from ..optim import compact as states
 from ..optim.plans import Entry
 from ..optim.spec import RULES, is_compact
-from ..optim.state import names, pack_mask, unpack_mask
+from ..optim.state import complete, names, pack_mask, unpack_mask
 from ..optim.table import has_order
 from .mask import Mask
 from .select import topk_mask
@@ -122,6 +122,7 @@ def _begun(optimizer: FusedOptimizer, param: Tensor) -> dict[str, Any]:
         entry = Entry(param, listed[number][1], number, names(optimizer.param_groups)[number])
         optimizer._init_states([entry], _rule(optimizer, param))
     held: dict[str, Any] = optimizer.state[param]
+    complete(optimizer, param, held)  # a loaded one may lack its master weight or anchor
     return held
 
 

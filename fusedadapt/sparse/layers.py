@@ -111,9 +111,6 @@ class MaskedLinear(nn.Linear):
     def from_linear(cls, linear: nn.Linear, mask: Mask | Tensor, *, prune: bool = False) -> MaskedLinear:
         """Takes over `linear`'s own weight and bias (shared, not copied). TypeError if it is not a plain nn.Linear."""
         check_plain(f"{cls.__name__}.from_linear", linear)
-        if not isinstance(linear.weight, nn.Parameter):
-            got = f"one that follows other parameters, in {type(linear).__name__}"
-            raise TypeError(f"{cls.__name__}.from_linear: expected a weight that is a parameter; got {got}; remove the parametrization first")
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
