@@ -141,7 +141,7 @@ MUTANTS = (
     Mutant(MID, "== 1.0 else v * mid.scaling", "== 1.0 else v", f"{DERIVATIVES}[everything]"),
     # low-rank: the autograd function, its checks, the ops
     Mutant(FUNCTION, "x if needs_x else None, col_scale", "x, col_scale", f"{SAVED}[reference]"),
-    Mutant(PLAIN, "_rows(x) if ctx.needs_input_grad[1] else None", "_rows(x)", f"{SAVED}[cpp]"),
+    Mutant(PLAIN, "_rows(x) if want_a else None", "_rows(x)", f"{SAVED}[cpp]"),
     Mutant(PLAIN, "not key or weight.requires_grad", "not key", f"{SHORT}one_gradient_alone[weight]"),
     Mutant(PLAIN, "found is None or found.asked != asked()", "found is None", "test_lowrank_known.py::test_who_asks_for_a_backend_gets_it"),
     Mutant(

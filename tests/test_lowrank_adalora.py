@@ -145,3 +145,24 @@ def test_loraplus_on_our_layers():
         loraplus_groups(nn.Linear(2, 2).requires_grad_(False), 1e-4, 8.0)
     with pytest.raises(ValueError, match="ratio > 0"):
         loraplus_groups(model, 1e-4, 0.0)
+
+
+@pytest.mark.parametrize("target", [-1, 2.5, True, "2", None])
+def test_adalora_target_is_an_integer(target):
+    with pytest.raises(ValueError, match="expected target_r: an integer of at least 0"):
+        RankAllocator(LoRALinear(8, 8, r=4, method="adalora"), 10, target_r=target)
+
+
+def test_adalora_keeps_ranks_whose_scores_are_no_numbers():
+    """As PEFT: one bad step must not zero what it can say nothing about."""
+    torch.manual_seed(0)
+    model = nn.ModuleList([LoRALinear(8, 8, r=4, method="adalora") for _ in range(2)])
+    allocator = RankAllocator(model, 100, target_r=2)
+    x = torch.randn(4, 8)
+    for layer in model:
+        nn.init.ones_(layer.lora_E)
+    (model[0](x).square() + model[1](x).square()).sum().backward()
+    model[0].lora_E.grad.fill_(float("nan"))
+    keep = allocator.step(60)[1]
+    assert keep is not None and bool(keep["0"].all()) and bool(model[0].lora_E.all())
+    assert not keep["1"].all()

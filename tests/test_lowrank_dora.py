@@ -238,3 +238,26 @@ def test_bad_input() -> None:
         dora_linear_peft(x.float(), w, a.float(), b.float(), magnitude.float(), dropout_p=0.1)
     with pytest.raises(ValueError, match="magnitude of shape"):
         dora_linear_peft(x, w, a, b, magnitude[:-1])
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+def test_a_trained_scaling_is_one_and_gets_its_gradient(p: float) -> None:
+    x, w, bias, a, b, magnitude = parts()
+    s = torch.tensor(4.0, dtype=torch.float64, requires_grad=True)
+    y = dora_linear_peft(x, w, a, b, magnitude, bias=bias, scaling=s, dropout_p=p, seed=3)
+    torch.testing.assert_close(y, dora_linear_peft(x, w, a, b, magnitude, bias=bias, scaling=4.0, dropout_p=p, seed=3))
+    keep = dropout_mask(T, K, 3, threshold_of(p)) if p else torch.ones(T, K)
+    g = (magnitude / (w + 4 * b @ a).norm(dim=1)).detach()
+    dropped = x * keep * (65536 / (65536 - threshold_of(p)))
+    weights = new(T, N, seed=6)
+    (got,) = torch.autograd.grad((y * weights).sum(), [s])
+    torch.testing.assert_close(got, (g * (dropped @ a.T @ b.T) * weights).sum())
+    half = dora_linear_peft(*(t.bfloat16() for t in (x, w, a, b, magnitude)), scaling=s, dropout_p=p, seed=3)
+    assert half.dtype == torch.bfloat16 and torch.autograd.grad(half.float().sum(), [s])[0].dtype == torch.float64
+
+
+def test_a_seed_that_is_none_is_refused() -> None:
+    x, w, _, a, b, magnitude = parts()
+    for seed in ("a", 1.5, True, 2**63, torch.tensor(5, dtype=torch.int32), torch.tensor([5, 6])):
+        with pytest.raises(ValueError, match="expected seed as"):
+            dora_linear_peft(x, w, a, b, magnitude, dropout_p=0.5, seed=seed)  # type: ignore[arg-type]

@@ -1,10 +1,15 @@
 """Merging and unmerging every adapter method: values, rounding, what is reported, and what is refused."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from lowrank_layers import CASES, IDS, K, N, build, parameters, relative, truth
 from torch import nn
+from torch.nn.utils import prune
 
+import fusedadapt as fa
 from fusedadapt.lowrank import LoRALinear, merge_adapters, unmerge_adapters
 
 
@@ -151,3 +156,115 @@ def test_merge_refuses_what_it_cannot_do():
         broken.lora_A[0, 0] = float("nan")
     with pytest.raises(ValueError, match="finite factors"):
         broken.merge()
+
+
+@pytest.mark.parametrize("backup", [True, False])
+@pytest.mark.parametrize("kind", ["parametrized", "weight_norm", "spectral_norm", "pruned"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning")
+def test_a_weight_that_is_computed_is_not_merged_into(kind, backup):
+    layer = build("lora", {}, dtype=torch.float32).eval()
+    x = torch.randn(5, K)
+    wrap = {
+        "parametrized": nn.utils.parametrizations.weight_norm,
+        "weight_norm": nn.utils.weight_norm,
+        "spectral_norm": nn.utils.spectral_norm,
+        "pruned": lambda module: prune.l1_unstructured(module, "weight", amount=0.5),
+    }[kind]
+    wrap(layer)
+    before = layer(x)
+    for merging in (lambda: layer.merge(backup=backup), lambda: merge_adapters(nn.ModuleList([layer]), backup=backup)):
+        with pytest.raises(ValueError, match="merge expected a weight that is the layer's own parameter; got one computed"):
+            merging()
+    assert not layer.merged and torch.equal(layer(x), before)
+    torch.testing.assert_close(layer.to_linear()(x), before)
+
+
+def test_unmerging_out_of_a_weight_that_is_computed_by_now_is_refused():
+    layer = build("lora", {}, dtype=torch.float32)
+    layer.merge()
+    nn.utils.parametrizations.weight_norm(layer)
+    with pytest.raises(ValueError, match="unmerge expected a weight that is the layer's own parameter"):
+        layer.unmerge()
+    assert layer.merged
+
+
+@pytest.mark.parametrize("backup", [True, False])
+@pytest.mark.parametrize("kind", ["inference", "expanded", "expanded bias"])
+def test_a_weight_that_cannot_be_written_leaves_the_whole_model_unmerged(kind, backup):
+    good, bad = build("ssf", {}, dtype=torch.float32), build("ssf", {}, dtype=torch.float32)
+    if kind == "inference":
+        with torch.inference_mode():
+            bad.weight = nn.Parameter(torch.randn(N, K), requires_grad=False)
+    elif kind == "expanded":
+        bad.weight = nn.Parameter(torch.randn(1, K).expand(N, K), requires_grad=False)
+    else:
+        bad.bias = nn.Parameter(torch.randn(1).expand(N), requires_grad=False)
+    model = nn.Sequential(good, bad)
+    kept = [(layer.weight.clone(), layer.bias.clone()) for layer in model]
+    with pytest.raises((ValueError, RuntimeError)):
+        merge_adapters(model, backup=backup)
+    for layer, (weight, bias) in zip(model, kept):
+        assert not layer.merged
+        torch.testing.assert_close(layer.weight, weight)
+        torch.testing.assert_close(layer.bias, bias)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_adapters_that_share_a_weight_unmerge_in_reverse(packed):
+    linear = nn.Linear(64, 32)
+    base = fa.QuantizedLinear.from_linear(linear, "int8") if packed else linear
+    a, b = (LoRALinear.from_linear(base, r=2, init=False) for _ in range(2))
+    codes = a.weight.detach().clone()
+    a.merge()
+    b.merge()
+    both = a.weight.detach().clone()
+    with pytest.raises(RuntimeError, match="it has been written to since.*last merged is the first to unmerge"):
+        a.unmerge()
+    assert a.merged and torch.equal(a.weight, both)
+    b.unmerge()
+    b.merge()
+    b.unmerge()
+    assert a.unmerge().exact and torch.equal(a.weight, codes)
+
+
+def test_what_others_wrote_into_a_merged_weight_is_not_undone():
+    for method in ("lora", "ia3"):
+        layer = build(method, {}, dtype=torch.float32)
+        twin = copy.deepcopy(layer)
+        kept = layer.weight.clone()
+        layer.merge()
+        again = pickle.loads(pickle.dumps(layer))
+        clone = copy.deepcopy(layer)
+        with torch.no_grad():
+            layer.weight.mul_(2)
+        written = layer.weight.clone()
+        with pytest.raises(RuntimeError, match="unmerge expected the weight that merge left"):
+            layer.unmerge()
+        assert layer.merged and torch.equal(layer.weight, written)
+        for other in (again, clone):  # their weights are as merge left them
+            other.unmerge()
+            assert torch.equal(other.weight, kept)
+        layer.load_state_dict(twin.state_dict())
+        assert not layer.merged and layer.merge().exact
+        layer.to(torch.float64).to(torch.float32)  # the same numbers
+        layer.unmerge()
+        assert torch.equal(layer.weight, kept)
+    added = build("lora", {}, dtype=torch.float32)
+    added.merge(backup=False)
+    kept = added.weight.clone()
+    with torch.no_grad():
+        added.weight.add_(1)
+    added.unmerge()  # takes out what it added
+    assert float((added.weight - kept).mean()) == pytest.approx(1, abs=0.5)
+
+
+@pytest.mark.parametrize("reset", ["reset_adapter", "reset_parameters"])
+def test_a_merged_adapter_is_not_drawn_anew(reset):
+    layer = build("lora", {})
+    layer.merge()
+    kept = {name: p.clone() for name, p in layer.named_parameters()}
+    with pytest.raises(RuntimeError, match=f"LoRALinear.{reset}: expected an unmerged layer"):
+        getattr(layer, reset)()
+    assert all(torch.equal(p, kept[name]) for name, p in layer.named_parameters())
+    layer.unmerge()
+    getattr(layer, reset)()

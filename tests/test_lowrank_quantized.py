@@ -147,3 +147,12 @@ def test_a_state_of_another_format_is_refused_before_a_byte_is_copied() -> None:
         LoRALinear.from_linear(nn.Linear(64, 64), r=R).load_state_dict(state, strict=False)
     layer.load_state_dict(layer.state_dict())
     layer.load_state_dict(layer.state_dict() | {"_extra_state": layer.state_dict()["_extra_state"][:2]})  # as earlier releases saved it
+
+
+def test_a_state_whose_bytes_are_another_shape_is_refused() -> None:
+    """Rows of 63 and of 64 int4 codes are as many bytes, and IA3's vector of the outputs says nothing of the inputs."""
+    layers = [LoRALinear.from_linear(fa.QuantizedLinear.from_linear(nn.Linear(k, 32, bias=False), "int4"), method="ia3") for k in (63, 64)]
+    before = layers[0].dequantize()
+    with pytest.raises(RuntimeError, match=r"expected int4\S*;32x63; got int4\S*;32x64"):
+        layers[0].load_state_dict(layers[1].state_dict())
+    assert torch.equal(layers[0].dequantize(), before)

@@ -297,3 +297,29 @@ def test_transformers_models_train_alike(name: str, dora: bool) -> None:
         model.enable_input_require_grads()
         checkpointed = step()
         assert all(torch.allclose(checkpointed[key], ours[key], atol=1e-6) for key in ours if key in checkpointed)
+
+
+@pytest.mark.parametrize("name", ["lora", "adalora"])
+@pytest.mark.parametrize("kind", ["trained", "one per output"])
+def test_a_scaling_that_is_no_number_keeps_pefts_forward(name: str, kind: str) -> None:
+    config = {"lora": peft.LoraConfig(r=4, target_modules=["0"]), "adalora": peft.AdaLoraConfig(init_r=4, target_modules=["0"], total_step=10)}[name]
+    model, x = peft.get_peft_model(nn.Sequential(nn.Linear(16, 12)), config), torch.randn(3, 16)
+    layer = model.base_model.model[0]
+    for p in model.parameters():
+        p.data += 0.1
+    assert fa.patch(model).fused
+    scale = nn.Parameter(torch.tensor(2.0)) if kind == "trained" else torch.linspace(1, 2, 12)
+    layer.scaling["default"] = scale
+    fused = model(x)
+    (entry,) = fa.patch(model).layers
+    assert entry.path == "peft" and "the scaling of adapter 'default' is a tensor that" in entry.reason
+    with pytest.raises(RuntimeError, match="no fallback .strict.; the scaling of adapter"), fa.strict():
+        model(x)
+    with pytest.raises(ValueError, match="expected a number in a compiled model; got none: the scaling of adapter"):
+        torch.compile(model, backend="eager")(x)
+    torch._dynamo.reset()
+    fa.unpatch(model)
+    torch.testing.assert_close(fused, model(x))
+    if kind == "trained":
+        (got,) = torch.autograd.grad(fused.sum(), [scale])
+        torch.testing.assert_close(got, torch.autograd.grad(model(x).sum(), [scale])[0])

@@ -34,6 +34,10 @@ _lib.define("peft_numbers(Tensor key, str[] names) -> Tensor")
 
 def _numbers(key: Tensor, names: Sequence[str]) -> Tensor:
     forward = _live[int(key)]
+    if reason := next(filter(None, (layers.scaling_reason(forward.layer, name) for name in names)), ""):
+        raise ValueError(
+            f"fusedadapt.patch: {forward.name}: expected a number in a compiled model; got none: {reason}; run it uncompiled, or set one"
+        )
     found = torch.tensor([layers.numbers_of(forward.layer, forward.kind, name) for name in names], dtype=torch.float64, device="cpu")
     if (found[:, 1] >= 1).any():
         raise ValueError(f"fusedadapt.patch: {forward.name}: expected dropout p below 1 in a compiled model; got 1; disable the adapter instead")

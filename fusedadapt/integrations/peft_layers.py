@@ -161,6 +161,14 @@ def numbers_of(layer: Any, kind: Kind, name: str) -> tuple[float, float]:
     return float(scaling), float(getattr(layer, kind.dropouts)[name].p) if drops(layer, kind, name) else 0.0
 
 
+def scaling_reason(layer: Any, name: str) -> str:
+    """A number is what the fused layer takes. A compiled graph must not look at it, and asks when it runs."""
+    scaling = None if torch.compiler.is_compiling() else getattr(layer, "scaling", {}).get(name)
+    if isinstance(scaling, Tensor) and (scaling.requires_grad or scaling.numel() != 1):
+        return f"the scaling of adapter {name!r} is a tensor that " + ("needs a gradient" if scaling.requires_grad else "is no single number")
+    return ""
+
+
 def drops(layer: Any, kind: Kind, name: str) -> bool:
     """Whether a mask is drawn. PEFT's DoRA asks its layer's mode, too: dropouts that train in an eval model (Monte Carlo) do nothing."""
     dropout = getattr(layer, kind.dropouts)[name] if kind.dropouts else None
@@ -190,7 +198,7 @@ def _lora_why_not(layer: Any, names: Sequence[str]) -> str:
             return f"adapter {name!r} is made of {type(a).__name__} and {type(b).__name__}, not two plain linear layers"
         like = packed.anchor(layer.base_layer)
         reason = _hooked("lora_A", a) or _hooked("lora_B", b) or _dropout_reason(layer.lora_dropout[name])
-        reason = reason or _factor_reason(a.weight, like) or _factor_reason(b.weight, like)
+        reason = reason or _factor_reason(a.weight, like) or _factor_reason(b.weight, like) or scaling_reason(layer, name)
         if not reason and not layer.cast_input_dtype_enabled and a.weight.dtype != like.dtype and not packed.is_packed(layer.base_layer):
             reason = f"casting of the input is disabled, and the adapter is {a.weight.dtype}"
         if reason:
@@ -245,6 +253,7 @@ def _adalora_why_not(layer: Any, names: Sequence[str]) -> str:
             return f"adapter {name!r} has rank 0"
         parts = (a, layer.lora_B[name], layer.lora_E[name], layer.ranknum[name])
         reasons = [_dropout_reason(layer.lora_dropout[name]), *(_factor_reason(part, like) for part in parts)]
+        reasons.append(scaling_reason(layer, name))
         if reason := next(filter(None, reasons), ""):
             return reason
         if not layer.cast_input_dtype_enabled and a.dtype != like.dtype and not packed.is_packed(layer.base_layer):

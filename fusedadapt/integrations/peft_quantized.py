@@ -1,4 +1,7 @@
-"""PEFT on `QuantizedLinear`: LoRA is accepted, saved and merged like on any other layer, and other methods merge as well. `register` tells PEFT."""
+"""PEFT on `QuantizedLinear`: the methods that `peft_methods` lists are accepted, saved and merged like on any other layer, others are refused.
+
+`register` tells PEFT.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import torch
 
 from ..quant.layer import QuantizedLinear
 from ..quant.tensor import QuantizedTensor, quantize
+from .peft_methods import refuse_unfit
 
 
 def register() -> None:
@@ -22,7 +26,7 @@ def register() -> None:
     if getattr(model.dispatch_default, "__fusedadapt__", False):
         return
     model.dispatch_default = _dispatching(model.dispatch_default)
-    utils.BaseTuner.inject_adapter = _injecting(utils.BaseTuner.inject_adapter, utils.BaseTunerLayer)
+    utils.BaseTuner.inject_adapter = _injecting(utils.BaseTuner.inject_adapter, utils)
 
 
 def _dispatching(original: Any) -> Any:
@@ -39,14 +43,16 @@ def _dispatching(original: Any) -> Any:
     return dispatch
 
 
-def _injecting(original: Any, layers: type) -> Any:
-    """Layers of PEFT's other methods add to or multiply `weight` when they merge, whatever its bytes stand for: they learn to merge."""
+def _injecting(original: Any, utils: Any) -> Any:
+    """What does not fit is refused. Layers of other methods than LoRA add to or multiply `weight` when they merge, whatever its bytes stand for: they
+    learn to merge."""
 
     @functools.wraps(original)
     def inject(self: Any, model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        refuse_unfit(original, utils, self, model, *args, **kwargs)
         result = original(self, model, *args, **kwargs)
         packed = (module for module in model.modules() if type(getattr(module, "base_layer", None)) is QuantizedLinear)
-        kinds: set[Any] = {type(module) for module in packed if isinstance(module, layers)}
+        kinds: set[Any] = {type(module) for module in packed if isinstance(module, utils.BaseTunerLayer)}
         for kind in kinds:
             if not hasattr(kind.merge, "__fusedadapt__"):
                 kind.merge, kind.unmerge = _merging(kind.merge), _unmerging(kind.unmerge)

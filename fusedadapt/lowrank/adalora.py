@@ -50,7 +50,7 @@ class RankAllocator:
     A pruned rank has its lora_E set to 0 and may grow again between prunings: it is not a structural mask.
 
     Raises:
-        ValueError: no AdaLoRA layers, betas outside (0, 1), a schedule that does not fit in total_step, or a target above what there is.
+        ValueError: no AdaLoRA layers, betas outside (0, 1), a schedule that does not fit in total_step, a target below 0 or above what there is.
     """
 
     def __init__(
@@ -66,6 +66,8 @@ class RankAllocator:
         beta2: float = 0.85,
     ) -> None:
         self.layers = adalora_layers(model)
+        if isinstance(target_r, bool) or not isinstance(target_r, int) or target_r < 0:
+            raise ValueError(f"RankAllocator: expected target_r: an integer of at least 0; got {target_r!r}; choose the mean rank to end with")
         self.total_step, self.tinit, self.tfinal, self.delta_t = total_step, tinit, tfinal, delta_t
         self.beta1, self.beta2 = beta1, beta2
         self.initial_budget = sum(layer.r for layer in self.layers.values())
@@ -74,7 +76,7 @@ class RankAllocator:
             raise ValueError(f"RankAllocator: expected betas inside (0, 1); got {beta1} and {beta2}; 0.85 is usual")
         if not 0 <= tinit or not 0 <= tfinal or tinit + tfinal >= total_step or delta_t < 1:
             raise ValueError(f"RankAllocator: expected tinit + tfinal < total_step; got {tinit} + {tfinal}, {total_step}; shorten the phases")
-        if not 0 <= self.target_budget <= self.initial_budget:
+        if self.target_budget > self.initial_budget:
             raise ValueError(f"RankAllocator: expected target_r x layers <= {self.initial_budget}; got {self.target_budget}; lower target_r")
         self._sensitivity: dict[str, Tensor] = {}
         self._uncertainty: dict[str, Tensor] = {}
@@ -130,9 +132,9 @@ class RankAllocator:
         if drop == 0:
             return {name: torch.ones(layer.r, dtype=torch.bool, device="cpu") for name, layer in self.layers.items()}
         scores = self.scores()
-        # everything at or below the threshold goes: ties with it can push the total below the budget
+        # everything at or below the threshold goes: ties with it can push the total below the budget. A score that is no number stays, as in PEFT.
         threshold = torch.cat([score.cpu() for score in scores.values()]).kthvalue(drop).values
-        keep = {name: score.cpu() > threshold for name, score in scores.items()}
+        keep = {name: ~(score.cpu() <= threshold) for name, score in scores.items()}
         self.apply(keep)
         return keep
 

@@ -21,7 +21,7 @@ from ..ops.onlookers import tracing
 from ..quant.tensor import QuantizedTensor
 from ..reference.lowrank import wide
 from .function import _no_autocast, _unrounded, as_tensor, resolved
-from .functional import Output, Segment, _cast, _check_dtypes, _check_outputs, _scalars, _seed, lora_linear
+from .functional import Output, Segment, _cast, _check_dtypes, _check_outputs, _check_seed, _is_trained, _scalars, _seed, lora_linear
 
 ops = torch.ops.fusedadapt
 
@@ -116,7 +116,8 @@ class DoraDropout(torch.autograd.Function):
             total = torch.addcmul(y.to(kind), z.to(kind), (row_scale - 1).to(kind))
             ops.lr_add_(total, u * s, _scaled(B, row_scale).t(), None, None, [A.shape[0]])
             need = ctx.needs_input_grad
-            ctx.save_for_backward(x if need[2] or need[7] else None, A, B, row_scale, seed, scalars, u, z if need[4] else None, *base.parts)
+            parts = base.parts if need[0] or need[7] else [None] * len(base.parts)
+            ctx.save_for_backward(x if need[2] or need[7] else None, A, B, row_scale, seed, scalars, u, z if need[4] else None, *parts)
             ctx.bias_dtype, ctx.shape = None if bias is None else bias.dtype, (base.spec, base.n, base.k)
             return total if kind == y.dtype else total.to(y.dtype)
 
@@ -179,18 +180,19 @@ def dora_linear_peft(
 
     Args:
         x: [..., K]; weight: [N, K]; A: [R, K]; B: [N, R]; magnitude, bias: [N]. Dtypes as in `lora_linear`.
-        scaling, dropout_p: a number or a 0-d CPU tensor; p in [0, 1), rounded to a multiple of 1/65536.
+        scaling: a number, or a 0-d tensor, which may be trained. dropout_p: in [0, 1), rounded to a multiple of 1/65536.
         seed: as in `lora_linear`.
 
     Returns:
-        [..., N] in x's dtype. Gradients for x, weight, bias, A, B and magnitude, those that somebody needs.
+        [..., N] in x's dtype. Gradients for x, weight, bias, A, B, magnitude and scaling, those that somebody needs; none through the norm.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit, p outside [0, 1). RuntimeError: dropout inside torch.jit.trace.
+        ValueError: shapes, dtypes or devices that do not fit, p outside [0, 1), a seed that is none. RuntimeError: dropout inside torch.jit.trace.
     """
     refuse_transforms("fusedadapt.lora_linear")
     output = Output(weight, bias, (Segment(A, B, scaling, dropout_p),))
     _check_outputs(x, (output,), None)
+    _check_seed(seed, x)
     scale = dora_scale(weight, A, B, scaling, magnitude)
     p = dropout_p if training else 0.0
     if not isinstance(p, Tensor) and p == 0:
@@ -204,6 +206,8 @@ def dora_linear_peft(
         x, output = x.to(dtype), _cast(output, dtype)
     _check_dtypes(x, (output,))
     x2 = x.reshape(-1, x.shape[-1])
+    if isinstance(scaling, Tensor) and _is_trained(scaling):  # `_scalars` puts a 1 in its place
+        B = B.to(wide(B.dtype)) * scaling.to(B.device, wide(B.dtype)).reshape(())
     scalars, _ = _scalars(output.segments, training)
     y: Tensor = _apply(x2, output.bias, A, B, scale, _seed(seed, x2), as_tensor(scalars), *output.base)
     return y.reshape(*x.shape[:-1], weight.shape[0])

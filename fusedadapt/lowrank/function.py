@@ -27,6 +27,7 @@ from .mid import Mid
 OUTPUT = ("weight", "bias", "row_scale", "scale", "zero", "super", "offset")
 SEGMENT = ("A", "B", "rank_gate", "token_gate", "core")
 _BIAS, _ROW_SCALE = OUTPUT.index("bias"), OUTPUT.index("row_scale")
+_BASE = [OUTPUT.index(name) for name in ("weight", "scale", "zero", "super", "offset")]
 _A, _B, *_BETWEEN = range(len(SEGMENT))
 #: (activation of each segment, scale_bias, format of a packed weight or "", its N, its K) of each output: hashable, so that a compiled graph can be
 #: guarded by it
@@ -63,8 +64,8 @@ class _Output:
         self.activations, self.scale_bias, spec, n, k = plan
         self.start, self.first, self.segments = start, first, start + len(OUTPUT)
         self.end = self.segments + len(SEGMENT) * len(self.activations)
+        weight: Any  # None in a backward pass that does not read it
         weight, self.bias, self.row_scale, scale, zero, above, offset = tensors[start : self.segments]
-        assert weight is not None
         self.base = Base(weight, scale, zero, above, offset, spec, n, k)
         self.A, self.B, self.mids = [], [], []
         for j, activation in enumerate(self.activations):
@@ -157,7 +158,7 @@ class LowRankLinear(torch.autograd.Function):
             ctx.plan, ctx.device_type, ctx.ops = plan, device_type, ops if direct else None
             ctx.numbers, given = (None, scalars) if isinstance(scalars, Tensor) else (scalars, None)
             needs_x = _needs_x(ctx.needs_input_grad[_FIRST:], outputs) or ctx.needs_input_grad[2]
-            ctx.save_for_backward(x if needs_x else None, col_scale, seed, given, u, *kept, *tensors)
+            ctx.save_for_backward(x if needs_x else None, col_scale, seed, given, u, *kept, *_needed(tensors, outputs, ctx.needs_input_grad))
             ctx.set_materialize_grads(False)
             return tuple(results)
 
@@ -263,6 +264,20 @@ def _values(u: Tensor, output: _Output, column: int) -> Tensor:
 def _needs_x(wanted: Sequence[bool], outputs: list[_Output]) -> bool:
     """A's gradient and a trained weight's are the only ones that read x again."""
     return True in wanted and any([wanted[o.start] or o.any_of(wanted, _A) for o in outputs])
+
+
+def _needed(tensors: Sequence[Tensor | None], outputs: list[_Output], wanted: Sequence[bool]) -> Sequence[Tensor | None]:
+    """What backward reads: W only for dx, or for the dtype of its own gradient; no bias made in inference mode, which cannot be saved."""
+    if True not in wanted:
+        return tensors
+    needed = list(tensors)
+    for output in outputs:
+        if not (wanted[1] or wanted[2] or wanted[_FIRST + output.start]):
+            for name in _BASE:
+                needed[output.start + name] = None
+        if output.bias is not None and not torch.compiler.is_compiling() and output.bias.is_inference():
+            needed[output.start + _BIAS] = None
+    return needed
 
 
 def _through_output(

@@ -23,6 +23,21 @@ from .methods import METHODS, Method, VeraProjection
 Init = bool | str | Tensor | Factors
 
 
+def _aside(module: nn.Module, args: Any) -> None:
+    """A hook is what makes nn.TransformerEncoderLayer call its layers in eval mode; otherwise it hands their weights to a kernel of torch's."""
+
+
+class FastPathAside(nn.Module):
+    """Never called; its hook counts as one of the encoder layer that it is somewhere in. (A hook of the adapter's own would cost it time.)"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_forward_pre_hook(_aside)
+
+    def reset_parameters(self) -> None:
+        """Nothing to draw; whoever makes a model on the meta device asks all modules."""
+
+
 class LoRALinear(PackedWeight):
     """A frozen linear layer with a trained adapter, fused forward and backward: LoRA (arXiv 2106.09685) and its relatives.
 
@@ -99,8 +114,12 @@ class LoRALinear(PackedWeight):
 
         A `QuantizedLinear` stays packed (QLoRA); `merge` then quantizes the sum anew, and `unmerge` brings the former bytes back.
 
-        Arguments and errors as the class; TypeError if ``linear`` is neither that nor a plain nn.Linear; ValueError if it codes or reorders x.
+        Arguments and errors as the class; TypeError if ``linear`` is neither that nor a plain nn.Linear, or the out_proj of nn.MultiheadAttention;
+        ValueError if it codes or reorders x.
         """
+        if type(linear).__name__ == "NonDynamicallyQuantizableLinear":
+            got = "out_proj of nn.MultiheadAttention, which reads its weight"
+            raise TypeError(f"LoRALinear.from_linear: expected a layer that is called; got {got}; leave it out, or use an attention of plain layers")
         if not isinstance(linear, QuantizedLinear):
             check_plain("LoRALinear.from_linear", linear)
         if getattr(linear, "weight_order", None) is not None:
@@ -137,6 +156,7 @@ class LoRALinear(PackedWeight):
         self._dropout = torch.tensor(self._dropout_value, dtype=torch.float64, device="cpu")
         self.merged = False
         self._before: merge.Before | None = None
+        self.aside = FastPathAside()
         if record.prepare is not None:
             record.prepare(self)
         sizes = {"r": r, "K": self.in_features, "N": self.out_features, "1": 1}
@@ -150,7 +170,8 @@ class LoRALinear(PackedWeight):
 
     @torch.no_grad()
     def reset_adapter(self, init: Init = True) -> None:
-        """Fills the trained parameters anew. ``init``: as the class."""
+        """Fills the trained parameters anew. ``init``: as the class. RuntimeError on a merged layer, with nothing changed."""
+        self._check_unmerged("reset_adapter")
         record = METHODS[self.method]
         if init is not True and not record.inits:
             raise ValueError(f"LoRALinear[{self.method}]: expected init=True, its own; got {init!r}; other initialisations are for lora_A and lora_B")
@@ -163,10 +184,17 @@ class LoRALinear(PackedWeight):
             record.finish(self)
 
     def reset_parameters(self) -> None:
-        """Draws weight and bias as nn.Linear does, and the adapter."""
+        """Draws weight and bias as nn.Linear does, and the adapter. RuntimeError as `reset_adapter`."""
+        adapted = "method" in self.__dict__  # not while nn.Linear is made
+        if adapted:
+            self._check_unmerged("reset_parameters")
         super().reset_parameters()
-        if "method" in self.__dict__:
+        if adapted:
             self.reset_adapter()
+
+    def _check_unmerged(self, what: str) -> None:
+        if self.merged:
+            raise RuntimeError(f"LoRALinear.{what}: expected an unmerged layer; the adapter is merged into its weight; unmerge it first")
 
     @property
     def base_weight(self) -> Tensor | QuantizedTensor:
@@ -233,7 +261,8 @@ class LoRALinear(PackedWeight):
         sees it changed. ``name``: the layer's, for messages.
 
         Raises:
-            RuntimeError: already merged. ValueError: a weight that cannot hold the result, factors that are not finite; nothing is changed.
+            RuntimeError: already merged. ValueError: a weight that cannot hold the result or is computed from other parameters, factors that are not
+                finite; nothing is changed.
         """
         return merge.merge_layer(self, backup, name)
 
@@ -241,7 +270,8 @@ class LoRALinear(PackedWeight):
         """Takes the adapter out of the weight again: bit for bit if `merge` kept a backup.
 
         Raises:
-            RuntimeError: not merged, or merged before it was loaded from a state dict, which has no backup.
+            RuntimeError: not merged; merged before it was loaded from a state dict, which has no backup; the weight has been written to since (of
+                adapters that share a weight the last merged is the first to unmerge). Nothing is changed.
         """
         return merge.unmerge_layer(self, name)
 
@@ -252,9 +282,12 @@ class LoRALinear(PackedWeight):
     # --- state -------------------------------------------------------------------------------------------------------------------------
 
     def get_extra_state(self) -> Tensor:
-        """(scaling, merged), and the bytes of a packed weight's format, for the state dict."""
-        spec = b"" if self.format is None else self.format.spec.encode()
-        return torch.tensor([self.scaling, float(self.merged), *spec], dtype=torch.float64, device="cpu")
+        """(scaling, merged), and the bytes of a packed weight's format and shape, for the state dict."""
+        return torch.tensor([self.scaling, float(self.merged), *self._packed_as.encode()], dtype=torch.float64, device="cpu")
+
+    @property
+    def _packed_as(self) -> str:
+        return "" if self.format is None else f"{self.format.spec};{self.out_features}x{self.in_features}"
 
     def set_extra_state(self, state: Tensor) -> None:
         """Takes over the scaling; `merged` goes with the weight."""
@@ -262,9 +295,15 @@ class LoRALinear(PackedWeight):
 
     def _misfits(self, state_dict: Mapping[str, Any], prefix: str) -> list[str]:
         faults, extra = super()._misfits(state_dict, prefix), state_dict.get(f"{prefix}_extra_state")
-        own = "" if self.format is None else self.format.spec
-        saved = bytes(int(n) & 0xFF for n in extra[2:]).decode(errors="replace") if isinstance(extra, Tensor) else ""
-        if saved and saved != own:
+        if extra is None:
+            return faults
+        own, earlier = self._packed_as, self._packed_as.partition(";")[0]  # earlier releases saved the format alone
+        # torch asks set_extra_state when the parameters have been overwritten
+        sound = isinstance(extra, Tensor) and extra.dim() == 1 and len(extra) >= 2 and extra.is_floating_point() and bool(extra.isfinite().all())
+        if not sound or extra[1] not in (0, 1):
+            got = f"{extra.dtype} {extra.view(-1)[:2].tolist()} of shape {tuple(extra.shape)}" if isinstance(extra, Tensor) else type(extra).__name__
+            faults.append(f"{prefix}_extra_state: expected a finite scaling, and 0 or 1 for merged; got {got}; the state is damaged: save it again")
+        elif (saved := bytes(int(n) & 0xFF for n in extra[2:]).decode(errors="replace")) and saved not in (own, earlier):
             faults.append(f"{prefix}weight: expected {own or 'dense weights'}; got {saved}; build the layer on a base of that format")
         return faults
 
@@ -314,7 +353,7 @@ class LoRALinear(PackedWeight):
 
 
 def _checked(method: str, r: int, dropout: float, options: dict[str, Any]) -> Method:
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"LoRALinear: expected a method of {', '.join(METHODS)}; got {method!r}; name one of them")
     record = METHODS[method]
     if record.ranked and (isinstance(r, bool) or not isinstance(r, int) or r < 1):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from ..ops.lowrank import DTYPES
 from ..quant.tensor import QuantizedTensor, quantize
@@ -38,17 +40,37 @@ class Change(NamedTuple):
 
 @dataclass
 class Before:
-    """What unmerge needs: the weight as it was, or the change to take back; the bias as it was."""
+    """What unmerge needs: the weight as it was, or the change to take back; the bias as it was.
+
+    ``found``, ``left``: the weight's `_version` before and after the merge; ``of``: the weight that they are versions of.
+    """
 
     weight: Tensor | QuantizedTensor | None
     change: Change
     bias: Tensor | None
+    found: int = 0
+    left: int = 0
+    of: weakref.ref[Tensor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Versions start anew in a copy."""
+        return vars(self) | {"of": None}
+
+
+#: weight -> (its version after an exact unmerge, the earlier version that it equals): what lies below in a stack of merges is as it was
+_restored: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def _version(weight: Tensor) -> int:
+    now, earlier = _restored.get(weight, (-1, -1))
+    return int(earlier) if now == weight._version else weight._version
 
 
 def merge_adapters(model: nn.Module, *, backup: bool = True) -> dict[str, MergeReport]:
     """Merges every unmerged `LoRALinear` of a model; see `LoRALinear.merge`. Returns layer name -> report.
 
-    Raises ValueError, naming the layer and with nothing changed, if any of them cannot hold the result, or two share one weight.
+    Raises ValueError, naming the layer and with nothing changed, if any of them cannot hold the result, or two share one weight. An error of torch's
+    in the middle, too, leaves no layer merged (without backups the weights come back up to rounding).
     """
     layers = {name: layer for name, layer in _layers(model).items() if not layer.merged}
     owners: dict[int, str] = {}
@@ -61,10 +83,10 @@ def merge_adapters(model: nn.Module, *, backup: bool = True) -> dict[str, MergeR
     try:
         for name, layer in layers.items():
             reports[name] = layer.merge(backup=keep, name=name)
-    except ValueError:
-        for name in reports:
-            layers[name].unmerge(name=name)
-        raise
+    finally:
+        if len(reports) < len(layers):
+            for name in reports:
+                layers[name].unmerge(name=name)
     for name, layer in layers.items():
         if not backup and layer._before is not None:
             layer._before.weight, reports[name] = None, reports[name]._replace(exact=False)
@@ -96,13 +118,23 @@ def merge_layer(layer: LoRALinear, backup: bool, name: str) -> MergeReport:
     risky = _may_overflow(layer, change)
     kept = _copy(layer) if backup or risky else None  # only the result shows an overflow: the copy makes it undoable
     old_bias = None if layer.bias is None else layer.bias.detach().clone()
-    retained = _apply(layer.weight, change) if layer.format is None else _requantize(layer, change)
-    if risky and isinstance(kept, Tensor) and _overflowed(layer.weight, kept):
-        layer.weight.copy_(kept)
-        raise _overflow(label, layer.weight.dtype)
+    counted, done = not layer.weight.is_inference(), False
+    found = _version(layer.weight) if counted else 0
     if layer.bias is not None and change.bias is not None:
         layer.bias.copy_(change.bias)
-    layer.merged, layer._before = True, Before(kept if backup else None, change, old_bias)
+    try:
+        retained = _apply(layer.weight, change) if layer.format is None else _requantize(layer, change)
+        if risky and isinstance(kept, Tensor) and _overflowed(layer.weight, kept):
+            layer.weight.copy_(kept)
+            raise _overflow(label, layer.weight.dtype)
+        done = True
+    finally:
+        if not done and layer.bias is not None and old_bias is not None:
+            layer.bias.copy_(old_bias)
+    before = Before(kept if backup else None, change, old_bias)
+    if counted:
+        before.found, before.left, before.of = found, layer.weight._version, weakref.ref(layer.weight)
+    layer.merged, layer._before = True, before
     return MergeReport(label, retained, backup)
 
 
@@ -114,6 +146,8 @@ def unmerge_layer(layer: LoRALinear, name: str) -> MergeReport:
         raise RuntimeError(f"{label}: unmerge expected a merged layer; it is not merged; nothing to do")
     if before is None:
         raise RuntimeError(f"{label}: unmerge expected the weight of before the merge; a state dict holds the merged one only; load an unmerged one")
+    _check_own(layer, f"{label}: unmerge")
+    _check_left(layer, before, label)
     retained = 1.0
     if isinstance(before.weight, Tensor):
         layer.weight.copy_(before.weight)
@@ -123,6 +157,8 @@ def unmerge_layer(layer: LoRALinear, name: str) -> MergeReport:
         retained = _apply(layer.weight, _inverse(before.change))
     if layer.bias is not None and before.bias is not None:
         layer.bias.copy_(before.bias)
+    if before.weight is not None and before.of is not None and before.of() is layer.weight:
+        _restored[layer.weight] = layer.weight._version, before.found
     layer.merged, layer._before = False, None
     return MergeReport(label, retained, before.weight is not None)
 
@@ -142,6 +178,28 @@ def merged_linear(layer: LoRALinear) -> nn.Linear:
     plain.weight = nn.Parameter(weight, requires_grad=False)
     plain.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)  # type: ignore[assignment]
     return plain.train(layer.training)
+
+
+def _check_own(layer: LoRALinear, what: str) -> None:
+    """What is computed from other parameters (weight_norm, prune, parametrizations) is a temporary: writing to it changes nothing."""
+    for name in ("weight", "bias"):
+        if name not in layer._parameters:
+            fix = "make it one first (remove_parametrizations, prune.remove), or use to_linear()"
+            raise ValueError(f"{what} expected a {name} that is the layer's own parameter; got one computed from others; {fix}")
+        p = layer._parameters[name]
+        if p is not None and p.is_inference() and not torch.is_inference_mode_enabled():
+            fix = "merge under torch.inference_mode() too, or use to_linear()"
+            raise ValueError(f"{what} expected a {name} that may be written to; got one made in inference mode; {fix}")
+
+
+def _check_left(layer: LoRALinear, before: Before, label: str) -> None:
+    """Refuses to bring back a weight that lacks what others did to it since. A change that was only added may be taken out of any weight."""
+    if before.of is None or before.of() is not layer.weight:
+        return
+    added = before.weight is None and before.change.row_scale is None and before.change.col_scale is None
+    if not added and _version(layer.weight) != before.left:
+        fix = "undo that first (of adapters that share a weight the last merged is the first to unmerge), or keep the merged weight"
+        raise RuntimeError(f"{label}: unmerge expected the weight that merge left; it has been written to since; {fix}; nothing was changed")
 
 
 def _copy(layer: LoRALinear) -> Tensor | QuantizedTensor:
@@ -198,8 +256,10 @@ def _overflow(label: str, dtype: torch.dtype) -> ValueError:
 
 @torch.no_grad()
 def _change(layer: LoRALinear, backup: bool, name: str, *, bias: bool = True) -> Change:
-    """The change that merging means, checked. ``bias``: the layer itself must be able to hold a bias."""
+    """The change that merging means, checked. ``bias``: the layer itself must be able to take it, a bias too."""
     _check(layer, name)
+    if bias:
+        _check_own(layer, f"{_label(layer, name)}: merge")
     dtype = wide(layer.weight.dtype if layer.format is None else torch.float32)
     args = METHODS[layer.method].arguments(layer, dtype)
     if args.A is not None and args.B is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -150,7 +151,13 @@ def _vera(layer: LoRALinear, dtype: torch.dtype) -> Arguments:
 
 
 def _vera_projection(layer: LoRALinear) -> None:
-    shared, key = layer.options.pop("projection"), layer.options["projection_key"]
+    shared, key, start = layer.options.pop("projection"), layer.options["projection_key"], layer.options["d_initial"]
+    if shared is not None and not isinstance(shared, VeraProjection):
+        raise TypeError(f"LoRALinear[vera]: expected projection: a VeraProjection; got {type(shared).__name__}; make one, or leave it out")
+    if isinstance(key, bool) or not isinstance(key, int):
+        raise ValueError(f"LoRALinear[vera]: expected projection_key: an integer; got {key!r}; choose any")
+    if not isinstance(start, Real) or not math.isfinite(start):
+        raise ValueError(f"LoRALinear[vera]: expected d_initial: a finite number; got {start!r}; 0.1 is usual")
     if shared is None:
         shared = VeraProjection(layer.r, layer.in_features, layer.out_features, key=key, dtype=layer.adapter_dtype).to(layer.weight.device)
     if shared.A.shape[0] < layer.r or shared.A.shape[1] < layer.in_features or shared.B.shape[0] < layer.out_features:

@@ -153,7 +153,8 @@ class PlainLinear(torch.autograd.Function):
         # What `LowRankLinear` saves, in its order: activation checkpointing compares the two where somebody looks on one time only. (A bias made in
         # inference mode cannot be saved, and is of no use here.)
         kept = None if bias is None or bias.is_inference() else bias
-        ctx.save_for_backward(_rows(x) if ctx.needs_input_grad[1] else None, seed, u, weight, kept, a, b)
+        want_x, want_a, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(_rows(x) if want_a else None, seed, u, weight if want_x else None, kept, a, b)
         ctx.set_materialize_grads(False)
         return y
 
