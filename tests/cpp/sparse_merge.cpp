@@ -55,14 +55,14 @@ void test_cuts(int64_t n, uint32_t kinds) {
   }
 }
 
-void test_merge(int64_t n, int combine) {
+void test_merge(int64_t n, int combine, bool by_count) {
   const std::vector<float> base = numbers(n, 1000), first = numbers(n, 1000);
   std::vector<uint16_t> second(static_cast<size_t>(n)), out(static_cast<size_t>(n));
   for (uint16_t& h : second) h = fa::float_to_bf16(float(next() % 100) / 8.f);
   std::vector<uint32_t> words(size_t(n + 31) / 32, 0x5a5a5a5au);
   const MergePart parts[] = {{first.data(), words.data(), 0, 0.5f, 2.f, fa::kF32, -1, -1, 0},
                              {second.data(), nullptr, n / 2, 1.f, 1.f, fa::kBF16, key(0.25f), 40000, 1}};
-  const MergeJob job{out.data(), base.data(), n, parts, 2, fa::kBF16, fa::kF32, combine, true, true, 0.5f, 1.5f, 7, 9};
+  const MergeJob job{out.data(), base.data(), n, parts, 2, fa::kBF16, fa::kF32, combine, true, true, by_count, 0.5f, 1.5f, 7, 9};
   merge(job, 2);
   merge_votes(job, 2);
   MergeJob one = job;
@@ -82,7 +82,8 @@ int main() {
     for (int64_t n : {2, 31, 33, 513, 4097, 40001, 70001, 140003})
       for (uint32_t kinds : {1u, 3u, 1000u, 1u << 20}) test_cuts(n, kinds);
     for (int64_t n : {1, 7, 31, 33, 511, 513, 65537})
-      for (int combine : {int(kSum), int(kPaper), int(kPeft), int(kMergekit)}) test_merge(n, combine);
+      for (int combine : {int(kSum), int(kPaper), int(kPeft), int(kMergekit)})
+        for (bool by_count : {false, true}) test_merge(n, combine, by_count);
   }
   std::printf("%d failures\n", failures);
   return failures != 0;
