@@ -29,6 +29,7 @@ import torch
 from .files import CODES, DTYPES, tensor_bytes, write_safetensors
 from .optim import FusedOptimizer
 from .optim.saved import read
+from .quant.layer import PackedWeight
 
 __all__ = ["CheckpointError", "load", "load_tree", "save", "save_tree"]
 
@@ -72,10 +73,15 @@ def load(path: str | os.PathLike[str], model: Any = None, optimizer: Any = None,
         _check_model(path, key, m, tree["model"].get(key))
     for key, o in optimizers.items():
         _check_optimizer(path, key, o, tree["optimizer"].get(key))
-    for key, m in models.items():  # before the optimizers, whose states may be filled up with values of the parameters
+    # Models before the optimizers, whose states may be filled up with values of the parameters; but for those whose hooks may change the state, so
+    # that only loading tells whether it fits.
+    hooked = [key for key, o in optimizers.items() if o._optimizer_load_state_dict_pre_hooks]
+    for key in hooked:
+        _load_optimizer(optimizers[key], tree["optimizer"][key]["state_dict"])
+    for key, m in models.items():
         m.load_state_dict(tree["model"][key])
-    for key, o in optimizers.items():
-        _load_optimizer(o, tree["optimizer"][key]["state_dict"])
+    for key in optimizers.keys() - set(hooked):
+        _load_optimizer(optimizers[key], tree["optimizer"][key]["state_dict"])
     if rng and tree["rng"] is not None:
         torch.set_rng_state(tree["rng"]["cpu"])
         if tree["rng"]["cuda"] and torch.cuda.is_available():
@@ -250,11 +256,19 @@ def _check_model(path: Any, key: str, model: torch.nn.Module, saved: Any) -> Non
                 f"checkpoint.load: expected equal tensors in {label} and {path}; {name}: {side}; build the model the file was saved from"
             )
         have, want = saved[name], own[name]
+        if not isinstance(want, torch.Tensor) and not isinstance(have, torch.Tensor):
+            continue  # a module's own extra state
+        if type(have) is not torch.Tensor or not isinstance(want, torch.Tensor):
+            got = f"{type(want).__name__}; {path} has {type(have).__name__}"
+            raise CheckpointError(f"checkpoint.load: expected {name} of {label} as {got}; build the model the file was saved from")
         if have.shape != want.shape or have.dtype != want.dtype:
             raise CheckpointError(
                 f"checkpoint.load: expected {name} of {label} as {want.dtype} {list(want.shape)}; {path} has "
                 f"{have.dtype} {list(have.shape)}; build the model the file was saved from"
             )
+    for name, module in model.named_modules():  # formats of packed weights, whose bytes look alike
+        for fault in module._misfits(saved, f"{name}." if name else "") if isinstance(module, PackedWeight) else ():
+            raise CheckpointError(f"checkpoint.load: {label}: {fault}; {path} is another model's")
 
 
 def _check_optimizer(path: Any, key: str, optimizer: torch.optim.Optimizer, saved: Any) -> None:

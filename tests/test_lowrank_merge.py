@@ -268,3 +268,26 @@ def test_a_merged_adapter_is_not_drawn_anew(reset):
     assert all(torch.equal(p, kept[name]) for name, p in layer.named_parameters())
     layer.unmerge()
     getattr(layer, reset)()
+
+
+def test_what_wrote_the_same_bits_since_does_not_stand_in_the_way_of_unmerging():
+    """DDP's first broadcast; an adapter merged without a backup and taken out again; and torch's swap_tensors wants no reference to the weight."""
+    linear = nn.Linear(12, 9)
+    before = linear.weight.detach().clone()
+    a, b = (LoRALinear.from_linear(linear, r=2, init=False) for _ in "ab")
+    a.merge()
+    with torch.no_grad():
+        linear.weight.copy_(linear.weight.clone())
+    a.unmerge()
+    assert torch.equal(linear.weight, before)
+    a.merge()
+    b.merge(backup=False)
+    b.unmerge()
+    a.unmerge()
+    assert torch.equal(linear.weight, before)
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        a.to(torch.float64)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert a.weight.dtype == torch.float64

@@ -146,7 +146,7 @@ def test_errors_name_the_tensor() -> None:
         (lambda p: AdamW([p], seed=-1), "seed to be an integer from 0"),  # the first step failed in C++
         (lambda p: AdamW([p], seed=2**64), "seed to be an integer from 0"),
         (lambda p: AdamW([{"params": [p], "seed": 1.0}]), "seed to be an integer from 0"),
-        (lambda p: AdamW([{"params": [p], "seed": 3}, {"params": [torch.ones(4)]}], stochastic_rounding=True), "one seed for all groups"),
+        (lambda p: AdamW([{"params": [p], "seed": 3}, {"params": [torch.ones(4)], "seed": 4}], stochastic_rounding=True), "one seed for all groups"),
         (lambda p: AdamW([p], max_grad_norm=0.0), "max_grad_norm"),
         (lambda p: AdamW([p], state_dtype="int3"), "state_dtype"),
         (lambda p: AdamW([p], masks={p: torch.ones(3, dtype=torch.bool)}), "mask"),

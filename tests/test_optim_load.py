@@ -201,3 +201,29 @@ def test_torchs_states_get_their_master_weights() -> None:
     p.data.fill_(5.0)
     stepped(opt, p)
     assert (p == 5).all()
+
+
+def test_a_new_group_takes_the_seed_that_a_checkpoint_brought() -> None:
+    first, other = (torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16)) for _ in "ab")
+    saved = AdamW([first], stochastic_rounding=True, seed=7).state_dict()
+    opt = AdamW([first], stochastic_rounding=True)
+    opt.load_state_dict(saved)
+    opt.add_param_group({"params": [other]})
+    assert [group["seed"] for group in opt.param_groups] == [7, 7]
+
+
+def test_a_refusal_leaves_the_model_where_hooks_may_change_the_state(tmp_path: Path) -> None:
+    def made(value: float, form: str):
+        model = torch.nn.Linear(2, 2, bias=False).bfloat16()
+        torch.nn.init.constant_(model.weight, value)
+        return model, AdamW(model.parameters(), master_weights=form)
+
+    model, opt = made(5.0, "split")
+    model.weight.grad = torch.ones_like(model.weight)
+    opt.step()
+    checkpoint.save(tmp_path / "c", model, opt)
+    model, opt = made(1.0, "fp32")
+    opt.register_load_state_dict_pre_hook(lambda optimizer, state: None)
+    with pytest.raises(ValueError, match='master_weights="split"'):
+        checkpoint.load(tmp_path / "c", model, opt)
+    assert bool((model.weight == 1).all())

@@ -161,3 +161,15 @@ def test_hqq_codes_are_those_for_the_scale_as_it_is_stored(dtype: torch.dtype, s
     plain, narrow = fa.quantize(w, "hqq4"), fa.quantize(w, "hqq4", scale_dtype=dtype)
     assert narrow.scale.dtype == dtype and rms(narrow.dequantize() - w) < 1.1 * rms(plain.dequantize() - w)
     assert torch.equal(narrow.scale, plain.scale.to(dtype))
+
+
+def test_columns_of_one_matrix_side_by_side_are_not_tied() -> None:
+    big = torch.randn(64, 128)
+    model = nn.ModuleDict({name: nn.Linear(64, 64, bias=False) for name in "abc"})
+    for name, part in (("a", big[:, :64]), ("b", big[:, 64:]), ("c", torch.randn(64, 64))):
+        model[name].weight = nn.Parameter(part)
+    assert len(fa.quantize_model_(model, "int8").layers) == 3
+    tied = nn.ModuleDict({name: nn.Linear(64, 64, bias=False) for name in "abc"})
+    for name, part in (("a", big[:, :64]), ("b", big[:, 32:96]), ("c", torch.randn(64, 64))):
+        tied[name].weight = nn.Parameter(part)
+    assert set(fa.quantize_model_(tied, "int8").left) == {"a", "b"}

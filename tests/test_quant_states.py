@@ -136,3 +136,15 @@ def test_what_describes_the_weight_may_be_set_between_calls() -> None:
         made.out_features, made.in_features = 16, 31
         with pytest.raises(ValueError, match="x of 31 columns"):
             made(x)
+
+
+def test_states_have_one_size_whatever_the_activations() -> None:
+    """torch.distributed.checkpoint loads into tensors of the saved sizes alone."""
+    layer = fa.QuantizedLinear.from_linear(nn.Linear(64, 32), "int8")
+    sizes = []
+    for layer.activations in (None, "int8", "fp8_e4m3"):
+        sizes.append(layer.get_extra_state().shape)
+        twin = fa.QuantizedLinear.from_linear(nn.Linear(64, 32), "int8")
+        twin.load_state_dict(layer.state_dict())
+        assert twin.activations == layer.activations
+    assert len(set(sizes)) == 1

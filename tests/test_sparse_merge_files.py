@@ -207,3 +207,15 @@ def test_folders_named_like_files_are_no_models(tmp_path: Path) -> None:
     (tmp_path / "m" / "model.safetensors.index.json").write_text('{"weight_map": {"w": "."}}')
     with pytest.raises(ValueError, match="the index beside it names it"):
         merge(None, [tmp_path / "m"], "linear")
+
+
+@pytest.mark.parametrize("form", ["nf4", "int4", "int8"])
+def test_packed_models_are_refused(form: str, tmp_path: Path) -> None:
+    """Codes came from the first model, scales from all of them: a model of nobody's weights, which loaded."""
+    layers = [fa.QuantizedLinear.from_linear(torch.nn.Linear(64, 64, bias=False), form) for _ in range(2)]
+    with pytest.raises(ValueError, match="the bytes of packed ones: weight"):
+        merge(None, [layer.state_dict() for layer in layers], "linear")
+    for i, layer in enumerate(layers):
+        fa.quant.save_pretrained(torch.nn.Sequential(layer), tmp_path / str(i))
+    with pytest.raises(ValueError, match="the bytes of packed ones: 0.weight in"):
+        merge(None, [tmp_path / "0", tmp_path / "1"], "linear")

@@ -106,5 +106,5 @@ def test_shira_leaves_a_model_as_it_was_when_a_layer_does_not_fit() -> None:
         with pytest.raises((TypeError, ValueError)):
             shira_(model, 2, **kwargs)
         assert type(model[0]) is nn.Linear and model[0].weight.requires_grad
-    with pytest.raises(TypeError, match="a weight that is a parameter.*parametrization"):
+    with pytest.raises(TypeError, match="weight and bias are its parameters.*parametrization"):
         MaskedLinear.from_linear(torch.nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), torch.eye(4) > 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -66,12 +67,13 @@ class RankAllocator:
         beta2: float = 0.85,
     ) -> None:
         self.layers = adalora_layers(model)
-        if isinstance(target_r, bool) or not isinstance(target_r, int) or target_r < 0:
+        given: Any = target_r
+        if isinstance(given, bool) or not isinstance(given, Integral) or target_r < 0:
             raise ValueError(f"RankAllocator: expected target_r: an integer of at least 0; got {target_r!r}; choose the mean rank to end with")
         self.total_step, self.tinit, self.tfinal, self.delta_t = total_step, tinit, tfinal, delta_t
         self.beta1, self.beta2 = beta1, beta2
         self.initial_budget = sum(layer.r for layer in self.layers.values())
-        self.target_budget = target_r * len(self.layers)
+        self.target_budget = int(target_r) * len(self.layers)
         if not (0 < beta1 < 1 and 0 < beta2 < 1):
             raise ValueError(f"RankAllocator: expected betas inside (0, 1); got {beta1} and {beta2}; 0.85 is usual")
         if not 0 <= tinit or not 0 <= tfinal or tinit + tfinal >= total_step or delta_t < 1:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
 from ..ops.lowrank import DTYPES
 from ..quant.tensor import QuantizedTensor, quantize
@@ -42,28 +40,19 @@ class Change(NamedTuple):
 class Before:
     """What unmerge needs: the weight as it was, or the change to take back; the bias as it was.
 
-    ``found``, ``left``: the weight's `_version` before and after the merge; ``of``: the weight that they are versions of.
+    ``left``: the weight's `_version` after the merge; ``at``: where it lay then. (No reference to it, not even a weak one: torch's swap_tensors
+    refuses tensors that have such.)
     """
 
     weight: Tensor | QuantizedTensor | None
     change: Change
     bias: Tensor | None
-    found: int = 0
     left: int = 0
-    of: weakref.ref[Tensor] | None = None
+    at: int | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Versions start anew in a copy."""
-        return vars(self) | {"of": None}
-
-
-#: weight -> (its version after an exact unmerge, the earlier version that it equals): what lies below in a stack of merges is as it was
-_restored: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-
-def _version(weight: Tensor) -> int:
-    now, earlier = _restored.get(weight, (-1, -1))
-    return int(earlier) if now == weight._version else weight._version
+        return vars(self) | {"at": None}
 
 
 def merge_adapters(model: nn.Module, *, backup: bool = True) -> dict[str, MergeReport]:
@@ -119,7 +108,6 @@ def merge_layer(layer: LoRALinear, backup: bool, name: str) -> MergeReport:
     kept = _copy(layer) if backup or risky else None  # only the result shows an overflow: the copy makes it undoable
     old_bias = None if layer.bias is None else layer.bias.detach().clone()
     counted, done = not layer.weight.is_inference(), False
-    found = _version(layer.weight) if counted else 0
     if layer.bias is not None and change.bias is not None:
         layer.bias.copy_(change.bias)
     try:
@@ -133,7 +121,7 @@ def merge_layer(layer: LoRALinear, backup: bool, name: str) -> MergeReport:
             layer.bias.copy_(old_bias)
     before = Before(kept if backup else None, change, old_bias)
     if counted:
-        before.found, before.left, before.of = found, layer.weight._version, weakref.ref(layer.weight)
+        before.left, before.at = layer.weight._version, layer.weight.data_ptr()
     layer.merged, layer._before = True, before
     return MergeReport(label, retained, backup)
 
@@ -157,8 +145,6 @@ def unmerge_layer(layer: LoRALinear, name: str) -> MergeReport:
         retained = _apply(layer.weight, _inverse(before.change))
     if layer.bias is not None and before.bias is not None:
         layer.bias.copy_(before.bias)
-    if before.weight is not None and before.of is not None and before.of() is layer.weight:
-        _restored[layer.weight] = layer.weight._version, before.found
     layer.merged, layer._before = False, None
     return MergeReport(label, retained, before.weight is not None)
 
@@ -194,12 +180,30 @@ def _check_own(layer: LoRALinear, what: str) -> None:
 
 def _check_left(layer: LoRALinear, before: Before, label: str) -> None:
     """Refuses to bring back a weight that lacks what others did to it since. A change that was only added may be taken out of any weight."""
-    if before.of is None or before.of() is not layer.weight:
+    if before.at != layer.weight.data_ptr() or layer.weight._version == before.left:
         return
     added = before.weight is None and before.change.row_scale is None and before.change.col_scale is None
-    if not added and _version(layer.weight) != before.left:
+    if not added and not _as_left(layer, before):
         fix = "undo that first (of adapters that share a weight the last merged is the first to unmerge), or keep the merged weight"
         raise RuntimeError(f"{label}: unmerge expected the weight that merge left; it has been written to since; {fix}; nothing was changed")
+
+
+def _as_left(layer: LoRALinear, before: Before) -> bool:
+    """Whether the merge, done again, gives the weight: who wrote it since wrote the same (DDP's first broadcast; another adapter, merged and taken
+    out again, which without a backup leaves its rounding)."""
+    if before.weight is None:
+        return False
+    if isinstance(before.weight, QuantizedTensor):
+        assert layer.format is not None
+        again = before.weight.dequantize(torch.float32)
+        _apply(again, before.change)
+        pairs = zip(quantize(again, layer.format).parts, layer.quantized.parts, strict=True)
+        return all(one is None or other is None or torch.equal(one, other) for one, other in pairs)
+    again = before.weight.clone()
+    _apply(again, before.change)
+    kind = wide(again.dtype)
+    slack = 4 * torch.finfo(again.dtype).eps * again.to(kind).abs().max()
+    return not again.numel() or bool((again.to(kind) - layer.weight.to(kind)).abs().max() <= slack)
 
 
 def _copy(layer: LoRALinear) -> Tensor | QuantizedTensor:

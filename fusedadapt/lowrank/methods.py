@@ -156,7 +156,7 @@ def _vera_projection(layer: LoRALinear) -> None:
         raise TypeError(f"LoRALinear[vera]: expected projection: a VeraProjection; got {type(shared).__name__}; make one, or leave it out")
     if isinstance(key, bool) or not isinstance(key, int):
         raise ValueError(f"LoRALinear[vera]: expected projection_key: an integer; got {key!r}; choose any")
-    if not isinstance(start, Real) or not math.isfinite(start):
+    if not isinstance(start, Real | Tensor) or not math.isfinite(start):
         raise ValueError(f"LoRALinear[vera]: expected d_initial: a finite number; got {start!r}; 0.1 is usual")
     if shared is None:
         shared = VeraProjection(layer.r, layer.in_features, layer.out_features, key=key, dtype=layer.adapter_dtype).to(layer.weight.device)

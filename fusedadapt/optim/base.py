@@ -298,6 +298,8 @@ class FusedOptimizer(Optimizer):
                     plan.set_lr(i, lr)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if isinstance(param_group, dict) and self.param_groups:
+            param_group.setdefault("seed", self.param_groups[0]["seed"])  # which a checkpoint may have brought
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:

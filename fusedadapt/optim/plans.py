@@ -170,6 +170,8 @@ class Plan:
     def _check_apart(self) -> None:
         """Raises ValueError where a parameter with a gradient shares memory with one of another plan. (Each table sees its own alone.)"""
         opt = self.opt
+        if self not in opt._plans:  # of one parameter, in a backward hook: looking at all others for each would take the square of their number
+            return
         others = [e for plan in opt._plans if plan is not self and plan.device == self.device for e in plan.entries]
         live = {id(e.param): e for e in others if compact.gradient(e.param, compact.wanted(opt, e.param))[0] is not None}
         if not live:

@@ -32,8 +32,10 @@ def one_of(op: str, name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
 
 
 def is_flat(p: Tensor) -> bool:
-    """Whether FSDP1 flattened the parameter, or it is the flat one: its gradient is a shard that does not say so, and in backward not reduced."""
-    return bool(getattr(p, "_fsdp_flattened", False) or getattr(p, "_is_flat_param", False))
+    """Whether FSDP1 flattened the parameter, or it is the flat one: its gradient is a shard that does not say so, and in backward not reduced.
+    (In a process alone there is nothing to shard.)"""
+    several = torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    return several and bool(getattr(p, "_fsdp_flattened", False) or getattr(p, "_is_flat_param", False))
 
 
 def names(groups: list[dict[str, Any]]) -> list[str]:

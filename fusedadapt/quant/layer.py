@@ -238,7 +238,8 @@ class QuantizedLinear(PackedWeight):
     def get_extra_state(self) -> Tensor:
         """The format, the weight's dtype and shape, and how x is coded ("" for None) as text, in bytes."""
         shape = f"{self.out_features}x{self.in_features}"
-        text = ";".join([self.format.spec, str(self.weight_dtype).removeprefix("torch."), shape, self.activations or ""])
+        # Of one length with any activations: torch.distributed.checkpoint loads tensors into tensors of the same size.
+        text = ";".join([self.format.spec, str(self.weight_dtype).removeprefix("torch."), shape, f"{self.activations or '':8}"])
         return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8).clone()
 
     def set_extra_state(self, state: Tensor) -> None:
@@ -251,7 +252,7 @@ class QuantizedLinear(PackedWeight):
         if state.dtype != torch.uint8 or state.dim() != 1:
             raise RuntimeError(f"QuantizedLinear: expected text in bytes in _extra_state; got {state.dtype}, shape {tuple(state.shape)}; {damaged}")
         fields = bytes(state.tolist()).decode(errors="replace").split(";")
-        spec, dtype, shape, activations = [*fields, "", "", ""][:4]
+        spec, dtype, shape, activations = (field.rstrip() for field in [*fields, "", "", ""][:4])
         if spec != self.format.spec:
             raise RuntimeError(f"QuantizedLinear: expected a state in {self.format.spec}; got {spec}; quantize the layer to that format first")
         found = {str(each).removeprefix("torch."): each for each in ops.DTYPES}.get(dtype)

@@ -115,12 +115,11 @@ def _choose(model: nn.Module, patterns: Patterns, report: QuantizationReport) ->
 
 
 class _Owner(NamedTuple):
-    """A parameter's module, its name there, and the bytes it spans in its storage."""
+    """A parameter, its module and its name there."""
 
     module: nn.Module
     name: str
-    begin: int
-    end: int
+    parameter: Tensor
 
 
 def _span(t: Tensor) -> tuple[Any, int, int]:
@@ -131,14 +130,24 @@ def _span(t: Tensor) -> tuple[Any, int, int]:
     return (t.device, t.untyped_storage().data_ptr()), t.data_ptr(), t.data_ptr() + count * t.itemsize
 
 
+def _meet(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one storage have an element in common. Columns of a matrix side by side have not."""
+    (_, begin, end), (_, other, last) = _span(a), _span(b)
+    if not (begin < last and other < end):
+        return False
+    if a.dim() != 2 or b.dim() != 2 or a.dtype != b.dtype or a.stride() != b.stride() or a.stride(0) < 1 or a.stride(1) != 1:
+        return True
+    row, (i, j) = a.stride(0), (t.storage_offset() % a.stride(0) for t in (a, b))
+    return max(i + a.shape[1], j + b.shape[1]) > row or (i < j + b.shape[1] and j < i + a.shape[1])
+
+
 def _owners(model: nn.Module) -> dict[Any, list[_Owner]]:
     """Storage -> the parameters in it."""
     owners: dict[Any, list[_Owner]] = {}
     for path, module in model.named_modules():
         for name, p in module._parameters.items():
             if p is not None:
-                where, begin, end = _span(p)
-                owners.setdefault(where, []).append(_Owner(module, f"{path}.{name}".lstrip("."), begin, end))
+                owners.setdefault(_span(p)[0], []).append(_Owner(module, f"{path}.{name}".lstrip("."), p))
     return owners
 
 
@@ -157,8 +166,7 @@ def _unfit(model: nn.Module, linear: nn.Module, name: str, owners: dict[Any, lis
         return f"its weight is {str(weight.dtype).removeprefix('torch.')}: quantized already"
     if more := sorted({*linear._parameters, *linear._buffers, *linear._modules} - {"weight", "bias"}):
         return f"it holds more than weight and bias: {', '.join(more)}"
-    where, begin, end = _span(weight)
-    others = [other.name for other in owners[where] if other.module is not linear and other.begin < end and begin < other.end]
+    others = [other.name for other in owners[_span(weight)[0]] if other.module is not linear and _meet(weight, other.parameter)]
     if others:
         return f"its weight is tied to {others[0]}"
     parts = name.split(".")

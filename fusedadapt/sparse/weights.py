@@ -17,6 +17,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ..files import DTYPES, atomic_open, checked_target, header, new_folder, tensor_bytes
 
 _INDEX = "model.safetensors.index.json"
+#: last parts of names under which packed weights lie, ours and others'
+_PACKED = ("weight", "qweight", "W_q")
 Source = str | Path | Mapping[str, Tensor]
 #: what a model's folder holds beside its weights: configurations, tokenizer, the model's own code (which is not run here)
 COMPANIONS = (
@@ -64,6 +66,12 @@ class Model:
             for file in _files(self.path):
                 self._read_header(file)
             self._check_index(self.path / _INDEX)
+        packed = [name for name, (dtype, _) in self.about.items() if name.rpartition(".")[2] in _PACKED and not dtype.is_floating_point]
+        if packed:
+            got = f"the bytes of packed ones: {', '.join(packed[:5])}" + (f" in {self.path}" if self.path else "")
+            raise ValueError(
+                f"merge: expected weights as numbers; got {got}; dequantize the model first (QuantizedLinear.to_linear), or merge before"
+            )
         unknown = sorted({str(dtype) for dtype, _ in self.about.values()} - {str(dtype) for dtype in COPIED + MERGED})
         if unknown:
             got = ", ".join(unknown) + (f" in {self.path}" if self.path else "")
