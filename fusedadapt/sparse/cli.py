@@ -32,7 +32,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", required=True, metavar="PATH", help="a new .safetensors file, or a new or empty folder, sharded as the base is")
     parser.add_argument("--method", default="ties", metavar="NAME", help="one of those below (default ties, which needs --density)")
     parser.add_argument("--weights", type=float, nargs="+", metavar="W", help="one per model (default 1)")
-    parser.add_argument("--density", type=float, nargs="+", metavar="D", help="share of each change that stays, where a method cuts or drops: one, or one per model")
+    parser.add_argument(
+        "--density", type=float, nargs="+", metavar="D", help="share of each change that stays, where a method cuts or drops: one, or one per model"
+    )
     parser.add_argument("--lambda", dest="lambda_", type=float, default=1.0, metavar="L", help="scale of the merged change (default 1)")
     parser.add_argument("--seed", type=int, default=0, help="of random drops (default 0)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the result (default: the base's)")
