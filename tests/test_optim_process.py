@@ -252,10 +252,13 @@ def test_release_refuses_what_needs_all_gradients():
 
 
 @pytest.mark.parametrize("mark", ["_fsdp_flattened", "_is_flat_param"])
-def test_flattened_parameters_of_fsdp1_are_refused(mark):
+def test_flattened_parameters_of_fsdp1_are_refused(mark, monkeypatch):
     """Each process would clip by its own shards' norm; released, step on a gradient that is not reduced yet."""
     p = nn.Parameter(torch.ones(3))
     setattr(p, mark, True)
+    AdamW([p], max_grad_norm=1.0)  # a process alone has all of them
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     with pytest.raises(ValueError, match="outside FSDP1"):
         optim.release_gradients(AdamW([p]))
     with pytest.raises(ValueError, match=r"max_grad_norm=None with FSDP1; got 1\.0 and parameter 0"):

@@ -32,10 +32,13 @@ def one_of(op: str, name: str, value: Any, allowed: tuple[Any, ...]) -> Any:
 
 
 def is_flat(p: Tensor) -> bool:
-    """Whether FSDP1 flattened the parameter, or it is the flat one: its gradient is a shard that does not say so, and in backward not reduced.
-    (In a process alone there is nothing to shard.)"""
-    several = torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-    return several and bool(getattr(p, "_fsdp_flattened", False) or getattr(p, "_is_flat_param", False))
+    """Whether FSDP1 flattened the parameter, or it is the flat one: its gradient is a shard that does not say so, and in backward not reduced."""
+    return bool(getattr(p, "_fsdp_flattened", False) or getattr(p, "_is_flat_param", False))
+
+
+def _several() -> bool:
+    """Whether there are other processes, which could hold shards."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
 
 def names(groups: list[dict[str, Any]]) -> list[str]:
@@ -61,7 +64,7 @@ def check_params(opt: FusedOptimizer, group: dict[str, Any]) -> None:
         if not p.is_floating_point():
             raise ValueError(f"{op}: expected floating-point parameters; got {name} with {p.dtype}; leave it out of the optimizer")
         check_half(opt, p, name, RULES[opt._rule(group)])
-        if opt.max_grad_norm is not None and is_flat(p):
+        if opt.max_grad_norm is not None and is_flat(p) and _several():
             raise ValueError(
                 f"{op}: expected max_grad_norm=None with FSDP1; got {opt.max_grad_norm} and {name}, flattened: each process would clip by the norm "
                 "of its own shards; call FullyShardedDataParallel.clip_grad_norm_ before the step, or use fully_shard (FSDP2)"
